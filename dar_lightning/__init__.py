@@ -1,0 +1,1 @@
+"""D-AR in PyTorch Lightning."""
