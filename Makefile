@@ -1,0 +1,40 @@
+# Every target makes .venv when it is missing or older than the list of dependencies, so each works on a fresh clone.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
+
+demo: $(INSTALLED) ## a small D-AR model draws fruit: pictures and metrics in runs/quickstart
+	$(BIN)/dar quickstart
+
+test: $(INSTALLED) ## run every test, the slow ones too; ARGS="-k name" narrows it
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and formatting, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last: an install that was cut short is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("dar_lightning needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=/path/to/python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,hub,notebooks]'
+	@touch $@
