@@ -1,0 +1,90 @@
+"""Hyperparameters of the autoregressive model, with the paper's sizes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dar_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """Llama over image tokens (defaults: the released B model, 111M).
+
+    Args:
+        vocab_size: number of codes.
+        num_tokens: tokens per image.
+        num_classes: class labels 0..num_classes - 1; the table has one more row, "no class", for guidance.
+        dim: width.
+        depth: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key/value heads, a divisor of num_heads; None is num_heads.
+        multiple_of: the SwiGLU width 2/3 * 4 * dim is rounded up to a multiple of this.
+        rope_base: base of the 1-D RoPE.
+        norm_eps: epsilon of RMSNorm.
+        class_dropout: probability of training a sample as "no class".
+        token_dropout: dropout on token embeddings.
+        residual_dropout: dropout on the attention branch's output.
+        ffn_dropout: dropout on the feed-forward branch's output.
+    """
+
+    vocab_size: int = 16384
+    num_tokens: int = 256
+    num_classes: int = 1000
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    multiple_of: int = 256
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    class_dropout: float = 0.1
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.dim % (2 * self.num_heads):
+            raise UserError(f"dim {self.dim} does not give num_heads {self.num_heads} an even number of channels each")
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        for name in ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads: num_kv_heads, or num_heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the SwiGLU: 2/3 * 4 * dim, rounded up to a multiple of multiple_of."""
+        hidden = int(2 * 4 * self.dim / 3)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "ARConfig":
+        """One of the paper's sizes by name ("B", "L", "XL", "XXL", ...); keyword arguments replace single values."""
+        if name not in PRESETS:
+            raise UserError(f"unknown AR preset {name!r}: choose from {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, as config.json and checkpoints keep them."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(dim=64, depth=2, num_heads=2, vocab_size=64, num_tokens=32, multiple_of=32),
+    "B": dict(dim=768, depth=12, num_heads=12),
+    "L": dict(dim=1024, depth=24, num_heads=16),
+    "XL": dict(dim=1280, depth=36, num_heads=20),
+    "XXL": dict(dim=1536, depth=48, num_heads=24),
+    "XXXL": dict(dim=2560, depth=48, num_heads=40),
+    "1B": dict(dim=2048, depth=22, num_heads=32),
+    "3B": dict(dim=3200, depth=24, num_heads=32),
+    "7B": dict(dim=4096, depth=32, num_heads=32),
+}

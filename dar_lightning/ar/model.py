@@ -1,0 +1,185 @@
+"""Llama that predicts image tokens one by one after a class token. Knows nothing of images, sampling or training loops."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.errors import UserError
+
+
+def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
+    """Cosine and sine of 1-D RoPE at positions 0..length-1: (length, head_dim / 2, 2)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x (B, heads, L, head_dim) by rotary (L, head_dim / 2, 2)."""
+    cos, sin = rotary.to(x.dtype).unbind(-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class KVCache:
+    """Keys and values of every block for up to num_tokens positions, allocated once.
+
+    Args:
+        config: the model's hyperparameters.
+        batch: number of sequences.
+    """
+
+    def __init__(self, config: ARConfig, batch: int, device=None, dtype=None):
+        shape = (config.depth, 2, batch, config.kv_heads, config.num_tokens, config.dim // config.num_heads)
+        self.buffer = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, kv_heads, n, head_dim) after `length`; return views of all (B, kv_heads, m, .)."""
+        end = self.length + keys.shape[2]
+        k, v = self.buffer[layer]
+        k[:, :, self.length : end] = keys
+        v[:, :, self.length : end] = values
+        return k[:, :, :end], v[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fused bias-free qkv and optional grouped key/value heads."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.head_dim = config.dim // config.num_heads
+        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads + 2 kv_heads, L, head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Bias-free feed-forward: down(silu(gate x) * up x)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Pre-norm Llama block."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.residual_dropout(self.attention(self.attention_norm(x), rotary, mask, cache, layer))
+        return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
+
+
+class ARModel(nn.Module):
+    """Class-conditional Llama over the token sequence (paper, section 3.2).
+
+    Args:
+        config: hyperparameters.
+    """
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        rotary = rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)
+        self.register_buffer("rotary", rotary, persistent=False)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.config.num_classes
+
+    def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
+        """Logits of tokens 1..N under teacher forcing.
+
+        In training mode labels are dropped to "no class" with probability class_dropout.
+
+        Args:
+            labels: (B,) int64, 0..num_classes - 1, or null_class.
+            codes: (B, N) int64. The last one is a target only, it is not read.
+
+        Returns:
+            (B, N, vocab_size).
+        """
+        if codes.shape[1] > self.config.num_tokens:
+            raise UserError(f"codes hold {codes.shape[1]} tokens: this model has at most {self.config.num_tokens}")
+        if self.training and self.config.class_dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
+            labels = torch.where(dropped, self.null_class, labels)
+        x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes[:, :-1])], dim=1)
+        return self._run(x, cache=None)
+
+    def make_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` sequences, on the model's device and in its dtype (autocast's, where it is on)."""
+        weight = self.head.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return KVCache(self.config, batch, weight.device, dtype)
+
+    def start(self, labels: Tensor, codes: Tensor, cache: KVCache) -> Tensor:
+        """Fill an empty cache with the class token and the first tokens; logits of the next one.
+
+        Args:
+            labels: (B,) int64.
+            codes: (B, m) int64 tokens already fixed, m from 0 to N - 1.
+            cache: from make_cache(B).
+
+        Returns:
+            (B, vocab_size) logits of token m + 1.
+        """
+        x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes)], dim=1)
+        return self._run(x, cache, last_only=True)[:, 0]
+
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
+        return self._run(self.token_embedding(tokens)[:, None], cache, last_only=True)[:, 0]
+
+    def _run(self, x: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
+        start = 0 if cache is None else cache.length
+        end = start + x.shape[1]
+        # One new token looks at everything in the cache; several need the causal mask, shifted by what is cached.
+        several = cache is not None and x.shape[1] > 1
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start) if several else None
+        x = self.token_dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self.rotary[start:end], mask, cache, layer)
+        if cache is not None:
+            cache.length = end
+        if last_only:
+            x = x[:, -1:]
+        return self.head(self.norm(x))

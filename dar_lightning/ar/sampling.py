@@ -1,0 +1,137 @@
+"""Sampling from the AR model: guidance schedules, temperature, top-k, top-p, and a generator that yields tokens."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dar_lightning.ar.model import ARModel
+from dar_lightning.errors import UserError
+
+Guidance = float | tuple[float, float]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
+    """Guidance scale of each token: a constant, or linear from a at the first token to b at the last.
+
+    A schedule that starts at exactly 1.0 starts at 1.001, as in the official code, whose numbers we reproduce.
+    """
+    if not isinstance(guidance, tuple | list):
+        return [float(guidance)] * num_tokens
+    first, last = guidance
+    first = 1.001 if first == 1.0 else first
+    return [first + (last - first) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf the logits (B, V) outside the k largest (ties are kept) and outside the nucleus of mass top_p."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        # A token stays if the mass before it is short of top_p, so the most likely one always does.
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, generator: Generators) -> Tensor:
+    """Draw one index per row from softmax(logits): (B, V) -> (B,) int64.
+
+    By exponential races (argmin of E_i / p_i with unit exponentials E_i), which needs no copy to the host. With a list
+    of generators, one per row, a row's draw does not depend on the batch.
+    """
+    probabilities = logits.float().softmax(dim=-1)
+    if isinstance(generator, list):
+        races = torch.stack([_exponentials(row, one) for row, one in zip(probabilities, generator, strict=True)])
+    else:
+        races = _exponentials(probabilities, generator)
+    return (probabilities / races).argmax(dim=-1)
+
+
+def _exponentials(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.empty(like.shape, device=device).exponential_(generator=generator).to(like.device)
+
+
+@torch.no_grad()
+def stream_tokens(
+    ar: ARModel,
+    labels: Tensor,
+    guidance: Guidance = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    prefix: Tensor | None = None,
+    generator: Generators = None,
+    num_tokens: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the tokens of a batch as they are drawn, first those of the prefix, then one (B,) tensor per step.
+
+    Args:
+        ar: the model; it is put into evaluation mode while it draws and back afterwards.
+        labels: (B,) int64 classes.
+        guidance: scale s of logits = uncond + s (cond - uncond), constant or (a, b), linear over the tokens.
+        temperature: divides the logits; positive.
+        top_k: keep the k most likely tokens; 0 keeps all, 1 is greedy.
+        top_p: keep the most likely tokens that hold this much probability, in (0, 1].
+        prefix: (B, m) int64 tokens that are kept as they are (layout control), m < num_tokens.
+        generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
+        num_tokens: how many tokens to draw in all; None is all N.
+
+    Raises:
+        UserError: for a value outside the ranges above.
+    """
+    count = ar.config.num_tokens if num_tokens is None else num_tokens
+    prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
+    _check(ar, labels, temperature, top_k, top_p, prefix, generator, count)
+    scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
+    guided = any(scale != 1.0 for scale in scales)
+
+    was_training = ar.training
+    ar.eval()
+    try:
+        yield from prefix.unbind(1)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
+        cache = ar.make_cache(len(labels))
+        logits = ar.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
+        for position in range(prefix.shape[1], count):
+            logits = guide(logits, scales[position]) if guided else logits
+            tokens = draw(filter_logits(logits / temperature, top_k, top_p), generator)
+            yield tokens
+            if position + 1 < count:
+                logits = ar.step(tokens.repeat(2) if guided else tokens, cache)
+    finally:
+        ar.train(was_training)
+
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on stacked [conditional, unconditional] logits: (2B, V) -> (B, V)."""
+    cond, uncond = logits.chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
+    """Draw all tokens of a batch: (B, num_tokens) int64. Arguments as in stream_tokens."""
+    return torch.stack(list(stream_tokens(ar, labels, **options)), dim=1)
+
+
+def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> None:
+    if not 1 <= count <= ar.config.num_tokens:
+        raise UserError(f"num_tokens is {count}: this model draws from 1 to {ar.config.num_tokens}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= ar.null_class:
+        raise UserError(f"labels are from {int(labels.min())} to {int(labels.max())}: need 0 to {ar.null_class - 1}")
+    if temperature <= 0:
+        raise UserError(f"temperature is {temperature}: it must be positive (top_k=1 is greedy)")
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}: it must be 0 (off) or positive")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be in (0, 1]")
+    if len(prefix) != len(labels) or prefix.shape[1] >= count:
+        raise UserError(f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
+    if isinstance(generator, list) and len(generator) != len(labels):
+        raise UserError(f"generator is a list of {len(generator)}: {len(labels)} sequences need {len(labels)}")

@@ -1,0 +1,1 @@
+"""Image <-> ordered tokens. Plain torch."""

@@ -1,0 +1,40 @@
+"""Quantized tokens -> conditioning vectors, causally: cond[:, :m] needs only the first m tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
+from dar_lightning.tokenizer.layers import GatedBlock, KVCache, plain_norm
+
+
+class Conditioner(nn.Module):
+    """Causal transformer over the token sequence; its outputs condition the pixel decoder."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        dim = config.conditioner_dim
+        self.num_tokens = config.num_tokens
+        self.from_latent = nn.Linear(config.codebook_dim, dim, bias=False)
+        self.positions = nn.Embedding(TABLE_ROWS, dim)
+        self.blocks = nn.ModuleList(
+            GatedBlock(dim, config.head_dim, config.gate_init) for _ in range(config.conditioner_depth)
+        )
+
+    def make_cache(self) -> list[KVCache]:
+        """Empty caches, one per block, for extending a sequence of up to num_tokens tokens."""
+        return [KVCache(self.num_tokens) for _ in self.blocks]
+
+    def forward(self, latents: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+        """Condition on latents (B, n, codebook_dim); with a cache they follow the tokens already in it.
+
+        Returns:
+            (B, n, D) conditioning vectors of these n tokens.
+        """
+        start = cache[0].length if cache else 0
+        end = start + latents.shape[1]
+        x = self.from_latent(latents)
+        x = x + self.positions.weight[start:end].to(x.dtype)
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(diagonal=start)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask=mask, cache=cache[i] if cache else None)
+        return plain_norm(x)

@@ -1,0 +1,124 @@
+"""Hyperparameters of the sequential diffusion tokenizer: plain numbers, checked once, with the paper's presets."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dar_lightning.errors import UserError
+
+# Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
+TABLE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sequential diffusion tokenizer (SPEC of the paper's section 3.1; the defaults are the released v1, 300M).
+
+    Args:
+        image_size: side of the (square) training images, in pixels. Other sizes work at run time.
+        encoder_patch_size: side of the encoder's patches.
+        encoder_dim: width of the encoder.
+        encoder_depth: number of encoder blocks.
+        conditioner_dim: width of the causal token decoder and of the conditioning vectors.
+        conditioner_depth: number of its blocks.
+        codebook_size: number of codes.
+        codebook_dim: channels of a code.
+        num_tokens: N, tokens per image (at most 1024).
+        num_groups: K, groups that the tokens are read in, and default number of diffusion steps.
+        tokens_per_step: n, consecutive tokens that one diffusion step reads; None is N / K.
+        low_rank_queries: store the encoder's queries as a rank-8 product, as v1 does, instead of a full table.
+        decoder_dim: width of the pixel diffusion transformer.
+        decoder_depth: number of its blocks.
+        decoder_patch_size: side of its patches.
+        data_std: factor on images in flow matching.
+        time_shift: beta of t = u / (u + beta (1 - u)).
+        repa_layer: index, from 0, of the decoder block before which REPA reads the hidden state; None builds no head.
+        head_dim: channels of an attention head, everywhere.
+        group_rounding: which group trains at uniform time u: "round" (official code) or "ceil" (paper).
+        gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
+        modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
+    """
+
+    image_size: int = 256
+    encoder_patch_size: int = 16
+    encoder_dim: int = 768
+    encoder_depth: int = 8
+    conditioner_dim: int = 768
+    conditioner_depth: int = 8
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    num_tokens: int = 256
+    num_groups: int = 8
+    tokens_per_step: int | None = None
+    low_rank_queries: bool = True
+    decoder_dim: int = 768
+    decoder_depth: int = 12
+    decoder_patch_size: int = 8
+    data_std: float = 0.6
+    time_shift: float = 2.0
+    repa_layer: int | None = 8
+    head_dim: int = 64
+    group_rounding: Literal["round", "ceil"] = "round"
+    gate_init: float = 0.0
+    modulation_init_std: float = 0.0
+
+    def __post_init__(self):
+        for name in ("image_size", "codebook_size", "codebook_dim", "num_tokens", "num_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_tokens > TABLE_ROWS:
+            raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
+        if self.num_tokens % self.num_groups:
+            raise UserError(
+                f"num_tokens {self.num_tokens} does not divide into num_groups {self.num_groups} equal groups"
+            )
+        if not 1 <= self.window <= self.num_tokens:
+            raise UserError(f"tokens_per_step is {self.window}: it must be from 1 to num_tokens, {self.num_tokens}")
+        for name in ("encoder_patch_size", "decoder_patch_size"):
+            if self.image_size % getattr(self, name):
+                raise UserError(f"image_size {self.image_size} is not a multiple of {name} {getattr(self, name)}")
+        for name in ("encoder_dim", "conditioner_dim", "decoder_dim"):
+            if getattr(self, name) % self.head_dim:
+                raise UserError(f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}")
+        if self.head_dim % 4:
+            raise UserError(f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
+        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_depth:
+            raise UserError(f"repa_layer is {self.repa_layer}: it must be from 0 to {self.decoder_depth - 1}, or null")
+        if self.data_std <= 0 or self.time_shift <= 0:
+            raise UserError(f"data_std {self.data_std} and time_shift {self.time_shift} must be positive")
+        if self.group_rounding not in ("round", "ceil"):
+            raise UserError(f"group_rounding is {self.group_rounding!r}: it must be 'round' or 'ceil'")
+
+    @property
+    def window(self) -> int:
+        """Tokens that one diffusion step reads: tokens_per_step, or N / K."""
+        return self.num_tokens // self.num_groups if self.tokens_per_step is None else self.tokens_per_step
+
+    @classmethod
+    def preset(cls, name: str) -> "TokenizerConfig":
+        """A named configuration: "v1" (released, 300M), "light" (the paper's ablations, 113M) or "tiny" (tests)."""
+        if name not in PRESETS:
+            raise UserError(f"unknown tokenizer preset {name!r}: choose from {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, as config.json and checkpoints keep them."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "light": dict(encoder_dim=512, conditioner_dim=512, decoder_dim=512, decoder_depth=8, repa_layer=5),
+    "tiny": dict(
+        image_size=64,
+        encoder_dim=64,
+        encoder_depth=2,
+        conditioner_dim=64,
+        conditioner_depth=2,
+        codebook_size=64,
+        num_tokens=32,
+        num_groups=4,
+        decoder_dim=64,
+        decoder_depth=2,
+        repa_layer=None,
+    ),
+}

@@ -1,0 +1,107 @@
+"""Pixel diffusion transformer: velocity of the flow from noisy pixels, time and the tokens' conditioning vectors."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, plain_norm
+
+REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of 1000 t, cosines first: (B,) -> (B, dim)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class DiffusionBlock(nn.Module):
+    """Self-attention and MLP, modulated per patch by the time and by cross-attention to the conditioning vectors."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        dim = config.decoder_dim
+        self.dim = dim
+        self.time_mlp = MLP(dim, dim)
+        self.cond_mlp = MLP(dim, dim)
+        self.cross_attention = Attention(dim, config.head_dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attention = Attention(dim, config.head_dim)
+        self.mlp = MLP(dim, 4 * dim)
+        nn.init.normal_(self.modulation.weight, std=config.modulation_init_std)
+        gates = torch.zeros(6, dim)
+        gates[2::3] = config.gate_init
+        self.modulation.bias.data.copy_(gates.flatten())
+
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor, rotary: Tensor) -> Tensor:
+        """x (B, P, D), sinusoids of time (B, 1, D), cond (B, n, D), rotary of the patch grid -> (B, P, D)."""
+        cond = plain_norm(self.cond_mlp(cond))
+        x_norm = plain_norm(x)
+        signal = self.cross_attention(x_norm, cond, q_rotary=rotary)
+        signal = F.silu(self.time_mlp(time) + signal)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(signal).chunk(6, dim=-1)
+        h = x_norm * (1 + scale_a) + shift_a
+        x = x + gate_a * self.attention(h, q_rotary=rotary, k_rotary=rotary)
+        h = plain_norm(x) * (1 + scale_m) + shift_m
+        return x + gate_m * self.mlp(h)
+
+
+class PixelDecoder(nn.Module):
+    """Velocity network of the pixel-space flow. With a REPA head, it can also return the hidden state for REPA."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        dim, patch = config.decoder_dim, config.decoder_patch_size
+        self.dim, self.patch, self.head_dim = dim, patch, config.head_dim
+        self.repa_layer = config.repa_layer
+        self.conv_in = nn.Conv2d(3 * patch * patch, dim, 1)
+        self.cond_proj = nn.Linear(config.conditioner_dim, dim)
+        self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
+        self.conv_out = nn.Conv2d(dim, 3 * patch * patch, 1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        if config.repa_layer is not None:
+            self.repa_head = nn.Sequential(
+                nn.Linear(dim, REPA_HIDDEN), nn.SiLU(), MLP(REPA_HIDDEN, REPA_HIDDEN, REPA_DIM)
+            )
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Velocity at x (B, 3, H, W) and flow time t (B,), reading cond (B, n, D_cond): (B, 3, H, W)."""
+        velocity, _ = self._run(x, t, cond, hidden_before=None)
+        return velocity
+
+    def forward_with_hidden(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity as in forward, and the hidden patch grid (B, D, H / p, W / p) before block `repa_layer`."""
+        return self._run(x, t, cond, hidden_before=self.repa_layer)
+
+    def _run(self, x: Tensor, t: Tensor, cond: Tensor, hidden_before: int | None):
+        x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
+        x = self.conv_in(x)
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
+        rotary = axial_rotary(height, width, self.head_dim, device=x.device)
+        time = time_embedding(t, self.dim).to(x.dtype)[:, None]
+        cond = plain_norm(self.cond_proj(cond))
+        hidden = None
+        for i, block in enumerate(self.blocks):
+            if i == hidden_before:
+                hidden = rearrange(x, "b (h w) d -> b d h w", h=height)
+            x = block(x, time, cond, rotary)
+        x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
+        x = self.conv_out(x)
+        return rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch), hidden
+
+    def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        """REPA head on the hidden grid, average-pooled to the teacher's grid: (B, D, h, w) -> (B, rows * columns, 768).
+
+        Average-pools where the hidden grid is finer than the teacher's and leaves a coarser one to the pooling's
+        nearest-cell repetition, so any image size works.
+        """
+        pooled = F.adaptive_avg_pool2d(hidden, grid)
+        return self.repa_head(pooled.flatten(2).transpose(1, 2))

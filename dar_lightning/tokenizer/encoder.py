@@ -1,0 +1,53 @@
+"""Image -> N ordered latents: a ViT whose learned queries read the patches (paper, section 3.1)."""
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
+from dar_lightning.tokenizer.layers import GatedBlock, axial_rotary, identity_rotary, plain_norm
+
+QUERY_RANK = 8
+
+
+class Encoder(nn.Module):
+    """Reads an image with N learned queries; query i sees every patch and the queries up to itself."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        dim = config.encoder_dim
+        self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
+        self.patchify = nn.Conv2d(3, dim, config.encoder_patch_size, stride=config.encoder_patch_size)
+        self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
+        self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
+        self.blocks = nn.ModuleList(
+            GatedBlock(dim, config.head_dim, config.gate_init) for _ in range(config.encoder_depth)
+        )
+        self.to_latent = nn.Linear(dim, config.codebook_dim, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, codebook_dim)
+        patches = self.patchify(images)
+        height, width = patches.shape[-2:]
+        patches = plain_norm(patches.flatten(2).transpose(1, 2))
+        queries = self.query_proj(self.queries.weight[: self.num_tokens]).expand(len(images), -1, -1)
+        x = torch.cat([patches, queries.to(patches.dtype)], dim=1)
+        rotary = torch.cat(
+            [
+                axial_rotary(height, width, self.head_dim, device=x.device),
+                identity_rotary(self.num_tokens, self.head_dim, device=x.device),
+            ]
+        )
+        mask = query_mask(height * width, self.num_tokens, x.device)
+        for block in self.blocks:
+            x = block(x, rotary, mask)
+        return self.to_latent(plain_norm(x[:, height * width :]))
+
+
+def query_mask(num_patches: int, num_queries: int, device=None) -> Tensor:
+    """Who may look at whom in [patches, queries]: (P + N, P + N), true = may look.
+
+    Everyone sees all patches, a query also sees the queries up to itself, and no patch sees a query.
+    """
+    length = num_patches + num_queries
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask[:, :num_patches] = True
+    return mask

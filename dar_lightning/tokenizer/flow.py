@@ -1,0 +1,72 @@
+"""Flow matching between noise (t = 0) and scaled images (t = 1): training targets, jump estimate and solvers."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+
+SOLVERS = ("euler", "adams2", "adams2_variable")
+
+
+def shift_time(u, beta: float):
+    """Flow time of uniform time u in [0, 1] (float or tensor): t = u / (u + beta (1 - u))."""
+    return u / (u + beta * (1 - u))
+
+
+def sampling_times(num_steps: int, beta: float) -> list[float]:
+    """Flow times t_0 = 0, ..., t_{S-1} of S steps, and the end, 1: S + 1 numbers."""
+    return [shift_time(i / num_steps, beta) for i in range(num_steps)] + [1.0]
+
+
+def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """x_t = t x1 + (1 - t) x0, for t of one number per sample: (B, 3, H, W) and (B,)."""
+    t = t.view(-1, 1, 1, 1)
+    return t * x1 + (1 - t) * x0
+
+
+def jump(x_t: Tensor, velocity: Tensor, t) -> Tensor:
+    """Estimate of x1 from one velocity: x_t + (1 - t) v. t is a float, or (B,)."""
+    if isinstance(t, Tensor):
+        t = t.view(-1, 1, 1, 1)
+    return x_t + (1 - t) * velocity
+
+
+def integrate(
+    velocity: Callable[[Tensor, int, float], Tensor], x: Tensor, times: list[float], solver: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Solve dx/dt = velocity from times[0] to times[-1], one step at a time.
+
+    "euler" is x += h_i v_i. "adams2" is the official two-step Adams-Bashforth, x += h_i (1.5 v_i - 0.5 v_{i-1}) after a
+    first Euler step: its coefficients are those of equal steps although the shifted times make h_i vary.
+    "adams2_variable" uses the coefficients that are second-order for uneven steps: with r = h_i / h_{i-1},
+    x += h_i ((1 + r / 2) v_i - (r / 2) v_{i-1}).
+
+    Args:
+        velocity: called as velocity(x, step, t).
+        x: state at times[0], (B, 3, H, W).
+        times: increasing flow times, ending in the last state's time.
+        solver: one of SOLVERS.
+
+    Yields:
+        After each step i: the state at times[i + 1], and the preview, which is what this step gives when it reaches
+        for t = 1 instead. After the last step the two are the same tensor. The velocity of step i is evaluated only
+        when the i-th pair is asked for, so conditioning may arrive while the solver runs.
+    """
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    previous, previous_h = None, 1.0
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        h = t_next - t
+        v = velocity(x, i, t)
+
+        def update(h: float, x=x, v=v, previous=previous, previous_h=previous_h) -> Tensor:
+            if solver == "euler" or previous is None:
+                return x + h * v
+            half_ratio = 0.5 if solver == "adams2" else 0.5 * h / previous_h
+            return x + h * ((1 + half_ratio) * v - half_ratio * previous)
+
+        preview = update(times[-1] - t)
+        x = preview if i == len(times) - 2 else update(h)
+        previous, previous_h = v, h
+        yield x, preview

@@ -1,0 +1,253 @@
+"""SequentialDiffusionTokenizer: images <-> ordered tokens, with previews, streaming and training losses."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.conditioner import Conditioner
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.decoder import PixelDecoder
+from dar_lightning.tokenizer.encoder import Encoder
+from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
+from dar_lightning.tokenizer.quantizer import VectorQuantizer
+from dar_lightning.tokenizer.schedule import GroupSchedule
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class SequentialDiffusionTokenizer(nn.Module):
+    """Turns an image into N discrete tokens whose order is the order of diffusion time, and back.
+
+    Images are float in [-1, 1], (B, 3, H, W). Groups of tokens drive diffusion steps in pixel space, so decoding can
+    start before all tokens exist (arXiv 2505.23660, section 3.1).
+
+    Args:
+        config: hyperparameters.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.schedule = GroupSchedule.from_config(config)
+        self.encoder = Encoder(config)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
+        self.conditioner = Conditioner(config)
+        self.decoder = PixelDecoder(config)
+
+    # ---- images -> tokens
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Tokens of images: (B, 3, H, W) in [-1, 1] -> (B, N) int64."""
+        self._check_size(images.shape[-2:])
+        return self.quantizer.nearest(self.encoder(images))
+
+    # ---- tokens -> images
+
+    @torch.no_grad()
+    def condition(self, codes: Tensor) -> Tensor:
+        """The causal decoder's output for codes (B, n), n <= N: (B, n, D)."""
+        self._check_codes(codes)
+        return self.conditioner(self.quantizer.lookup(codes))
+
+    @torch.no_grad()
+    def detokenize(
+        self,
+        codes: Tensor,
+        noise: Tensor | None = None,
+        solver: str = "adams2",
+        groups: int | None = None,
+        num_steps: int | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Decode tokens to images.
+
+        Args:
+            codes: (B, n) int64. All N tokens, or the whole groups that `groups` asks for.
+            noise: (B, 3, H, W) standard normal start; its size is the image's size. None draws it at image_size.
+            solver: "adams2" (official default), "euler" or "adams2_variable"; see flow.integrate.
+            groups: m, from 1 to K: stop after the first m groups and return the preview. None decodes as many groups
+                as `codes` holds.
+            num_steps: diffusion steps of the full trajectory; None is K.
+            generator: source of the drawn noise: one torch.Generator, or a list with one per image.
+
+        Returns:
+            (B, 3, H, W) images, not clipped to [-1, 1].
+
+        Raises:
+            UserError: for a group, solver, size or number of tokens that cannot be decoded.
+        """
+        if groups is None:
+            groups = self._whole_groups(codes)
+        for preview in self._previews(codes, groups, noise, solver, num_steps, generator):
+            image = preview
+        return image
+
+    @torch.no_grad()
+    def previews(
+        self,
+        codes: Tensor,
+        noise: Tensor | None = None,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """All previews from one trajectory: (B, N) tokens -> (B, K, 3, H, W); [:, -1] equals detokenize(codes).
+
+        The other arguments are those of detokenize.
+        """
+        groups = self._whole_groups(codes)
+        return torch.stack(list(self._previews(codes, groups, noise, solver, num_steps, generator)), dim=1)
+
+    def _previews(self, codes, groups: int, noise, solver, num_steps, generator) -> Iterator[Tensor]:
+        needed = self.schedule.tokens_for_groups(groups)
+        if codes.shape[1] < needed:
+            raise UserError(f"{groups} groups need {needed} tokens: the codes hold {codes.shape[1]}")
+        cond = self.condition(codes[:, :needed])
+        noise = self.draw_noise(len(codes), generator) if noise is None else noise
+        return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
+
+    @torch.no_grad()
+    def stream(
+        self, chunks: Iterable[Tensor], noise: Tensor, solver: str = "adams2", num_steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """Decode while tokens arrive: one preview (B, 3, H, W) after each group, the last one the image.
+
+        Args:
+            chunks: consecutive tokens (B, any number) in order. As soon as a group is complete, its tokens extend the
+                causal conditioner (cached) and its diffusion steps run.
+            noise: (B, 3, H, W) standard normal start.
+            solver: see flow.integrate.
+            num_steps: diffusion steps of the full trajectory; None is K.
+        """
+        return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps)
+
+    def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """After each group, the conditioning vectors (B, tokens so far, D)."""
+        chunks, cache = iter(chunks), self.conditioner.make_cache()
+        conds, waiting, done = [], [], 0
+        for group in range(1, self.config.num_groups + 1):
+            needed = self.schedule.tokens_for_groups(group)
+            while done + sum(chunk.shape[1] for chunk in waiting) < needed:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                waiting.append(chunk)
+            tokens = torch.cat(waiting, dim=1) if waiting else None
+            if needed > done:
+                conds.append(self.conditioner(self.quantizer.lookup(tokens[:, : needed - done]), cache))
+                waiting, done = [tokens[:, needed - done :]], needed
+            yield torch.cat(conds, dim=1)
+
+    @torch.no_grad()
+    def _integrate(self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None):
+        """One preview per conditioning tensor, running the diffusion steps that it allows."""
+        num_steps = self.config.num_groups if num_steps is None else num_steps
+        if num_steps < 1:
+            raise UserError(f"num_steps is {num_steps}: it must be at least 1")
+        self._check_size(noise.shape[-2:])
+        cond = None
+
+        def velocity(x: Tensor, step: int, t: float) -> Tensor:
+            start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
+            time = torch.full((len(x),), t, device=x.device)
+            return self.decoder(x, time, cond[:, start : start + self.config.window])
+
+        steps = integrate(velocity, noise, sampling_times(num_steps, self.config.time_shift), solver)
+        done = 0
+        for group, cond in enumerate(conds, start=1):  # noqa: B007  (velocity reads cond)
+            while done < self.schedule.steps_for_groups(group, num_steps):
+                _, preview = next(steps)
+                done += 1
+            yield preview / self.config.data_std
+
+    def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Standard normal noise (batch, 3, H, W), by default at image_size, with the model's device and dtype.
+
+        With a list of generators, one per image, an image's noise does not depend on its batch.
+        """
+        height, width = size or (self.config.image_size, self.config.image_size)
+        parameter = self.decoder.conv_in.weight
+        if isinstance(generator, list):
+            if len(generator) != batch:
+                raise UserError(f"generator is a list of {len(generator)}: {batch} images need {batch}")
+            return torch.cat([self.draw_noise(1, one, (height, width)) for one in generator])
+        # A CPU generator draws the same noise for every device.
+        device = parameter.device if generator is None else generator.device
+        noise = torch.randn(batch, 3, height, width, generator=generator, device=device)
+        return noise.to(parameter)
+
+    # ---- training
+
+    def training_losses(
+        self, images: Tensor, u: Tensor | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of one training step (paper, section 3.1).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            u: (B,) uniform times in [0, 1]; None draws them.
+            noise: like images; None draws it.
+
+        Returns:
+            Scalars "flow" (velocity error / data_std^2), "vq" and "commit" (0.25 included), the two averaged over the
+            tokens up to the last one that the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N);
+            with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
+        """
+        self._check_size(images.shape[-2:])
+        u = torch.rand(len(images), device=images.device) if u is None else u
+        latents, codes, vq, commit = self.quantizer(self.encoder(images))
+        losses = self.flow_loss(images, latents, u, noise)
+        window = self.schedule.windows(u)
+        read = torch.arange(self.config.num_tokens, device=u.device) <= window[:, -1:]  # (B, N)
+        return losses | {
+            "vq": (vq * read).sum() / read.sum(),
+            "commit": (commit * read).sum() / read.sum(),
+            "codes": codes,
+        }
+
+    def flow_loss(self, images: Tensor, latents: Tensor, u: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """Flow-matching part of training_losses, from latents (B, N, codebook_dim), quantized or not."""
+        config = self.config
+        cond = self.conditioner(latents)
+        window = self.schedule.windows(u)  # (B, n)
+        cond = cond.gather(1, window[:, :, None].expand(-1, -1, cond.shape[-1]))
+        x1 = config.data_std * images
+        x0 = torch.randn_like(x1) if noise is None else noise
+        t = shift_time(u, config.time_shift)
+        x_t = interpolate(x0, x1, t)
+        if config.repa_layer is None:
+            velocity, hidden = self.decoder(x_t, t, cond), None
+        else:
+            velocity, hidden = self.decoder.forward_with_hidden(x_t, t, cond)
+        flow = (velocity.float() - (x1 - x0)).square().mean() / config.data_std**2
+        losses = {"flow": flow, "x1_hat": jump(x_t, velocity, t) / config.data_std}
+        return losses if hidden is None else losses | {"hidden": hidden}
+
+    # ---- checks
+
+    def _check_size(self, size) -> None:
+        for side in size:
+            for name in ("encoder_patch_size", "decoder_patch_size"):
+                if side % getattr(self.config, name):
+                    raise UserError(
+                        f"image size {tuple(size)} is not a multiple of {name} {getattr(self.config, name)}"
+                    )
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 2 or codes.is_floating_point() or codes.shape[1] > self.config.num_tokens:
+            raise UserError(
+                f"codes are {codes.dtype} {tuple(codes.shape)}: need integers (B, at most {self.config.num_tokens})"
+            )
+
+    def _whole_groups(self, codes: Tensor) -> int:
+        self._check_codes(codes)
+        whole = [
+            m for m in range(1, self.config.num_groups + 1) if self.schedule.tokens_for_groups(m) <= codes.shape[1]
+        ]
+        group = self.config.num_tokens // self.config.num_groups
+        if not whole or codes.shape[1] % group:
+            raise UserError(f"codes hold {codes.shape[1]} tokens: decoding needs a whole number of groups of {group}")
+        return whole[-1]
