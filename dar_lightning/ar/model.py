@@ -1,4 +1,4 @@
-"""Llama that predicts image tokens one by one after a class token. Knows nothing of images, sampling or training loops."""
+"""Llama that predicts image tokens one by one after a class token. Knows nothing of images or of sampling."""
 
 import torch
 import torch.nn.functional as F

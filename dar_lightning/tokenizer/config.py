@@ -68,9 +68,7 @@ class TokenizerConfig:
         if self.num_tokens > TABLE_ROWS:
             raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
         if self.num_tokens % self.num_groups:
-            raise UserError(
-                f"num_tokens {self.num_tokens} does not divide into num_groups {self.num_groups} equal groups"
-            )
+            raise UserError(f"num_tokens {self.num_tokens} is not a multiple of num_groups {self.num_groups}")
         if not 1 <= self.window <= self.num_tokens:
             raise UserError(f"tokens_per_step is {self.window}: it must be from 1 to num_tokens, {self.num_tokens}")
         for name in ("encoder_patch_size", "decoder_patch_size"):

@@ -1,6 +1,7 @@
 """Flow matching between noise (t = 0) and scaled images (t = 1): training targets, jump estimate and solvers."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def integrate(
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
     previous, previous_h = None, 1.0
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         h = t_next - t
         v = velocity(x, i, t)
 
