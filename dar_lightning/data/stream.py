@@ -1,0 +1,203 @@
+"""The order of the data: which samples are in batch number p, on which rank, whatever happened before.
+
+Nothing here has a state that grows. The order of epoch e is a function of (seed, e), and everything random about a
+sample is a function of (seed, epoch, sample), so one integer, the number of batches taken, says where a run stands.
+Hence the batches do not depend on the number of workers, resuming needs no replay, and two devices with half the batch
+size see the same global batches as one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dar_lightning.errors import UserError
+
+
+class Ticket(NamedTuple):
+    """What a sampler hands to a dataset: a sample's number, the epoch (for its crop), and False where it only pads."""
+
+    index: int
+    epoch: int = 0
+    valid: bool = True
+
+
+def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
+    """The order of one epoch: blocks (shards) shuffled, then samples shuffled within windows of that many blocks.
+
+    Shuffling in windows keeps reads local: at most `window` shards are in use at a time.
+
+    Args:
+        sizes: Samples per block.
+        seed: Seed of the run.
+        epoch: Epoch; every one has an order of its own.
+        window: Blocks per window.
+
+    Returns:
+        (sum(sizes),) int64, a permutation.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    starts = np.cumsum([0, *sizes])
+    blocks = [np.arange(starts[b], starts[b + 1]) for b in generator.permutation(len(sizes))]
+    windows = [np.concatenate(blocks[i : i + window]) for i in range(0, len(blocks), window)]
+    return np.concatenate([generator.permutation(samples) for samples in windows])
+
+
+class TrainSampler(DistributedSampler):
+    """Tickets for one rank, from batch number `position` onwards, one epoch's worth at a time.
+
+    Global batch g of an epoch is the g-th run of `batch_size * num_replicas` samples in that epoch's order, cut evenly
+    over the ranks; the remainder is dropped. It is a DistributedSampler so that Lightning leaves it in place; the
+    epoch comes from `position`, and `set_epoch` has no effect.
+
+    Args:
+        dataset: For its length.
+        order: Epoch -> permutation of the dataset.
+        batch_size: Samples per batch and rank.
+        num_replicas: Number of ranks.
+        rank: This one.
+    """
+
+    def __init__(
+        self, dataset: Dataset, order: Callable[[int], np.ndarray], batch_size: int, num_replicas: int, rank: int
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, drop_last=True)
+        self.order, self.batch_size = order, batch_size
+        self.global_batch = batch_size * num_replicas
+        self.batches = len(dataset) // self.global_batch
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[Ticket]:
+        last = None
+        for position in range(self.position, self.position + self.batches):
+            epoch, batch = divmod(position, self.batches)
+            if epoch != last:
+                order, last = self.order(epoch), epoch
+            start = batch * self.global_batch + self.rank * self.batch_size
+            for index in order[start : start + self.batch_size]:
+                yield Ticket(int(index), epoch)
+
+
+class EvalSampler(DistributedSampler):
+    """Every sample once over all ranks, in order; ranks that would run short repeat the last one with `valid=False`."""
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        size = len(self.dataset)
+        for index in range(self.rank, self.num_replicas * len(self), self.num_replicas):
+            yield Ticket(min(index, size - 1), valid=index < size)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers' user errors arrive as the one line that they are, not as a traceback."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+
+
+class TrainLoader(Loader):
+    """Counts the batches that it has given out, and starts anywhere.
+
+    `len()` is that of a full epoch. An iteration starts at `position` and gives one epoch's worth, so a run that was
+    stopped in mid-epoch, or is limited to a part of each epoch, goes on with the next batch.
+    """
+
+    sampler: TrainSampler
+
+    @property
+    def position(self) -> int:
+        """Number of batches given out since the start of the run."""
+        return self.sampler.position
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            self.sampler.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands, and what must be the same for this to mean anything."""
+        sampler = self.sampler
+        return {"position": self.position, "global_batch": sampler.global_batch, "samples": len(sampler.dataset)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: The global batch or the data are not those of the checkpoint.
+        """
+        mine = self.state_dict()
+        for name, what in (("global_batch", "batch size x devices"), ("samples", "number of training samples")):
+            if state[name] != mine[name]:
+                raise UserError(
+                    f"cannot resume: {what} was {state[name]} in the checkpoint and is {mine[name]} now; use the same, "
+                    "or start a new run from its weights"
+                )
+        self.sampler.position = state["position"]
+
+
+class StreamDataModule(L.LightningDataModule):
+    """What all DataModules share: the two kinds of loader, and the place in the data inside of checkpoints.
+
+    Args:
+        batch_size: Samples per batch and device.
+        num_workers: Worker processes per loader; the batches do not depend on it.
+        seed: Order of the samples, and crops.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not a number of samples, give at least 1")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._loader: TrainLoader | None = None
+        self._restored: dict[str, int] | None = None
+
+    def _train_loader(self, dataset: Dataset, order: Callable[[int], np.ndarray]) -> Loader:
+        world, rank, overfit = 1, 0, 0
+        if self.trainer is not None:
+            world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
+        if overfit:  # the same few batches in every epoch
+            return Loader(dataset, self.batch_size, drop_last=True, **self._worker_options())
+        sampler = TrainSampler(dataset, order, self.batch_size, world, rank)
+        if sampler.batches == 0:
+            raise UserError(
+                f"batch_size: {self.batch_size} on {world} device(s) is more than the {len(dataset)} training samples"
+            )
+        self._loader = TrainLoader(
+            dataset, self.batch_size, sampler=sampler, drop_last=True, **self._worker_options(persistent=True)
+        )
+        if self._restored is not None:
+            self._loader.load_state_dict(self._restored)
+            self._restored = None
+        return self._loader
+
+    def _eval_loader(self, dataset: Dataset) -> Loader:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        return Loader(dataset, self.batch_size, sampler=EvalSampler(dataset, world, rank), **self._worker_options())
+
+    def _worker_options(self, persistent: bool = False) -> dict[str, Any]:
+        workers = self.num_workers
+        return {
+            "num_workers": workers,
+            "persistent_workers": persistent and workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning keeps this in every checkpoint."""
+        return {"stream": self._loader.state_dict() if self._loader is not None else self._restored}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called before the loaders are made."""
+        self._restored = state_dict["stream"]
