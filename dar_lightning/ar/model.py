@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.errors import UserError
+from dar_lightning.pretrained import PretrainedMixin
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
@@ -96,12 +97,14 @@ class Block(nn.Module):
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
 
 
-class ARModel(nn.Module):
+class ARModel(nn.Module, PretrainedMixin):
     """Class-conditional Llama over the token sequence (paper, section 3.2).
 
     Args:
         config: hyperparameters.
     """
+
+    config_class = ARConfig
 
     def __init__(self, config: ARConfig):
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
+from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
@@ -17,7 +18,7 @@ from dar_lightning.tokenizer.schedule import GroupSchedule
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class SequentialDiffusionTokenizer(nn.Module):
+class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     """Turns an image into N discrete tokens whose order is the order of diffusion time, and back.
 
     Images are float in [-1, 1], (B, 3, H, W). Groups of tokens drive diffusion steps in pixel space, so decoding can
@@ -26,6 +27,8 @@ class SequentialDiffusionTokenizer(nn.Module):
     Args:
         config: hyperparameters.
     """
+
+    config_class = TokenizerConfig
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()

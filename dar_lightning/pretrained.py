@@ -1,0 +1,268 @@
+"""Our weight format: a folder with config.json and model.safetensors, written atomically and read strictly.
+
+Also the Hugging Face Hub: `from_pretrained` takes a repository name, `push_to_hub` uploads. A local folder never needs
+the network.
+"""
+
+import json
+import os
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+FORMAT_VERSION = 1
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+One part of a D-AR model (Diffusion via Autoregressive Models): weights in `model.safetensors`, hyperparameters in
+`config.json`. Load the folder with the class that `config.json` names, from the package `dar_lightning`:
+`SequentialDiffusionTokenizer.from_pretrained(path_or_repo)` or `ARModel.from_pretrained(path_or_repo)`.
+"""
+
+
+class PretrainedMixin(
+    ModelHubMixin,
+    library_name="dar-lightning",
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2505.23660",
+    tags=["d-ar", "image-generation"],
+    model_card_template=MODEL_CARD,
+):
+    """save_pretrained, from_pretrained and push_to_hub for a module that is built from one plain config dataclass.
+
+    A subclass names that dataclass in `config_class` and keeps it in `self.config`.
+    """
+
+    config_class: type
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and a short README.md into a folder.
+
+        Args:
+            save_directory: the folder; made if missing, its older weights replaced.
+            kwargs: those of huggingface_hub's mixin (push_to_hub, repo_id, ...).
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        except OSError as error:
+            raise UserError(f"cannot write weights to {save_directory}: {one_line(error)}") from error
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin has removed config.json. It comes back last, so an interrupted save leaves a folder that is refused
+        # instead of new weights beside an old config.
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(
+            save_directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+        )
+        header = {"model_type": type(self).__name__, "format_version": FORMAT_VERSION}
+        text = json.dumps(header | self.config.to_dict(), indent=2) + "\n"
+        write_atomically(save_directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ):
+        """Build the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or a repository name such as "someone/dar-l".
+            revision: branch, tag or commit of the repository. This and the next four are for repositories only.
+            cache_dir: where downloads are kept.
+            force_download: download even what is cached.
+            local_files_only: use the cache only.
+            token: access token for a private repository.
+
+        Returns:
+            The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
+
+        Raises:
+            UserError: if the folder, its config or its weights are missing, broken, or of another model.
+        """
+        folder = resolve_folder(
+            pretrained_model_name_or_path,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        values = read_json(folder / CONFIG_NAME)
+        model_type = values.pop("model_type", None)
+        if model_type != cls.__name__:
+            raise UserError(f"{folder / CONFIG_NAME} is of a {model_type}: need a {cls.__name__}")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder / CONFIG_NAME} has format_version {version}: this dar_lightning reads {FORMAT_VERSION}"
+            )
+        model = cls(build_config(cls.config_class, values, folder / CONFIG_NAME))
+        load_tensors(model, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        return model.eval()
+
+
+# ---- folders and files
+
+
+def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
+    """The local folder itself, or a repository's files downloaded from the Hugging Face Hub.
+
+    Raises:
+        UserError: if there is neither such a folder nor such a repository.
+    """
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo)
+    try:
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
+    except HFValidationError as error:
+        raise UserError(f"{path_or_repo} is not a folder, and no name of a Hugging Face repository either") from error
+    except OSError as error:
+        raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, and move it to `path` when it is complete and on the disk."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: if the file is missing or holds anything else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the folder holds no complete model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: need an object of hyperparameters")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: if the file is missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: need a safetensors file")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, for an error of our own."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- checks
+
+
+def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
+    """A config dataclass from plain values; a value that is absent keeps its default, so that old files stay readable.
+
+    Raises:
+        UserError: for a name that the dataclass does not have, a value of another type, or an impossible one.
+    """
+    hints = typing.get_type_hints(config_class)
+    hints = {name: hints[name] for name in config_class.__dataclass_fields__}
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", str(hints[name]))
+            raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
+    try:
+        return config_class(**values)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(hint))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], origin: Any) -> None:
+    """Load weights into a module, every one of them: the strict counterpart of load_state_dict.
+
+    If all of them share one floating dtype, the module takes it.
+
+    Args:
+        module: whose state dict names what is needed.
+        tensors: weights under the module's names.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity. The
+            module is then as it was.
+    """
+    wanted = module.state_dict()
+    problems = []
+    if missing := [name for name in wanted if name not in tensors]:
+        problems.append(f"missing {_some(missing)}")
+    if unknown := [name for name in tensors if name not in wanted]:
+        problems.append(f"unknown {_some(unknown)}")
+    for name in [name for name in wanted if name in tensors]:
+        if not isinstance(tensors[name], Tensor):
+            problems.append(f"{name} is a {type(tensors[name]).__name__}, not a tensor")
+        elif tensors[name].shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, need {tuple(wanted[name].shape)}")
+        elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
+            problems.append(f"{name} is {tensors[name].dtype}, need {wanted[name].dtype}")
+    # Values come after shapes: a file may claim a shape that no machine can hold.
+    if not problems:
+        problems = [f"{name} holds NaN or infinity" for name in wanted if not tensors[name].isfinite().all()]
+    if problems:
+        more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
+        raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        module.to(dtypes.pop())
+    module.load_state_dict(tensors)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
