@@ -183,8 +183,11 @@ class StreamDataModule(L.LightningDataModule):
         return self._loader
 
     def _eval_loader(self, dataset: Dataset) -> Loader:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-        return Loader(dataset, self.batch_size, sampler=EvalSampler(dataset, world, rank), **self._worker_options())
+        trainer = self.trainer
+        sampler = None  # in order; Lightning then knows that nothing is shuffled
+        if trainer is not None and trainer.world_size > 1:
+            sampler = EvalSampler(dataset, trainer.world_size, trainer.global_rank)
+        return Loader(dataset, self.batch_size, sampler=sampler, **self._worker_options())
 
     def _worker_options(self, persistent: bool = False) -> dict[str, Any]:
         workers = self.num_workers

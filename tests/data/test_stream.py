@@ -1,0 +1,175 @@
+"""The order of the data, alone and under a Trainer that is stopped and resumed."""
+
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.stream import EvalSampler, TrainSampler, shuffled
+from dar_lightning.errors import UserError
+
+
+def make(shards: Path, **options) -> ImageNetDataModule:
+    return ImageNetDataModule(str(shards), str(shards), **{"image_size": 16, "batch_size": 4, "seed": 3} | options)
+
+
+class Recorder(L.LightningModule):
+    """Trains nothing; writes down what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[list[str], int]] = []
+        self.validated: list[str] = []
+
+    def training_step(self, batch, batch_idx):
+        pixels = batch["image"].long()  # (B, 3, S, S)
+        checksum = (pixels * torch.arange(pixels.numel()).view_as(pixels)).sum().item()
+        self.seen.append((batch["key"], checksum))
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += [key for key, valid in zip(batch["key"], batch["valid"], strict=True) if valid]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(shards: Path, root: Path, ckpt_path: str | None = None, workers: int = 0, callbacks=(), **options):
+    model = Recorder()
+    trainer = L.Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(model, datamodule=make(shards, num_workers=workers), ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def test_shuffled_is_a_local_permutation():
+    sizes = [5, 3, 8, 4]
+    orders = [shuffled(sizes, seed=0, epoch=epoch, window=2) for epoch in range(5)]
+    for order in orders:
+        assert sorted(order) == list(range(20))
+        shard_of = [next(i for i, end in enumerate((5, 8, 16, 20)) if index < end) for index in order]
+        one, two = list(dict.fromkeys(shard_of))[:2]
+        cut = sizes[one] + sizes[two]  # the first window ends here
+        assert set(shard_of[:cut]).isdisjoint(shard_of[cut:])
+        assert shard_of[:cut] != sorted(shard_of[:cut], key=[one, two].index)  # and is mixed
+    assert len({tuple(order) for order in orders}) == 5
+    assert (shuffled(sizes, 0, 1, 2) == orders[1]).all()
+    assert (shuffled(sizes, 1, 1, 2) != orders[1]).any()
+
+
+def test_global_batches_do_not_depend_on_ranks():
+    dataset = range(26)
+
+    def order(epoch):
+        return shuffled([10, 9, 7], 0, epoch, 2)
+
+    def batches(batch_size, world):
+        ranks = [list(TrainSampler(dataset, order, batch_size, world, rank)) for rank in range(world)]
+        assert len({len(tickets) for tickets in ranks}) == 1
+        return [
+            [ticket for tickets in ranks for ticket in tickets[start : start + batch_size]]
+            for start in range(0, len(ranks[0]), batch_size)
+        ]
+
+    assert batches(8, 1) == batches(4, 2) == batches(2, 4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_validation_has_every_sample_once_on_any_number_of_ranks(world):
+    ranks = [list(EvalSampler(range(26), world, rank)) for rank in range(world)]
+    assert len({len(tickets) for tickets in ranks}) == 1
+    assert sorted(t.index for tickets in ranks for t in tickets if t.valid) == list(range(26))
+
+
+def test_workers_change_nothing(shards):
+    loaders = [make(shards, num_workers=workers).train_dataloader() for workers in (0, 2)]
+    for _ in range(2):  # epochs
+        for one, other in zip(*loaders, strict=True):
+            assert one["key"] == other["key"]
+            assert torch.equal(one["image"], other["image"])
+
+
+def test_epochs_differ_and_have_no_repeats(shards):
+    loader = make(shards, batch_size=2).train_dataloader()
+    epochs = [
+        [(key, image) for batch in loader for key, image in zip(batch["key"], batch["image"], strict=True)]
+        for _ in (0, 1)
+    ]
+    for epoch in epochs:
+        assert max(Counter(key for key, _ in epoch).values()) == 1
+        assert len(epoch) == 26
+    assert [key for key, _ in epochs[0]] != [key for key, _ in epochs[1]]
+    pixels = [dict(epoch) for epoch in epochs]
+    assert sum(torch.equal(pixels[0][key], pixels[1][key]) for key in pixels[0]) < 5  # other crops
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 4, 6, 8, 12], ids=lambda step: f"step{step}")
+def test_resume_from_a_step_checkpoint(shards, tmp_path, workers, stop):
+    """26 samples in batches of 4: epochs of 6 steps, so steps 6 and 12 are at their edge."""
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
+    whole, _ = fit(shards, tmp_path, workers=workers, callbacks=[checkpoint], max_steps=15)
+    assert len(whole.seen) == 15
+    resumed, _ = fit(shards, tmp_path, str(tmp_path / f"step={stop}.ckpt"), 2 - workers, max_steps=15)
+    assert resumed.seen == whole.seen[stop:]
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_epochs": 3, "limit_train_batches": 4}], ids=str)
+def test_resume_from_an_epoch_checkpoint(shards, tmp_path, options):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole, _ = fit(shards, tmp_path, callbacks=[checkpoint], **options)
+    for epoch in (0, 1):
+        resumed, _ = fit(shards, tmp_path, str(tmp_path / f"epoch={epoch}.ckpt"), **options)
+        assert resumed.seen == whole.seen[len(whole.seen) // 3 * (epoch + 1) :]
+
+
+def test_resume_after_validation_in_mid_epoch(shards, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)  # saves when validation ends
+    options = {"max_steps": 14, "val_check_interval": 3}
+    whole, _ = fit(shards, tmp_path, callbacks=[checkpoint], **options)
+    for stop in (3, 6, 9, 12):
+        resumed, _ = fit(shards, tmp_path, str(tmp_path / f"step={stop}.ckpt"), **options)
+        assert resumed.seen == whole.seen[stop:]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_longer_run_after_the_end(shards, tmp_path, stop):
+    """`max_steps` was reached, and the same run is asked for more."""
+    whole, _ = fit(shards, tmp_path, max_steps=14)
+    first, trainer = fit(shards, tmp_path, max_steps=stop)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    second, _ = fit(shards, tmp_path, str(tmp_path / "end.ckpt"), max_steps=14)
+    assert first.seen + second.seen == whole.seen
+
+
+def test_resume_refuses_another_global_batch(shards, tmp_path):
+    _, trainer = fit(shards, tmp_path, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loader = make(shards, batch_size=5)
+    loader.load_state_dict(trainer.datamodule.state_dict())
+    with pytest.raises(UserError, match="batch size x devices was 4 in the checkpoint and is 5 now"):
+        loader.train_dataloader()
+
+
+def test_overfit_repeats_the_same_batches(shards, tmp_path):
+    model, _ = fit(shards, tmp_path, overfit_batches=2, max_epochs=3)
+    assert model.seen[:2] == model.seen[2:4] == model.seen[4:]
+
+
+def test_validation_under_the_trainer(shards, tmp_path):
+    model, _ = fit(shards, tmp_path, max_epochs=1)
+    assert sorted(model.validated) == [f"photo-{number:03d}" for number in range(26)]
