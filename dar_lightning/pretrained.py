@@ -210,6 +210,8 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
         if not _is_of(value, hints[name]):
             wanted = getattr(hints[name], "__name__", str(hints[name]))
             raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
+    # 2 and 2.0 are one value: kept as one, since the config is part of a model's fingerprint.
+    values = {name: float(value) if hints[name] is float else value for name, value in values.items()}
     try:
         return config_class(**values)
     except UserError as error:
@@ -225,7 +227,9 @@ def _is_of(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], origin: Any) -> None:
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
+) -> None:
     """Load weights into a module, every one of them: the strict counterpart of load_state_dict.
 
     If all of them share one floating dtype, the module takes it.
@@ -234,27 +238,25 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], origin: Any) 
         module: whose state dict names what is needed.
         tensors: weights under the module's names.
         origin: file or words that an error message starts with.
+        names: what the file calls a tensor, for error messages, where that is not the module's name.
 
     Raises:
         UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity. The
             module is then as it was.
     """
-    wanted = module.state_dict()
+    wanted, names = module.state_dict(), names or {}
     problems = []
-    if missing := [name for name in wanted if name not in tensors]:
+    if missing := [names.get(name, name) for name in wanted if name not in tensors]:
         problems.append(f"missing {_some(missing)}")
-    if unknown := [name for name in tensors if name not in wanted]:
+    if unknown := [str(name) for name in tensors if name not in wanted]:
         problems.append(f"unknown {_some(unknown)}")
-    for name in [name for name in wanted if name in tensors]:
-        if not isinstance(tensors[name], Tensor):
-            problems.append(f"{name} is a {type(tensors[name]).__name__}, not a tensor")
-        elif tensors[name].shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, need {tuple(wanted[name].shape)}")
-        elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
-            problems.append(f"{name} is {tensors[name].dtype}, need {wanted[name].dtype}")
+    present = [name for name in wanted if name in tensors]
+    problems += [
+        f"{names.get(name, name)} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))
+    ]
     # Values come after shapes: a file may claim a shape that no machine can hold.
     if not problems:
-        problems = [f"{name} holds NaN or infinity" for name in wanted if not tensors[name].isfinite().all()]
+        problems = [f"{names.get(name, name)} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
@@ -262,6 +264,20 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], origin: Any) 
     if len(dtypes) == 1:
         module.to(dtypes.pop())
     module.load_state_dict(tensors)
+
+
+def _misfit(tensor: Any, wanted: Tensor) -> str | None:
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.shape != wanted.shape:
+        return f"is {tuple(tensor.shape)}, need {tuple(wanted.shape)}"
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        return f"is {tensor.dtype}, need {wanted.dtype}"
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(tensor.isfinite().all())
 
 
 def _some(names: list[str]) -> str:

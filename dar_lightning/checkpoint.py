@@ -1,0 +1,96 @@
+"""Reading checkpoints that others made: tensors and plain values come out, no code ever runs.
+
+A .pt or .ckpt file is a pickle, and a pickle is a program. Only safetensors and torch's restricted unpickler
+(weights_only) are used, without a fallback. The official D-AR files pickle two classes beside their tensors; they are
+admitted by name, as inert stand-ins.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+from dar_lightning.pretrained import one_line, read_safetensors
+
+Weights = Literal["auto", "ema", "raw"]
+
+
+class PickledNamespace:
+    """Takes the place of argparse.Namespace in a pickle: attributes only."""
+
+
+class PickledConfig:
+    """Takes the place of the official code's config_util.Config: a mapping kept in the attribute `_data`."""
+
+
+STAND_INS = [(PickledNamespace, "argparse.Namespace"), (PickledConfig, "config_util.Config")]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a .safetensors, .pt, .pth or .ckpt file, with its tensors on the CPU.
+
+    Raises:
+        UserError: if the file is missing, broken, no dictionary, or names anything but tensors, plain values and the
+            two stand-ins.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # A broken file can raise anything at all; whatever it is, the file is at fault.
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
+    return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    # torch's own message explains at length how to run the file's code after all: keep only what was found.
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it names {refused[1]}, and only tensors and plain values are loaded"
+    if found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
+        return f"not a plain checkpoint ({found[1].strip()})"
+    return one_line(error)
+
+
+def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint in one of the layouts of the official code's family.
+
+    Layouts: a bare state dict; {"model": ..., "ema": ...}; "module" (DeepSpeed) or "state_dict" instead of "model".
+    The prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`) are taken off the names.
+
+    Args:
+        checkpoint: from read_checkpoint.
+        weights: "ema", "raw", or "auto".
+        prefer_ema: what "auto" takes from a file that has both.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: if the file has no such weights.
+    """
+    raw = next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
+    ema = "ema" if isinstance(checkpoint.get("ema"), Mapping) else None
+    if weights == "ema" and ema is None:
+        raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {', '.join(checkpoint)[:200]}")
+    if weights == "ema" or (weights == "auto" and ema and (prefer_ema or raw is None)):
+        state = checkpoint[ema]
+    elif raw is not None:
+        state = checkpoint[raw]
+    elif ema is not None:
+        raise UserError(f"{origin} holds only EMA weights: weights is 'raw'")
+    else:
+        state = checkpoint
+    return {_plain_name(name): tensor for name, tensor in state.items()}
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))

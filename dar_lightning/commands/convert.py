@@ -1,0 +1,60 @@
+"""`dar convert`: an official checkpoint file becomes a folder in our format."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dar_lightning.checkpoint import Weights, pick_weights, read_checkpoint
+from dar_lightning.errors import UserError
+from dar_lightning.pretrained import one_line
+from dar_lightning.weights import fingerprint, load_official_ar, load_official_tokenizer
+
+
+def convert(
+    input: Path,
+    output: Path,
+    official_config: Path | None = None,
+    part: Literal["auto", "tokenizer", "ar"] = "auto",
+    weights: Weights = "auto",
+) -> None:
+    """Write the official implementation's tokenizer or AR model in our format.
+
+    Args:
+        input: the official .pt or .safetensors file.
+        output: folder for config.json and model.safetensors.
+        official_config: YAML or JSON file: the tokenizer's official YAML, or the AR model's constructor arguments.
+            Needed where the file carries none and the AR model is not of a released size.
+        part: what the file holds; "auto" tells by its tensors.
+        weights: "ema" or "raw" of a training checkpoint; "auto" takes what the official code's own loader takes.
+    """
+    checkpoint = read_checkpoint(input)
+    if part == "auto":
+        part = _part_of(pick_weights(checkpoint, "auto", prefer_ema=True, origin=input), input)
+    load = load_official_tokenizer if part == "tokenizer" else load_official_ar
+    config = None if official_config is None else _read_yaml(official_config)
+    try:
+        model = load(checkpoint, config, weights)
+    except UserError as error:
+        raise UserError(f"{input}: {error}") from error
+    model.save_pretrained(output)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{output}: {type(model).__name__}, {count / 1e6:.2f}M parameters, fingerprint {fingerprint(model)[:12]}")
+
+
+def _part_of(state: dict[str, Any], origin: Path) -> str:
+    if "tok_embeddings.weight" in state:
+        return "ar"
+    if "quantize.embedding.weight" in state:
+        return "tokenizer"
+    raise UserError(f"{origin} holds neither an official tokenizer nor an official AR model")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: need a mapping")
+    return values
