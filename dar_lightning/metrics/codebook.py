@@ -1,0 +1,29 @@
+"""How much of a codebook is in use."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class CodebookUse(Metric):
+    """Share of codes that occur at least once, and perplexity of their distribution (1 to codebook_size).
+
+    Args:
+        codebook_size: number of codes.
+    """
+
+    full_state_update = False
+
+    def __init__(self, codebook_size: int):
+        super().__init__()
+        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, codes: Tensor) -> None:
+        """Count codes, int64 of any shape."""
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(share used, from 0 to 1; perplexity)."""
+        share = self.counts.float() / self.counts.sum().clamp(min=1)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        return (self.counts > 0).float().mean(), entropy.exp()

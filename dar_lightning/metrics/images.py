@@ -1,0 +1,214 @@
+"""Sets of images to measure: an npz, a folder, shards, or a pipeline that draws them; read in batches, never whole."""
+
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from dar_lightning.data.imagenet import decode, read_label
+from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
+from dar_lightning.data.transforms import center_crop, to_tensor, to_uint8
+from dar_lightning.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
+
+
+class ImageSet(Protocol):
+    """Images of one size, in a fixed order.
+
+    Attributes:
+        protocol: what a reader needs to know to measure the same images again, for JSON.
+    """
+
+    protocol: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Reads the set once, in order."""
+
+
+class NpzImages:
+    """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,). Decompressed as it is read."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        self.path, self.option = path, option
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                self.shape, fortran, dtype = _npy_header(file)
+            with np.load(path) as arrays:
+                labels = arrays.get("labels")
+        except KeyError as error:
+            raise UserError(f"{option}: {path} holds no arr_0, which must be uint8 (n, H, W, 3)") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{option}: {path} is not a readable npz file ({error})") from error
+        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3:
+            raise UserError(
+                f"{option}: arr_0 of {path} must be uint8 (n, H, W, 3), values 0 to 255; is {dtype} {self.shape}"
+            )
+        if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
+            raise UserError(
+                f"{option}: labels of {path} must be {self.shape[0]} integers, are {labels.dtype} {labels.shape}"
+            )
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        self.protocol = {"npz": str(path)}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        height, width = self.shape[1:3]
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            _npy_header(file)
+            for start in range(0, len(self), batch_size):
+                count = min(batch_size, len(self) - start)
+                content = bytearray(file.read(count * height * width * 3))
+                if len(content) < count * height * width * 3:
+                    raise UserError(f"{self.option}: arr_0 of {self.path} ends early; write it again")
+                images = torch.frombuffer(content, dtype=torch.uint8).view(count, height, width, 3)
+                labels = None if self.labels is None else self.labels[start : start + count]
+                yield images.permute(0, 3, 1, 2), labels
+
+
+class FolderImages:
+    """Image files anywhere below a folder, in the order of their paths; without labels."""
+
+    def __init__(self, path: Path, option: str, image_size: int | None) -> None:
+        self.option, self.image_size = option, image_size
+        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        self.protocol = {"folder": str(path), "crop": _crop_name(image_size)}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        return _stack(((self._read(file), None) for file in self.files), batch_size, self.option)
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            image = Image.open(file).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"{self.option}: {file} cannot be decoded ({error})") from error
+        return _cropped(image, self.image_size)
+
+
+class ShardImages:
+    """WebDataset shards; labelled when their samples have a `.cls` member."""
+
+    def __init__(self, source: str, option: str, image_size: int | None) -> None:
+        self.option, self.image_size = option, image_size
+        self.reader = ShardReader(ShardIndex.load(source, option))
+        self.labelled = "cls" in self.reader[0][2]
+        self.protocol = {"shards": source, "crop": _crop_name(image_size)}
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        return _stack((self._read(number) for number in range(len(self))), batch_size, self.option)
+
+    def _read(self, number: int) -> tuple[Tensor, int | None]:
+        shard, key, members = self.reader[number]
+        image = _cropped(decode(members, shard, key), self.image_size)
+        return image, read_label(members, shard, key, None) if self.labelled else None
+
+
+class DrawnImages:
+    """Class-balanced samples of a pipeline: image i is of class i mod num_classes and depends on (seed, i) alone.
+
+    Args:
+        path: a folder that `DARPipeline.save_pretrained` wrote.
+        count: number of images.
+        seed: with i it seeds the generator of image i, so batch size and order of drawing do not matter.
+        guidance: classifier-free guidance, constant.
+        device: where to draw.
+    """
+
+    def __init__(self, path: str, count: int, seed: int, guidance: float, device: torch.device) -> None:
+        from dar_lightning.pipeline import DARPipeline
+
+        self.pipeline = DARPipeline.from_pretrained(path).to(device)
+        self.count, self.seed, self.guidance, self.device = count, seed, guidance, device
+        self.protocol = {"pipeline": path, "seed": seed, "guidance": guidance, "classes": "balanced, i mod num_classes"}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        num_classes = self.pipeline.ar.config.num_classes
+        for start in range(0, self.count, batch_size):
+            numbers = range(start, min(start + batch_size, self.count))
+            labels = torch.tensor(numbers) % num_classes
+            generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
+            with torch.no_grad():
+                images = self.pipeline.generate(labels.to(self.device), guidance=self.guidance, generator=generators)
+            yield to_uint8(images).cpu(), labels
+
+
+def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
+    """Finds out what kind of image set a path is; pipelines are not files of images and are opened apart.
+
+    Args:
+        source: an npz file, a folder of shards or a pattern of them, or a folder of images.
+        option: what the user calls this path, for the error line.
+        image_size: encoded images get ADM's centre crop to this size; None leaves them as they are.
+
+    Raises:
+        UserError: nothing there, or nothing in it.
+    """
+    path = Path(source)
+    if path.suffix == ".npz" and path.is_file():
+        images = NpzImages(path, option)
+    elif source.endswith(".tar") or (path / INDEX).is_file() or next(path.glob("*.tar"), None):
+        images = ShardImages(source, option, image_size)
+    elif path.is_dir():
+        images = FolderImages(path, option, image_size)
+    else:
+        raise UserError(f"{option}: {source} does not exist; give an npz file, or a folder of shards or of images")
+    if len(images) == 0:
+        raise UserError(f"{option}: {source} holds no images")
+    return images
+
+
+def with_progress(images: ImageSet, batch_size: int, title: str) -> Iterator[Batch]:
+    """The batches of a set, under a progress bar that counts images."""
+    with tqdm(total=len(images), desc=title, unit="image") as bar:
+        for batch in images.batches(batch_size):
+            yield batch
+            bar.update(len(batch[0]))
+
+
+def _npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of a .npy stream, which is left at its first value."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _cropped(image: Image.Image, image_size: int | None) -> Tensor:
+    return to_tensor(image if image_size is None else center_crop(image, image_size))
+
+
+def _crop_name(image_size: int | None) -> str:
+    return "none" if image_size is None else f"ADM centre crop to {image_size}"
+
+
+def _stack(items: Iterator[tuple[Tensor, int | None]], batch_size: int, option: str) -> Iterator[Batch]:
+    first = None
+    while chunk := list(islice(items, batch_size)):
+        first = chunk[0][0].shape if first is None else first
+        for image, _ in chunk:
+            if image.shape != first:
+                sizes = f"{first[1]}x{first[2]} and {image.shape[1]}x{image.shape[2]}"
+                raise UserError(f"{option}: images of different sizes, {sizes}; crop them with --image_size")
+        labels = None if chunk[0][1] is None else torch.tensor([label for _, label in chunk])
+        yield torch.stack([image for image, _ in chunk]), labels
