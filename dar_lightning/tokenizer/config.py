@@ -34,6 +34,9 @@ class TokenizerConfig:
         repa_layer: index, from 0, of the decoder block before which REPA reads the hidden state; None builds no head.
         head_dim: channels of an attention head, everywhere.
         group_rounding: which group trains at uniform time u: "round" (official code) or "ceil" (paper).
+        prediction: what the decoder's network puts out: "velocity" (official) or "image", an estimate of the scaled
+            image from which the velocity follows. Noise fills all channels of a patch, images do not, so a decoder
+            narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn "image" (arXiv 2511.13720).
         gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
         modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
     """
@@ -58,6 +61,7 @@ class TokenizerConfig:
     repa_layer: int | None = 8
     head_dim: int = 64
     group_rounding: Literal["round", "ceil"] = "round"
+    prediction: Literal["velocity", "image"] = "velocity"
     gate_init: float = 0.0
     modulation_init_std: float = 0.0
 
@@ -85,6 +89,8 @@ class TokenizerConfig:
             raise UserError(f"data_std {self.data_std} and time_shift {self.time_shift} must be positive")
         if self.group_rounding not in ("round", "ceil"):
             raise UserError(f"group_rounding is {self.group_rounding!r}: it must be 'round' or 'ceil'")
+        if self.prediction not in ("velocity", "image"):
+            raise UserError(f"prediction is {self.prediction!r}: it must be 'velocity' or 'image'")
 
     @property
     def window(self) -> int:

@@ -11,6 +11,7 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, plain_norm
 
 REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
+MIN_TIME_LEFT = 0.05  # of 1 - t, by which an image estimate is turned into a velocity
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -59,7 +60,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         dim, patch = config.decoder_dim, config.decoder_patch_size
         self.dim, self.patch, self.head_dim = dim, patch, config.head_dim
-        self.repa_layer = config.repa_layer
+        self.repa_layer, self.prediction = config.repa_layer, config.prediction
         self.conv_in = nn.Conv2d(3 * patch * patch, dim, 1)
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
@@ -80,8 +81,8 @@ class PixelDecoder(nn.Module):
         """Velocity as in forward, and the hidden patch grid (B, D, H / p, W / p) before block `repa_layer`."""
         return self._run(x, t, cond, hidden_before=self.repa_layer)
 
-    def _run(self, x: Tensor, t: Tensor, cond: Tensor, hidden_before: int | None):
-        x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
+    def _run(self, x_t: Tensor, t: Tensor, cond: Tensor, hidden_before: int | None) -> tuple[Tensor, Tensor | None]:
+        x = rearrange(x_t, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
         x = self.conv_in(x)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
@@ -95,7 +96,10 @@ class PixelDecoder(nn.Module):
             x = block(x, time, cond, rotary)
         x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
         x = self.conv_out(x)
-        return rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch), hidden
+        x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch)
+        if self.prediction == "image":
+            x = (x - x_t) / (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
+        return x, hidden
 
     def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """REPA head on the hidden grid, average-pooled to the teacher's grid: (B, D, h, w) -> (B, rows * columns, 768).

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
@@ -197,22 +198,23 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Returns:
             Scalars "flow" (velocity error / data_std^2), "vq" and "commit" (0.25 included), the two averaged over the
             tokens up to the last one that the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N);
-            with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
+            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
-        latents, codes, vq, commit = self.quantizer(self.encoder(images))
-        losses = self.flow_loss(images, latents, u, noise)
+        latents = self.encoder(images)
+        quantized, codes, vq, commit = self.quantizer(latents)
+        losses = self._flow_loss(images, quantized, u, noise)
         window = self.schedule.windows(u)
         read = torch.arange(self.config.num_tokens, device=u.device) <= window[:, -1:]  # (B, N)
         return losses | {
             "vq": (vq * read).sum() / read.sum(),
             "commit": (commit * read).sum() / read.sum(),
             "codes": codes,
+            "latents": F.normalize(latents.detach().float(), dim=-1),
         }
 
-    def flow_loss(self, images: Tensor, latents: Tensor, u: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """Flow-matching part of training_losses, from latents (B, N, codebook_dim), quantized or not."""
+    def _flow_loss(self, images: Tensor, latents: Tensor, u: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         config = self.config
         cond = self.conditioner(latents)
         window = self.schedule.windows(u)  # (B, n)

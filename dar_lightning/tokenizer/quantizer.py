@@ -20,6 +20,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         rows = torch.empty(size, dim).uniform_(-1.0 / size, 1.0 / size)
         self.codebook = nn.Parameter(F.normalize(rows, dim=-1))
+        self.bypass = False  # lets latents through unquantized, for a warm-up: see callbacks.CodebookWarmup
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each latent: (..., dim) -> (...) int64.
@@ -42,7 +43,8 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             The quantized latents (B, N, dim), whose gradient flows straight through to `latents`; the code indices
-            (B, N); and per token (B, N) the codebook loss and the commitment loss (its weight 0.25 included).
+            (B, N); and per token (B, N) the codebook loss and the commitment loss (its weight 0.25 included). With
+            `bypass` set, the unit latents themselves, and losses of zero.
         """
         indices = self.nearest(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -50,4 +52,6 @@ class VectorQuantizer(nn.Module):
             z_q = self.lookup(indices)
             vq = (z_q - z.detach()).square().mean(dim=-1)
             commit = COMMITMENT_WEIGHT * (z_q.detach() - z).square().mean(dim=-1)
+            if self.bypass:
+                return z, indices, 0 * vq, 0 * commit
             return z + (z_q - z).detach(), indices, vq, commit

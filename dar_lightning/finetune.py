@@ -1,0 +1,30 @@
+"""Starting a training run from another model's weights."""
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from dar_lightning.errors import UserError
+
+
+def init_from_pretrained(module: nn.Module, path_or_repo: str) -> None:
+    """Copy the weights of a saved model of the same class where name and shape agree, and list the others.
+
+    Args:
+        module: a SequentialDiffusionTokenizer or ARModel; changed in place.
+        path_or_repo: a folder that save_pretrained wrote, or a Hugging Face Hub repository.
+
+    Raises:
+        UserError: if nothing there can be read, or nothing fits.
+    """
+    source = type(module).from_pretrained(path_or_repo).state_dict()
+    target = module.state_dict()
+    fitting = {name: source[name] for name in target if name in source and source[name].shape == target[name].shape}
+    if not fitting:
+        raise UserError(f"init_from {path_or_repo}: no tensor there fits this config")
+    module.load_state_dict(fitting, strict=False)
+    fresh = [name for name in target if name not in fitting]
+    unused = [name for name in source if name not in fitting]
+    rank_zero_info(f"init_from {path_or_repo}: loaded {len(fitting)} of {len(target)} tensors")
+    for title, names in (("start fresh", fresh), ("were not used", unused)):
+        if names:
+            rank_zero_info(f"init_from {path_or_repo}: {len(names)} {title}: {', '.join(names)}")

@@ -1,0 +1,6 @@
+"""LightningModules: what a training step does. The models themselves are plain torch, in `tokenizer` and `ar`."""
+
+from dar_lightning.lit.ar import ARModule
+from dar_lightning.lit.tokenizer import TokenizerModule
+
+__all__ = ["ARModule", "TokenizerModule"]

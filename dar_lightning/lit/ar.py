@@ -1,0 +1,57 @@
+"""Training of the autoregressive model on token sequences."""
+
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.model import ARModel
+from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.seeding import seed_batch
+
+
+class ARModule(LightningModule):
+    """Next-token prediction with class dropout (paper, section 3.2).
+
+    Args:
+        config: hyperparameters of the model, or a preset's name: "B", "L", "XL", ...
+        optimizer: AdamW settings.
+        init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
+            weights only.
+    """
+
+    def __init__(
+        self,
+        config: ARConfig | str = "B",
+        optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
+        init_from: str | None = None,
+    ):
+        super().__init__()
+        config = ARConfig.preset(config) if isinstance(config, str) else config
+        self.save_hyperparameters({"config": config.to_dict()})
+        self.ar = ARModel(config)
+        self.optimizer = optimizer
+        if init_from is not None:
+            init_from_pretrained(self.ar, init_from)
+
+    def configure_optimizers(self):
+        return configure_adamw(self.ar, self.optimizer, self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        logits = self.ar(batch["label"], batch["codes"])  # (B, N, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
+        self.log("train/loss", loss.detach(), batch_size=len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        codes, valid = batch["codes"], batch["valid"]
+        logits = self.ar(batch["label"], codes)
+        loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[valid].mean()
+        accuracy = (logits.argmax(dim=-1) == codes)[valid].float().mean()
+        self.log_dict(
+            {"val/loss": loss, "val/accuracy": accuracy}, batch_size=int(valid.sum()), sync_dist=True, prog_bar=True
+        )

@@ -1,0 +1,75 @@
+"""Training of the sequential diffusion tokenizer."""
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dar_lightning.data.transforms import to_float
+from dar_lightning.metrics.codebook import CodebookUse
+from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.seeding import seed_batch
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.flow import SOLVERS
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+
+
+class TokenizerModule(LightningModule):
+    """Flow matching plus codebook losses (paper, section 3.1).
+
+    Args:
+        config: hyperparameters of the tokenizer, or a preset's name: "v1", "light", "tiny".
+        optimizer: AdamW settings.
+        time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
+        init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
+            weights only.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerConfig | str = "v1",
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
+        time_sampling: Literal["uniform", "stratified"] = "uniform",
+        init_from: str | None = None,
+    ):
+        super().__init__()
+        config = TokenizerConfig.preset(config) if isinstance(config, str) else config
+        self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
+        self.tokenizer = SequentialDiffusionTokenizer(config)
+        self.optimizer = optimizer
+        self.time_sampling = time_sampling
+        if init_from is not None:
+            init_from_pretrained(self.tokenizer, init_from)
+        self.codebook_use = CodebookUse(config.codebook_size)
+
+    def configure_optimizers(self):
+        return configure_adamw(self.tokenizer, self.optimizer, self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        images = to_float(batch["image"])
+        u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
+        losses = self.tokenizer.training_losses(images, u)
+        loss = losses["flow"] + losses["vq"] + losses["commit"]
+        parts = {f"train/{name}": losses[name].detach() for name in ("flow", "vq", "commit")}
+        self.log_dict(parts | {"train/loss": loss.detach()}, prog_bar=False, batch_size=len(images))
+        return {"loss": loss, "latents": losses["latents"], "codes": losses["codes"]}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        images, valid = to_float(batch["image"]), batch["valid"]
+        generator = torch.Generator().manual_seed(batch_idx)
+        u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        losses = self.tokenizer.training_losses(images[valid], u[valid], noise[valid])
+        self.codebook_use.update(losses["codes"])
+        parts = {f"val/{name}": losses[name] for name in ("flow", "vq", "commit")}
+        self.log_dict(parts, batch_size=int(valid.sum()), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        use, perplexity = self.codebook_use.compute()
+        self.log_dict({"val/codebook_use": use, "val/codebook_perplexity": perplexity})
+        self.codebook_use.reset()

@@ -1,0 +1,62 @@
+"""AdamW as the paper uses it: weight decay on matrices only, linear warm-up, and a linear end."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dar_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule: linear warm-up, constant, linear to final_lr.
+
+    Args:
+        lr: peak learning rate.
+        betas: AdamW's decay rates.
+        weight_decay: on parameters of two or more dimensions; the others get none.
+        warmup_steps: steps from 0 to lr.
+        decay_steps: length, in steps, of the linear descent that ends with the last training step; 0 for none.
+        final_lr: learning rate at its end.
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final_lr: float = 0.0
+
+    def __post_init__(self):
+        if self.lr <= 0 or min(self.weight_decay, self.warmup_steps, self.decay_steps, self.final_lr) < 0:
+            raise UserError(f"optimizer needs a positive lr and no negative value, not {self}")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Learning rate at a step (from 0), divided by lr."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if not self.decay_steps:
+            return warmup
+        left = min(max(max_steps - step, 0) / self.decay_steps, 1.0)
+        end = self.final_lr / self.lr
+        return min(warmup, end + (1.0 - end) * left)
+
+
+def configure_adamw(module: nn.Module, config: OptimizerConfig, max_steps: int) -> dict:
+    """What LightningModule.configure_optimizers returns for these settings.
+
+    Args:
+        module: its trainable parameters are optimised.
+        config: optimizer settings.
+        max_steps: optimizer steps of the whole run; needed only where the learning rate descends.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if config.decay_steps and not 0 < max_steps < float("inf"):
+        raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, max_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
