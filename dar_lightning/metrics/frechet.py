@@ -57,9 +57,11 @@ class FeatureStatistics(Metric):
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A with A @ A.T = covariance, for a symmetric matrix whose smallest eigenvalues may be rounded below zero."""
+    """A with A @ A.T = covariance, a symmetric matrix without negative eigenvalues."""
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    return eigenvectors * eigenvalues.clamp(min=0).sqrt()
+    # Below this an eigenvalue is the rounding error of zero, and its root would be a hundred million times larger.
+    rounding = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return eigenvectors * torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

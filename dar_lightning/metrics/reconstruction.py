@@ -8,7 +8,7 @@ RECONSTRUCTION_PROTOCOL = {
     "images": "uint8",
     "data_range": 255,
     "psnr": "mean over images, each over all pixels and channels",
-    "ssim": "mean over images, Gaussian window 11x11, sigma 1.5, each RGB channel",
+    "ssim": "mean over images, Gaussian window 11x11, sigma 1.5, each RGB channel, borders reflected and counted",
 }
 
 

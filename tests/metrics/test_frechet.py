@@ -1,0 +1,91 @@
+"""The Frechet distance against closed forms, scipy's matrix root and plain numpy."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+
+
+def gaussian_of(features: torch.Tensor, batch_size: int = 7) -> Gaussian:
+    statistics = FeatureStatistics(features.shape[1])
+    for batch in features.split(batch_size):
+        statistics.update(batch)
+    return statistics.compute()
+
+
+def correlated(n: int, dim: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64) @ mix + seed
+
+
+def numpy_distance(first: np.ndarray, second: np.ndarray) -> float:
+    mean = first.mean(0) - second.mean(0)
+    cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    return mean @ mean + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
+
+
+def test_closed_form_of_commuting_gaussians():
+    # Covariances that share eigenvectors: |mu1 - mu2|^2 + sum (s1 - s2)^2 over standard deviations s.
+    rotation, _ = torch.linalg.qr(correlated(5, 5, 1))
+    stds = torch.tensor([[1.0, 2.0, 0.5, 3.0, 0.0], [2.0, 2.0, 1.5, 0.0, 4.0]], dtype=torch.float64)
+    means = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 0.0, 3.0, 4.0]], dtype=torch.float64)
+    one, two = (
+        Gaussian(mean, rotation @ std.square().diag() @ rotation.T, 9) for mean, std in zip(means, stds, strict=True)
+    )
+    expected = 1 + 4 + (stds[0] - stds[1]).square().sum().item()
+    assert frechet_distance(one, two) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [400, 30], ids=["full rank", "fewer samples than dimensions"])
+def test_against_numpy_and_scipy(n):
+    first, second = correlated(n, 40, 1), correlated(n + 10, 40, 2)
+    distance = frechet_distance(gaussian_of(first), gaussian_of(second))
+    # scipy's root of a singular product is itself only good to about 1e-6 of the trace.
+    assert distance == pytest.approx(numpy_distance(first.numpy(), second.numpy()), rel=1e-9 if n == 400 else 1e-5)
+
+
+@pytest.mark.parametrize("n", [500, 20])
+def test_identical_sets_are_at_zero(n):
+    features = correlated(n, 50, 3)
+    assert frechet_distance(gaussian_of(features), gaussian_of(features)) == pytest.approx(0, abs=1e-9)
+
+
+def test_symmetric():
+    one, two = gaussian_of(correlated(60, 8, 1)), gaussian_of(correlated(50, 8, 2))
+    assert frechet_distance(one, two) == pytest.approx(frechet_distance(two, one), rel=1e-12)
+
+
+def test_agrees_with_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Pixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images):
+            return images.float().flatten(1)
+
+    images = torch.randint(0, 256, (2, 64, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = FrechetInceptionDistance(Pixels(), normalize=False, antialias=False).set_dtype(torch.float64)
+    theirs.update(images[0], real=True)
+    theirs.update(images[1], real=False)
+    ours = frechet_distance(gaussian_of(images[1].flatten(1).float()), gaussian_of(images[0].flatten(1).float()))
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_statistics_do_not_depend_on_batches_and_match_numpy():
+    features = (correlated(100, 6, 4) * 0.01 + 50).float()
+    whole, batched = gaussian_of(features, 100), gaussian_of(features, 3)
+    torch.testing.assert_close(whole.covariance, batched.covariance, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        batched.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-7, atol=1e-9
+    )
+    assert batched.count == 100
+    assert batched.mean.dtype == torch.float64
+
+
+def test_one_sample_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2"):
+        gaussian_of(torch.zeros(1, 3))
