@@ -101,28 +101,59 @@ class ShardIndex:
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
         if index.num_samples == 0:
             raise UserError(f"{option}: no samples in {source}; give a folder of .tar shards (`dar shard` makes them)")
-        for shard in index.shards:
-            path = folder / shard.name
-            if not path.is_file():
-                raise UserError(f"{option}: {path} is missing, although {folder / INDEX} names it")
-            if path.stat().st_size != shard.bytes:
-                raise UserError(
-                    f"{option}: {path} has {path.stat().st_size} bytes, {INDEX} says {shard.bytes}; copy it again"
-                )
+        check_files(folder, index.shards, option)
         return index
 
     @classmethod
     def _read(cls, folder: Path, option: str) -> "ShardIndex":
-        path = folder / INDEX
-        try:
-            content = json.loads(path.read_text())
-            shards = tuple(Shard(**shard) for shard in content["shards"])
-            version, classes = content["version"], tuple(content["classes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
-        if version != VERSION:
-            raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
-        return cls(folder, shards, classes)
+        content, shards = read_index(folder, option, ("classes",))
+        if any(not shard.name.endswith(".tar") for shard in shards):
+            raise UserError(f"{option}: {folder} holds token shards, images are needed")
+        return cls(folder, shards, tuple(content["classes"]))
+
+
+def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:
+    """Read a folder's `index.json`.
+
+    Args:
+        folder: Where it lies.
+        option: What the user calls the folder, for the error line.
+        needed: Names that must be in it, besides the version and the shards.
+
+    Returns:
+        Its content, and its shards.
+
+    Raises:
+        UserError: It cannot be read, is something else, or was written by a later version.
+    """
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text())
+        shards = tuple(Shard(**shard) for shard in content["shards"])
+        version = content["version"]
+        missing = [name for name in needed if name not in content]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
+    if version != VERSION:
+        raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
+    if missing:
+        raise UserError(f"{option}: {path} is another kind of index, it has no {', '.join(missing)}")
+    return content, shards
+
+
+def check_files(folder: Path, shards: Iterable[Shard], option: str) -> None:
+    """Compare the files of a folder with its index, by their sizes.
+
+    Raises:
+        UserError: One is missing or has another size.
+    """
+    for shard in shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise UserError(f"{option}: {path} is missing, although {folder / INDEX} names it")
+        if path.stat().st_size != shard.bytes:
+            size = path.stat().st_size
+            raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
 
 
 class ShardReader:

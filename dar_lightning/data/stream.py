@@ -168,14 +168,18 @@ class StreamDataModule(L.LightningDataModule):
         if self.trainer is not None:
             world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
         if overfit:  # the same few batches in every epoch
-            return Loader(dataset, self.batch_size, drop_last=True, **self._worker_options())
+            return Loader(dataset, batch_size=self.batch_size, drop_last=True, **self._worker_options())
         sampler = TrainSampler(dataset, order, self.batch_size, world, rank)
         if sampler.batches == 0:
             raise UserError(
                 f"batch_size: {self.batch_size} on {world} device(s) is more than the {len(dataset)} training samples"
             )
         self._loader = TrainLoader(
-            dataset, self.batch_size, sampler=sampler, drop_last=True, **self._worker_options(persistent=True)
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            **self._worker_options(persistent=True),
         )
         if self._restored is not None:
             self._loader.load_state_dict(self._restored)
@@ -187,7 +191,7 @@ class StreamDataModule(L.LightningDataModule):
         sampler = None  # in order; Lightning then knows that nothing is shuffled
         if trainer is not None and trainer.world_size > 1:
             sampler = EvalSampler(dataset, trainer.world_size, trainer.global_rank)
-        return Loader(dataset, self.batch_size, sampler=sampler, **self._worker_options())
+        return Loader(dataset, batch_size=self.batch_size, sampler=sampler, **self._worker_options())
 
     def _worker_options(self, persistent: bool = False) -> dict[str, Any]:
         workers = self.num_workers

@@ -35,6 +35,9 @@ class Recorder(L.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.validated += [key for key, valid in zip(batch["key"], batch["valid"], strict=True) if valid]
 
+    def predict_step(self, batch, batch_idx):
+        return batch["key"]
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -173,3 +176,25 @@ def test_overfit_repeats_the_same_batches(shards, tmp_path):
 def test_validation_under_the_trainer(shards, tmp_path):
     model, _ = fit(shards, tmp_path, max_epochs=1)
     assert sorted(model.validated) == [f"photo-{number:03d}" for number in range(26)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_predict_has_every_sample_in_order(shards, workers):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    batches = trainer.predict(Recorder(), datamodule=make(shards, num_workers=workers))
+    assert [key for keys in batches for key in keys] == [f"photo-{number:03d}" for number in range(26)]
+
+
+def test_training_without_validation_shards(shards, tmp_path):
+    module = ImageNetDataModule(str(shards), image_size=16, batch_size=13)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        max_epochs=1,
+    )
+    model = Recorder()
+    trainer.fit(model, datamodule=module)
+    assert len(model.seen) == 2

@@ -1,0 +1,261 @@
+"""Cached tokens: what `dar extract` writes, and the CodesDataModule that trains the AR model on it.
+
+A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
+65,536, `labels` (n,) int64, and the samples' keys in the header. Its `index.json` names the tokenizer by its
+fingerprint. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in
+memory.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch.utils.data import Dataset
+
+from dar_lightning.data.shards import INDEX, VERSION, Shard, atomic_write, check_files, read_index, sha256
+from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, shuffled
+from dar_lightning.errors import UserError
+
+HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
+
+
+@dataclass(frozen=True)
+class CodesIndex:
+    """What a folder of token shards holds.
+
+    Args:
+        root: The folder.
+        tokenizer: Fingerprint of the tokenizer (`dar_lightning.weights.fingerprint`).
+        tokenizer_config: Its config, for people to read.
+        crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
+        num_crops: Their number.
+        image_size: Side of the crops, in pixels.
+        num_tokens: Tokens per crop, N.
+        codebook_size: Tokens are below this number.
+        classes: Class names in the order of the labels, as in the image shards' index.
+        shards: The files.
+    """
+
+    root: Path
+    tokenizer: str
+    tokenizer_config: dict[str, Any]
+    crops: str
+    num_crops: int
+    image_size: int
+    num_tokens: int
+    codebook_size: int
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def save(self) -> None:
+        """Write `index.json` into the folder, atomically."""
+        content = {"version": VERSION, "samples": self.num_samples, **asdict(self)}
+        del content["root"]
+        with atomic_write(self.root / INDEX) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path, option: str = "codes") -> "CodesIndex":
+        """Read and check a folder of token shards.
+
+        Raises:
+            UserError: It is missing, is not one, or its files are not those of its index.
+        """
+        root = Path(folder)
+        if not (root / INDEX).is_file():
+            raise UserError(
+                f"{option}: {root / INDEX} does not exist; `dar extract` makes token shards and ends with it"
+            )
+        names = tuple(field.name for field in fields(cls) if field.name not in ("root", "shards"))
+        content, shards = read_index(root, option, names)
+        check_files(root, shards, option)
+        values = {name: content[name] for name in names} | {"classes": tuple(content["classes"])}
+        return cls(root=root, shards=shards, **values)
+
+
+def write_codes(path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[str], made_by: dict[str, Any]) -> None:
+    """Write one token shard, atomically.
+
+    Args:
+        path: The file.
+        codes: (n, crops, N) uint16 or uint32.
+        labels: (n,) int64.
+        keys: The n samples' keys.
+        made_by: What the tokens depend on; it tells a later run whether this file is what it would write.
+    """
+    header = {HEADER: json.dumps({"made_by": made_by, "keys": keys})}
+    with atomic_write(path) as file:
+        file.write(save({"codes": np.ascontiguousarray(codes), "labels": labels}, metadata=header))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The `made_by` and `keys` of a token shard.
+
+    Raises:
+        UserError: It is not a token shard.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads(file.metadata()[HEADER])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a token shard ({error}); delete it") from error
+
+
+def describe(path: Path, samples: int) -> Shard:
+    """The index entry of a token shard."""
+    return Shard(path.name, samples, path.stat().st_size, sha256(path))
+
+
+class CodesDataset(Dataset):
+    """One crop of each image, as tokens; which one is a function of (seed, epoch, sample), or the first."""
+
+    def __init__(self, index: CodesIndex, seed: int, random_crop: bool) -> None:
+        self.index, self.seed, self.random_crop = index, seed, random_crop
+        self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
+        self._open: dict[int, tuple[Any, np.ndarray, list[str]]] = {}
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # a worker maps its own files
+
+    def __getitem__(self, ticket: Ticket | int) -> dict:
+        ticket = Ticket(ticket) if isinstance(ticket, int) else ticket
+        which = int(np.searchsorted(self.ends, ticket.index, side="right"))
+        codes, labels, keys = self._shard(which)
+        row = ticket.index - int(self.ends[which]) + len(keys)
+        crop = 0
+        if self.random_crop:
+            crop = int(np.random.default_rng([self.seed, ticket.epoch, ticket.index]).integers(self.index.num_crops))
+        return {
+            "codes": torch.from_numpy(codes[row, crop].astype(np.int64)),  # (N,)
+            "label": int(labels[row]),
+            "key": keys[row],
+            "index": ticket.index,
+            "valid": ticket.valid,
+        }
+
+    def _shard(self, which: int) -> tuple[Any, np.ndarray, list[str]]:
+        if which not in self._open:
+            shard = self.index.shards[which]
+            path = self.index.root / shard.name
+            keys = read_header(path)["keys"]
+            file = safe_open(path, framework="numpy")
+            codes = file.get_slice("codes")  # reads from the mapped file when it is indexed
+            wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
+            if codes.get_shape() != wanted or len(keys) != shard.samples:
+                raise UserError(f"{path} holds codes of shape {codes.get_shape()}, its {INDEX} says {wanted}")
+            self._open[which] = codes, file.get_tensor("labels"), keys
+        return self._open[which]
+
+
+class CodesDataModule(StreamDataModule):
+    """Tokens and labels out of the folders that `dar extract` writes.
+
+    Batches are dictionaries: `codes` (B, N) int64, `label` (B,) int64, `key` (list of B strings), `index` (B,) int64
+    and `valid` (B,) bool, False where validation only fills up. All images are shuffled together in every epoch, and
+    one crop of each is drawn; validation takes the first crop. As with images, batches do not depend on workers, and
+    a resumed run sees those of the unbroken one.
+
+    Args:
+        train: Folder of token shards for training.
+        val: Folder of token shards for validation.
+        batch_size: Samples per batch and device.
+        num_workers: Worker processes; reading tokens is cheap, so 0 often suffices.
+        seed: Order and choice of crops.
+        tokenizer: Folder of the tokenizer that the AR model is meant for: tokens of another one are refused. Left out,
+            training and validation tokens must still be of one tokenizer.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.train, self.val, self.tokenizer = train, val, tokenizer
+        self._index: dict[str, CodesIndex] = {}
+
+    def index(self, split: str) -> CodesIndex:
+        """The token shards of a split ("train" or "val"), read at first use.
+
+        Raises:
+            UserError: The split has none, or they are not as they should be.
+        """
+        if split not in self._index:
+            source = getattr(self, split)
+            if source is None:
+                raise UserError(f"data.{split}: not set; give a folder that `dar extract` wrote")
+            self._index[split] = CodesIndex.load(source, f"data.{split}")
+        return self._index[split]
+
+    def setup(self, stage: str) -> None:
+        """Check that all tokens are of one tokenizer, and of the one that was named."""
+        prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
+        if self.tokenizer is not None:
+            # not at the top: the data layer needs no model for anything else
+            from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+            from dar_lightning.weights import fingerprint
+
+            prints = {
+                "data.tokenizer": fingerprint(SequentialDiffusionTokenizer.from_pretrained(self.tokenizer))
+            } | prints
+        first, *others = prints.items()
+        for name, value in others:
+            if value != first[1]:
+                raise UserError(
+                    f"{name} holds tokens of tokenizer {value[:12]}, {first[0]} is of {first[1][:12]}; "
+                    "run `dar extract` with the one that you mean"
+                )
+
+    @property
+    def _any(self) -> CodesIndex:
+        return self.index("val" if self.train is None else "train")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self._any.classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image, N."""
+        return self._any.num_tokens
+
+    @property
+    def codebook_size(self) -> int:
+        """Tokens are below this number."""
+        return self._any.codebook_size
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches, endless in principle; see `stream.TrainLoader`."""
+        index = self.index("train")
+        sizes = [shard.samples for shard in index.shards]
+        dataset = CodesDataset(index, self.seed, random_crop=True)
+        return self._train_loader(dataset, lambda epoch: shuffled(sizes, self.seed, epoch, window=len(sizes)))
+
+    def val_dataloader(self) -> Loader:
+        """Every validation sample once; empty without validation shards."""
+        return [] if self.val is None else self._eval_loader(CodesDataset(self.index("val"), self.seed, False))
+
+    test_dataloader = predict_dataloader = val_dataloader
