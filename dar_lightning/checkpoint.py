@@ -6,6 +6,7 @@ admitted by name, as inert stand-ins.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        # The unpickler remarks on unusual files; the error, if there is one, says it better.
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # A broken file can raise anything at all; whatever it is, the file is at fault.
     except Exception as error:

@@ -131,6 +131,8 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
     values |= _rename(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, f"{origin}, diff_decoder")
     if not has_repa_head:
         values["repa_layer"] = None
+    if values.get("tokens_per_step") == values["num_tokens"] / values["num_groups"]:
+        values["tokens_per_step"] = None  # our way to say it, so that equal models have equal configs
     return build_config(TokenizerConfig, values, origin)
 
 

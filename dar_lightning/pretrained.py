@@ -227,22 +227,19 @@ def _is_of(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def load_tensors(
+def check_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
 ) -> None:
-    """Load weights into a module, every one of them: the strict counterpart of load_state_dict.
-
-    If all of them share one floating dtype, the module takes it.
+    """Refuse weights that do not fit a module exactly.
 
     Args:
-        module: whose state dict names what is needed.
+        module: whose state dict says what is needed.
         tensors: weights under the module's names.
         origin: file or words that an error message starts with.
         names: what the file calls a tensor, for error messages, where that is not the module's name.
 
     Raises:
-        UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity. The
-            module is then as it was.
+        UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity.
     """
     wanted, names = module.state_dict(), names or {}
     problems = []
@@ -260,6 +257,16 @@ def load_tensors(
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
+) -> None:
+    """Load weights into a module, every one of them, or none: the strict counterpart of load_state_dict.
+
+    If all of them share one floating dtype, the module takes it. Arguments and errors are those of check_tensors.
+    """
+    check_tensors(module, tensors, origin, names)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         module.to(dtypes.pop())
