@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dar_lightning import __version__
 from dar_lightning.data.shards import atomic_write
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import fingerprint, frechet_name, load_features
@@ -16,6 +17,7 @@ from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_d
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images, with_progress
 from dar_lightning.metrics.probe import LinearProbe
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
+from dar_lightning.pipeline import PIPELINE_CONFIG
 
 
 def evaluate(
@@ -26,9 +28,9 @@ def evaluate(
     paired: bool = False,
     probe_train: str | None = None,
     image_size: int | None = None,
-    num_samples: int = 50_000,
+    num_samples: int | None = None,
     seed: int = 0,
-    guidance: float = 1.0,
+    guidance: float | tuple[float, float] = 1.0,
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -45,9 +47,9 @@ def evaluate(
         probe_train: labelled real images (npz or shards). A linear probe is trained on their features; its accuracy on
             the samples, and on the reference if that has labels, is added.
         image_size: give encoded images ADM's centre crop to this size; without it they are taken as they are.
-        num_samples: number of images that a pipeline draws.
+        num_samples: number of images that a pipeline draws; as many as the reference has when left out.
         seed: seed of the images that a pipeline draws.
-        guidance: classifier-free guidance scale of the images that a pipeline draws.
+        guidance: classifier-free guidance scale of the images that a pipeline draws; [a, b] is linear over the tokens.
         batch_size: images at a time; the figures do not depend on it.
         device: cpu, cuda, or auto.
 
@@ -57,14 +59,18 @@ def evaluate(
     Raises:
         UserError: a set is missing, empty, of the wrong format or of another image size than the reference.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
     _check_output(output)
     place = _device(device)
     reference_set = open_images(reference, "--reference", image_size)
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
-    if (Path(samples) / "config.json").is_file():
+    if (Path(samples) / PIPELINE_CONFIG).is_file():
         if paired:
             raise UserError(f"--paired: {samples} is a pipeline, whose samples have no originals; give reconstructions")
-        sample_set: ImageSet = DrawnImages(samples, num_samples, seed, guidance, place)
+        sample_set: ImageSet = DrawnImages(
+            samples, len(reference_set) if num_samples is None else num_samples, seed, guidance, place
+        )
     else:
         sample_set = open_images(samples, "--samples", image_size)
     if paired and len(sample_set) != len(reference_set):
@@ -84,7 +90,12 @@ def evaluate(
         "samples": sample_set.protocol | {"n": fake.statistics.count},
         "reference": reference_set.protocol | {"n": real.statistics.count},
         "image_size": list(real.size),
-        "features": {"name": features, "sha256": fingerprint(network), "dim": len(real.statistics.mean)},
+        "features": {
+            "name": features,
+            "sha256": fingerprint(network),
+            "dim": len(real.statistics.mean),
+            "resize": getattr(network, "resize", "whatever the class does"),
+        },
         "frechet": "float64, unbiased covariances",
     }
     if train_set is not None:
@@ -97,7 +108,9 @@ def evaluate(
     if paired:
         metrics |= _reconstruction(sample_set, reference_set, batch_size, place)
         protocol["reconstruction"] = RECONSTRUCTION_PROTOCOL
-    protocol["versions"] = {name: version(name) for name in ("dar-lightning", "torch", "torchmetrics", "timm")}
+    protocol["versions"] = {"dar_lightning": __version__} | {
+        name: version(name) for name in ("torch", "torchmetrics", "timm")
+    }
 
     result = {"metrics": metrics, "protocol": protocol}
     with atomic_write(Path(output)) as file:
@@ -126,7 +139,7 @@ def _measure(
     size: tuple[int, int] | None,
 ) -> Measured:
     if len(images) < 2:
-        raise UserError(f"{option}: holds 1 image; a Frechet distance needs 2 or more on each side")
+        raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
     statistics, kept, all_labels = None, [], []
     for pixels, labels in with_progress(images, batch_size, option):
         size = size or tuple(pixels.shape[2:])

@@ -29,6 +29,8 @@ class ColorEdges(nn.Module):
     colours are not drowned. The bins are buffers: a change of them changes the network's fingerprint.
     """
 
+    resize = f"area to {CANVAS}x{CANVAS}"
+
     def __init__(self) -> None:
         super().__init__()
         axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])

@@ -1,5 +1,6 @@
 """Feature networks by name: every one maps uint8 images (B, 3, H, W) to float features (B, D).
 
+A network may say in an attribute `resize` how it brings images to its size; it becomes part of the protocol.
 Only Inception's number is called FID. With any other network it is called FD-<name>: values of different networks
 cannot be compared.
 """
@@ -31,6 +32,7 @@ class TimmFeatures(nn.Module):
         self.network = timm.create_model(name, pretrained=True, num_classes=0)
         config = timm.data.resolve_model_data_config(self.network)
         self.input_size = config["input_size"][1:]
+        self.resize = f"bicubic to {self.input_size[0]}x{self.input_size[1]}, antialiased"
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
@@ -46,6 +48,8 @@ class InceptionFeatures(nn.Module):
 
     It resizes to 299x299 itself as TensorFlow 1 did: bilinear, no antialiasing.
     """
+
+    resize = "bilinear to 299x299 as in TensorFlow 1, no antialiasing"
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,10 +12,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from dar_lightning.ar.sampling import Guidance
 from dar_lightning.data.imagenet import decode, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor, to_uint8
 from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.weights import fingerprint
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -128,29 +131,34 @@ class DrawnImages:
     Args:
         path: a folder that `DARPipeline.save_pretrained` wrote.
         count: number of images.
-        seed: with i it seeds the generator of image i, so batch size and order of drawing do not matter.
-        guidance: classifier-free guidance, constant.
+        seed: with i it seeds the generator of image i, so that batch size and order do not matter.
+        guidance: classifier-free guidance scale, or (a, b), linear over the tokens.
         device: where to draw.
     """
 
-    def __init__(self, path: str, count: int, seed: int, guidance: float, device: torch.device) -> None:
-        from dar_lightning.pipeline import DARPipeline
-
+    def __init__(self, path: str, count: int, seed: int, guidance: Guidance, device: torch.device) -> None:
         self.pipeline = DARPipeline.from_pretrained(path).to(device)
-        self.count, self.seed, self.guidance, self.device = count, seed, guidance, device
-        self.protocol = {"pipeline": path, "seed": seed, "guidance": guidance, "classes": "balanced, i mod num_classes"}
+        self.count, self.seed = count, seed
+        # What else `generate` could be asked for, at its defaults.
+        self.options = {"guidance": guidance, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"}
+        self.protocol = {
+            "pipeline": path,
+            "tokenizer_sha256": fingerprint(self.pipeline.tokenizer),
+            "ar_sha256": fingerprint(self.pipeline.ar),
+            "classes": "balanced: image i is of class i mod num_classes",
+            "seed": seed,
+            "steps": self.pipeline.tokenizer.config.num_groups,
+        } | self.options
 
     def __len__(self) -> int:
         return self.count
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        num_classes = self.pipeline.ar.config.num_classes
         for start in range(0, self.count, batch_size):
-            numbers = range(start, min(start + batch_size, self.count))
-            labels = torch.tensor(numbers) % num_classes
-            generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
-            with torch.no_grad():
-                images = self.pipeline.generate(labels.to(self.device), guidance=self.guidance, generator=generators)
+            numbers = torch.arange(start, min(start + batch_size, self.count))
+            labels = numbers % self.pipeline.ar.config.num_classes
+            generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers.tolist()]
+            images = self.pipeline.generate(labels, generator=generators, **self.options)
             yield to_uint8(images).cpu(), labels
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.data.shards import Shard, ShardIndex, write_shard
 from dar_lightning.errors import UserError
+from dar_lightning.metrics.images import DrawnImages
 
 FRUIT = Path(__file__).parents[2] / "data" / "fruit64"
 
@@ -91,7 +93,12 @@ def test_protocol_says_what_was_measured(tmp_path, capsys):
     assert protocol["samples"] == {"npz": samples, "n": 12}
     assert protocol["reference"] == {"shards": reference, "crop": "none", "n": 14}
     assert protocol["image_size"] == [16, 16]
-    assert protocol["features"]["name"] == "color_edges"
+    assert protocol["features"] | {"sha256": ""} == {
+        "name": "color_edges",
+        "sha256": "",
+        "dim": 180,
+        "resize": "area to 32x32",
+    }
     assert len(protocol["features"]["sha256"]) == 64
     assert protocol["versions"]["torch"] == torch.__version__.partition("+")[0]
     shown = capsys.readouterr().out
@@ -163,11 +170,47 @@ def test_memory_does_not_grow_with_the_npz(tmp_path):
     assert peaks[1] < peaks[0] + 2**20, "12 MB of images may not show"
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig.preset("tiny")).eval()
+    ar = ARModel(ARConfig.preset("tiny", num_classes=3)).eval()
+    for model in (tokenizer, ar):  # parts that start at zero would draw every image alike
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("models") / "pipeline"
+    DARPipeline(tokenizer, ar).save_pretrained(path)
+    return str(path)
+
+
+def test_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
+    drawn = {}
+    for batch_size in (2, 5):
+        images = DrawnImages(pipeline, 5, seed=7, guidance=(1.0, 3.0), device=torch.device("cpu"))
+        batches = list(images.batches(batch_size))
+        drawn[batch_size] = torch.cat([batch for batch, _ in batches])
+        assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 0, 1]
+    assert drawn[2].shape == (5, 3, 64, 64)
+    assert (drawn[2].int() - drawn[5].int()).abs().max() <= 1  # matrix products round differently
+    assert (drawn[2][0].int() - drawn[2][3].int()).abs().float().mean() > 1, "same class, but another image"
+
+    reference = npz(tmp_path / "r.npz", pixels(8, 0, 64))
+    arguments = {"features": NETWORK, "num_samples": 5, "seed": 7, "guidance": (1.0, 3.0), "batch_size": 5}
+    result = evaluate(pipeline, reference, output=str(tmp_path / "o.json"), device="cpu", **arguments)
+    saved = npz(tmp_path / "s.npz", drawn[5].permute(0, 2, 3, 1).numpy())
+    again = evaluate(saved, reference, NETWORK, str(tmp_path / "o2.json"))
+    assert result["metrics"] == again["metrics"]
+    protocol = json.loads((tmp_path / "o.json").read_text())["protocol"]["samples"]
+    assert (protocol["n"], protocol["seed"], protocol["guidance"], protocol["steps"]) == (5, 7, [1.0, 3.0], 4)
+    with pytest.raises(UserError, match=r"--paired: .* is a pipeline"):
+        evaluate(pipeline, reference, NETWORK, str(tmp_path / "o.json"), paired=True)
+
+
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
         ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8)}, "holds no images"),
-        ({"arr_0": np.zeros((1, 16, 16, 3), np.uint8)}, "holds 1 image"),
+        ({"arr_0": np.zeros((1, 16, 16, 3), np.uint8)}, r"1 image\(s\)"),
         ({"arr_0": np.zeros((4, 16, 16, 3), np.float32)}, "must be uint8 .* is float32"),
         ({"arr_0": np.zeros((4, 3, 16, 16), np.uint8)}, r"must be uint8 \(n, H, W, 3\)"),
         ({"arr_0": np.zeros((4, 16, 16), np.uint8)}, r"must be uint8 \(n, H, W, 3\)"),
@@ -210,6 +253,7 @@ def test_other_mistakes_are_one_line(tmp_path):
         ({"output": str(tmp_path / "file" / "o.json")}, "--output .* cannot|--output .* not a folder"),
         ({"output": str(tmp_path / "empty")}, "--output .* is a folder"),
         ({"device": "tpu9"}, "--device tpu9"),
+        ({"batch_size": 0}, "--batch_size 0"),
     ]
     for change, says in mistakes:
         arguments = {
