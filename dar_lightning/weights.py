@@ -115,6 +115,67 @@ def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state
     return model.eval()
 
 
+# ---- checkpoints of our own training runs
+
+# Attribute of the LightningModule that holds the model -> its class.
+PARTS = {"tokenizer": SequentialDiffusionTokenizer, "ar": ARModel}
+
+
+def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> SequentialDiffusionTokenizer | ARModel:
+    """The plain model inside a checkpoint of `dar fit`.
+
+    Args:
+        ckpt: the .ckpt file.
+        weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        UserError: if the file cannot be read safely, is no such checkpoint, or has no such weights.
+    """
+    checkpoint = read_checkpoint(ckpt)
+    # EMAWeightAveraging saves the average as "state_dict" and moves the optimizer's weights to "current_model_state".
+    has_ema = "current_model_state" in checkpoint
+    if weights == "ema" and not has_ema:
+        raise UserError(f"{ckpt} holds no EMA weights: weights is 'ema', need 'raw' or 'auto'")
+    part, tensors = split_model(
+        checkpoint, "current_model_state" if weights == "raw" and has_ema else "state_dict", ckpt
+    )
+    hyperparameters = checkpoint.get("hyper_parameters")
+    config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
+    model = PARTS[part](build_config(PARTS[part].config_class, config, ckpt))
+    load_tensors(model, tensors, ckpt)
+    return model.eval()
+
+
+def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
+    """Which part a Lightning checkpoint holds, "tokenizer" or "ar", and that model's own tensors.
+
+    Beside the model, a LightningModule may hold networks of its losses: they stay behind.
+
+    Args:
+        checkpoint: from read_checkpoint.
+        key: where its state dict is.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: if it holds neither part.
+    """
+    state = checkpoint.get(key)
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+    for part in PARTS:
+        tensors = {name.removeprefix(f"{part}."): state[name] for name in names if name.startswith(f"{part}.")}
+        if tensors:
+            return part, tensors
+    raise UserError(f"{origin} is no checkpoint of a tokenizer or AR training run")
+
+
+# ---- identity
+
+
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 of a module's class, config and weights, in hexadecimal.

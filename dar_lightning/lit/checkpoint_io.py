@@ -1,0 +1,42 @@
+"""How the Trainer reads checkpoints: as data, and only those of the model at hand."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from typing_extensions import override
+
+from dar_lightning.checkpoint import read_checkpoint
+from dar_lightning.errors import UserError
+from dar_lightning.pretrained import check_tensors
+from dar_lightning.weights import split_model
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Reads what the Trainer resumes from without running anything in it, whatever `weights_only` says.
+
+    Lightning's own reader would run a checkpoint from a URL, and its error for another model is a page long.
+
+    Args:
+        module: the LightningModule that the checkpoints are for; a checkpoint of another shape is refused by name.
+    """
+
+    def __init__(self, module: LightningModule):
+        super().__init__()
+        self.module = module
+
+    @override
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        """The checkpoint, its tensors on the CPU.
+
+        Raises:
+            UserError: if the file is missing, broken, malicious, or of a model with other tensors.
+        """
+        checkpoint = read_checkpoint(path)
+        part, tensors = split_model(checkpoint, "state_dict", path)
+        model = getattr(self.module, part, None)
+        if model is None:
+            raise UserError(f"{path} is of a {part} run: this run trains a {type(self.module).__name__}")
+        check_tensors(model, tensors, path)
+        return checkpoint

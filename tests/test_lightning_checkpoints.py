@@ -1,0 +1,161 @@
+"""What `dar fit` writes: resumed from safely, exported with EMA or raw weights, rebuilt from the checkpoint alone."""
+
+import os
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.model import ARModel
+from dar_lightning.commands.export import export
+from dar_lightning.errors import UserError
+from dar_lightning.lit.ar import ARModule
+from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
+from dar_lightning.lit.tokenizer import TokenizerModule
+from dar_lightning.optim import OptimizerConfig
+from dar_lightning.weights import fingerprint, load_lightning_checkpoint
+
+CONFIG = ARConfig.preset("tiny", num_classes=4, vocab_size=16, num_tokens=8, dim=16, depth=1, num_heads=2)
+
+
+def fit(module: LightningModule, steps: int, ema: bool = True, ckpt_path=None, folder=None) -> Trainer:
+    torch.manual_seed(0)
+    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(8)]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[EMAWeightAveraging(decay=0.5, use_buffers=False)] if ema else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=folder,
+    )
+    trainer.strategy.checkpoint_io = SafeCheckpointIO(module)
+    trainer.fit(module, DataLoader(data, batch_size=4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def module(config: ARConfig = CONFIG) -> ARModule:
+    torch.manual_seed(0)
+    return ARModule(config, OptimizerConfig(lr=0.01))
+
+
+class SaveAtStep(EMAWeightAveraging):
+    """EMA that also writes a checkpoint in the middle of training, where the two sets of weights differ."""
+
+    def __init__(self, path):
+        super().__init__(decay=0.5, use_buffers=False)
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.raw = {name: tensor.clone() for name, tensor in pl_module.ar.state_dict().items()}
+        self.average = {name: tensor.clone() for name, tensor in self._average_model.module.ar.state_dict().items()}
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint of three steps with EMA, and the two sets of weights that it should hold."""
+    path = tmp_path_factory.mktemp("run") / "x.ckpt"
+    ema, trained = SaveAtStep(path), module()
+    torch.manual_seed(0)
+    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(12)]
+    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    Trainer(accelerator="cpu", max_steps=3, callbacks=[ema], default_root_dir=path.parent, **options).fit(
+        trained, DataLoader(data, batch_size=4)
+    )
+    return path, ema
+
+
+def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
+    path, ema = run
+    assert not torch.equal(ema.raw["head.weight"], ema.average["head.weight"])
+    for weights, expected in (("ema", ema.average), ("auto", ema.average), ("raw", ema.raw)):
+        export(path, tmp_path / weights, weights)
+        again = ARModel.from_pretrained(tmp_path / weights)
+        assert again.config == CONFIG
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+def test_without_ema(tmp_path):
+    trained = module()
+    fit(trained, 1, ema=False, folder=tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt")) == fingerprint(trained.ar)
+    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt", "raw")) == fingerprint(trained.ar)
+    with pytest.raises(UserError, match="no EMA weights"):
+        export(tmp_path / "x.ckpt", tmp_path / "out", "ema")
+
+
+def test_a_model_is_rebuilt_from_its_checkpoint_alone(run):
+    path, ema = run
+    again = load_lightning_checkpoint(path)
+    assert again.config == CONFIG
+    assert torch.equal(again.head.weight, ema.average["head.weight"])
+
+
+@pytest.mark.parametrize("config", ["tiny", None])
+def test_hyperparameters_are_plain(config, run):
+    plain = (int, float, str, bool, type(None))
+    hparams = TokenizerModule("tiny").hparams if config == "tiny" else torch.load(run[0])["hyper_parameters"]
+    assert all(isinstance(value, plain) for value in dict(hparams["config"]).values())
+    assert all(isinstance(value, (*plain, dict)) for value in dict(hparams).values())
+
+
+def test_resuming_continues_the_run(run, tmp_path):
+    path, _ = run
+    resumed = module()
+    trainer = fit(resumed, 5, ckpt_path=path, folder=tmp_path)
+    assert trainer.global_step == 5
+
+
+def test_resuming_from_another_model_names_the_tensors(run, tmp_path):
+    other = module(ARConfig(**(CONFIG.to_dict() | {"depth": 2})))
+    with pytest.raises(UserError, match=r"missing blocks\.1"):
+        fit(other, 5, ckpt_path=run[0], folder=tmp_path)
+    with pytest.raises(UserError, match="is of a ar run"):
+        SafeCheckpointIO(TokenizerModule("tiny")).load_checkpoint(run[0])
+
+
+class Attack:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("weights_only", [None, False])
+def test_resuming_from_a_malicious_checkpoint_runs_nothing(run, tmp_path, weights_only):
+    checkpoint = torch.load(run[0]) | {"callbacks": {"x": Attack(f"touch {tmp_path}/code_ran")}}
+    torch.save(checkpoint, tmp_path / "attack.ckpt")
+    with pytest.raises(UserError, match="system"):
+        fit(module(), 5, ckpt_path=tmp_path / "attack.ckpt", folder=tmp_path)
+    with pytest.raises(UserError, match="system"):
+        SafeCheckpointIO(module()).load_checkpoint(tmp_path / "attack.ckpt", weights_only=weights_only)
+    assert not (tmp_path / "code_ran").exists()
+
+
+def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):
+    export(run[0], tmp_path / "ar")
+    config = ARConfig(**(CONFIG.to_dict() | {"num_classes": 7, "class_dropout": 0.5}))
+    with caplog.at_level("INFO"):
+        tuned = ARModule(config, init_from=str(tmp_path / "ar"))
+    assert tuned.ar.config == config, "the command line decides"
+    assert torch.equal(tuned.ar.head.weight, ARModel.from_pretrained(tmp_path / "ar").head.weight)
+    assert "class_embedding.weight" in caplog.text, "its shape differs: it starts fresh, and that is said"
+
+
+def test_files_that_are_no_run(tmp_path):
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="no checkpoint of a tokenizer or AR"):
+        export(tmp_path / "x.ckpt", tmp_path / "out")
+    torch.save({"state_dict": {"ar.x": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="hyper_parameters"):
+        export(tmp_path / "x.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
