@@ -1,6 +1,8 @@
 """`dar evaluate`: real files in, a JSON with its protocol out, and one line for each mistake."""
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -273,3 +275,29 @@ class Images(torch.nn.Module):
 
     def forward(self, images):
         return images
+
+
+@pytest.mark.slow
+def test_the_command_itself(tmp_path):
+    (tmp_path / "my_net.py").write_text(
+        "import torch\nclass Mean(torch.nn.Module):\n    def forward(self, x):\n        return x.float().mean((2, 3))\n"
+    )
+    npz(tmp_path / "a.npz", pixels(8, 0))
+    npz(tmp_path / "b.npz", pixels(9, 1, 32))
+
+    def dar(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "dar_lightning", "evaluate", *options, "--output", "out/o.json"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    wrong = dar("--samples", "a.npz", "--reference", "b.npz", "--features", "my_net.Mean")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1] == (
+        "dar evaluate: --samples: images of 16x16, those of --reference have 32x32; bring them to one size"
+    )
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "out").exists()
+
+    right = dar("--samples", "a.npz", "--reference", "a.npz", "--features", "my_net.Mean")
+    assert right.returncode == 0, right.stderr
+    metrics = json.loads((tmp_path / "out" / "o.json").read_text())["metrics"]
+    assert metrics == {"FD-my_net.Mean": pytest.approx(0, abs=1e-6)}
