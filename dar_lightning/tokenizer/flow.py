@@ -39,9 +39,10 @@ def integrate(
     """Solve dx/dt = velocity from times[0] to times[-1], one step at a time.
 
     "euler" is x += h_i v_i. "adams2" is the official two-step Adams-Bashforth, x += h_i (1.5 v_i - 0.5 v_{i-1}) after a
-    first Euler step: its coefficients are those of equal steps although the shifted times make h_i vary.
-    "adams2_variable" uses the coefficients that are second-order for uneven steps: with r = h_i / h_{i-1},
-    x += h_i ((1 + r / 2) v_i - (r / 2) v_{i-1}).
+    first Euler step: its coefficients are those of equal steps although the shifted times make h_i vary. The shifted
+    times are smooth, so it stays second-order as steps grow many, but with few steps it differs visibly from
+    "adams2_variable", whose coefficients fit uneven steps (exact where v is linear in t): with r = h_i / h_{i-1},
+    x += h_i ((1 + r / 2) v_i - (r / 2) v_{i-1}). Neither is always nearer to the true solution.
 
     Args:
         velocity: called as velocity(x, step, t).

@@ -61,13 +61,16 @@ class GroupSchedule:
         return starts[:, None] + torch.arange(self.window, device=u.device)
 
     def tokens_for_groups(self, groups: int) -> int:
-        """Tokens that must exist before the first `groups` groups (1..K) have all been read."""
+        """Tokens that must exist before the first `groups` groups (1..K) have all been read; all N for all K."""
         if not 1 <= groups <= self.num_groups:
             raise UserError(f"groups is {groups}: a preview needs from 1 to {self.num_groups} groups")
-        return self.start(groups - 1) + self.window
+        return self.num_tokens if groups == self.num_groups else self.start(groups - 1) + self.window
 
     def steps_for_groups(self, groups: int, num_steps: int) -> int:
-        """How many of num_steps sampling steps read only the first `groups` groups (at least 1)."""
+        """How many of num_steps sampling steps read only the first `groups` groups (at least 1, all for all K)."""
+        # With more steps than groups, "round" also counts a group K, whose window ends the sequence.
+        if groups == self.num_groups:
+            return num_steps
         return sum(self.group_of_step(i, num_steps) < groups for i in range(num_steps))
 
     def sample_time(self, batch: int, mode: str, generator: torch.Generator | None = None, device=None) -> Tensor:
