@@ -15,6 +15,7 @@ from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.imagenet import decode, read_label
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, ShardReader
+from dar_lightning.data.stream import sample_generator
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -180,7 +181,7 @@ class ViewDataset(Dataset):
         if self.crops == "ten_crop":
             return transforms.ten_crop(image, self.size, number)
         if self.crops == "random":
-            generator = np.random.default_rng([self.seed, number, sample])
+            generator = sample_generator(self.seed, number, sample)
             return transforms.random_flip(transforms.random_crop(image, self.size, generator), generator)
         image = transforms.center_crop(image, self.size)
         return transforms.flip(image) if number == 1 else image

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from torch.utils.data import Dataset
 
 from dar_lightning.data.shards import INDEX, VERSION, Shard, atomic_write, check_files, read_index, sha256
-from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, shuffled
+from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
 from dar_lightning.errors import UserError
 
 HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
@@ -137,7 +137,7 @@ class CodesDataset(Dataset):
         row = ticket.index - int(self.ends[which]) + len(keys)
         crop = 0
         if self.random_crop:
-            crop = int(np.random.default_rng([self.seed, ticket.epoch, ticket.index]).integers(self.index.num_crops))
+            crop = int(sample_generator(self.seed, ticket.epoch, ticket.index).integers(self.index.num_crops))
         return {
             "codes": torch.from_numpy(codes[row, crop].astype(np.int64)),  # (N,)
             "label": int(labels[row]),

@@ -3,13 +3,12 @@
 import io
 from typing import Literal
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from dar_lightning.data import transforms
 from dar_lightning.data.shards import ShardIndex, ShardReader, image_member
-from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, shuffled
+from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
 from dar_lightning.errors import UserError
 
 SHUFFLE_SHARDS = 16  # shards whose samples are mixed; some 20,000 images of ImageNet
@@ -41,7 +40,7 @@ class ShardDataset(Dataset):
         }
 
     def cropped(self, image: Image.Image, ticket: Ticket) -> Image.Image:
-        generator = np.random.default_rng([self.seed, ticket.epoch, ticket.index])
+        generator = sample_generator(self.seed, ticket.epoch, ticket.index)
         if self.crop == "ten_crop":
             return transforms.ten_crop(image, self.image_size, int(generator.integers(10)))
         if self.crop == "adm":

@@ -25,6 +25,16 @@ class Ticket(NamedTuple):
     valid: bool = True
 
 
+def order_generator(seed: int, epoch: int) -> np.random.Generator:
+    """What the order of an epoch is drawn from."""
+    return np.random.default_rng([0, seed, epoch])
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What everything random about a sample in an epoch is drawn from."""
+    return np.random.default_rng([1, seed, epoch, index])
+
+
 def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
     """The order of one epoch: blocks (shards) shuffled, then samples shuffled within windows of that many blocks.
 
@@ -39,7 +49,7 @@ def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray
     Returns:
         (sum(sizes),) int64, a permutation.
     """
-    generator = np.random.default_rng([seed, epoch])
+    generator = order_generator(seed, epoch)
     starts = np.cumsum([0, *sizes])
     blocks = [np.arange(starts[b], starts[b + 1]) for b in generator.permutation(len(sizes))]
     windows = [np.concatenate(blocks[i : i + window]) for i in range(0, len(blocks), window)]
@@ -114,6 +124,7 @@ class TrainLoader(Loader):
     """
 
     sampler: TrainSampler
+    unfinished: Callable[[], int] = staticmethod(lambda: 0)  # batches given out that the training has not done with
 
     @property
     def position(self) -> int:
@@ -127,8 +138,11 @@ class TrainLoader(Loader):
 
     def state_dict(self) -> dict[str, int]:
         """Where the run stands, and what must be the same for this to mean anything."""
-        sampler = self.sampler
-        return {"position": self.position, "global_batch": sampler.global_batch, "samples": len(sampler.dataset)}
+        return {
+            "position": self.position - self.unfinished(),
+            "global_batch": self.sampler.global_batch,
+            "samples": len(self.sampler.dataset),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a checkpoint.
@@ -159,6 +173,8 @@ class StreamDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a number of samples, give at least 1")
+        if seed < 0:
+            raise UserError(f"seed: {seed} is negative, give 0 or more")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._loader: TrainLoader | None = None
         self._restored: dict[str, int] | None = None
@@ -181,6 +197,10 @@ class StreamDataModule(L.LightningDataModule):
             drop_last=True,
             **self._worker_options(persistent=True),
         )
+        if self.trainer is not None:
+            # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            self._loader.unfinished = lambda: progress.ready - progress.processed
         if self._restored is not None:
             self._loader.load_state_dict(self._restored)
             self._restored = None

@@ -1,6 +1,7 @@
 """`dar extract` against tokenizing by hand, and the tokens' way into batches."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -13,6 +14,8 @@ from tiny_shards import CLASSES, SIZES, picture
 from dar_lightning.commands.extract import extract
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule, CodesIndex
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.stream import Ticket
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -200,3 +203,16 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, tmp_path):
     (copy / "000001.safetensors").unlink()
     with pytest.raises(UserError, match=r"data\.train: .*000001\.safetensors is missing"):
         CodesDataModule(str(copy)).train_dataloader()
+
+
+def test_datasets_travel_to_spawned_workers(ten, shards):
+    """A worker gets a pickled copy, of a dataset that has been read from already."""
+    for module in (
+        CodesDataModule(str(ten), batch_size=2),
+        ImageNetDataModule(str(shards), image_size=16, batch_size=2),
+    ):
+        dataset = module.train_dataloader().dataset
+        item = dataset[Ticket(12, 3)]
+        clone = pickle.loads(pickle.dumps(dataset))[Ticket(12, 3)]
+        for name, value in item.items():
+            assert np.array_equal(value, clone[name])

@@ -6,7 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import instantiate_class
 
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.stream import EvalSampler, TrainSampler, shuffled
@@ -157,6 +160,51 @@ def test_longer_run_after_the_end(shards, tmp_path, stop):
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     second, _ = fit(shards, tmp_path, str(tmp_path / "end.ckpt"), max_steps=14)
     assert first.seen + second.seen == whole.seen
+
+
+def test_resume_from_the_middle_of_a_step(shards, tmp_path):
+    """A step that failed after its batch was fetched is done again."""
+
+    class Failing(Recorder):
+        def training_step(self, batch, batch_idx):
+            if len(self.seen) == 8:
+                raise RuntimeError("preempted")
+            return super().training_step(batch, batch_idx)
+
+    class SaveOnException(L.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "exception.ckpt")
+
+    whole, _ = fit(shards, tmp_path, max_steps=15)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[SaveOnException()],
+        max_steps=15,
+        num_sanity_val_steps=0,
+    )
+    with pytest.raises(RuntimeError, match="preempted"):
+        trainer.fit(Failing(), datamodule=make(shards))
+    resumed, _ = fit(shards, tmp_path, str(tmp_path / "exception.ckpt"), max_steps=15)
+    assert resumed.seen == whole.seen[8:]
+
+
+def test_the_shipped_configs_build_their_datamodules(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    files = sorted((root / "experiments" / "data").glob("*.yaml"))
+    assert len(files) == 4
+    for file in files:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(L.LightningDataModule, "data")
+        config = parser.parse_object(yaml.safe_load(file.read_text()))
+        module = instantiate_class((), config.as_dict()["data"])
+        if file.stem == "fruit64":
+            module.setup("fit")
+            assert len(module.classes) == module.num_classes == 14
+            assert next(iter(module.train_dataloader()))["image"].shape == (16, 3, 64, 64)
 
 
 def test_resume_refuses_another_global_batch(shards, tmp_path):
