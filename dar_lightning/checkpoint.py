@@ -20,15 +20,11 @@ from dar_lightning.pretrained import one_line, read_safetensors
 Weights = Literal["auto", "ema", "raw"]
 
 
-class PickledNamespace:
-    """Takes the place of argparse.Namespace in a pickle: attributes only."""
-
-
-class PickledConfig:
-    """Takes the place of the official code's config_util.Config: a mapping kept in the attribute `_data`."""
-
-
-STAND_INS = [(PickledNamespace, "argparse.Namespace"), (PickledConfig, "config_util.Config")]
+# Inert classes in the place of those that the pickle names: attributes only. A class bears the name that it stands in
+# for, because that is how torch matches it.
+PickledNamespace = type("Namespace", (), {"__module__": "argparse"})
+# The official code's config: a mapping, kept in the attribute `_data`.
+PickledConfig = type("Config", (), {"__module__": "config_util"})
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -45,7 +41,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
     try:
         # The unpickler remarks on unusual files; the error, if there is one, says it better.
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
+        with (
+            torch.serialization.safe_globals([PickledNamespace, PickledConfig]),
+            warnings.catch_warnings(action="ignore"),
+        ):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # A broken file can raise anything at all; whatever it is, the file is at fault.
     except Exception as error:

@@ -118,8 +118,17 @@ def test_resuming_from_another_model_names_the_tensors(run, tmp_path):
     other = module(ARConfig(**(CONFIG.to_dict() | {"depth": 2})))
     with pytest.raises(UserError, match=r"missing blocks\.1"):
         fit(other, 5, ckpt_path=run[0], folder=tmp_path)
-    with pytest.raises(UserError, match="is of a ar run"):
+    with pytest.raises(UserError, match="is of the ar part"):
         SafeCheckpointIO(TokenizerModule("tiny")).load_checkpoint(run[0])
+
+
+@pytest.mark.parametrize("key", ["state_dict", "current_model_state"])
+def test_resuming_from_weights_that_are_no_numbers(run, tmp_path, key):
+    checkpoint = torch.load(run[0])
+    checkpoint[key]["ar.norm.weight"][0] = torch.nan
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
+        fit(module(), 5, ckpt_path=tmp_path / "nan.ckpt", folder=tmp_path)
 
 
 class Attack:

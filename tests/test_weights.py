@@ -15,6 +15,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.commands.convert import convert
 from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
 from dar_lightning.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -317,6 +318,20 @@ def test_a_deep_copy_is_independent():
     with torch.no_grad():
         twin.decoder.conv_in.bias += 1
     assert not torch.equal(twin.decoder.conv_in.bias, tokenizer.decoder.conv_in.bias)
+
+
+def test_a_pipeline_folder_holds_both_parts_and_the_class_names(tmp_path):
+    tokenizer, _ = tiny_models()
+    ar = ARModel(ARConfig.preset("tiny", num_classes=2))
+    pipeline = DARPipeline(tokenizer, ar, classes=("apple", "Birne"))
+    pipeline.save_pretrained(tmp_path)
+    again = DARPipeline.from_pretrained(tmp_path)
+    assert again.classes == ("apple", "Birne")
+    assert fingerprint(again.tokenizer) == fingerprint(tokenizer)
+    assert fingerprint(again.ar) == fingerprint(ar)
+    (tmp_path / "ar" / WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        DARPipeline.from_pretrained(tmp_path)
 
 
 # ---- dar convert

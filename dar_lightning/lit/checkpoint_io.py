@@ -34,9 +34,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
             UserError: if the file is missing, broken, malicious, or of a model with other tensors.
         """
         checkpoint = read_checkpoint(path)
-        part, tensors = split_model(checkpoint, "state_dict", path)
-        model = getattr(self.module, part, None)
-        if model is None:
-            raise UserError(f"{path} is of a {part} run: this run trains a {type(self.module).__name__}")
-        check_tensors(model, tensors, path)
+        # With EMAWeightAveraging there are two sets: the average, and what the optimizer works on.
+        for key in ("state_dict", "current_model_state"):
+            if key == "state_dict" or key in checkpoint:
+                part, tensors = split_model(checkpoint, key, path)
+                model = getattr(self.module, part, None)
+                if model is None:
+                    raise UserError(f"{path} is of the {part} part: this run trains a {type(self.module).__name__}")
+                check_tensors(model, tensors, path)
         return checkpoint
