@@ -113,7 +113,7 @@ class PretrainedMixin(
         values = read_json(folder / CONFIG_NAME)
         model_type = values.pop("model_type", None)
         if model_type != cls.__name__:
-            raise UserError(f"{folder / CONFIG_NAME} is of a {model_type}: need a {cls.__name__}")
+            raise UserError(f"{folder / CONFIG_NAME}: model_type is {model_type!r}, need {cls.__name__!r}")
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise UserError(

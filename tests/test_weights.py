@@ -274,7 +274,7 @@ def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypat
         (lambda c: c.update(num_groups=5), "num_groups 5"),
         (lambda c: c.update(codebook_size=65), r"quantizer\.codebook is \(64, 8\), need \(65, 8\)"),
         (lambda c: c.update(encoder_depth=3), r"missing encoder\.blocks\.2"),
-        (lambda c: c.update(model_type="ARModel"), "is of a ARModel: need a SequentialDiffusionTokenizer"),
+        (lambda c: c.update(model_type="ARModel"), "model_type is 'ARModel', need 'SequentialDiffusionTokenizer'"),
         (lambda c: c.update(format_version=99), "format_version 99"),
     ],
 )
