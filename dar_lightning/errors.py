@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": the command line prints its message as a single line."""
+"""The one exception that means "the user can mend this", and how it reaches the command line as a single line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,19 @@ class UserError(ValueError):
     The message is one line that names the option or file, what it was and what would be right. `dar` prints it to
     stderr without a traceback and exits with status 2.
     """
+
+
+class OneLineErrors:
+    """Mixin for a jsonargparse parser: a mistake becomes one line, without the usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise find_user_error(ex) or UserError(" ".join(str(message).split()))
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError at the root of an exception: jsonargparse wraps what constructors raise, several times over."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, UserError) else found
+        error = error.__cause__ or error.__context__
+    return found

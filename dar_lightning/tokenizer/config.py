@@ -37,6 +37,8 @@ class TokenizerConfig:
         prediction: what the decoder's network puts out: "velocity" (official) or "image", an estimate of the scaled
             image from which the velocity follows. Noise fills all channels of a patch, images do not, so a decoder
             narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn "image" (arXiv 2511.13720).
+        latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
+            Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
         gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
         modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
     """
@@ -62,6 +64,7 @@ class TokenizerConfig:
     head_dim: int = 64
     group_rounding: Literal["round", "ceil"] = "round"
     prediction: Literal["velocity", "image"] = "velocity"
+    latent_norm: Literal["none", "batch"] = "none"
     gate_init: float = 0.0
     modulation_init_std: float = 0.0
 
@@ -89,6 +92,8 @@ class TokenizerConfig:
             raise UserError(f"data_std {self.data_std} and time_shift {self.time_shift} must be positive")
         if self.group_rounding not in ("round", "ceil"):
             raise UserError(f"group_rounding is {self.group_rounding!r}: it must be 'round' or 'ceil'")
+        if self.latent_norm not in ("none", "batch"):
+            raise UserError(f"latent_norm is {self.latent_norm!r}: it must be 'none' or 'batch'")
         if self.prediction not in ("velocity", "image"):
             raise UserError(f"prediction is {self.prediction!r}: it must be 'velocity' or 'image'")
 

@@ -23,6 +23,9 @@ class Encoder(nn.Module):
             GatedBlock(dim, config.head_dim, config.gate_init) for _ in range(config.encoder_depth)
         )
         self.to_latent = nn.Linear(dim, config.codebook_dim, bias=False)
+        # Every channel of every token has its own statistics, so that each token must differ between images.
+        channels = config.num_tokens * config.codebook_dim
+        self.latent_norm = nn.BatchNorm1d(channels, affine=False) if config.latent_norm == "batch" else None
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, codebook_dim)
         patches = self.patchify(images)
@@ -39,7 +42,10 @@ class Encoder(nn.Module):
         mask = query_mask(height * width, self.num_tokens, x.device)
         for block in self.blocks:
             x = block(x, rotary, mask)
-        return self.to_latent(plain_norm(x[:, height * width :]))
+        latents = self.to_latent(plain_norm(x[:, height * width :]))
+        if self.latent_norm is not None:
+            latents = self.latent_norm(latents.flatten(1)).view_as(latents)
+        return latents
 
 
 def query_mask(num_patches: int, num_queries: int, device=None) -> Tensor:

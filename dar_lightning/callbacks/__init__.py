@@ -1,0 +1,7 @@
+"""What happens around training steps."""
+
+from dar_lightning.callbacks.codebook import CodebookWarmup
+from dar_lightning.callbacks.previews import Reconstructions
+from dar_lightning.callbacks.samples import Samples
+
+__all__ = ["CodebookWarmup", "Reconstructions", "Samples"]

@@ -1,0 +1,110 @@
+"""A codebook that is used: unquantized warm-up, k-means start, revival of dead codes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+
+
+class CodebookWarmup(Callback):
+    """Trains without quantization first, then starts the codebook from k-means and replaces codes that stay unused.
+
+    The official recipe needs none of this in its 210K steps. In runs of a few thousand, a random codebook collapses to
+    a few codes before the encoder has anything to say.
+
+    Args:
+        warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
+            the last `collect_steps` of them.
+        collect_steps: steps whose latents k-means sees.
+        kmeans_iterations: Lloyd iterations.
+        revive_every: after this many steps, codes that no token chose since the last time are moved onto random
+            latents of the current batch; 0 never does.
+        revive_until: step after which codes are left alone, so that the end of training is undisturbed.
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int,
+        collect_steps: int = 40,
+        kmeans_iterations: int = 10,
+        revive_every: int = 0,
+        revive_until: int = 0,
+    ):
+        if not 1 <= collect_steps <= warmup_steps:
+            raise UserError(f"collect_steps is {collect_steps}: it must be from 1 to warmup_steps, {warmup_steps}")
+        self.warmup_steps, self.collect_steps = warmup_steps, collect_steps
+        self.kmeans_iterations = kmeans_iterations
+        self.revive_every, self.revive_until = revive_every, revive_until
+        self.latents: list[Tensor] = []  # (tokens, codebook_dim) each
+        self.counts: Tensor | None = None  # (codebook_size,), uses since the last revival
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        pl_module.tokenizer.quantizer.bypass = trainer.global_step < self.warmup_steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        quantizer = pl_module.tokenizer.quantizer
+        if step <= self.warmup_steps:
+            if step > self.warmup_steps - self.collect_steps:
+                self.latents.append(outputs["latents"].flatten(0, 1).cpu())
+            if step == self.warmup_steps and self.latents:
+                latents = self._gather(pl_module, torch.cat(self.latents).to(pl_module.device))
+                quantizer.codebook.data.copy_(self._start(latents, len(quantizer.codebook)))
+                quantizer.bypass = False
+                self.latents = []
+            return
+        if not self.revive_every or step > self.revive_until:
+            return
+        counts = torch.bincount(outputs["codes"].flatten(), minlength=len(quantizer.codebook))
+        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
+        if (step - self.warmup_steps) % self.revive_every == 0:
+            total = trainer.strategy.reduce(self.counts.float(), reduce_op="sum")
+            latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
+            dead = (total == 0).nonzero().flatten()
+            chosen = torch.randperm(len(latents), generator=self._generator(step))[: len(dead)]
+            quantizer.codebook.data[dead[: len(chosen)]] = latents[chosen.to(latents.device)].to(quantizer.codebook)
+            pl_module.log("train/revived_codes", float(len(chosen)))
+            self.counts = None
+
+    def _start(self, latents: Tensor, codebook_size: int) -> Tensor:
+        return spherical_kmeans(latents, codebook_size, self.kmeans_iterations, self._generator(self.warmup_steps))
+
+    @staticmethod
+    def _generator(step: int) -> torch.Generator:
+        # The same on every rank, so that all codebooks stay equal.
+        return torch.Generator().manual_seed(step)
+
+    @staticmethod
+    def _gather(pl_module, latents: Tensor) -> Tensor:
+        gathered = pl_module.all_gather(latents)
+        return gathered.flatten(0, -2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latents": self.latents, "counts": self.counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.latents, self.counts = state_dict["latents"], state_dict["counts"]
+
+
+def spherical_kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Centres of unit vectors by Lloyd's iterations on the sphere: (n, d) -> (clusters, d), of unit length.
+
+    Centres that lose all their points restart on random points. With fewer points than clusters, points repeat.
+    """
+
+    def random_points(count: int) -> Tensor:
+        return points[torch.randint(len(points), (count,), generator=generator).to(points.device)]
+
+    order = torch.randperm(len(points), generator=generator)[:clusters].to(points.device)
+    centres = torch.cat([points[order], random_points(clusters - len(order))])
+    for _ in range(iterations):
+        nearest = torch.cat([(rows @ centres.T).argmax(dim=-1) for rows in points.split(4096)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        empty = torch.bincount(nearest, minlength=clusters) == 0
+        sums[empty] = random_points(int(empty.sum()))
+        centres = F.normalize(sums, dim=-1)
+    return centres

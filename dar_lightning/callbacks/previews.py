@@ -1,0 +1,43 @@
+"""Pictures in TensorBoard: reconstructions and what each group of tokens adds, on fixed images and noise."""
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.metrics.reconstruction import reconstruction_metrics
+
+
+class Reconstructions(Callback):
+    """After each validation, decodes the first validation images and logs PSNR, SSIM, a grid and film strips of previews.
+
+    Args:
+        num_images: how many validation images, at most one batch.
+        num_strips: how many of them also get a strip: original, then the preview after each group.
+    """
+
+    def __init__(self, num_images: int = 16, num_strips: int = 4):
+        self.num_images, self.num_strips = num_images, num_strips
+
+    @torch.no_grad()
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx or trainer.sanity_checking:
+            return
+        tokenizer = pl_module.tokenizer
+        images = batch["image"][batch["valid"]][: self.num_images]
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pl_module.device)
+        previews = tokenizer.previews(tokenizer.tokenize(to_float(images)), noise)  # (B, K, 3, H, W)
+        previews = to_uint8(previews)
+        metrics = reconstruction_metrics().to(pl_module.device)
+        scores = metrics(previews[:, -1].float(), images.float())
+        pl_module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
+        if trainer.is_global_zero and trainer.logger is not None:
+            pairs = torch.stack([images, previews[:, -1]], dim=1).flatten(0, 1)
+            strips = torch.cat([images[:, None], previews], dim=1)[: self.num_strips]
+            self._log(trainer, "reconstructions", make_grid(pairs, nrow=8))
+            self._log(trainer, "previews", make_grid(strips.flatten(0, 1), nrow=strips.shape[1]))
+
+    @staticmethod
+    def _log(trainer, name: str, image: Tensor) -> None:
+        trainer.logger.experiment.add_image(name, image, trainer.global_step)

@@ -1,0 +1,44 @@
+"""Generated images in TensorBoard while the AR model trains: fixed classes, fixed seeds."""
+
+import torch
+from lightning.pytorch import Callback
+from torchvision.utils import make_grid
+
+from dar_lightning.data.transforms import to_uint8
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+
+
+class Samples(Callback):
+    """After each validation, draws a grid with a row per class.
+
+    Args:
+        tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
+        classes: class indices; None takes all, at most 20.
+        per_class: images per class.
+        guidance: scale, or (a, b).
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        classes: list[int] | None = None,
+        per_class: int = 4,
+        guidance: float | tuple[float, float] = 1.0,
+    ):
+        self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, guidance
+        self.tokenizer: SequentialDiffusionTokenizer | None = None
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or trainer.logger is None:
+            return
+        if self.tokenizer is None:
+            self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
+        classes = self.classes or list(range(min(pl_module.ar.config.num_classes, 20)))
+        labels = torch.tensor(classes, device=pl_module.device).repeat_interleave(self.per_class)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
+        images = DARPipeline(self.tokenizer, pl_module.ar).generate(
+            labels, guidance=self.guidance, generator=generators
+        )
+        grid = make_grid(to_uint8(images), nrow=self.per_class)
+        trainer.logger.experiment.add_image("samples", grid, trainer.global_step)

@@ -1,0 +1,86 @@
+"""The `dar` command: Trainer verbs go to LightningCLI, the others are typed functions read by jsonargparse."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dar_lightning.errors import OneLineErrors, UserError, find_user_error
+
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+
+# verb -> (module, function). Modules are imported when their verb is called, so `dar --help` is quick.
+VERBS = {
+    "quickstart": ("dar_lightning.commands.quickstart", "quickstart"),
+    "extract": ("dar_lightning.commands.extract", "extract"),
+    "sample": ("dar_lightning.commands.sample", "sample"),
+    "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
+    "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
+    "export": ("dar_lightning.commands.export", "export"),
+    "convert": ("dar_lightning.commands.convert", "convert"),
+}
+
+USAGE = """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
+
+training, by LightningCLI:
+  fit           train a tokenizer or an AR model: dar fit --config experiments/quickstart/tokenizer.yaml
+  validate      run its validation
+  test, predict the other Trainer verbs
+
+tools:
+  quickstart    everything below in a few minutes, on the embedded photos
+  extract       images -> token shards, with a trained tokenizer
+  sample        draw images with a pipeline: grid, film strips, layout control
+  reconstruct   encode and decode images: PSNR, codebook use, previews
+  evaluate      Frechet distance and linear probe of samples
+  export        Lightning checkpoint -> folder with config.json and model.safetensors
+  convert       official D-AR weights -> such a folder"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb. Exits with status 2 and a single line after a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    verb, options = argv[0], argv[1:]
+    try:
+        if verb in TRAINER_VERBS:
+            run_trainer(argv)
+        elif verb in VERBS:
+            run_function(verb, options)
+        elif verb == "--version":
+            print(importlib.import_module("dar_lightning").__version__)
+        else:
+            raise UserError(f"unknown verb {verb!r}: choose from {', '.join((*TRAINER_VERBS, *VERBS))}")
+    except ValueError as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        print(f"dar {verb}: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"dar {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_function(verb: str, options: list[str]) -> None:
+    """Call a verb's function with options from the command line and --config files."""
+    from jsonargparse import ArgumentParser, auto_cli
+
+    module, name = VERBS[verb]
+    function = getattr(importlib.import_module(module), name)
+    parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
+    auto_cli(function, args=options, as_positional=False, prog=f"dar {verb}", parser_class=parser_class)
+
+
+def run_trainer(argv: list[str]) -> None:
+    """Hand a Trainer verb to LightningCLI."""
+    from dar_lightning.trainer_cli import TrainerCLI
+
+    TrainerCLI(argv)
+
+
+if __name__ == "__main__":
+    main()

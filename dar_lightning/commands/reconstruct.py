@@ -1,0 +1,91 @@
+"""`dar reconstruct`: what a tokenizer keeps of real images."""
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.errors import UserError
+from dar_lightning.figures import image_grid, save_png
+from dar_lightning.metrics.codebook import CodebookUse
+from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
+from dar_lightning.pretrained import write_atomically
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.weights import fingerprint
+
+
+@torch.no_grad()
+def reconstruct(
+    tokenizer: str,
+    shards: str,
+    output: str,
+    solver: str = "adams2",
+    num_steps: int | None = None,
+    num_shown: int = 12,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Encode and decode all images of some shards; write figures and pictures.
+
+    Writes `reconstructions.png` (original, then the preview after each group of tokens, coarse to fine; a row per
+    image) and `reconstruction.json` (PSNR, SSIM, codebook use, with their protocol).
+
+    Args:
+        tokenizer: folder or Hugging Face repository of a tokenizer.
+        shards: image shards: a folder, one tar, or a brace pattern. Images are centre crops at the tokenizer's size.
+        output: folder to write to.
+        solver: "adams2", "euler" or "adams2_variable".
+        num_steps: diffusion steps; None is the tokenizer's number of groups.
+        num_shown: rows of the picture, spread over the shards.
+        batch_size: images at a time.
+        seed: of the noise that decoding starts from.
+        device: where to compute: cpu, cuda, ...
+    """
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(device)
+    data = ImageNetDataModule(val=shards, image_size=model.config.image_size, batch_size=batch_size)
+    loader = data.val_dataloader()
+    if num_shown < 1:
+        raise UserError(f"num_shown is {num_shown}: show at least one image")
+    Path(output).mkdir(parents=True, exist_ok=True)
+    total = len(loader.dataset)
+    shown = set(torch.linspace(0, total - 1, min(num_shown, total)).long().tolist())
+    quality = reconstruction_metrics().to(device)
+    codebook = CodebookUse(model.config.codebook_size).to(device)
+    rows = []
+    for batch in tqdm(loader, desc="reconstruct", unit="batch"):
+        images = batch["image"].to(device)
+        codes = model.tokenize(to_float(images))
+        generators = [torch.Generator().manual_seed((seed << 32) + int(index)) for index in batch["index"]]
+        noise = model.draw_noise(len(images), generators)
+        previews = to_uint8(model.previews(codes, noise, solver, num_steps))  # (B, K, 3, H, W)
+        quality.update(previews[:, -1].float(), images.float())
+        codebook.update(codes)
+        rows += [
+            torch.cat([images[i : i + 1], previews[i]])
+            for i, index in enumerate(batch["index"].tolist())
+            if index in shown
+        ]
+    use, perplexity = codebook.compute()
+    scores = {name: float(value) for name, value in quality.compute().items()}
+    result = {
+        "metrics": scores | {"codebook_use": float(use), "codebook_perplexity": float(perplexity)},
+        "protocol": RECONSTRUCTION_PROTOCOL
+        | {
+            "num_images": total,
+            "shards": shards,
+            "crop": f"centre {model.config.image_size}",
+            "solver": solver,
+            "num_steps": num_steps or model.config.num_groups,
+            "seed": seed,
+            "tokenizer": fingerprint(model),
+        },
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomically(Path(output) / "reconstruction.json", lambda path: path.write_text(text))
+    columns = ["original", *(f"group {m}" for m in range(1, model.config.num_groups + 1))]
+    save_png(image_grid(torch.stack(rows), column_labels=columns), Path(output) / "reconstructions.png")
+    print(f"{output}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, {float(use):.1%} of the codes in use")

@@ -1,0 +1,154 @@
+"""DARPipeline: the AR model writes tokens, the tokenizer turns each group of them into a step of the picture."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.sampling import Generators, Guidance, stream_tokens
+from dar_lightning.errors import UserError
+from dar_lightning.pretrained import read_json, resolve_folder, write_atomically
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+
+PIPELINE_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `DARPipeline.stream` yields after each group of tokens.
+
+    Attributes:
+        images: (B, 3, H, W), not clipped to [-1, 1]: the picture as the tokens so far foresee it.
+        codes: (B, m) int64, all tokens so far.
+        group: number of groups decoded, 1 to K; at K the images are final.
+    """
+
+    images: Tensor
+    codes: Tensor
+    group: int
+
+
+class DARPipeline:
+    """Class-conditional image generation by a tokenizer and an AR model (paper, section 3).
+
+    Args:
+        tokenizer: decodes tokens.
+        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer.
+        classes: names of the classes, in the order of the labels; empty if they have none.
+    """
+
+    def __init__(self, tokenizer: SequentialDiffusionTokenizer, ar: ARModel, classes: tuple[str, ...] = ()):
+        for name, theirs, ours in (
+            ("vocab_size", ar.config.vocab_size, tokenizer.config.codebook_size),
+            ("num_tokens", ar.config.num_tokens, tokenizer.config.num_tokens),
+        ):
+            if theirs != ours:
+                raise UserError(f"the AR model has {name} {theirs}, the tokenizer {ours}: they belong to different runs")
+        if classes and len(classes) != ar.config.num_classes:
+            raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
+        self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        labels: Tensor,
+        guidance: Guidance = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix: Tensor | None = None,
+        noise: Tensor | None = None,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        generator: Generators = None,
+    ) -> Iterator[Preview]:
+        """Generate, and show the picture after each group of tokens.
+
+        The first preview is there when the first group is: 1/K of the tokens and one diffusion step.
+
+        Args:
+            labels: (B,) int64 classes.
+            guidance: scale, or (a, b), linear over the tokens.
+            temperature: of the token distribution.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the most likely tokens with this much probability.
+            prefix: (B, m) tokens that are kept as they are (layout control), m < N.
+            noise: (B, 3, H, W) start of the diffusion; None draws it at the tokenizer's image_size.
+            solver: see tokenizer.flow.integrate.
+            num_steps: diffusion steps; None is K.
+            generator: a torch.Generator, or a list with one per image: then an image does not depend on its batch.
+
+        Yields:
+            K previews; the last one is what `generate` returns for the same arguments.
+        """
+        labels = labels.to(self.device)
+        noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+        codes: list[Tensor] = []
+
+        def written() -> Iterator[Tensor]:
+            for tokens in stream_tokens(
+                self.ar, labels, guidance, temperature, top_k, top_p, prefix=prefix, generator=generator
+            ):
+                codes.append(tokens)
+                yield tokens[:, None]
+
+        previews = self.tokenizer.stream(written(), noise, solver, num_steps)
+        for group, images in enumerate(previews, start=1):
+            yield Preview(images, torch.stack(codes, dim=1), group)
+
+    def generate(self, labels: Tensor, **options) -> Tensor:
+        """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`."""
+        for preview in self.stream(labels, **options):  # noqa: B007
+            pass
+        return preview.images
+
+    def label(self, name_or_index: str | int) -> int:
+        """The label of a class, by its name or by its number (as int or digits).
+
+        Raises:
+            UserError: if there is no such class.
+        """
+        text = str(name_or_index)
+        if text in self.classes:
+            return self.classes.index(text)
+        if text.isdigit() and int(text) < self.ar.config.num_classes:
+            return int(text)
+        names = f" or one of {', '.join(self.classes)}" if 0 < len(self.classes) <= 20 else ""
+        raise UserError(f"class {text!r} is unknown: give 0 to {self.ar.config.num_classes - 1}{names}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.ar.head.weight.device
+
+    def to(self, *args, **kwargs) -> "DARPipeline":
+        """Move both models, as nn.Module.to."""
+        self.tokenizer.to(*args, **kwargs)
+        self.ar.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder with `tokenizer/`, `ar/` and the class names."""
+        path = Path(path)
+        self.tokenizer.save_pretrained(path / "tokenizer")
+        self.ar.save_pretrained(path / "ar")
+        text = json.dumps({"classes": list(self.classes)}, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path / PIPELINE_CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":
+        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files.
+
+        Raises:
+            UserError: if a part is missing or broken, or the parts do not belong together.
+        """
+        folder = resolve_folder(path_or_repo)
+        classes = read_json(folder / PIPELINE_CONFIG).get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"{folder / PIPELINE_CONFIG}: classes must be a list of names")
+        tokenizer = SequentialDiffusionTokenizer.from_pretrained(folder / "tokenizer")
+        return cls(tokenizer, ARModel.from_pretrained(folder / "ar"), tuple(classes))
