@@ -47,7 +47,7 @@ class DARPipeline:
             ("num_tokens", ar.config.num_tokens, tokenizer.config.num_tokens),
         ):
             if theirs != ours:
-                raise UserError(f"the AR model has {name} {theirs}, the tokenizer {ours}: they belong to different runs")
+                raise UserError(f"the AR model has {name} {theirs}, the tokenizer {ours}: they are of different runs")
         if classes and len(classes) != ar.config.num_classes:
             raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
@@ -146,7 +146,7 @@ class DARPipeline:
         Raises:
             UserError: if a part is missing or broken, or the parts do not belong together.
         """
-        folder = resolve_folder(path_or_repo)
+        folder = resolve_folder(path_or_repo, ["config.json", "*/config.json", "*/model.safetensors"])
         classes = read_json(folder / PIPELINE_CONFIG).get("classes", [])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise UserError(f"{folder / PIPELINE_CONFIG}: classes must be a list of names")

@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from dar_lightning.errors import OneLineErrors
+from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -34,10 +37,18 @@ class TrainerCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )
 
-    def _prepare_subcommand_parser(self, klass, subcommand: str, **kwargs):
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults({"weights_only": True})  # a checkpoint is data, not a program
-        return parser
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """A checkpoint is data, not a program: no option says otherwise."""
+        return {verb: skip | {"weights_only"} for verb, skip in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyperparameters never override what config and command line say."""

@@ -10,7 +10,7 @@ from dar_lightning.metrics.reconstruction import reconstruction_metrics
 
 
 class Reconstructions(Callback):
-    """After each validation, decodes the first validation images and logs PSNR, SSIM, a grid and film strips of previews.
+    """After each validation, decodes the first images of it and logs PSNR, SSIM, a grid and film strips of previews.
 
     Args:
         num_images: how many validation images, at most one batch.

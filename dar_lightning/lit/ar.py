@@ -1,5 +1,8 @@
 """Training of the autoregressive model on token sequences."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -8,6 +11,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.finetune import init_from_pretrained
 from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
 
 
@@ -23,12 +27,15 @@ class ARModule(LightningModule):
 
     def __init__(
         self,
-        config: ARConfig | str = "B",
+        config: ARConfig | str | dict[str, Any] = "B",
         optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
         init_from: str | None = None,
     ):
         super().__init__()
-        config = ARConfig.preset(config) if isinstance(config, str) else config
+        if isinstance(config, str):
+            config = ARConfig.preset(config)
+        elif isinstance(config, Mapping):  # the plain form that checkpoints keep
+            config = build_config(ARConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
         self.optimizer = optimizer

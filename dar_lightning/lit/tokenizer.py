@@ -1,18 +1,19 @@
 """Training of the sequential diffusion tokenizer."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dar_lightning.data.transforms import to_float
-from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -29,13 +30,16 @@ class TokenizerModule(LightningModule):
 
     def __init__(
         self,
-        config: TokenizerConfig | str = "v1",
+        config: TokenizerConfig | str | dict[str, Any] = "v1",
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
     ):
         super().__init__()
-        config = TokenizerConfig.preset(config) if isinstance(config, str) else config
+        if isinstance(config, str):
+            config = TokenizerConfig.preset(config)
+        elif isinstance(config, Mapping):  # the plain form that checkpoints keep
+            config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
         self.tokenizer = SequentialDiffusionTokenizer(config)
         self.optimizer = optimizer

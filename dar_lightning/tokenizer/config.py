@@ -41,6 +41,8 @@ class TokenizerConfig:
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
         gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
         modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
+        position_init_std: spread of the conditioner's initial position table; 1 (official) drowns the tokens, whose
+            projection has a spread of 0.2, until training has raised it.
     """
 
     image_size: int = 256
@@ -67,6 +69,7 @@ class TokenizerConfig:
     latent_norm: Literal["none", "batch"] = "none"
     gate_init: float = 0.0
     modulation_init_std: float = 0.0
+    position_init_std: float = 1.0
 
     def __post_init__(self):
         for name in ("image_size", "codebook_size", "codebook_dim", "num_tokens", "num_groups"):

@@ -198,7 +198,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Returns:
             Scalars "flow" (velocity error / data_std^2), "vq" and "commit" (0.25 included), the two averaged over the
             tokens up to the last one that the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N);
-            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
+            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also
+            "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u

@@ -1,0 +1,220 @@
+"""`dar quickstart`: the whole road on the embedded photos, by the verbs that full-size runs use."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dar_lightning
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.errors import UserError
+from dar_lightning.figures import save_png
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.pretrained import read_json, write_atomically
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.weights import load_lightning_checkpoint
+
+ROOT = Path(dar_lightning.__file__).parent.parent
+CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"
+LAYOUT_CLASS = "Watermelon"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the road.
+
+    Attributes:
+        name: for the user, and in metrics.json.
+        what: one sentence for the user.
+        minutes: what it took on two cores.
+        result: the file that exists when the stage is complete.
+        commands: options of `dar`, run one after the other.
+        finish: called with the output folder after them.
+    """
+
+    name: str
+    what: str
+    minutes: float
+    result: Path
+    commands: tuple[tuple[str, ...], ...]
+    finish: Callable[[Path], None] | None = None
+
+
+def quickstart(output: str = "runs/quickstart", fresh: bool = False) -> None:
+    """Train a small tokenizer and AR model on fruit photos, draw with them, and measure the result.
+
+    A stage whose result is there is skipped; an interrupted one resumes from its last checkpoint.
+
+    Args:
+        output: folder for everything.
+        fresh: delete that folder first.
+    """
+    out = Path(output).resolve()
+    if not (ROOT / CONFIGS).is_dir():
+        raise UserError(f"{ROOT / CONFIGS} is missing: quickstart needs a clone of the repository, installed with -e")
+    if fresh and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = road(out)
+    print(f"{len(stages)} stages, about {sum(stage.minutes for stage in stages):.0f} minutes on two CPU cores.")
+    for number, stage in enumerate(stages, start=1):
+        print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}")
+        if stage.result.exists():
+            print(f"  done already: {stage.result}", flush=True)
+            continue
+        print(f"  takes about {stage.minutes:g} min", flush=True)
+        run_stage(stage, out)
+    metrics = collect(out)
+    print(summary(out, metrics))
+
+
+def road(out: Path) -> list[Stage]:
+    """The stages, in order, with all results under `out`."""
+    pipeline, tokenizer = out / "pipeline", out / "pipeline/tokenizer"
+    fit = ("fit", "--config")
+    codes = [
+        ("extract", "--tokenizer", str(tokenizer), "--shards", shards, "--output", f"{out}/codes/{split}", *crops)
+        for split, shards, crops in (
+            ("train", TRAIN, ("--crops", "random", "--random_crops", "10")),
+            ("val", VAL, ("--crops", "center")),
+        )
+    ]
+    tokens = ("--data.init_args.train", f"{out}/codes/train", "--data.init_args.val", f"{out}/codes/val")
+    layout = ("--layout", f"{out}/layout_reference.png", "--prefix", "8", "--per_class", "6")
+    return [
+        Stage(
+            "tokenizer",
+            "train the sequential diffusion tokenizer",
+            6,
+            tokenizer / "config.json",
+            (
+                (*fit, f"{CONFIGS}/tokenizer.yaml", "--trainer.default_root_dir", f"{out}/tokenizer"),
+                ("export", "--ckpt", f"{out}/tokenizer/checkpoints/last.ckpt", "--output", f"{tokenizer}"),
+            ),
+        ),
+        Stage(
+            "reconstruct",
+            "encode and decode the validation photos",
+            0.3,
+            out / "reconstruction.json",
+            (("reconstruct", "--tokenizer", f"{tokenizer}", "--shards", VAL, "--output", f"{out}"),),
+        ),
+        Stage("extract", "turn the photos into tokens", 0.5, out / "codes/val/index.json", tuple(codes)),
+        Stage(
+            "ar",
+            "train the Llama on the tokens",
+            3,
+            pipeline / "config.json",
+            ((*fit, f"{CONFIGS}/ar.yaml", "--trainer.default_root_dir", f"{out}/ar", *tokens),),
+            finish=join_parts,
+        ),
+        Stage(
+            "sample",
+            "draw every class, and every class with the first 8 tokens of one photo",
+            0.5,
+            out / "layout/layout.png",
+            (
+                ("sample", "--config", f"{CONFIGS}/sample.yaml", "--pipeline", f"{pipeline}", "--output", f"{out}"),
+                (
+                    *("sample", "--config", f"{CONFIGS}/sample.yaml", "--pipeline", f"{pipeline}"),
+                    *("--output", f"{out}/layout", *layout),
+                ),
+            ),
+        ),
+        Stage(
+            "evaluate",
+            "Frechet distance to the validation photos, and a linear probe that knows only real photos",
+            0.3,
+            out / "evaluation.json",
+            (
+                (
+                    *("evaluate", "--samples", f"{out}/samples.npz", "--reference", VAL, "--features", "color_edges"),
+                    *("--probe_train", TRAIN, "--output", f"{out}/evaluation.json"),
+                ),
+            ),
+        ),
+    ]
+
+
+def run_stage(stage: Stage, out: Path) -> None:
+    """Run a stage's commands and add its seconds to seconds.json, over all attempts."""
+    times = out / "seconds.json"
+    start = time.monotonic()
+    try:
+        for command in stage.commands:
+            print(f"  $ dar {shlex.join(command)}", flush=True)
+            status = subprocess.run([sys.executable, "-m", "dar_lightning", *command], cwd=ROOT).returncode
+            if status:
+                raise UserError(f"stage {stage.name} stopped with status {status}: the same command goes on from here")
+        if stage.finish is not None:
+            stage.finish(out)
+    finally:
+        seconds = read_json(times) if times.exists() else {}
+        seconds[stage.name] = round(seconds.get(stage.name, 0) + time.monotonic() - start, 1)
+        write_atomically(times, lambda path: path.write_text(json.dumps(seconds, indent=2) + "\n"))
+
+
+def join_parts(out: Path) -> None:
+    """Make the pipeline of the trained parts, and keep one validation photo as the reference for layout control."""
+    data = ImageNetDataModule(val=str(ROOT / VAL), image_size=64)
+    label = data.classes.index(LAYOUT_CLASS)
+    photos = data.val_dataloader().dataset
+    photo = next(photo for photo in (photos[i] for i in range(len(photos))) if photo["label"] == label)
+    save_png(Image.fromarray(photo["image"].permute(1, 2, 0).numpy()), out / "layout_reference.png")
+    tokenizer = SequentialDiffusionTokenizer.from_pretrained(out / "pipeline/tokenizer")
+    ar = load_lightning_checkpoint(out / "ar/checkpoints/last.ckpt")
+    DARPipeline(tokenizer, ar, data.classes).save_pretrained(out / "pipeline")
+
+
+def collect(out: Path) -> dict:
+    """Write metrics.json: what all stages measured, and how long they took."""
+    reconstruction, evaluation = read_json(out / "reconstruction.json"), read_json(out / "evaluation.json")
+    metrics = {
+        "reconstruction": reconstruction["metrics"],
+        "generation": evaluation["metrics"],
+        "losses": {part: last_scalars(out / part / "logs", ("train/", "val/")) for part in ("tokenizer", "ar")},
+        "seconds": read_json(out / "seconds.json"),
+        "protocol": {"reconstruction": reconstruction["protocol"], "generation": evaluation["protocol"]},
+    }
+    write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    shutil.copyfile(out / "layout/layout.png", out / "layout.png")
+    return metrics
+
+
+def last_scalars(logs: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
+    """The last value of each TensorBoard scalar whose name starts with one of the prefixes."""
+    events = EventAccumulator(str(logs)).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(prefixes)]
+    return {name: events.Scalars(name)[-1].value for name in names}
+
+
+def summary(out: Path, metrics: dict) -> str:
+    """What to look at, and what to try next."""
+    generation, reconstruction = metrics["generation"], metrics["reconstruction"]
+    distance = next(name for name in generation if name.startswith("FD-"))
+    pictures = ("reconstructions.png", "samples.png", "previews.png", "layout.png")
+    return "\n".join(
+        [
+            f"\nDone in {sum(metrics['seconds'].values()) / 60:.1f} minutes of work.",
+            f"  reconstruction  {reconstruction['psnr']:.2f} dB PSNR, "
+            f"{reconstruction['codebook_use']:.0%} of codes in use",
+            f"  generation      {distance} {generation[distance]:.3f} to the validation photos",
+            f"  linear probe    {generation['probe_accuracy_samples']:.0%} of the generated images are taken for their "
+            f"class, {generation['probe_accuracy_reference']:.0%} of real validation photos (chance: 7%)",
+            "\nLook at:",
+            *(f"  {out / name}" for name in (*pictures, "metrics.json")),
+            "\nTry next:",
+            f"  dar sample --pipeline {out / 'pipeline'} --classes Orange,Watermelon --seed 1 --output {out / 'more'}",
+            f"  tensorboard --logdir {out}",
+            f"  dar fit --config {CONFIGS}/tokenizer.yaml --trainer.max_steps 20000 "
+            "--trainer.default_root_dir runs/longer",
+        ]
+    )
