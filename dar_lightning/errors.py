@@ -18,8 +18,11 @@ class OneLineErrors:
 
 def find_user_error(error: BaseException | None) -> UserError | None:
     """The UserError at the root of an exception: jsonargparse wraps what constructors raise, several times over."""
-    found = None
-    while error is not None:
+    found, seen = None, set()
+    while (
+        error is not None and id(error) not in seen
+    ):  # raised again while it is handled, an error can be its own cause
+        seen.add(id(error))
         found = error if isinstance(error, UserError) else found
         error = error.__cause__ or error.__context__
     return found

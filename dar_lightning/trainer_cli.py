@@ -10,7 +10,10 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.stream import StreamDataModule
 from dar_lightning.errors import OneLineErrors
+from dar_lightning.lit.ar import ARModule
 from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
 
 
@@ -52,6 +55,15 @@ class TrainerCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyperparameters never override what config and command line say."""
+
+    def before_fit(self) -> None:
+        """Wrong data is found before the run writes its first file."""
+        data = self.datamodule
+        if isinstance(data, StreamDataModule):
+            for split in ("train", "val") if data.val is not None else ("train",):
+                data.index(split)
+        if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
+            self.model.check_data(data)
 
     def before_instantiate_classes(self) -> None:
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""

@@ -1,7 +1,6 @@
 """Training of the autoregressive model on token sequences."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
 from dar_lightning.optim import OptimizerConfig, configure_adamw
 from dar_lightning.pretrained import build_config
@@ -27,20 +28,42 @@ class ARModule(LightningModule):
 
     def __init__(
         self,
-        config: ARConfig | str | dict[str, Any] = "B",
+        config: ARConfig | str = "B",
         optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
         init_from: str | None = None,
     ):
         super().__init__()
         if isinstance(config, str):
             config = ARConfig.preset(config)
-        elif isinstance(config, Mapping):  # the plain form that checkpoints keep
+        elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(ARConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
         self.optimizer = optimizer
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
+
+    def check_data(self, data: CodesDataModule) -> None:
+        """Refuse tokens or labels that the model has no embedding for.
+
+        Raises:
+            UserError: naming the first value of the config that does not fit.
+        """
+        config = self.ar.config
+        if config.num_tokens != data.num_tokens:
+            raise UserError(
+                f"num_tokens is {config.num_tokens} in the config: the data has {data.num_tokens} per image"
+            )
+        for name, mine, needed in (
+            ("vocab_size", config.vocab_size, data.codebook_size),
+            ("num_classes", config.num_classes, data.num_classes),
+        ):
+            if mine < needed:
+                raise UserError(f"{name} is {mine} in the config, the data needs {needed}")
+
+    def setup(self, stage: str) -> None:
+        if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
+            self.check_data(data)
 
     def configure_optimizers(self):
         return configure_adamw(self.ar, self.optimizer, self.trainer.estimated_stepping_batches)

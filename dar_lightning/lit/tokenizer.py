@@ -1,7 +1,7 @@
 """Training of the sequential diffusion tokenizer."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,7 +30,7 @@ class TokenizerModule(LightningModule):
 
     def __init__(
         self,
-        config: TokenizerConfig | str | dict[str, Any] = "v1",
+        config: TokenizerConfig | str = "v1",
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
@@ -38,7 +38,7 @@ class TokenizerModule(LightningModule):
         super().__init__()
         if isinstance(config, str):
             config = TokenizerConfig.preset(config)
-        elif isinstance(config, Mapping):  # the plain form that checkpoints keep
+        elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
         self.tokenizer = SequentialDiffusionTokenizer(config)

@@ -1,0 +1,252 @@
+"""A user's mistake gets one line that names it, status 2 and no traceback, and leaves nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, write_images, write_tokens
+
+from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
+
+
+def refusal(capsys, argv: list) -> str:
+    """What `dar` says on stderr before it ends with status 2: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
+    assert stop.value.code == 2
+    assert len(said) == 1, said
+    assert said[0].startswith(f"dar {argv[0]}: ")
+    return said[0]
+
+
+def process(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dar_lightning", *words], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "x", 8)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "x", 8)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "x"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+# ---- the program as a process
+
+
+def test_help_lists_every_verb():
+    run = process("--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.strip() == USAGE
+    assert all(verb in USAGE for verb in (*TRAINER_VERBS, *VERBS))
+
+
+def test_dar_alone_says_how_it_is_used():
+    run = process()
+    assert (run.returncode, run.stdout.strip()) == (2, USAGE)
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    run = process("fit", "--config", "experiments/quickstart/tokenizer.yaml", "--model.init_args.config.nope", "3")
+    assert (run.returncode, run.stdout) == (2, "")
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("dar fit: ")
+    assert "nope" in line
+    assert "Traceback" not in run.stderr
+
+
+# ---- words
+
+
+@pytest.mark.parametrize("verb", [*TRAINER_VERBS, *VERBS])
+def test_each_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: dar {verb}" if verb in VERBS else "usage: dar")
+    assert "--config" in shown.out
+
+
+def test_version(capsys):
+    from dar_lightning import __version__
+
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_unknown_verb(capsys):
+    line = refusal(capsys, ["trian"])
+    assert "'trian'" in line
+    assert "quickstart" in line
+
+
+@pytest.mark.parametrize("verb", [*TRAINER_VERBS, *VERBS])
+def test_unknown_option(verb, capsys):
+    assert "--nope" in refusal(capsys, [verb, "--nope", "3"])
+
+
+@pytest.mark.parametrize("verb", ["fit", "sample"])
+def test_missing_config_file(verb, capsys):
+    assert "no/such.yaml" in refusal(capsys, [verb, "--config", "no/such.yaml"])
+
+
+@pytest.mark.parametrize("verb", ["fit", "sample"])
+def test_broken_config_file(verb, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("a: [1,\n")
+    assert "line 2" in refusal(capsys, [verb, "--config", tmp_path / "x.yaml"])
+
+
+def test_a_missing_option_is_named(capsys):
+    assert "output" in refusal(capsys, ["sample", "--pipeline", "x"])
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model.init_args.config.nope=3"], ["nope"]),
+        (["--model.init_args.config.num_tokens=many"], ["num_tokens", "many"]),
+        (["--model.init_args.config.num_tokens=9"], ["num_tokens 9", "num_groups 4"]),
+        (["--model.init_args.optimizer.nope=3"], ["nope"]),
+        (["--model.init_args.optimizer.lr=-1"], ["lr"]),
+        (["--model.init_args.config=v2"], ["v2", "v1, light, tiny"]),
+        (["--model.init_args.nope=3"], ["nope"]),
+        (["--model=dar_lightning.lit.NoModule"], ["NoModule"]),
+        (["--data.init_args.crop=diagonal"], ["diagonal"]),
+        (["--data.init_args.batch_size=0"], ["batch_size"]),
+        (["--trainer.nope=3"], ["nope"]),
+        (["--trainer.max_steps=many"], ["max_steps", "many"]),
+        (["--trainer.callbacks+=NoCallback"], ["NoCallback"]),
+        (
+            ["--trainer.callbacks+=dar_lightning.callbacks.CodebookWarmup", "--trainer.callbacks.warmup_steps=3"],
+            ["collect_steps is 40"],
+        ),
+    ],
+    ids=lambda value: value[-1] if str(value[0]).startswith("--") else "",
+)
+def test_a_config_that_cannot_be(images, tmp_path, options, named, capsys):
+    line = refusal(capsys, [*fit_tokenizer(images, images, tmp_path / "run", max_steps=1), *options])
+    assert all(name in line for name in named), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_of_the_other_model(tokens, tmp_path, capsys):
+    line = refusal(capsys, [*fit_ar(tokens, tokens, tmp_path / "run"), "--model.init_args.config=Q"])
+    assert "'Q'" in line
+    assert "XXL" in line
+    assert not (tmp_path / "run").exists()
+
+
+# ---- data
+
+
+def test_missing_shards(images, tmp_path, capsys):
+    line = refusal(capsys, fit_tokenizer("no/shards", images, tmp_path / "run", max_steps=1))
+    assert "data.train: no/shards does not exist" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_shards(images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    line = refusal(capsys, fit_tokenizer(images, tmp_path / "empty", tmp_path / "run", max_steps=1))
+    assert "data.val: no samples in" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_outside_the_classes(images, tmp_path, capsys):
+    wrong = write_images(tmp_path / "wrong", 8, label=lambda number: 4 if number == 3 else 0)
+    line = refusal(capsys, fit_tokenizer(wrong, images, tmp_path / "run", max_steps=2))
+    assert "0003.cls is '4', the classes are 0 to 3" in line
+    assert list((tmp_path / "run").rglob("*.ckpt")) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [("num_classes=3", "num_classes"), ("vocab_size=31", "vocab_size"), ("num_tokens=9", "num_tokens")],
+)
+def test_tokens_that_the_ar_model_cannot_take(tokens, tmp_path, option, named, capsys):
+    line = refusal(
+        capsys, [*fit_ar(tokens, tokens, tmp_path / "run", max_steps=2), f"--model.init_args.config.{option}"]
+    )
+    assert named in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_a_size_that_does_not_divide(images, tmp_path, capsys):
+    line = refusal(
+        capsys, [*fit_tokenizer(images, images, tmp_path / "run", max_steps=1), "--data.init_args.image_size=30"]
+    )
+    assert "30" in line
+    assert list((tmp_path / "run").rglob("*.ckpt")) == []
+
+
+def test_more_images_per_batch_than_there_are(images, tmp_path, capsys):
+    line = refusal(
+        capsys, [*fit_tokenizer(images, images, tmp_path / "run", max_steps=1), "--data.init_args.batch_size=9"]
+    )
+    assert "batch_size: 9" in line
+
+
+# ---- checkpoints and folders
+
+
+def test_checkpoint_of_another_shape(images, tokens, tmp_path, capsys):
+    command = fit_tokenizer(images, images, tmp_path / "run", max_steps=1, limit_val_batches=0)
+    main([str(word) for word in command])
+    checkpoint = next((tmp_path / "run").rglob("*.ckpt"))
+    before = checkpoint.read_bytes()
+    wider = [*command, "--model.init_args.config.codebook_size=33", f"--ckpt_path={checkpoint}"]
+    assert "codebook is (32, 4), need (33, 4)" in refusal(capsys, wider)
+    other = [*fit_ar(tokens, tokens, tmp_path / "other", max_steps=1), f"--ckpt_path={checkpoint}"]
+    assert "is of the tokenizer part" in refusal(capsys, other)
+    assert "no.ckpt" in refusal(capsys, [*command, "--ckpt_path=no.ckpt"])
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["fit", "sample", "reconstruct", "extract", "export", "quickstart"])
+def test_a_folder_that_cannot_be_written(verb, images, pipeline, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run"
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    commands = {
+        "fit": fit_tokenizer(images, images, folder, max_steps=1),
+        "sample": ["sample", "--pipeline", pipeline, "--output", folder],
+        "reconstruct": ["reconstruct", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", folder],
+        "extract": ["extract", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", folder],
+        "export": ["export", "--ckpt", _checkpoint(tmp_path), "--output", folder],
+        "quickstart": ["quickstart", "--output", folder],
+    }
+    assert str(tmp_path / "file") in refusal(capsys, commands[verb])
+    assert (tmp_path / "file").is_file()
+
+
+def _checkpoint(folder: Path) -> Path:
+    tokenizer = make_tokenizer()
+    state = {f"tokenizer.{name}": tensor for name, tensor in tokenizer.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"config": tokenizer.config.to_dict()}}, folder / "t.ckpt")
+    return folder / "t.ckpt"
+
+
+def test_a_pipeline_that_is_none(tmp_path, capsys):
+    line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
+    assert "config.json is missing" in line
+    assert not (tmp_path / "out").exists()

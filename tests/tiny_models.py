@@ -1,0 +1,133 @@
+"""The smallest models that have all the parts, and data for them."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.data.codes import CodesIndex, describe, write_codes
+from dar_lightning.data.shards import ShardIndex, write_shard
+
+SIZE, TOKENS, GROUPS, CODES = 32, 8, 4, 32
+CLASSES = ("red", "green", "blue", "grey")
+TOKENIZER = dict(
+    image_size=SIZE,
+    encoder_patch_size=8,
+    encoder_dim=32,
+    encoder_depth=1,
+    conditioner_dim=32,
+    conditioner_depth=1,
+    codebook_size=CODES,
+    codebook_dim=4,
+    num_tokens=TOKENS,
+    num_groups=GROUPS,
+    decoder_dim=32,
+    decoder_depth=1,
+    decoder_patch_size=8,
+    head_dim=16,
+    repa_layer=None,
+    gate_init=1.0,
+    modulation_init_std=0.1,
+)
+AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32, depth=2, num_heads=2, multiple_of=32)
+
+
+def make_tokenizer(seed: int = 0, **changes) -> SequentialDiffusionTokenizer:
+    torch.manual_seed(seed)
+    return SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes)).eval()
+
+
+def make_ar(seed: int = 0, **changes) -> ARModel:
+    """Its logits are far from flat, so that sampling depends on everything that it should."""
+    torch.manual_seed(seed)
+    ar = ARModel(ARConfig(**AR | changes)).eval()
+    for parameter in ar.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return ar
+
+
+def make_pipeline() -> DARPipeline:
+    return DARPipeline(make_tokenizer(), make_ar(), CLASSES)
+
+
+def picture(number: int) -> Image.Image:
+    """A picture of noise of its own, tinted by its class, number mod 4."""
+    pixels = np.random.default_rng(number).integers(0, 128, (SIZE, SIZE, 3), dtype=np.uint8)
+    label = number % len(CLASSES)
+    pixels[..., slice(None) if label == 3 else label] += 100
+    return Image.fromarray(pixels)
+
+
+def write_images(folder: Path, count: int, label=lambda number: number % len(CLASSES)) -> str:
+    """Image shards of pictures 0 to count - 1, the label written as it is."""
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        png = io.BytesIO()
+        picture(number).save(png, "PNG")
+        return f"{number:04d}", {"png": png.getvalue(), "cls": str(label(number)).encode()}
+
+    shard = write_shard(folder / "000000.tar", [sample(number) for number in range(count)])
+    ShardIndex(folder, (shard,), CLASSES).save()
+    return str(folder)
+
+
+def random_codes(count: int, num_tokens=TOKENS, codebook_size=CODES) -> np.ndarray:
+    """(count, num_tokens) int64."""
+    return np.random.default_rng(0).integers(0, codebook_size, (count, num_tokens))
+
+
+def write_tokens(
+    folder: Path, count: int, classes=CLASSES, num_tokens: int = TOKENS, codebook_size: int = CODES
+) -> str:
+    """Token shards of random_codes, classes in turn."""
+    folder.mkdir(parents=True)
+    path, labels = folder / "000000.safetensors", np.arange(count) % len(classes)
+    codes = random_codes(count, num_tokens, codebook_size).astype(np.uint16)[:, None]
+    write_codes(path, codes, labels, [f"{i:04d}" for i in range(count)], {})
+    shards = (describe(path, count),)
+    CodesIndex(folder, "0" * 64, {}, "center", 1, SIZE, num_tokens, codebook_size, tuple(classes), shards).save()
+    return str(folder)
+
+
+def options(prefix: str, values: dict) -> list[str]:
+    """A dictionary as options of `dar fit`."""
+    return [f"--{prefix}.{name}={value}" for name, value in values.items()]
+
+
+def fit_tokenizer(train: str, val: str, folder: Path, **trainer) -> list[str]:
+    """Arguments of `dar` that train the tiny tokenizer."""
+    return _fit(
+        ["--model=dar_lightning.lit.TokenizerModule", f"--model.init_args.config={json.dumps(TOKENIZER)}"],
+        ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.image_size={SIZE}"],
+        (train, val, folder),
+        trainer,
+    )
+
+
+def fit_ar(train: str, val: str, folder: Path, **trainer) -> list[str]:
+    """Arguments of `dar` that train the tiny AR model."""
+    return _fit(
+        ["--model=dar_lightning.lit.ARModule", f"--model.init_args.config={json.dumps(AR)}"],
+        ["--data=dar_lightning.data.codes.CodesDataModule"],
+        (train, val, folder),
+        trainer,
+    )
+
+
+def _fit(model: list[str], data: list[str], paths: tuple[str, str, Path], trainer: dict) -> list[str]:
+    train, val, folder = paths
+    common = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "enable_progress_bar": "false",
+        "enable_model_summary": "false",
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+    }
+    data = [*data, *options("data.init_args", {"train": train, "val": val, "batch_size": 4})]
+    return ["fit", "--seed_everything=1", *model, *data, *options("trainer", common | trainer)]
