@@ -115,7 +115,7 @@ class DARPipeline:
         text = str(name_or_index)
         if text in self.classes:
             return self.classes.index(text)
-        if text.isdigit() and int(text) < self.ar.config.num_classes:
+        if text.isascii() and text.isdigit() and int(text) < self.ar.config.num_classes:
             return int(text)
         names = f" or one of {', '.join(self.classes)}" if 0 < len(self.classes) <= 20 else ""
         raise UserError(f"class {text!r} is unknown: give 0 to {self.ar.config.num_classes - 1}{names}")
