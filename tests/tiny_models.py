@@ -37,12 +37,16 @@ AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32,
 
 
 def make_tokenizer(seed: int = 0, **changes) -> SequentialDiffusionTokenizer:
+    """As if trained: a new decoder puts out zeros."""
     torch.manual_seed(seed)
-    return SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes)).eval()
+    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes)).eval()
+    for parameter in tokenizer.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return tokenizer
 
 
 def make_ar(seed: int = 0, **changes) -> ARModel:
-    """Its logits are far from flat, so that sampling depends on everything that it should."""
+    """As if trained: logits far from flat, so that sampling depends on everything that it should."""
     torch.manual_seed(seed)
     ar = ARModel(ARConfig(**AR | changes)).eval()
     for parameter in ar.parameters():

@@ -1,0 +1,155 @@
+"""CodebookWarmup watched from before and after at every step, and its k-means against another implementation."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from tiny_models import CODES, SIZE, TOKENIZER
+
+from dar_lightning.callbacks import CodebookWarmup
+from dar_lightning.callbacks.codebook import spherical_kmeans
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.errors import UserError
+from dar_lightning.lit import TokenizerModule
+from dar_lightning.optim import OptimizerConfig
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+WARMUP, COLLECT, REVIVE_EVERY, REVIVE_UNTIL, STEPS = 5, 3, 4, 13, 18
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- k-means
+
+
+def numpy_kmeans(points: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    """Lloyd's iterations on the sphere, by loops; no cluster may become empty."""
+    centres = start.copy()
+    for _ in range(iterations):
+        nearest = [max(range(len(centres)), key=lambda k: float(point @ centres[k])) for point in points]
+        for k in range(len(centres)):
+            total = points[np.array(nearest) == k].sum(axis=0)
+            centres[k] = total / np.sqrt((total**2).sum())
+    return centres
+
+
+def directions(count: int, dim: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, generator=seeded(seed), dtype=torch.float64), dim=-1)
+
+
+def test_kmeans_against_loops_in_numpy():
+    points = directions(200, 4, 0)
+    start = points[torch.randperm(200, generator=seeded(7))[:12]]
+    ours = spherical_kmeans(points, 12, 5, seeded(7))
+    assert np.allclose(ours.numpy(), numpy_kmeans(points.numpy(), start.numpy(), 5), atol=1e-9)
+
+
+def test_kmeans_finds_the_clusters_that_are_there():
+    truth = torch.eye(6, dtype=torch.float64)
+    points = F.normalize(truth.repeat_interleave(50, 0) + 0.05 * directions(300, 6, 1), dim=-1)
+    centres = spherical_kmeans(points, 24, 20, seeded(0))
+    assert float((points @ centres.T).amax(dim=1).min()) > 0.99, "every point has a centre nearby"
+    assert set((centres @ truth.T).argmax(dim=1).tolist()) == set(range(6))
+    assert torch.allclose(centres.norm(dim=-1), torch.ones(24, dtype=torch.float64))
+
+
+def test_kmeans_with_fewer_points_than_centres():
+    points = torch.eye(3)
+    centres = spherical_kmeans(points, 8, 4, seeded(0))
+    assert centres.shape == (8, 3)
+    assert all((centre == points).all(-1).any() for centre in centres)
+    assert (points @ centres.T).amax(dim=1).min() == 1
+
+
+# ---- in training
+
+
+class Watch(Callback):
+    """Codebook, bypass and what the step gave, at the end of every step."""
+
+    def __init__(self):
+        self.codebooks, self.bypass, self.latents, self.codes = {}, {}, {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step, quantizer = trainer.global_step, pl_module.tokenizer.quantizer
+        self.codebooks[step], self.bypass[step] = quantizer.codebook.detach().clone(), quantizer.bypass
+        self.latents[step], self.codes[step] = outputs["latents"], outputs["codes"]
+
+
+def train(images, warmup: CodebookWarmup) -> tuple[Watch, Watch]:
+    """What it was before and after the callback, step by step."""
+    before, after = Watch(), Watch()
+    torch.manual_seed(0)
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    callbacks = [before, warmup, after]
+    trainer = Trainer(accelerator="cpu", max_steps=STEPS, limit_val_batches=0, callbacks=callbacks, **quiet)
+    trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+    return before, after
+
+
+def callback() -> CodebookWarmup:
+    return CodebookWarmup(WARMUP, COLLECT, revive_every=REVIVE_EVERY, revive_until=REVIVE_UNTIL)
+
+
+@pytest.fixture(scope="module")
+def watched(images) -> tuple[Watch, Watch]:
+    with pytest.warns():  # Lightning's, of few loader workers
+        return train(images, callback())
+
+
+def changed(watched: tuple[Watch, Watch], step: int) -> set[int]:
+    before, after = (watch.codebooks[step] for watch in watched)
+    return set((before != after).any(dim=1).nonzero().flatten().tolist())
+
+
+def test_warm_up_is_unquantized(watched):
+    before, after = watched
+    assert [before.bypass[step] for step in range(1, STEPS + 1)] == [step <= WARMUP for step in range(1, STEPS + 1)]
+    assert [after.bypass[step] for step in range(1, STEPS + 1)] == [step < WARMUP for step in range(1, STEPS + 1)]
+
+
+def test_the_codebook_moves_at_its_steps_only(watched):
+    revivals = {step for step in range(WARMUP + 1, REVIVE_UNTIL + 1) if (step - WARMUP) % REVIVE_EVERY == 0}
+    assert {step for step in range(1, STEPS + 1) if changed(watched, step)} <= {WARMUP} | revivals
+    assert changed(watched, WARMUP) == set(range(CODES))
+    assert revivals == {9, 13}
+
+
+def test_the_codebook_starts_from_centres_of_the_last_latents(watched):
+    _, after = watched
+    latents = torch.cat([after.latents[step].flatten(0, 1) for step in range(WARMUP - COLLECT + 1, WARMUP + 1)])
+    assert latents.shape == (COLLECT * 4 * 8, 4)
+    centres = after.codebooks[WARMUP]
+    assert torch.equal(centres, spherical_kmeans(latents, CODES, 10, seeded(WARMUP)))
+    nearest = (latents @ centres.T).amax(dim=1)
+    random = F.normalize(torch.randn(CODES, 4, generator=seeded(0)), dim=-1)
+    assert nearest.mean() > (latents @ random.T).amax(dim=1).mean(), "closer than any other codebook"
+
+
+@pytest.mark.parametrize("step", [9, 13])
+def test_dead_codes_move_onto_latents_and_used_ones_stay(watched, step):
+    before, after = watched
+    since = range(step - REVIVE_EVERY + 1, step + 1)
+    used = {int(code) for past in since for code in before.codes[past].flatten()}
+    dead = set(range(CODES)) - used
+    assert dead, "a test of nothing"
+    assert changed(watched, step) == dead
+    latents = before.latents[step].flatten(0, 1)
+    for code in dead:
+        assert (latents == after.codebooks[step][code]).all(dim=1).any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_run_twice(images, watched):
+    again = train(images, callback())[1]
+    assert torch.equal(again.codebooks[STEPS], watched[1].codebooks[STEPS])
+
+
+@pytest.mark.parametrize(("warmup", "collect"), [(0, 1), (3, 4), (3, 0)])
+def test_impossible_settings(warmup, collect):
+    with pytest.raises(UserError, match=f"collect_steps is {collect}: it must be from 1 to warmup_steps, {warmup}"):
+        CodebookWarmup(warmup, collect)

@@ -1,0 +1,78 @@
+"""What the callbacks draw into TensorBoard's files, read back from them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import GROUPS, SIZE, fit_ar, fit_tokenizer, make_tokenizer, picture
+
+from dar_lightning.cli import main
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.weights import load_lightning_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
+PAD = 2  # torchvision.utils.make_grid
+
+
+def run(command: list, callback: str, **settings) -> None:
+    name, checkpoint = "dar_lightning.callbacks", "--trainer.callbacks+=ModelCheckpoint"
+    values = [f"--trainer.callbacks.{key}={value}" for key, value in settings.items()]
+    words = [*command, checkpoint, "--trainer.callbacks.save_last=true", f"--trainer.callbacks+={name}.{callback}"]
+    main([str(word) for word in [*words, *values]])
+
+
+def drawn(folder: Path, name: str) -> tuple[list[int], np.ndarray]:
+    """Steps at which a picture was logged, and the last of them as tiles (rows, columns, H, W, 3)."""
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    found = events.Images(name)
+    pixels = np.array(Image.open(io.BytesIO(found[-1].encoded_image_string)))
+    cell = SIZE + PAD
+    rows, columns = (pixels.shape[0] - PAD) // cell, (pixels.shape[1] - PAD) // cell
+    tiles = pixels[PAD:, PAD:].reshape(rows, cell, columns, cell, 3).transpose(0, 2, 1, 3, 4)
+    return [event.step for event in found], tiles[:, :, :SIZE, :SIZE]
+
+
+def scalar(folder: Path, name: str) -> float:
+    return EventAccumulator(str(folder / "logs")).Reload().Scalars(name)[-1].value
+
+
+def test_reconstructions(images, tmp_path):
+    settings = dict(max_steps=4, val_check_interval=2)
+    run(fit_tokenizer(*images, tmp_path, **settings), "Reconstructions", num_images=3, num_strips=2)
+    originals = np.stack([np.array(picture(number)) for number in range(3)])
+
+    steps, tiles = drawn(tmp_path, "reconstructions")
+    tiles = tiles.reshape(-1, 2, SIZE, SIZE, 3)[:3]  # pairs: original, reconstruction
+    assert steps == [2, 4]
+    assert np.array_equal(tiles[:, 0], originals)
+    errors = np.square(tiles[:, 1].astype(float) - originals).mean(axis=(1, 2, 3))
+    psnr = np.mean(10 * np.log10(255**2 / errors))
+    assert scalar(tmp_path, "val/psnr") == pytest.approx(psnr, abs=1e-3)
+
+    steps, strips = drawn(tmp_path, "previews")
+    assert steps == [2, 4]
+    assert strips.shape == (2, 1 + GROUPS, SIZE, SIZE, 3)
+    assert np.array_equal(strips[:, 0], originals[:2])
+    assert np.array_equal(strips[:, -1], tiles[:2, 1]), "the last preview is the reconstruction"
+
+
+def test_samples(tokens, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    command = fit_ar(*tokens, tmp_path / "run", max_steps=4, val_check_interval=2)
+    settings = dict(tokenizer=tmp_path / "tokenizer", classes=[2, 0], per_class=3, guidance=1.5)
+    run(command, "Samples", **settings)
+    steps, tiles = drawn(tmp_path / "run", "samples")
+    assert steps == [2, 4]
+    assert tiles.shape == (2, 3, SIZE, SIZE, 3)
+
+    ar = load_lightning_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    images = DARPipeline(make_tokenizer(), ar).generate(
+        torch.tensor([2, 2, 2, 0, 0, 0]), guidance=1.5, generator=generators
+    )
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.abs(tiles.reshape(6, SIZE, SIZE, 3).astype(int) - pixels).max() <= 1
