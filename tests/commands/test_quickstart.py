@@ -1,0 +1,169 @@
+"""`dar quickstart`: its command lines parse, its stages keep time, fail in one line and are not done twice."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dar_lightning.cli import main
+from dar_lightning.commands import quickstart as module
+from dar_lightning.commands.quickstart import CONFIGS, Stage, quickstart, road, run_stage
+from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [(stage.name, command) for stage in road(Path("OUT")) for command in stage.commands]
+
+
+@pytest.mark.parametrize(("stage", "command"), COMMANDS, ids=[f"{stage}-{command[0]}" for stage, command in COMMANDS])
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_parses(stage, command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    given = [word[2:] for word in command if word.startswith("--") and word != "--config"]
+    for name in given:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        assert str(value) == command[command.index(f"--{name}") + 1]
+
+
+def test_each_stage_reads_what_an_earlier_one_wrote():
+    """Every path under the output folder is first the result, the output or the root of a command, then an input."""
+    outputs = ("--output", "--trainer.default_root_dir")
+    written = ["OUT/layout_reference.png"]  # by join_parts
+    for _, command in COMMANDS:
+        pairs = list(itertools.pairwise(command))
+        for option, value in pairs:
+            if value.startswith("OUT") and option not in outputs:
+                assert any(value.startswith(place) for place in written), f"{option} {value} is nobody's output"
+        written += [value for option, value in pairs if option in outputs]
+    for stage in road(Path("OUT")):
+        assert any(str(stage.result).startswith(place) for place in written)
+
+
+def stage(folder: Path, command: tuple[str, ...] = ("--version",), finish=None) -> Stage:
+    return Stage("try", "nothing much", 0.1, folder / "result.json", (command,), finish)
+
+
+def test_a_stage_counts_its_seconds_over_attempts(tmp_path, capfd):
+    done = []
+    run_stage(stage(tmp_path, finish=done.append), tmp_path)
+    first = json.loads((tmp_path / "seconds.json").read_text())
+    assert first["try"] > 0
+    assert done == [tmp_path]
+    assert "$ dar --version" in capfd.readouterr().out
+    run_stage(stage(tmp_path), tmp_path)
+    assert json.loads((tmp_path / "seconds.json").read_text())["try"] > first["try"]
+
+
+def test_a_stage_that_fails(tmp_path, capfd):
+    failing = stage(tmp_path, ("sample", "--pipeline", str(tmp_path), "--output", str(tmp_path)), finish=pytest.fail)
+    with pytest.raises(UserError, match="stage try stopped with status 2: the same command goes on from here"):
+        run_stage(failing, tmp_path)
+    assert "dar sample: " in capfd.readouterr().err
+    assert list(json.loads((tmp_path / "seconds.json").read_text())) == ["try"]
+
+
+@pytest.fixture
+def fake_road(monkeypatch):
+    """Two stages that only write their results; what ran is noted."""
+    ran = []
+
+    def write(result: Path):
+        def finish(out):
+            ran.append(result.name)
+            result.write_text("{}")
+
+        return finish
+
+    def stages(out: Path) -> list[Stage]:
+        results = [out / "one.json", out / "two.json"]
+        return [Stage(path.stem, "writes", 0, path, (), write(path)) for path in results]
+
+    monkeypatch.setattr(module, "road", stages)
+    monkeypatch.setattr(module, "collect", lambda out: {})
+    monkeypatch.setattr(module, "summary", lambda out, metrics: "summary")
+    return ran
+
+
+def test_a_finished_stage_is_skipped_and_fresh_starts_over(tmp_path, fake_road, capsys):
+    out = tmp_path / "out"
+    quickstart(str(out))
+    assert fake_road == ["one.json", "two.json"]
+    (out / "two.json").unlink()
+    capsys.readouterr()
+    quickstart(str(out))
+    assert fake_road == ["one.json", "two.json", "two.json"]
+    assert f"done already: {out / 'one.json'}" in capsys.readouterr().out
+    (out / "old").touch()
+    quickstart(str(out), fresh=True)
+    assert fake_road[3:] == ["one.json", "two.json"]
+    assert not (out / "old").exists()
+
+
+# ---- the real thing, small
+
+
+def small_configs(folder: Path) -> str:
+    """The real configs with a hundredth of the steps and a quarter of the width."""
+    folder.mkdir()
+    tokenizer, ar = (yaml.safe_load((ROOT / CONFIGS / f"{name}.yaml").read_text()) for name in ("tokenizer", "ar"))
+    for config, steps in ((tokenizer, 12), (ar, 8)):
+        config["trainer"] |= {"max_steps": steps, "val_check_interval": 4, "limit_val_batches": 1}
+        config["trainer"] |= {"accelerator": "cpu", "log_every_n_steps": 1}
+        config["data"]["init_args"]["batch_size"] = 4
+        config["model"]["init_args"]["optimizer"] = {"lr": 1e-3}
+        for callback in config["trainer"]["callbacks"]:
+            name = callback["class_path"].rpartition(".")[2]
+            if name == "ModelCheckpoint":
+                callback["init_args"]["every_n_train_steps"] = 4
+            elif name == "EMAWeightAveraging":
+                callback["init_args"] = {"decay": 0.5, "use_buffers": False}
+            elif name == "CodebookWarmup":
+                callback["init_args"] = {"warmup_steps": 4, "collect_steps": 2}
+    width = dict(encoder_dim=32, encoder_depth=1, conditioner_dim=32, conditioner_depth=1)
+    width |= dict(decoder_dim=32, decoder_depth=1, head_dim=16)
+    tokenizer["model"]["init_args"]["config"] |= width
+    ar["model"]["init_args"]["config"] |= dict(dim=32, depth=1, num_heads=2)
+    for name, config in (("tokenizer", tokenizer), ("ar", ar), ("sample", {"classes": "all", "per_class": 2})):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_end_to_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(module, "CONFIGS", small_configs(tmp_path / "configs"))
+    monkeypatch.setattr(module, "TRAIN", module.VAL)
+    out = tmp_path / "out"
+    quickstart(str(out))
+    shown = capfd.readouterr().out
+    assert "Done in" in shown
+    for name in ("reconstructions.png", "samples.png", "previews.png", "layout.png"):
+        assert str(out / name) in shown
+        Image.open(out / name).verify()
+
+    pipe = DARPipeline.from_pretrained(out / "pipeline")
+    assert len(pipe.classes) == pipe.ar.config.num_classes == 14
+    with np.load(out / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (28, 64, 64, 3)
+        assert samples["labels"].tolist() == [label for label in range(14) for _ in range(2)]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"psnr", "codebook_use"} <= metrics["reconstruction"].keys()
+    assert "FD-color_edges" in metrics["generation"]
+    assert set(metrics["seconds"]) == {stage.name for stage in road(out)}
+    assert metrics["losses"]["ar"]["train/loss"] > 0
+    assert metrics["losses"]["tokenizer"]["val/flow"] > 0
+
+    quickstart(str(out))
+    again = capfd.readouterr().out
+    assert again.count("done already") == len(road(out))
+    assert "$ dar" not in again
