@@ -34,6 +34,8 @@ class TokenizerConfig:
         repa_layer: index, from 0, of the decoder block before which REPA reads the hidden state; None builds no head.
         head_dim: channels of an attention head, everywhere.
         group_rounding: which group trains at uniform time u: "round" (official code) or "ceil" (paper).
+        absolute_positions: add fixed sine-cosine positions to the patches of encoder and decoder, beside RoPE. Official
+            models have RoPE alone, which tells a noisy patch where it is only once its queries are trained.
         prediction: what the decoder's network puts out: "velocity" (official) or "image", an estimate of the scaled
             image from which the velocity follows. Noise fills all channels of a patch, images do not, so a decoder
             narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn "image" (arXiv 2511.13720).
@@ -43,6 +45,8 @@ class TokenizerConfig:
         modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
         position_init_std: spread of the conditioner's initial position table; 1 (official) drowns the tokens, whose
             projection has a spread of 0.2, until training has raised it.
+        input_init_scale: factor on the initial weights through which noisy pixels enter the decoder. At 1 (official)
+            the noise drowns positions and tokens at first; 0.02 lets the decoder learn what the tokens mean, first.
     """
 
     image_size: int = 256
@@ -65,11 +69,13 @@ class TokenizerConfig:
     repa_layer: int | None = 8
     head_dim: int = 64
     group_rounding: Literal["round", "ceil"] = "round"
+    absolute_positions: bool = False
     prediction: Literal["velocity", "image"] = "velocity"
     latent_norm: Literal["none", "batch"] = "none"
     gate_init: float = 0.0
     modulation_init_std: float = 0.0
     position_init_std: float = 1.0
+    input_init_scale: float = 1.0
 
     def __post_init__(self):
         for name in ("image_size", "codebook_size", "codebook_dim", "num_tokens", "num_groups"):

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, plain_norm
+from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, axial_sincos, plain_norm
 
 REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
 MIN_TIME_LEFT = 0.05  # of 1 - t, by which an image estimate is turned into a velocity
@@ -61,10 +61,12 @@ class PixelDecoder(nn.Module):
         dim, patch = config.decoder_dim, config.decoder_patch_size
         self.dim, self.patch, self.head_dim = dim, patch, config.head_dim
         self.repa_layer, self.prediction = config.repa_layer, config.prediction
+        self.absolute_positions = config.absolute_positions
         self.conv_in = nn.Conv2d(3 * patch * patch, dim, 1)
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
         self.conv_out = nn.Conv2d(dim, 3 * patch * patch, 1)
+        self.conv_in.weight.data.mul_(config.input_init_scale)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         if config.repa_layer is not None:
@@ -86,6 +88,8 @@ class PixelDecoder(nn.Module):
         x = self.conv_in(x)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
+        if self.absolute_positions:
+            x = x + axial_sincos(height, width, self.dim, device=x.device).to(x.dtype)
         rotary = axial_rotary(height, width, self.head_dim, device=x.device)
         time = time_embedding(t, self.dim).to(x.dtype)[:, None]
         cond = plain_norm(self.cond_proj(cond))

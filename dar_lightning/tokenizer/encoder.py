@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
-from dar_lightning.tokenizer.layers import GatedBlock, axial_rotary, identity_rotary, plain_norm
+from dar_lightning.tokenizer.layers import GatedBlock, axial_rotary, axial_sincos, identity_rotary, plain_norm
 
 QUERY_RANK = 8
 
@@ -16,6 +16,7 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.encoder_dim
         self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
+        self.absolute_positions = config.absolute_positions
         self.patchify = nn.Conv2d(3, dim, config.encoder_patch_size, stride=config.encoder_patch_size)
         self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
         self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
@@ -31,6 +32,8 @@ class Encoder(nn.Module):
         patches = self.patchify(images)
         height, width = patches.shape[-2:]
         patches = plain_norm(patches.flatten(2).transpose(1, 2))
+        if self.absolute_positions:
+            patches = patches + axial_sincos(height, width, patches.shape[-1], device=patches.device).to(patches.dtype)
         queries = self.query_proj(self.queries.weight[: self.num_tokens]).expand(len(images), -1, -1)
         x = torch.cat([patches, queries.to(patches.dtype)], dim=1)
         rotary = torch.cat(

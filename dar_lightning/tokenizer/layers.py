@@ -31,6 +31,16 @@ def identity_rotary(length: int, head_dim: int, device=None) -> Tensor:
     return rotary
 
 
+def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, device=None) -> Tensor:
+    """Fixed absolute positions of a patch grid (ViT, MAE): half of the channels tell the row, half the column.
+
+    Returns:
+        (height * width, dim), values in [-1, 1], rows first.
+    """
+    turns = axial_rotary(height, width, dim, theta, device)  # (L, dim / 2, 2)
+    return turns.flatten(1)
+
+
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn the interleaved pairs (x[2i], x[2i+1]) of x (..., L, head_dim) by rotary (L, head_dim / 2, 2)."""
     cos, sin = rotary.to(x.dtype).unbind(-1)
