@@ -36,9 +36,10 @@ class TokenizerConfig:
         group_rounding: which group trains at uniform time u: "round" (official code) or "ceil" (paper).
         absolute_positions: add fixed sine-cosine positions to the patches of encoder and decoder, beside RoPE. Official
             models have RoPE alone, which tells a noisy patch where it is only once its queries are trained.
-        prediction: what the decoder's network puts out: "velocity" (official) or "image", an estimate of the scaled
-            image from which the velocity follows. Noise fills all channels of a patch, images do not, so a decoder
-            narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn "image" (arXiv 2511.13720).
+        prediction: what the decoder's network puts out: "velocity" (official), or "image", an estimate of the scaled
+            image from which the velocity follows, with the loss on the image. Noise fills all channels of a patch,
+            images do not, so a decoder narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn
+            "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
         gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.

@@ -196,10 +196,11 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             noise: like images; None draws it.
 
         Returns:
-            Scalars "flow" (velocity error / data_std^2), "vq" and "commit" (0.25 included), the two averaged over the
-            tokens up to the last one that the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N);
-            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also
-            "hidden" (B, D, h, w), the decoder state that REPA compares.
+            Scalars "flow" (squared error of the velocity, or with prediction "image" of the scaled image, divided by
+            data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens up to the last one that
+            the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N); "latents" (B, N, codebook_dim),
+            detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), the decoder
+            state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
@@ -228,7 +229,12 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             velocity, hidden = self.decoder(x_t, t, cond), None
         else:
             velocity, hidden = self.decoder.forward_with_hidden(x_t, t, cond)
-        flow = (velocity.float() - (x1 - x0)).square().mean() / config.data_std**2
+        error = velocity.float() - (x1 - x0)
+        if config.prediction == "image":
+            error = error * (1 - t).view(
+                -1, 1, 1, 1
+            )  # of the image: in velocity, steps near t = 1 would drown the rest
+        flow = error.square().mean() / config.data_std**2
         losses = {"flow": flow, "x1_hat": jump(x_t, velocity, t) / config.data_std}
         return losses if hidden is None else losses | {"hidden": hidden}
 
