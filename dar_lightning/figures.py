@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dar_lightning.pretrained import write_atomically
+from dar_lightning.files import atomic_path
 
 PAD, MIN_SIDE, FONT_SIZE = 4, 96, 13
 
@@ -44,4 +44,5 @@ def image_grid(
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    write_atomically(path, lambda part: image.save(part, format="PNG"))
+    with atomic_path(path) as part:
+        image.save(part, format="PNG")

@@ -11,7 +11,8 @@ from torch import Tensor
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import Generators, Guidance, stream_tokens
 from dar_lightning.errors import UserError
-from dar_lightning.pretrained import read_json, resolve_folder, write_atomically
+from dar_lightning.files import write_text
+from dar_lightning.pretrained import read_json, resolve_folder
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 PIPELINE_CONFIG = "config.json"
@@ -137,7 +138,7 @@ class DARPipeline:
         self.tokenizer.save_pretrained(path / "tokenizer")
         self.ar.save_pretrained(path / "ar")
         text = json.dumps({"classes": list(self.classes)}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path / PIPELINE_CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(path / PIPELINE_CONFIG, text)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":

@@ -5,9 +5,8 @@ the network.
 """
 
 import json
-import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
@@ -67,12 +67,11 @@ class PretrainedMixin(
         # The mixin has removed config.json. It comes back last, so an interrupted save leaves a folder that is refused
         # instead of new weights beside an old config.
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(
-            save_directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
-        )
+        with atomic_path(save_directory / WEIGHTS_NAME) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
         header = {"model_type": type(self).__name__, "format_version": FORMAT_VERSION}
         text = json.dumps(header | self.config.to_dict(), indent=2) + "\n"
-        write_atomically(save_directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(save_directory / CONFIG_NAME, text)
 
     @classmethod
     def from_pretrained(
@@ -141,18 +140,6 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         raise UserError(f"{path_or_repo} is not a folder, and no name of a Hugging Face repository either") from error
     except OSError as error:
         raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, and move it to `path` when it is complete and on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

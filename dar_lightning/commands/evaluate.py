@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dar_lightning import __version__
-from dar_lightning.data.shards import atomic_write
 from dar_lightning.errors import UserError
+from dar_lightning.files import write_text
 from dar_lightning.metrics.features import fingerprint, frechet_name, load_features
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images, with_progress
@@ -113,8 +113,7 @@ def evaluate(
     }
 
     result = {"metrics": metrics, "protocol": protocol}
-    with atomic_write(Path(output)) as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
+    write_text(output, json.dumps(result, indent=2) + "\n")
     _print_table(result, output)
     return result
 

@@ -17,8 +17,9 @@ import dar_lightning
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.figures import save_png
+from dar_lightning.files import write_text
 from dar_lightning.pipeline import DARPipeline
-from dar_lightning.pretrained import read_json, write_atomically
+from dar_lightning.pretrained import read_json
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import load_lightning_checkpoint
 
@@ -159,7 +160,7 @@ def run_stage(stage: Stage, out: Path) -> None:
     finally:
         seconds = read_json(times) if times.exists() else {}
         seconds[stage.name] = round(seconds.get(stage.name, 0) + time.monotonic() - start, 1)
-        write_atomically(times, lambda path: path.write_text(json.dumps(seconds, indent=2) + "\n"))
+        write_text(times, json.dumps(seconds, indent=2) + "\n")
 
 
 def join_parts(out: Path) -> None:
@@ -184,7 +185,7 @@ def collect(out: Path) -> dict:
         "seconds": read_json(out / "seconds.json"),
         "protocol": {"reconstruction": reconstruction["protocol"], "generation": evaluation["protocol"]},
     }
-    write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shutil.copyfile(out / "layout/layout.png", out / "layout.png")
     return metrics
 

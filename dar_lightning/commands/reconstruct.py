@@ -10,9 +10,9 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
+from dar_lightning.files import write_text
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
-from dar_lightning.pretrained import write_atomically
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -85,7 +85,7 @@ def reconstruct(
         },
     }
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(Path(output) / "reconstruction.json", lambda path: path.write_text(text))
+    write_text(Path(output) / "reconstruction.json", text)
     columns = ["original", *(f"group {m}" for m in range(1, model.config.num_groups + 1))]
     save_png(image_grid(torch.stack(rows), column_labels=columns), Path(output) / "reconstructions.png")
     print(f"{output}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, {float(use):.1%} of the codes in use")

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
+from dar_lightning.files import atomic_path, write_text
 from dar_lightning.pipeline import DARPipeline
-from dar_lightning.pretrained import write_atomically
 from dar_lightning.weights import fingerprint
 
 
@@ -120,7 +120,7 @@ def sample(
         "prefix": None if kept is None else kept[0].tolist(),
     }
     text = json.dumps(record, indent=2) + "\n"
-    write_atomically(folder / "samples.json", lambda path: path.write_text(text))
+    write_text(folder / "samples.json", text)
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 
@@ -137,8 +137,6 @@ def _read_image(path: str, size: int) -> Tensor:
 
 
 def _save_arrays(images: Tensor, labels: Tensor, folder: Path) -> None:
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # savez would add .npz to a name
-            np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-
-    write_atomically(folder / "samples.npz", write)
+    # A file object, since savez would add .npz to a name.
+    with atomic_path(folder / "samples.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
-from dar_lightning.data.shards import INDEX, VERSION, Shard, atomic_write, check_files, read_index, sha256
+from dar_lightning.data.shards import INDEX, VERSION, Shard, check_files, read_index, sha256
 from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
 from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
 
 HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
 
@@ -61,8 +62,7 @@ class CodesIndex:
         """Write `index.json` into the folder, atomically."""
         content = {"version": VERSION, "samples": self.num_samples, **asdict(self)}
         del content["root"]
-        with atomic_write(self.root / INDEX) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, option: str = "codes") -> "CodesIndex":
@@ -94,8 +94,8 @@ def write_codes(path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[st
         made_by: What the tokens depend on; it tells a later run whether this file is what it would write.
     """
     header = {HEADER: json.dumps({"made_by": made_by, "keys": keys})}
-    with atomic_write(path) as file:
-        file.write(save({"codes": np.ascontiguousarray(codes), "labels": labels}, metadata=header))
+    with atomic_path(path) as part:
+        save_file({"codes": np.ascontiguousarray(codes), "labels": labels}, part, metadata=header)
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +21,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
 
 INDEX = "index.json"
 VERSION = 1
@@ -60,8 +60,7 @@ class ShardIndex:
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        with atomic_write(self.root / INDEX) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, source: str | Path, option: str = "shards") -> "ShardIndex":
@@ -236,7 +235,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         The index entry of the new shard.
     """
     count = 0
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_path(path) as part, tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
             count += 1
             for extension, content in sorted(members.items()):
@@ -250,29 +249,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it is whole and on the disk.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("wb")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _measure(path: Path) -> Shard:

@@ -11,8 +11,9 @@ import webdataset
 from tiny_shards import CLASSES, SIZES, picture, sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import ShardIndex, ShardReader, atomic_write, sha256, write_shard
+from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
 from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "file" / "x.tar"):
+    with pytest.raises(UserError, match="cannot write"), atomic_path(tmp_path / "file" / "x.tar"):
         pass
 
 
