@@ -255,7 +255,7 @@ def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypat
     tokenizer, _ = tiny_models()
     tokenizer.save_pretrained(tmp_path)
     weights = (tmp_path / WEIGHTS_NAME).read_bytes()
-    monkeypatch.setattr("dar_lightning.pretrained.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("dar_lightning.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == weights
