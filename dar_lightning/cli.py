@@ -1,8 +1,9 @@
 """The `dar` command: Trainer verbs go to LightningCLI, the others are typed functions read by jsonargparse."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 
@@ -72,7 +73,20 @@ def run_function(verb: str, options: list[str]) -> None:
     module, name = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
     parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
+    options = spell_out_flags(function, options)
     auto_cli(function, args=options, as_positional=False, prog=f"dar {verb}", parser_class=parser_class)
+
+
+def spell_out_flags(function: Callable, options: list[str]) -> list[str]:
+    """Let `--from-scratch` stand for `--from_scratch true`, as other commands do; jsonargparse wants the latter."""
+    flags = {name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is bool}
+    spelled = []
+    for option, following in zip(options, [*options[1:], "--"], strict=True):
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in flags:
+            option = f"--{name}" if following in ("true", "false") else f"--{name}=true"
+        spelled.append(option)
+    return spelled
 
 
 def run_trainer(argv: list[str]) -> None:

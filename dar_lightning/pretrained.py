@@ -22,6 +22,7 @@ from dar_lightning.files import atomic_path, write_text
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
+SHIPPED, SHIPPED_NAMES = Path(__file__).parent / "shipped", ("fruit64",)
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -127,13 +128,15 @@ class PretrainedMixin(
 
 
 def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
-    """The local folder itself, or a repository's files downloaded from the Hugging Face Hub.
+    """A local folder, a pipeline that comes with the package ("fruit64"), or files from the Hugging Face Hub.
 
     Raises:
         UserError: if there is neither such a folder nor such a repository.
     """
     if Path(path_or_repo).is_dir():
         return Path(path_or_repo)
+    if str(path_or_repo) in SHIPPED_NAMES:
+        return SHIPPED / str(path_or_repo)
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
     except HFValidationError as error:

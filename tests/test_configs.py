@@ -12,8 +12,9 @@ from dar_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
-FIT = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text())]
-TOOLS = [name for name in CONFIGS if name not in LAYERS and name not in FIT]
+FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
+FIT = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text()) and name not in FINETUNE]
+TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *FINETUNE)]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -92,7 +93,19 @@ def test_data_layers_replace_the_data_alone(name, capsys):
     }
 
 
-def first_step(name: str, folder: Path, *more: str) -> None:
+def base_of(name: str) -> str:
+    return name.replace("finetune_", "")
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
+    words = ["fit", "--config", base_of(name), "--config", name]
+    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[name].read_text()))
+    first_step(base_of(name), tmp_path, "--config", name, "--trainer.max_steps=1", small=False)
+    assert list((tmp_path / "run" / "logs").glob("events.out.*"))
+
+
+def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
     """Run a training config for one step, small, on the embedded photos or on tokens made for it."""
     config = yaml.safe_load(CONFIGS[name].read_text())
     kind = config["model"]["class_path"].rpartition(".")[2]
@@ -100,7 +113,9 @@ def first_step(name: str, folder: Path, *more: str) -> None:
     words = ["--config", name, f"--trainer.default_root_dir={folder / 'run'}", "--trainer.max_steps=1"]
     words += ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     words += ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1", "--data.init_args.batch_size=2"]
-    small = "tiny" if isinstance(given, str) else json.dumps(given | SMALL[kind])
+    if small:
+        small_config = "tiny" if isinstance(given, str) else json.dumps(given | SMALL[kind])
+        more = (f"--model.init_args.config={small_config}", *more)
     if kind == "ARModule":
         given = {} if isinstance(given, str) else given
         sizes = {"num_tokens": given.get("num_tokens", 32), "codebook_size": given.get("vocab_size", 64)}
@@ -108,7 +123,7 @@ def first_step(name: str, folder: Path, *more: str) -> None:
         words += [f"--data.init_args.train={tokens}", f"--data.init_args.val={tokens}"]
     else:
         words += ["--data.init_args.train=data/fruit64/train", "--data.init_args.val=data/fruit64/val"]
-    main(["fit", *words, f"--model.init_args.config={small}", *more])
+    main(["fit", *words, *more])
 
 
 @pytest.mark.parametrize("name", FIT)

@@ -16,7 +16,8 @@ from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [(stage.name, command) for stage in road(Path("OUT")) for command in stage.commands]
+ROADS = {"on": road(Path("OUT"), from_scratch=False), "scratch": road(Path("OUT"), from_scratch=True)}
+COMMANDS = [(f"{name}-{stage.name}", command) for name in ROADS for stage in ROADS[name] for command in stage.commands]
 
 
 @pytest.mark.parametrize(("stage", "command"), COMMANDS, ids=[f"{stage}-{command[0]}" for stage, command in COMMANDS])
@@ -35,17 +36,18 @@ def test_every_command_parses(stage, command, monkeypatch, capsys):
         assert str(value) == command[command.index(f"--{name}") + 1]
 
 
-def test_each_stage_reads_what_an_earlier_one_wrote():
+@pytest.mark.parametrize("stages", ROADS.values(), ids=ROADS)
+def test_each_stage_reads_what_an_earlier_one_wrote(stages):
     """Every path under the output folder is first the result, the output or the root of a command, then an input."""
     outputs = ("--output", "--trainer.default_root_dir")
     written = ["OUT/layout_reference.png"]  # by join_parts
-    for _, command in COMMANDS:
+    for command in (command for stage in stages for command in stage.commands):
         pairs = list(itertools.pairwise(command))
         for option, value in pairs:
             if value.startswith("OUT") and option not in outputs:
                 assert any(value.startswith(place) for place in written), f"{option} {value} is nobody's output"
         written += [value for option, value in pairs if option in outputs]
-    for stage in road(Path("OUT")):
+    for stage in stages:
         assert any(str(stage.result).startswith(place) for place in written)
 
 
@@ -84,7 +86,7 @@ def fake_road(monkeypatch):
 
         return finish
 
-    def stages(out: Path) -> list[Stage]:
+    def stages(out: Path, from_scratch: bool) -> list[Stage]:
         results = [out / "one.json", out / "two.json"]
         return [Stage(path.stem, "writes", 0, path, (), write(path)) for path in results]
 
@@ -144,7 +146,7 @@ def test_end_to_end(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(module, "CONFIGS", small_configs(tmp_path / "configs"))
     monkeypatch.setattr(module, "TRAIN", module.VAL)
     out = tmp_path / "out"
-    quickstart(str(out))
+    quickstart(str(out), from_scratch=True)
     shown = capfd.readouterr().out
     assert "Done in" in shown
     for name in ("reconstructions.png", "samples.png", "previews.png", "layout.png"):
@@ -159,11 +161,11 @@ def test_end_to_end(tmp_path, monkeypatch, capfd):
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"psnr", "codebook_use"} <= metrics["reconstruction"].keys()
     assert "FD-color_edges" in metrics["generation"]
-    assert set(metrics["seconds"]) == {stage.name for stage in road(out)}
+    assert set(metrics["seconds"]) == {stage.name for stage in road(out, True)}
     assert metrics["losses"]["ar"]["train/loss"] > 0
     assert metrics["losses"]["tokenizer"]["val/flow"] > 0
 
-    quickstart(str(out))
+    quickstart(str(out), from_scratch=True)
     again = capfd.readouterr().out
-    assert again.count("done already") == len(road(out))
+    assert again.count("done already") == len(road(out, True))
     assert "$ dar" not in again
