@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"dar {verb}: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"dar {verb}: stopped", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -84,7 +87,7 @@ def spell_out_flags(function: Callable, options: list[str]) -> list[str]:
     for option, following in zip(options, [*options[1:], "--"], strict=True):
         name = option.removeprefix("--").replace("-", "_")
         if option.startswith("--") and name in flags:
-            option = f"--{name}" if following in ("true", "false") else f"--{name}=true"
+            option = f"--{name}" if following.lower() in ("true", "false") else f"--{name}=true"
         spelled.append(option)
     return spelled
 

@@ -1,19 +1,42 @@
-"""`dar export`: the model inside a Lightning checkpoint becomes a folder in our format."""
+"""`dar export`: what a Lightning checkpoint has learnt becomes a folder in our format, a model or a whole pipeline."""
 
 from pathlib import Path
+from typing import Literal
 
-from dar_lightning.checkpoint import Weights
+from dar_lightning.ar.model import ARModel
+from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.pretrained import read_json
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint, load_lightning_checkpoint
 
 
-def export(ckpt: Path, output: Path, weights: Weights = "auto") -> None:
-    """Write the tokenizer or the AR model of a training checkpoint in our format.
+def export(
+    ckpt: Path,
+    output: Path,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    tokenizer: str | None = None,
+    shards: Path | None = None,
+) -> None:
+    """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
     Args:
-        ckpt: a checkpoint of `dar fit`.
-        output: folder for config.json and model.safetensors.
+        ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
+        output: folder for config.json and model.safetensors, or for the pipeline.
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
+        tokenizer: folder or Hugging Face repository of the tokenizer that an AR model's tokens came from.
+        shards: for a pipeline: image or token shards whose index.json names the classes.
     """
     model = load_lightning_checkpoint(ckpt, weights)
-    model.save_pretrained(output)
-    print(f"{output}: {type(model).__name__}, fingerprint {fingerprint(model)[:12]}")
+    if tokenizer is None:
+        if shards is not None:
+            raise UserError("shards is set without tokenizer: class names belong to a pipeline")
+        model.save_pretrained(output)
+        print(f"{output}: {type(model).__name__}, fingerprint {fingerprint(model)[:12]}")
+        return
+    if not isinstance(model, ARModel):
+        raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
+    classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
+    pipeline = DARPipeline(SequentialDiffusionTokenizer.from_pretrained(tokenizer), model, tuple(classes))
+    pipeline.save_pretrained(output)
+    print(f"{output}: pipeline of {model.config.num_classes} classes")

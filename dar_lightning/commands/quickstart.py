@@ -6,26 +6,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dar_lightning
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.figures import save_png
 from dar_lightning.files import write_text
-from dar_lightning.pipeline import DARPipeline
 from dar_lightning.pretrained import read_json
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.weights import load_lightning_checkpoint
 
 ROOT = Path(dar_lightning.__file__).parent.parent
 CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"
-LAYOUT_CLASS = "Watermelon"
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,6 @@ class Stage:
         minutes: what it took on two cores.
         result: the file that exists when the stage is complete.
         commands: options of `dar`, run one after the other.
-        finish: called with the output folder after them.
     """
 
     name: str
@@ -46,7 +37,6 @@ class Stage:
     minutes: float
     result: Path
     commands: tuple[tuple[str, ...], ...]
-    finish: Callable[[Path], None] | None = None
 
 
 def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratch: bool = False) -> None:
@@ -63,25 +53,39 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
     out = Path(output).resolve()
     if not (ROOT / CONFIGS).is_dir():
         raise UserError(f"{ROOT / CONFIGS} is missing: quickstart needs a clone of the repository, installed with -e")
-    if fresh and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, fresh, from_scratch)
     stages = road(out, from_scratch)
     print(f"{len(stages)} stages, about {sum(stage.minutes for stage in stages):.0f} minutes on two CPU cores.")
+    stale = False  # a stage that runs makes the results of the later ones old
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}")
-        if stage.result.exists():
+        if stage.result.exists() and not stale:
             print(f"  done already: {stage.result}", flush=True)
             continue
         print(f"  takes about {stage.minutes:g} min", flush=True)
         run_stage(stage, out)
+        stale = True
     metrics = collect(out)
     print(summary(out, metrics))
 
 
+def claim(out: Path, fresh: bool, from_scratch: bool) -> None:
+    """Make the output folder, or go on in one of the same kind; only what quickstart made is ever deleted."""
+    mark, start = out / "quickstart.json", {"from_scratch": from_scratch}
+    if out.exists() and any(out.iterdir()):
+        if not mark.exists():
+            raise UserError(f"output {out} holds other files: give a new folder")
+        if fresh:
+            shutil.rmtree(out)
+        elif read_json(mark) != start:
+            other = "the shipped weights" if from_scratch else "nothing"
+            raise UserError(f"output {out} holds a run that started from {other}: give another folder, or --fresh")
+    write_text(mark, json.dumps(start) + "\n")
+
+
 def road(out: Path, from_scratch: bool) -> list[Stage]:
     """The stages, in order, with all results under `out`."""
-    pipeline, tokenizer = out / "pipeline", out / "pipeline/tokenizer"
+    pipeline, tokenizer = out / "pipeline", out / "tokenizer/weights"
     codes = [
         ("extract", "--tokenizer", str(tokenizer), "--shards", shards, "--output", f"{out}/codes/{split}", *crops)
         for split, shards, crops in (
@@ -91,7 +95,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
     ]
     tokens = ("--data.init_args.train", f"{out}/codes/train", "--data.init_args.val", f"{out}/codes/val")
     sample = ("sample", "--config", f"{CONFIGS}/sample.yaml")
-    layout = ("--layout", f"{out}/layout_reference.png", "--prefix", "8", "--per_class", "6")
+    layout = ("--layout", f"{CONFIGS}/layout.png", "--prefix", "8", "--per_class", "6")
     draw_shipped = Stage(
         "shipped",
         "draw with the weights that come with the package",
@@ -125,8 +129,13 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
             f"train the Llama {start}",
             20 if from_scratch else 2,
             pipeline / "config.json",
-            ((*fit("ar", from_scratch), "--trainer.default_root_dir", f"{out}/ar", *tokens),),
-            finish=join_parts,
+            (
+                (*fit("ar", from_scratch), "--trainer.default_root_dir", f"{out}/ar", *tokens),
+                (
+                    *("export", "--ckpt", f"{out}/ar/checkpoints/last.ckpt", "--tokenizer", f"{tokenizer}"),
+                    *("--shards", TRAIN, "--output", f"{pipeline}"),
+                ),
+            ),
         ),
         Stage(
             "sample",
@@ -169,24 +178,10 @@ def run_stage(stage: Stage, out: Path) -> None:
             status = subprocess.run([sys.executable, "-m", "dar_lightning", *command], cwd=ROOT).returncode
             if status:
                 raise UserError(f"stage {stage.name} stopped with status {status}: the same command goes on from here")
-        if stage.finish is not None:
-            stage.finish(out)
     finally:
         seconds = read_json(times) if times.exists() else {}
         seconds[stage.name] = round(seconds.get(stage.name, 0) + time.monotonic() - start, 1)
         write_text(times, json.dumps(seconds, indent=2) + "\n")
-
-
-def join_parts(out: Path) -> None:
-    """Make the pipeline of the trained parts, and keep one validation photo as the reference for layout control."""
-    data = ImageNetDataModule(val=str(ROOT / VAL), image_size=64)
-    label = data.classes.index(LAYOUT_CLASS)
-    photos = data.val_dataloader().dataset
-    photo = next(photo for photo in (photos[i] for i in range(len(photos))) if photo["label"] == label)
-    save_png(Image.fromarray(photo["image"].permute(1, 2, 0).numpy()), out / "layout_reference.png")
-    tokenizer = SequentialDiffusionTokenizer.from_pretrained(out / "pipeline/tokenizer")
-    ar = load_lightning_checkpoint(out / "ar/checkpoints/last.ckpt")
-    DARPipeline(tokenizer, ar, data.classes).save_pretrained(out / "pipeline")
 
 
 def collect(out: Path) -> dict:
@@ -226,10 +221,9 @@ def summary(out: Path, metrics: dict) -> str:
             f"class, {generation['probe_accuracy_reference']:.0%} of real validation photos (chance: 7%)",
             "\nLook at:",
             *(f"  {out / name}" for name in (*pictures, "metrics.json")),
-            "\nTry next:",
+            "\nTry next, after `source .venv/bin/activate`:",
             f"  dar sample --pipeline {out / 'pipeline'} --classes Orange,Watermelon --seed 1 --output {out / 'more'}",
             f"  tensorboard --logdir {out}",
-            f"  dar fit --config {CONFIGS}/tokenizer.yaml --trainer.max_steps 20000 "
-            "--trainer.default_root_dir runs/longer",
+            "  dar quickstart --from-scratch --output runs/from_scratch  # trains both models from nothing, in an hour",
         ]
     )

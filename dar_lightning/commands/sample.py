@@ -1,5 +1,6 @@
 """`dar sample`: draw images with a pipeline, and show how they came to be."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -84,7 +85,7 @@ def sample(
         "num_steps": num_steps,
     }
     jobs = [(label, number) for label in labels for number in range(per_class)]
-    previews = []  # (B, K, 3, H, W) uint8 each
+    finals, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
     for start in tqdm(range(0, len(jobs), batch_size), desc="sample", unit="batch"):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(_image_seed(seed, *job)) for job in batch]
@@ -94,21 +95,23 @@ def sample(
             generator=generators,
             **options,
         )
-        previews.append(torch.stack([to_uint8(preview.images).cpu() for preview in stream], dim=1))
-    images = torch.cat(previews).unflatten(0, (len(labels), per_class))  # (classes, per_class, K, 3, H, W)
+        previews = torch.stack([to_uint8(preview.images).cpu() for preview in stream], dim=1)  # (B, K, 3, H, W)
+        finals += previews[:, -1].unbind()
+        strips += [strip for strip, (_, number) in zip(previews, batch, strict=True) if number == 0]
+    images = torch.stack(finals).unflatten(0, (len(labels), per_class))  # (classes, per_class, 3, H, W)
 
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
-    groups = [f"group {m}" for m in range(1, images.shape[2] + 1)]
-    save_png(image_grid(images[:, 0], rows, groups), folder / "previews.png")
+    groups = [f"group {m}" for m in range(1, pipe.tokenizer.config.num_groups + 1)]
+    save_png(image_grid(torch.stack(strips), rows, groups), folder / "previews.png")
     if reference is None:
-        save_png(image_grid(images[:, :, -1], rows), folder / "samples.png")
+        save_png(image_grid(images, rows), folder / "samples.png")
     else:
         first = reference.expand(len(labels), 1, -1, -1, -1)
         columns = ["reference", *[f"seed {seed}.{number}" for number in range(per_class)]]
         save_png(
             image_grid(torch.cat([first, images[:, :, -1].to(first)], dim=1), rows, columns), folder / "layout.png"
         )
-    _save_arrays(images[:, :, -1].flatten(0, 1), torch.tensor(labels).repeat_interleave(per_class), folder)
+    _save_arrays(images.flatten(0, 1), torch.tensor(labels).repeat_interleave(per_class), folder)
     record = options | {
         "pipeline": pipeline,
         "tokenizer": fingerprint(pipe.tokenizer),
@@ -125,7 +128,8 @@ def sample(
 
 
 def _image_seed(seed: int, label: int, number: int) -> int:
-    return (seed * 1_000_003 + label) * 1_000_003 + number
+    digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # a torch seed has 63 bits
 
 
 def _read_image(path: str, size: int) -> Tensor:

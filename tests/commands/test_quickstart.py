@@ -40,7 +40,7 @@ def test_every_command_parses(stage, command, monkeypatch, capsys):
 def test_each_stage_reads_what_an_earlier_one_wrote(stages):
     """Every path under the output folder is first the result, the output or the root of a command, then an input."""
     outputs = ("--output", "--trainer.default_root_dir")
-    written = ["OUT/layout_reference.png"]  # by join_parts
+    written = []
     for command in (command for stage in stages for command in stage.commands):
         pairs = list(itertools.pairwise(command))
         for option, value in pairs:
@@ -51,23 +51,21 @@ def test_each_stage_reads_what_an_earlier_one_wrote(stages):
         assert any(str(stage.result).startswith(place) for place in written)
 
 
-def stage(folder: Path, command: tuple[str, ...] = ("--version",), finish=None) -> Stage:
-    return Stage("try", "nothing much", 0.1, folder / "result.json", (command,), finish)
+def stage(folder: Path, command: tuple[str, ...] = ("--version",)) -> Stage:
+    return Stage("try", "nothing much", 0.1, folder / "result.json", (command,))
 
 
 def test_a_stage_counts_its_seconds_over_attempts(tmp_path, capfd):
-    done = []
-    run_stage(stage(tmp_path, finish=done.append), tmp_path)
+    run_stage(stage(tmp_path), tmp_path)
     first = json.loads((tmp_path / "seconds.json").read_text())
     assert first["try"] > 0
-    assert done == [tmp_path]
     assert "$ dar --version" in capfd.readouterr().out
     run_stage(stage(tmp_path), tmp_path)
     assert json.loads((tmp_path / "seconds.json").read_text())["try"] > first["try"]
 
 
 def test_a_stage_that_fails(tmp_path, capfd):
-    failing = stage(tmp_path, ("sample", "--pipeline", str(tmp_path), "--output", str(tmp_path)), finish=pytest.fail)
+    failing = stage(tmp_path, ("sample", "--pipeline", str(tmp_path), "--output", str(tmp_path)))
     with pytest.raises(UserError, match="stage try stopped with status 2: the same command goes on from here"):
         run_stage(failing, tmp_path)
     assert "dar sample: " in capfd.readouterr().err
@@ -76,39 +74,58 @@ def test_a_stage_that_fails(tmp_path, capfd):
 
 @pytest.fixture
 def fake_road(monkeypatch):
-    """Two stages that only write their results; what ran is noted."""
+    """Three stages that only write their results; what ran is noted."""
     ran = []
 
-    def write(result: Path):
-        def finish(out):
-            ran.append(result.name)
-            result.write_text("{}")
-
-        return finish
+    def run(stage: Stage, out: Path) -> None:
+        ran.append(stage.name)
+        stage.result.write_text("{}")
 
     def stages(out: Path, from_scratch: bool) -> list[Stage]:
-        results = [out / "one.json", out / "two.json"]
-        return [Stage(path.stem, "writes", 0, path, (), write(path)) for path in results]
+        return [Stage(name, "writes", 0, out / f"{name}.json", ()) for name in ("one", "two", "three")]
 
     monkeypatch.setattr(module, "road", stages)
+    monkeypatch.setattr(module, "run_stage", run)
     monkeypatch.setattr(module, "collect", lambda out: {})
     monkeypatch.setattr(module, "summary", lambda out, metrics: "summary")
     return ran
 
 
-def test_a_finished_stage_is_skipped_and_fresh_starts_over(tmp_path, fake_road, capsys):
+def test_finished_stages_are_skipped_unless_an_earlier_one_ran(tmp_path, fake_road, capsys):
     out = tmp_path / "out"
     quickstart(str(out))
-    assert fake_road == ["one.json", "two.json"]
-    (out / "two.json").unlink()
+    assert fake_road == ["one", "two", "three"]
     capsys.readouterr()
     quickstart(str(out))
-    assert fake_road == ["one.json", "two.json", "two.json"]
-    assert f"done already: {out / 'one.json'}" in capsys.readouterr().out
+    assert fake_road == ["one", "two", "three"]
+    assert capsys.readouterr().out.count("done already") == 3
+    (out / "two.json").unlink()
+    quickstart(str(out))
+    assert fake_road[3:] == ["two", "three"]
+
+
+def test_fresh_starts_over_and_deletes_only_its_own(tmp_path, fake_road):
+    out = tmp_path / "out"
+    quickstart(str(out))
     (out / "old").touch()
     quickstart(str(out), fresh=True)
-    assert fake_road[3:] == ["one.json", "two.json"]
+    assert fake_road[3:] == ["one", "two", "three"]
     assert not (out / "old").exists()
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "dear.jpg").touch()
+    with pytest.raises(UserError, match="holds other files: give a new folder"):
+        quickstart(str(foreign), fresh=True)
+    assert (foreign / "dear.jpg").exists()
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_the_two_starts_do_not_mix(tmp_path, fake_road, from_scratch):
+    out = tmp_path / "out"
+    quickstart(str(out), from_scratch=from_scratch)
+    with pytest.raises(UserError, match="holds a run that started from"):
+        quickstart(str(out), from_scratch=not from_scratch)
+    quickstart(str(out), from_scratch=not from_scratch, fresh=True)
 
 
 # ---- the real thing, small
