@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from dar_lightning.data.codes import CodesDataModule
@@ -69,8 +71,9 @@ class TrainerCLI(LightningCLI):
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
         trainer = self.config[self.config.subcommand].trainer
         root = Path(trainer.default_root_dir or "runs/default")
-        for callback in trainer.callbacks or []:
-            if callback.class_path.endswith("ModelCheckpoint") and callback.init_args.dirpath is None:
+        callbacks = trainer.callbacks or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            if issubclass(resolve_name(callback.class_path), ModelCheckpoint) and callback.init_args.dirpath is None:
                 callback.init_args.dirpath = str(root / "checkpoints")
         if trainer.logger in (None, True):
             arguments = Namespace(save_dir=str(root), name="", version="logs")
