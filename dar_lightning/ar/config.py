@@ -1,9 +1,12 @@
 """Hyperparameters of the autoregressive model, with the paper's sizes."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dar_lightning.errors import UserError
+
+MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class ARConfig:
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_tokens > MAX_TOKENS:
+            raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {MAX_TOKENS}")
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be positive and finite")
         if self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} does not give num_heads {self.num_heads} an even number of channels each")
         if self.num_heads % self.kv_heads:

@@ -133,5 +133,8 @@ def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> N
         raise UserError(f"top_p is {top_p}: it must be in (0, 1]")
     if len(prefix) != len(labels) or prefix.shape[1] >= count:
         raise UserError(f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
+    low, high = prefix.aminmax() if prefix.numel() else (0, 0)
+    if low < 0 or high >= ar.config.vocab_size:
+        raise UserError(f"prefix holds tokens from {int(low)} to {int(high)}: need 0 to {ar.config.vocab_size - 1}")
     if isinstance(generator, list) and len(generator) != len(labels):
         raise UserError(f"generator is a list of {len(generator)}: {len(labels)} sequences need {len(labels)}")

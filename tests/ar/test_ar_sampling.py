@@ -1,4 +1,4 @@
-"""The AR model for any weights: causality, batches, guidance, filters; and SPEC section 4's rows about it."""
+"""The AR model for any weights: causality, batches, guidance, filters; and where the official one surprises."""
 
 import copy
 
@@ -141,7 +141,7 @@ def test_nucleus_is_the_smallest_set_with_enough_mass(top_p):
         assert set(keep.nonzero().flatten().tolist()) == expected
 
 
-# ---- SPEC, section 4
+# ---- where the official sampler surprises or fails
 
 
 def test_top_k_keeps_ties():
@@ -215,6 +215,8 @@ def test_evaluation_loss_and_training_after_generating(ar):
         ({"num_tokens": 13}, "num_tokens"),
         ({"prefix": torch.zeros(3, 12, dtype=torch.long)}, "prefix"),
         ({"prefix": torch.zeros(2, 2, dtype=torch.long)}, "prefix"),
+        ({"prefix": torch.full((3, 2), 24)}, "prefix holds tokens from 24 to 24: need 0 to 23"),
+        ({"prefix": torch.full((3, 2), -1)}, "prefix holds tokens from -1 to -1"),
     ],
 )
 def test_impossible_options(ar, options, message):
@@ -229,7 +231,16 @@ def test_labels_outside_the_classes(ar):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_heads": 3}, "num_heads 3"), ({"num_kv_heads": 3}, "num_kv_heads 3"), ({"depth": 0}, "depth is 0")],
+    [
+        ({"num_heads": 3}, "num_heads 3"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"depth": 0}, "depth is 0"),
+        ({"num_tokens": 10**11}, "num_tokens is 100000000000: it must be at most 65536"),
+        ({"norm_eps": -1.0}, "norm_eps is -1"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_base": 0.0}, "rope_base is 0"),
+        ({"rope_base": float("inf")}, "rope_base is inf"),
+    ],
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(UserError, match=message):
