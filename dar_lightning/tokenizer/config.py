@@ -1,5 +1,6 @@
 """Hyperparameters of the sequential diffusion tokenizer: plain numbers, checked once, with the paper's presets."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -8,10 +9,18 @@ from dar_lightning.errors import UserError
 # Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
 TABLE_ROWS = 1024
 
+# Hyperparameters that must be at least 1, and at least 0.
+POSITIVE = (
+    *("image_size", "encoder_patch_size", "encoder_dim", "encoder_depth", "conditioner_dim", "conditioner_depth"),
+    *("codebook_size", "codebook_dim", "num_tokens", "num_groups"),
+    *("decoder_dim", "decoder_depth", "decoder_patch_size", "head_dim"),
+)
+NOT_NEGATIVE = ("modulation_init_std", "position_init_std", "input_init_scale")
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sequential diffusion tokenizer (SPEC of the paper's section 3.1; the defaults are the released v1, 300M).
+    """Sequential diffusion tokenizer (section 3.1 of the paper; the defaults are the released v1, 300M).
 
     Args:
         image_size: side of the (square) training images, in pixels. Other sizes work at run time.
@@ -37,9 +46,9 @@ class TokenizerConfig:
         absolute_positions: add fixed sine-cosine positions to the patches of encoder and decoder, beside RoPE. Official
             models have RoPE alone, which tells a noisy patch where it is only once its queries are trained.
         prediction: what the decoder's network puts out: "velocity" (official), or "image", an estimate of the scaled
-            image from which the velocity follows, with the loss on the image. Noise fills all channels of a patch,
-            images do not, so a decoder narrower than its patches, 3 * decoder_patch_size^2 channels, can only learn
-            "image" (arXiv 2511.13720).
+            image, on which the loss is taken and from which sampling computes the velocity. Noise fills all channels of
+            a patch, images do not, so a decoder narrower than its patches, 3 * decoder_patch_size^2 channels, can only
+            learn "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
         gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
@@ -79,9 +88,15 @@ class TokenizerConfig:
     input_init_scale: float = 1.0
 
     def __post_init__(self):
-        for name in ("image_size", "codebook_size", "codebook_dim", "num_tokens", "num_groups"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("data_std", "time_shift", "gate_init", *NOT_NEGATIVE):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number")
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.num_tokens > TABLE_ROWS:
             raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
         if self.num_tokens % self.num_groups:

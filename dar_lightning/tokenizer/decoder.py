@@ -11,7 +11,7 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, axial_sincos, plain_norm
 
 REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
-MIN_TIME_LEFT = 0.05  # of 1 - t, by which an image estimate is turned into a velocity
+MIN_TIME_LEFT = 0.05  # least 1 - t by which a sampling step turns an image estimate into a velocity
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -20,6 +20,13 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angles = 1000.0 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def velocity_to(image: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Velocity at x (B, 3, H, W) and flow time t (B,) towards an estimate of the scaled image; in the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    time_left = (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
+    return ((image.to(wide) - x.to(wide)) / time_left).to(x.dtype)
 
 
 class DiffusionBlock(nn.Module):
@@ -54,7 +61,7 @@ class DiffusionBlock(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Velocity network of the pixel-space flow. With a REPA head, it can also return the hidden state for REPA."""
+    """Velocity network of the pixel-space flow. With a REPA head, `predict` also returns its hidden state."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -76,15 +83,17 @@ class PixelDecoder(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Velocity at x (B, 3, H, W) and flow time t (B,), reading cond (B, n, D_cond): (B, 3, H, W)."""
-        velocity, _ = self._run(x, t, cond, hidden_before=None)
-        return velocity
+        output, _ = self.predict(x, t, cond)
+        return velocity_to(output, x, t) if self.prediction == "image" else output
 
-    def forward_with_hidden(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity as in forward, and the hidden patch grid (B, D, H / p, W / p) before block `repa_layer`."""
-        return self._run(x, t, cond, hidden_before=self.repa_layer)
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network itself puts out, and what REPA reads. Arguments as in forward.
 
-    def _run(self, x_t: Tensor, t: Tensor, cond: Tensor, hidden_before: int | None) -> tuple[Tensor, Tensor | None]:
-        x = rearrange(x_t, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
+        Returns:
+            (B, 3, H, W), by config.prediction the velocity or the estimate of the scaled image; and the hidden patch
+            grid (B, D, H / p, W / p) before block `repa_layer`, or None without a REPA head.
+        """
+        x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
         x = self.conv_in(x)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
@@ -95,14 +104,12 @@ class PixelDecoder(nn.Module):
         cond = plain_norm(self.cond_proj(cond))
         hidden = None
         for i, block in enumerate(self.blocks):
-            if i == hidden_before:
+            if i == self.repa_layer:
                 hidden = rearrange(x, "b (h w) d -> b d h w", h=height)
             x = block(x, time, cond, rotary)
         x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
         x = self.conv_out(x)
         x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch)
-        if self.prediction == "image":
-            x = (x - x_t) / (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
         return x, hidden
 
     def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:

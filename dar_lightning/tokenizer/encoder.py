@@ -1,6 +1,7 @@
 """Image -> N ordered latents: a ViT whose learned queries read the patches (paper, section 3.1)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
@@ -28,7 +29,13 @@ class Encoder(nn.Module):
         channels = config.num_tokens * config.codebook_dim
         self.latent_norm = nn.BatchNorm1d(channels, affine=False) if config.latent_norm == "batch" else None
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, codebook_dim)
+    def forward(self, images: Tensor, running_statistics: bool = False) -> Tensor:
+        """Latents of images: (B, 3, H, W) -> (B, N, codebook_dim).
+
+        Args:
+            images: in [-1, 1].
+            running_statistics: with latent_norm "batch", use and keep the running statistics, also in training mode.
+        """
         patches = self.patchify(images)
         height, width = patches.shape[-2:]
         patches = plain_norm(patches.flatten(2).transpose(1, 2))
@@ -47,7 +54,9 @@ class Encoder(nn.Module):
             x = block(x, rotary, mask)
         latents = self.to_latent(plain_norm(x[:, height * width :]))
         if self.latent_norm is not None:
-            latents = self.latent_norm(latents.flatten(1)).view_as(latents)
+            norm, flat = self.latent_norm, latents.flatten(1)
+            flat = F.batch_norm(flat, norm.running_mean, norm.running_var) if running_statistics else norm(flat)
+            latents = flat.view_as(latents)
         return latents
 
 

@@ -30,6 +30,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     """
 
     config_class = TokenizerConfig
+    pipeline_part = "tokenizer"
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -40,13 +41,18 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype; images and noise are cast to it."""
+        return self.decoder.conv_in.weight.dtype
+
     # ---- images -> tokens
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Tokens of images: (B, 3, H, W) in [-1, 1] -> (B, N) int64."""
+        """Tokens of images: (B, 3, H, W) in [-1, 1] -> (B, N) int64. Never of the rest of the batch, in any mode."""
         self._check_size(images.shape[-2:])
-        return self.quantizer.nearest(self.encoder(images))
+        return self.quantizer.nearest(self.encoder(images.to(self.dtype), running_statistics=True))
 
     # ---- tokens -> images
 
@@ -83,8 +89,6 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Raises:
             UserError: for a group, solver, size or number of tokens that cannot be decoded.
         """
-        if groups is None:
-            groups = self._whole_groups(codes)
         for preview in self._previews(codes, groups, noise, solver, num_steps, generator):
             image = preview
         return image
@@ -102,14 +106,15 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         The other arguments are those of detokenize.
         """
-        groups = self._whole_groups(codes)
-        return torch.stack(list(self._previews(codes, groups, noise, solver, num_steps, generator)), dim=1)
+        return torch.stack(list(self._previews(codes, None, noise, solver, num_steps, generator)), dim=1)
 
-    def _previews(self, codes, groups: int, noise, solver, num_steps, generator) -> Iterator[Tensor]:
+    def _previews(self, codes, groups: int | None, noise, solver, num_steps, generator) -> Iterator[Tensor]:
+        self._check_codes(codes)
+        groups = self._whole_groups(codes.shape[1]) if groups is None else groups
         needed = self.schedule.tokens_for_groups(groups)
         if codes.shape[1] < needed:
             raise UserError(f"{groups} groups need {needed} tokens: the codes hold {codes.shape[1]}")
-        cond = self.condition(codes[:, :needed])
+        cond = self.conditioner(self.quantizer.lookup(codes[:, :needed]))
         noise = self.draw_noise(len(codes), generator) if noise is None else noise
         return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
 
@@ -141,6 +146,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
                 waiting.append(chunk)
             tokens = torch.cat(waiting, dim=1) if waiting else None
             if needed > done:
+                self._check_codes(tokens)
                 conds.append(self.conditioner(self.quantizer.lookup(tokens[:, : needed - done]), cache))
                 waiting, done = [tokens[:, needed - done :]], needed
             yield torch.cat(conds, dim=1)
@@ -152,6 +158,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         if num_steps < 1:
             raise UserError(f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
+        noise = noise.to(self.dtype)
         cond = None
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
@@ -196,15 +203,15 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             noise: like images; None draws it.
 
         Returns:
-            Scalars "flow" (squared error of the velocity, or with prediction "image" of the scaled image, divided by
-            data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens up to the last one that
-            the step reads; "x1_hat" (B, 3, H, W), the jump estimate; "codes" (B, N); "latents" (B, N, codebook_dim),
-            detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), the decoder
-            state that REPA compares.
+            Scalars "flow" (squared error of the network's output, which is the velocity or with prediction "image" the
+            scaled image, divided by data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens
+            up to the last one that the step reads; "x1_hat" (B, 3, H, W), the estimate of the image; "codes" (B, N);
+            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also
+            "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
-        latents = self.encoder(images)
+        latents = self.encoder(images.to(self.dtype))
         quantized, codes, vq, commit = self.quantizer(latents)
         losses = self._flow_loss(images, quantized, u, noise)
         window = self.schedule.windows(u)
@@ -225,17 +232,14 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         x0 = torch.randn_like(x1) if noise is None else noise
         t = shift_time(u, config.time_shift)
         x_t = interpolate(x0, x1, t)
-        if config.repa_layer is None:
-            velocity, hidden = self.decoder(x_t, t, cond), None
-        else:
-            velocity, hidden = self.decoder.forward_with_hidden(x_t, t, cond)
-        error = velocity.float() - (x1 - x0)
+        output, hidden = self.decoder.predict(x_t.to(self.dtype), t, cond)
+        # An image estimate is compared with the image: in velocity, the steps near t = 1 would drown all others.
         if config.prediction == "image":
-            error = error * (1 - t).view(
-                -1, 1, 1, 1
-            )  # of the image: in velocity, steps near t = 1 would drown the rest
-        flow = error.square().mean() / config.data_std**2
-        losses = {"flow": flow, "x1_hat": jump(x_t, velocity, t) / config.data_std}
+            target, estimate = x1, output.float()
+        else:
+            target, estimate = x1 - x0, jump(x_t, output, t)
+        flow = (output.float() - target).square().mean() / config.data_std**2
+        losses = {"flow": flow, "x1_hat": estimate / config.data_std}
         return losses if hidden is None else losses | {"hidden": hidden}
 
     # ---- checks
@@ -253,13 +257,14 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             raise UserError(
                 f"codes are {codes.dtype} {tuple(codes.shape)}: need integers (B, at most {self.config.num_tokens})"
             )
+        low, high = codes.aminmax() if codes.numel() else (0, 0)
+        if low < 0 or high >= self.config.codebook_size:
+            raise UserError(f"codes are from {int(low)} to {int(high)}: need 0 to {self.config.codebook_size - 1}")
 
-    def _whole_groups(self, codes: Tensor) -> int:
-        self._check_codes(codes)
-        whole = [
-            m for m in range(1, self.config.num_groups + 1) if self.schedule.tokens_for_groups(m) <= codes.shape[1]
-        ]
-        group = self.config.num_tokens // self.config.num_groups
-        if not whole or codes.shape[1] % group:
-            raise UserError(f"codes hold {codes.shape[1]} tokens: decoding needs a whole number of groups of {group}")
-        return whole[-1]
+    def _whole_groups(self, tokens: int) -> int:
+        """How many groups can be decoded from this many tokens."""
+        group, first = self.config.num_tokens // self.config.num_groups, self.schedule.tokens_for_groups(1)
+        if tokens % group or tokens < max(first, group):
+            more = f", and at least the {first} that the first step reads" if first > group else ""
+            raise UserError(f"codes hold {tokens} tokens: decoding needs a whole number of groups of {group}{more}")
+        return max(m for m in range(1, self.config.num_groups + 1) if self.schedule.tokens_for_groups(m) <= tokens)

@@ -42,9 +42,9 @@ class VectorQuantizer(nn.Module):
         """Quantize latents (B, N, dim).
 
         Returns:
-            The quantized latents (B, N, dim), whose gradient flows straight through to `latents`; the code indices
-            (B, N); and per token (B, N) the codebook loss and the commitment loss (its weight 0.25 included). With
-            `bypass` set, the unit latents themselves, and losses of zero.
+            The quantized latents (B, N, dim), in the dtype of `latents`, whose gradient flows straight through to
+            `latents`; the code indices (B, N); and, in float32, per token (B, N) the codebook loss and the commitment
+            loss (its weight 0.25 included). With `bypass` set, the unit latents themselves, and losses of zero.
         """
         indices = self.nearest(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -53,5 +53,5 @@ class VectorQuantizer(nn.Module):
             vq = (z_q - z.detach()).square().mean(dim=-1)
             commit = COMMITMENT_WEIGHT * (z_q.detach() - z).square().mean(dim=-1)
             if self.bypass:
-                return z, indices, 0 * vq, 0 * commit
-            return z + (z_q - z).detach(), indices, vq, commit
+                return z.to(latents.dtype), indices, 0 * vq, 0 * commit
+            return (z + (z_q - z).detach()).to(latents.dtype), indices, vq, commit

@@ -1,4 +1,4 @@
-"""SPEC, section 4: where the official tokenizer surprises or fails, and what ours does.
+"""Where the official tokenizer surprises or fails, and what ours does.
 
 Groups' training mass and integer windows are in test_schedule.py; short codes, random numbers and sizes in
 test_properties.py.

@@ -187,13 +187,25 @@ def test_bfloat16_is_near_float32(golden, how):
             tokens = golden.tokenizer.tokenize(golden.inputs["images"])
     assert relative_error(half_cond, cond) < BF16_ERROR
     assert relative_error(image, expected) < BF16_ERROR
-    print(
-        how,
-        relative_error(half_cond, cond),
-        relative_error(image, expected),
-        (tokens == golden.outputs["codes"]).float().mean(),
-    )
     assert (tokens == golden.outputs["codes"]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "image"])
+@pytest.mark.parametrize("bypass", [False, True])
+def test_bfloat16_weights_take_float32_images_and_noise(prediction, bypass):
+    half = lively(prediction=prediction, latent_norm="batch", repa_layer=1).bfloat16()
+    half.quantizer.bypass = bypass
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    codes = half.tokenize(images)
+    image, previews = half.detokenize(codes, images), half.previews(codes, images)
+    streamed = list(half.stream(codes.split(1, dim=1), images))
+    assert image.dtype == previews.dtype == streamed[0].dtype == torch.bfloat16
+    assert torch.equal(image, previews[:, -1])
+    assert len(streamed) == half.config.num_groups
+    losses = half.training_losses(images, noise=images)
+    (losses["flow"] + losses["vq"] + losses["commit"]).backward()
+    assert all(losses[name].dtype == torch.float32 for name in ("flow", "vq", "commit", "x1_hat"))
+    assert half.encoder.to_latent.weight.grad.isfinite().all()
 
 
 def test_float64_agrees_with_float32(golden):
@@ -253,3 +265,73 @@ def test_more_steps_than_groups_approach_a_limit():
     images = [tokenizer.detokenize(codes, noise, "adams2_variable", num_steps=steps) for steps in (8, 16, 32, 256)]
     errors = [relative_error(image, images[-1]) for image in images[:-1]]
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("u", [0.2, 0.99, 1.0])
+def test_the_loss_of_an_image_estimate_is_zero_at_the_image(u):
+    """At every time, also where sampling bounds 1 - t from below."""
+    tokenizer = lively(prediction="image")
+    images, u = torch.full((1, 3, 16, 16), 0.5), torch.tensor([u])
+    tokenizer.decoder.conv_out.weight.data.zero_()
+    tokenizer.decoder.conv_out.bias.data.fill_(tokenizer.config.data_std * 0.5)
+    losses = tokenizer.training_losses(images, u)
+    assert losses["flow"] < 1e-12
+    assert torch.allclose(losses["x1_hat"], images)
+    tokenizer.decoder.conv_out.bias.data.zero_()
+    assert tokenizer.training_losses(images, u)["flow"].item() == pytest.approx(0.25)
+
+
+def test_tokenizing_in_training_mode_uses_running_statistics_and_keeps_them():
+    tokenizer = lively(latent_norm="batch")
+    tokenizer.train()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokenizer.training_losses(images)  # statistics worth the name
+    before = {name: buffer.clone() for name, buffer in tokenizer.named_buffers()}
+    codes = tokenizer.tokenize(images)
+    assert tokenizer.training
+    assert tokenizer.encoder.latent_norm.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tokenizer.named_buffers())
+    assert torch.equal(codes, tokenizer.eval().tokenize(images))
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("code", [-1, 64])
+def test_codes_outside_the_codebook(code):
+    tokenizer, codes = lively(), torch.zeros(1, 32, dtype=torch.long)
+    codes[0, 3] = code
+    for decode in (tokenizer.condition, tokenizer.detokenize, tokenizer.previews):
+        with pytest.raises(UserError, match="need 0 to 63"):
+            decode(codes)
+    with pytest.raises(UserError, match="need 0 to 63"):
+        next(tokenizer.stream([codes], torch.zeros(1, 3, 16, 16)))
+
+
+def test_codes_too_few_for_a_window_wider_than_a_group():
+    tokenizer = lively(tokens_per_step=16)
+    with pytest.raises(
+        UserError, match=r"codes hold 8 tokens: .* groups of 8, and at least the 16 that the first step"
+    ):
+        tokenizer.detokenize(torch.zeros(1, 8, dtype=torch.long))
+    assert tokenizer.detokenize(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {name: 0}
+            for name in ("encoder_patch_size", "decoder_patch_size", "head_dim", "encoder_depth", "codebook_dim")
+        ),
+        *({name: -64} for name in ("encoder_dim", "conditioner_dim", "decoder_dim", "conditioner_depth", "head_dim")),
+        *({name: float("nan")} for name in ("data_std", "time_shift", "gate_init", "input_init_scale")),
+        *({name: float("inf")} for name in ("data_std", "modulation_init_std")),
+        *({name: -0.1} for name in ("modulation_init_std", "position_init_std", "input_init_scale")),
+    ],
+    ids=str,
+)
+def test_impossible_configs(changes):
+    (name,) = changes
+    with pytest.raises(UserError, match=f"^{name} is [^\n]*$"):
+        TokenizerConfig(**(TokenizerConfig.preset("tiny").to_dict() | changes))
