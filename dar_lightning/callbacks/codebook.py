@@ -16,6 +16,9 @@ class CodebookWarmup(Callback):
     The official recipe needs none of this in its 210K steps. In runs of a few thousand, a random codebook collapses to
     a few codes before the encoder has anything to say.
 
+    A step is an optimizer step: with `accumulate_grad_batches`, all its batches are collected and counted. With several
+    devices, latents and counts are those of all of them, and rank 0 decides what the codebook becomes.
+
     Args:
         warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
             the last `collect_steps` of them.
@@ -39,34 +42,43 @@ class CodebookWarmup(Callback):
         self.warmup_steps, self.collect_steps = warmup_steps, collect_steps
         self.kmeans_iterations = kmeans_iterations
         self.revive_every, self.revive_until = revive_every, revive_until
+        # Both are of all ranks, so that the checkpoint, which rank 0 writes, holds them.
         self.latents: list[Tensor] = []  # (tokens, codebook_dim) each
         self.counts: Tensor | None = None  # (codebook_size,), uses since the last revival
+        self._steps_done = 0
 
     def on_train_start(self, trainer, pl_module) -> None:
+        self._steps_done = trainer.global_step
         pl_module.tokenizer.quantizer.bypass = trainer.global_step < self.warmup_steps
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
         quantizer = pl_module.tokenizer.quantizer
+        ends_step = trainer.global_step > self._steps_done  # the others' gradients are only accumulated
+        self._steps_done = trainer.global_step
+        step = trainer.global_step if ends_step else trainer.global_step + 1
         if step <= self.warmup_steps:
             if step > self.warmup_steps - self.collect_steps:
-                self.latents.append(outputs["latents"].flatten(0, 1).cpu())
-            if step == self.warmup_steps and self.latents:
-                latents = self._gather(pl_module, torch.cat(self.latents).to(pl_module.device))
-                quantizer.codebook.data.copy_(self._start(latents, len(quantizer.codebook)))
+                self.latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
+            if ends_step and step == self.warmup_steps and self.latents:
+                latents = torch.cat(self.latents).to(pl_module.device)
+                if trainer.is_global_zero:
+                    quantizer.codebook.data.copy_(self._start(latents, len(quantizer.codebook)))
+                self._share(trainer, quantizer.codebook)
                 quantizer.bypass = False
                 self.latents = []
             return
         if not self.revive_every or step > self.revive_until:
             return
         counts = torch.bincount(outputs["codes"].flatten(), minlength=len(quantizer.codebook))
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
         self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
-        if (step - self.warmup_steps) % self.revive_every == 0:
-            total = trainer.strategy.reduce(self.counts.float(), reduce_op="sum")
+        if ends_step and (step - self.warmup_steps) % self.revive_every == 0:
             latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
-            dead = (total == 0).nonzero().flatten()
+            dead = (self.counts == 0).nonzero().flatten()
             chosen = torch.randperm(len(latents), generator=self._generator(step))[: len(dead)]
-            quantizer.codebook.data[dead[: len(chosen)]] = latents[chosen.to(latents.device)].to(quantizer.codebook)
+            if trainer.is_global_zero:
+                quantizer.codebook.data[dead[: len(chosen)]] = latents[chosen.to(latents.device)].to(quantizer.codebook)
+            self._share(trainer, quantizer.codebook)
             pl_module.log("train/revived_codes", float(len(chosen)))
             self.counts = None
 
@@ -75,8 +87,12 @@ class CodebookWarmup(Callback):
 
     @staticmethod
     def _generator(step: int) -> torch.Generator:
-        # The same on every rank, so that all codebooks stay equal.
         return torch.Generator().manual_seed(step)
+
+    @staticmethod
+    def _share(trainer, codebook: Tensor) -> None:
+        """Rank 0's codebook for all: sums on a GPU round differently from rank to rank."""
+        codebook.data.copy_(trainer.strategy.broadcast(codebook.data.cpu()))
 
     @staticmethod
     def _gather(pl_module, latents: Tensor) -> Tensor:

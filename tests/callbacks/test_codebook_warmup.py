@@ -149,6 +149,44 @@ def test_the_same_run_twice(images, watched):
     assert torch.equal(again.codebooks[STEPS], watched[1].codebooks[STEPS])
 
 
+class EveryBatch(Callback):
+    """The codebook and what the model gave, batch by batch."""
+
+    def __init__(self):
+        self.steps, self.codebooks, self.latents, self.codes = [], [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(trainer.global_step)
+        self.codebooks.append(pl_module.tokenizer.quantizer.codebook.detach().clone())
+        self.latents.append(outputs["latents"].flatten(0, 1))
+        self.codes.append(outputs["codes"].flatten())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulated_batches_are_collected_and_counted_and_act_once(images):
+    before, after = EveryBatch(), EveryBatch()
+    options = dict(accelerator="cpu", max_steps=9, limit_val_batches=0, limit_train_batches=20)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    callbacks = [before, CodebookWarmup(3, 2, revive_every=4, revive_until=7), after]
+    torch.manual_seed(0)
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=2)  # 11 batches in an epoch
+    Trainer(callbacks=callbacks, accumulate_grad_batches=3, **options, **quiet).fit(module, datamodule=data)
+
+    ends = [i for i, step in enumerate(before.steps) if step > ([0, *before.steps])[i]]
+    assert [before.steps[i] for i in ends] == list(range(1, 10))
+    assert ends[3] - ends[2] == 2, "Lightning steps at the end of an epoch, too"
+    acted = [i for i in range(len(before.steps)) if not torch.equal(before.codebooks[i], after.codebooks[i])]
+    assert acted == [ends[2], ends[6]]
+    collected = torch.cat(after.latents[ends[0] + 1 : ends[2] + 1])
+    assert len(collected) == 6 * 2 * 8
+    assert torch.equal(after.codebooks[ends[2]], spherical_kmeans(collected, CODES, 10, seeded(3)))
+    used = set(torch.cat(before.codes[ends[2] + 1 : ends[6] + 1]).tolist())
+    moved = (before.codebooks[ends[6]] != after.codebooks[ends[6]]).any(dim=1).nonzero().flatten().tolist()
+    latents = len(before.latents[ends[6]])  # of one batch: fewer than the dead codes there may be
+    assert moved == sorted(set(range(CODES)) - used)[:latents]
+
+
 @pytest.mark.parametrize(("warmup", "collect"), [(0, 1), (3, 4), (3, 0)])
 def test_impossible_settings(warmup, collect):
     with pytest.raises(UserError, match=f"collect_steps is {collect}: it must be from 1 to warmup_steps, {warmup}"):
