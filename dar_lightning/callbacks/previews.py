@@ -2,9 +2,9 @@
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
 from torchvision.utils import make_grid
 
+from dar_lightning.callbacks.pictures import draw, draws
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.metrics.reconstruction import reconstruction_metrics
 
@@ -25,19 +25,18 @@ class Reconstructions(Callback):
         if batch_idx or trainer.sanity_checking:
             return
         tokenizer = pl_module.tokenizer
-        images = batch["image"][batch["valid"]][: self.num_images]
+        count = int(batch["valid"].sum())
+        kept = batch["valid"] if count else ~batch["valid"]  # padding alone is logged too, with a weight of zero
+        images = batch["image"][kept][: self.num_images]
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pl_module.device)
         previews = tokenizer.previews(tokenizer.tokenize(to_float(images)), noise)  # (B, K, 3, H, W)
         previews = to_uint8(previews)
         metrics = reconstruction_metrics().to(pl_module.device)
         scores = metrics(previews[:, -1].float(), images.float())
-        pl_module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
-        if trainer.is_global_zero and trainer.logger is not None:
+        weight = min(count, len(images))
+        pl_module.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=weight, sync_dist=True)
+        if draws(trainer):
             pairs = torch.stack([images, previews[:, -1]], dim=1).flatten(0, 1)
             strips = torch.cat([images[:, None], previews], dim=1)[: self.num_strips]
-            self._log(trainer, "reconstructions", make_grid(pairs, nrow=8))
-            self._log(trainer, "previews", make_grid(strips.flatten(0, 1), nrow=strips.shape[1]))
-
-    @staticmethod
-    def _log(trainer, name: str, image: Tensor) -> None:
-        trainer.logger.experiment.add_image(name, image, trainer.global_step)
+            draw(trainer, "reconstructions", make_grid(pairs, nrow=8))
+            draw(trainer, "previews", make_grid(strips.flatten(0, 1), nrow=strips.shape[1]))

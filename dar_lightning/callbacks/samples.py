@@ -4,13 +4,14 @@ import torch
 from lightning.pytorch import Callback
 from torchvision.utils import make_grid
 
+from dar_lightning.callbacks.pictures import draw, draws
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
 class Samples(Callback):
-    """After each validation, draws a grid with a row per class.
+    """In each validation, draws a grid with a row per class.
 
     Args:
         tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
@@ -29,8 +30,10 @@ class Samples(Callback):
         self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, guidance
         self.tokenizer: SequentialDiffusionTokenizer | None = None
 
-    def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or trainer.logger is None:
+    @torch.no_grad()
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        # After the first batch, not at the end of the epoch, when EMAWeightAveraging may have taken its weights away.
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not draws(trainer):
             return
         if self.tokenizer is None:
             self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
@@ -40,5 +43,4 @@ class Samples(Callback):
         images = DARPipeline(self.tokenizer, pl_module.ar).generate(
             labels, guidance=self.guidance, generator=generators
         )
-        grid = make_grid(to_uint8(images), nrow=self.per_class)
-        trainer.logger.experiment.add_image("samples", grid, trainer.global_step)
+        draw(trainer, "samples", make_grid(to_uint8(images), nrow=self.per_class))

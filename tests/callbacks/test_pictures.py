@@ -6,16 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import GROUPS, SIZE, fit_ar, fit_tokenizer, make_tokenizer, picture
+from tiny_models import GROUPS, SIZE, TOKENIZER, fit_ar, fit_tokenizer, make_tokenizer, picture
 
+from dar_lightning.callbacks import Reconstructions
 from dar_lightning.cli import main
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.lit import TokenizerModule
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.weights import load_lightning_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 PAD = 2  # torchvision.utils.make_grid
+
+
+EMA = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.6", "--model.init_args.optimizer.lr=0.1"]
 
 
 def run(command: list, callback: str, **settings) -> None:
@@ -64,7 +72,7 @@ def test_samples(tokens, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     command = fit_ar(*tokens, tmp_path / "run", max_steps=4, val_check_interval=2)
     settings = dict(tokenizer=tmp_path / "tokenizer", classes=[2, 0], per_class=3, guidance=1.5)
-    run(command, "Samples", **settings)
+    run([*command, *EMA], "Samples", **settings)
     steps, tiles = drawn(tmp_path / "run", "samples")
     assert steps == [2, 4]
     assert tiles.shape == (2, 3, SIZE, SIZE, 3)
@@ -76,3 +84,34 @@ def test_samples(tokens, tmp_path):
     )
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert np.abs(tiles.reshape(6, SIZE, SIZE, 3).astype(int) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "false"])
+def test_other_loggers_get_no_pictures(images, tokens, tmp_path, logger):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    logger = [f"--trainer.logger={logger}"]
+    if logger != ["--trainer.logger=false"]:
+        logger.append(f"--trainer.logger.save_dir={tmp_path}")
+    for command, callback, settings in (
+        (fit_tokenizer(*images, tmp_path / "one", max_steps=1), "Reconstructions", {}),
+        (fit_ar(*tokens, tmp_path / "two", max_steps=1), "Samples", {"tokenizer": tmp_path / "tokenizer"}),
+    ):
+        run([*command, *logger], callback, **settings)
+    assert not list(tmp_path.rglob("events.out.*"))
+
+
+class OnlyPadding(Callback):
+    """The first batch as a rank sees it that has no image of its own."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            batch["valid"] = torch.zeros_like(batch["valid"])
+
+
+def test_a_first_batch_of_padding(images):
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", callbacks=[OnlyPadding(), Reconstructions()], **quiet)
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    found = trainer.validate(TokenizerModule(TokenizerConfig(**TOKENIZER)), datamodule=data, verbose=False)[0]
+    assert np.isfinite(found["val/flow"])
+    assert "val/psnr" in found
