@@ -78,10 +78,17 @@ class ARModule(LightningModule):
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict, stage: str) -> None:
         codes, valid = batch["codes"], batch["valid"]
+        count = int(valid.sum())
+        kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
         logits = self.ar(batch["label"], codes)
-        loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[valid].mean()
-        accuracy = (logits.argmax(dim=-1) == codes)[valid].float().mean()
-        self.log_dict(
-            {"val/loss": loss, "val/accuracy": accuracy}, batch_size=int(valid.sum()), sync_dist=True, prog_bar=True
-        )
+        loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[kept].mean()
+        accuracy = (logits.argmax(dim=-1) == codes)[kept].float().mean()
+        values = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
+        self.log_dict(values, batch_size=count, sync_dist=True, prog_bar=True)

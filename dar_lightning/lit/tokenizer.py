@@ -42,6 +42,9 @@ class TokenizerModule(LightningModule):
             config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
         self.tokenizer = SequentialDiffusionTokenizer(config)
+        if config.repa_layer is not None:
+            # There is no REPA loss here yet: parameters that no loss reaches would stop DDP at its second step.
+            self.tokenizer.decoder.repa_head.requires_grad_(False)
         self.optimizer = optimizer
         self.time_sampling = time_sampling
         if init_from is not None:
@@ -64,16 +67,31 @@ class TokenizerModule(LightningModule):
         return {"loss": loss, "latents": losses["latents"], "codes": losses["codes"]}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: dict, batch_idx: int, stage: str) -> None:
         images, valid = to_float(batch["image"]), batch["valid"]
         generator = torch.Generator().manual_seed(batch_idx)
         u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        losses = self.tokenizer.training_losses(images[valid], u[valid], noise[valid])
-        self.codebook_use.update(losses["codes"])
-        parts = {f"val/{name}": losses[name] for name in ("flow", "vq", "commit")}
-        self.log_dict(parts, batch_size=int(valid.sum()), sync_dist=True)
+        count = int(valid.sum())
+        kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
+        losses = self.tokenizer.training_losses(images[kept], u[kept], noise[kept])
+        if count:
+            self.codebook_use.update(losses["codes"])
+        parts = {f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}
+        self.log_dict(parts, batch_size=count, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        self._log_codebook_use("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_codebook_use("test")
+
+    def _log_codebook_use(self, stage: str) -> None:
         use, perplexity = self.codebook_use.compute()
-        self.log_dict({"val/codebook_use": use, "val/codebook_perplexity": perplexity})
+        self.log_dict({f"{stage}/codebook_use": use, f"{stage}/codebook_perplexity": perplexity})
         self.codebook_use.reset()

@@ -166,6 +166,39 @@ def test_validation_does_not_see_padding_in_tokens():
     assert caught(module, {"codes": codes, "label": labels, "valid": ~VALID}) != pytest.approx(kept, rel=1e-3)
 
 
+def test_a_batch_of_padding_alone_weighs_nothing():
+    padding = torch.zeros(2, dtype=torch.bool)
+    pixels = torch.randint(256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tokenizer = tokenizer_module()
+    codes = torch.from_numpy(random_codes(2))
+    for module, batch in (
+        (tokenizer, {"image": pixels, "valid": padding}),
+        (ar_module(), {"codes": codes, "label": torch.tensor([0, 1]), "valid": padding}),
+    ):
+        found = caught(module, batch)
+        assert found.pop("batch_size") == 0
+        assert torch.tensor(list(found.values())).isfinite().all()
+    assert int(tokenizer.codebook_use.counts.sum()) == 0
+
+
+def test_testing_measures_what_validation_does(images, tokens):
+    for module, data in (
+        (tokenizer_module(), ImageNetDataModule(*images, image_size=SIZE, batch_size=4)),
+        (ar_module(), CodesDataModule(*tokens, batch_size=4)),
+    ):
+        validated = trainer().validate(module, datamodule=data, verbose=False)[0]
+        tested = trainer().test(module, datamodule=data, verbose=False)[0]
+        assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()}
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
+    module.log_dict = lambda values, **_: None
+    assert not any(parameter.requires_grad for parameter in module.tokenizer.decoder.repa_head.parameters())
+    module.training_step({"image": torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)}, 0)["loss"].backward()
+    assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 # ---- starting from what is there
 
 
