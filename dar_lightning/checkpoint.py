@@ -81,7 +81,8 @@ def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bo
     raw = next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
     ema = "ema" if isinstance(checkpoint.get("ema"), Mapping) else None
     if weights == "ema" and ema is None:
-        raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {', '.join(checkpoint)[:200]}")
+        names = ", ".join(str(name) for name in checkpoint)[:200]
+        raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {names}")
     if weights == "ema" or (weights == "auto" and ema and (prefer_ema or raw is None)):
         state = checkpoint[ema]
     elif raw is not None:

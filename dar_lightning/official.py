@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -131,9 +132,10 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
     values |= _rename(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, f"{origin}, diff_decoder")
     if not has_repa_head:
         values["repa_layer"] = None
-    if values.get("tokens_per_step") == values["num_tokens"] / values["num_groups"]:
-        values["tokens_per_step"] = None  # our way to say it, so that equal models have equal configs
-    return build_config(TokenizerConfig, values, origin)
+    result = build_config(TokenizerConfig, values, origin)
+    if result.tokens_per_step == result.num_tokens // result.num_groups:
+        result = replace(result, tokens_per_step=None)  # our way to say it, so that equal models have equal configs
+    return result
 
 
 def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> ARConfig:
@@ -159,6 +161,8 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
                 "from weights: pass config, the official constructor's arguments"
             )
         return ARConfig(**shapes, num_heads=heads[0])
+    if not isinstance(config, Mapping):
+        raise UserError(f"{origin} is a {type(config).__name__}: need the official constructor's arguments by name")
     arguments = {name: value for name, value in config.items() if name not in AR_IGNORED}
     hidden = arguments.pop("ffn_hidden", None)
     fixed = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}
@@ -178,7 +182,8 @@ def _shape_values(state: Mapping[str, Tensor]) -> dict[str, int]:
     for name in needed:
         if getattr(state.get(name), "ndim", 0) != 2:
             raise UserError(f"weights have no matrix {name}: this is no official AR model")
-    layers = [int(name.split(".")[1]) for name in state if re.match(r"layers\.\d+\.", name)]
+    # A number that no model has so many layers for is left to stand out as an unknown name.
+    layers = [int(found[1]) for name in state if (found := re.match(r"layers\.([0-9]{1,4})\.", name))]
     classes, tokens = (state[name].shape for name in needed)
     return {
         "dim": tokens[1],

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
@@ -44,10 +45,16 @@ class PretrainedMixin(
 ):
     """save_pretrained, from_pretrained and push_to_hub for a module that is built from one plain config dataclass.
 
-    A subclass names that dataclass in `config_class` and keeps it in `self.config`.
+    A subclass names that dataclass in `config_class` and keeps it in `self.config`, and names its folder within a
+    pipeline's in `pipeline_part`.
     """
 
     config_class: type
+    pipeline_part: str
+
+    def tables(self) -> dict[str, Tensor]:
+        """Non-persistent buffers by name: no weights, but numbers that follow from the config."""
+        return {}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder.
@@ -88,7 +95,8 @@ class PretrainedMixin(
         """Build the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
 
         Args:
-            pretrained_model_name_or_path: a local folder, or a repository name such as "someone/dar-l".
+            pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
+                repository name such as "someone/dar-l".
             revision: branch, tag or commit of the repository. This and the next four are for repositories only.
             cache_dir: where downloads are kept.
             force_download: download even what is cached.
@@ -110,6 +118,8 @@ class PretrainedMixin(
             local_files_only=local_files_only,
             token=token,
         )
+        if folder.parent == SHIPPED:
+            folder = folder / cls.pipeline_part
         values = read_json(folder / CONFIG_NAME)
         model_type = values.pop("model_type", None)
         if model_type != cls.__name__:
@@ -119,8 +129,10 @@ class PretrainedMixin(
             raise UserError(
                 f"{folder / CONFIG_NAME} has format_version {version}: this dar_lightning reads {FORMAT_VERSION}"
             )
-        model = cls(build_config(cls.config_class, values, folder / CONFIG_NAME))
-        load_tensors(model, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        config = build_config(cls.config_class, values, folder / CONFIG_NAME)
+        tensors = read_safetensors(folder / WEIGHTS_NAME)
+        model = outline(cls, config, tensors, folder / CONFIG_NAME)
+        load_tensors(model, tensors, folder / WEIGHTS_NAME)
         return model.eval()
 
 
@@ -137,6 +149,12 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         return Path(path_or_repo)
     if str(path_or_repo) in SHIPPED_NAMES:
         return SHIPPED / str(path_or_repo)
+    path = Path(path_or_repo)
+    if path.exists():
+        raise UserError(f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    # A repository's name has one slash at most: whatever is a path on this machine, mistyped, asks no network.
+    if path.is_absolute() or str(path_or_repo).startswith(".") or (path.parent != Path() and path.parent.is_dir()):
+        raise UserError(f"{path_or_repo} is not a folder: no such folder")
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
     except HFValidationError as error:
@@ -193,18 +211,17 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
     """
     hints = typing.get_type_hints(config_class)
     hints = {name: hints[name] for name in config_class.__dataclass_fields__}
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(name) for name in values if name not in hints)
     if unknown:
         raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")
     for name, value in values.items():
         if not _is_of(value, hints[name]):
             wanted = getattr(hints[name], "__name__", str(hints[name]))
             raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
-    # 2 and 2.0 are one value: kept as one, since the config is part of a model's fingerprint.
-    values = {name: float(value) if hints[name] is float else value for name, value in values.items()}
     try:
-        return config_class(**values)
-    except UserError as error:
+        # 2 and 2.0 are one value: kept as one, since the config is part of a model's fingerprint.
+        return config_class(**{n: float(value) if hints[n] is float else value for n, value in values.items()})
+    except (UserError, OverflowError) as error:
         raise UserError(f"{origin}: {error}") from error
 
 
@@ -249,18 +266,49 @@ def check_tensors(
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
 
 
+def outline(model_class: type, config: Any, tensors: Mapping[str, Any], origin: Any) -> nn.Module:
+    """A model on the meta device, names and shapes only, for load_tensors to fill.
+
+    Sizes that a config claims cost no memory before they are compared with the weights, and nothing is drawn from the
+    global random numbers.
+
+    Args:
+        model_class: built from `config`.
+        config: its hyperparameters.
+        tensors: the weights that it is for.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: for a model of more layers than there are tensors, or of sizes that no computer can count.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith("depth") and value > len(tensors):
+            raise UserError(f"{origin}: {name} is {value}, the weights are only {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
+
+
 def load_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
 ) -> None:
-    """Load weights into a module, every one of them, or none: the strict counterpart of load_state_dict.
+    """Load weights into an outline, every one of them, or none: the strict counterpart of load_state_dict.
 
-    If all of them share one floating dtype, the module takes it. Arguments and errors are those of check_tensors.
+    If all of them share one floating dtype, the module takes it. It is then on the CPU, or still on the meta device if
+    the tensors are. Arguments and errors are those of check_tensors.
     """
     check_tensors(module, tensors, origin, names)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         module.to(dtypes.pop())
-    module.load_state_dict(tensors)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    module.to_empty(device="cpu").load_state_dict(tensors)
+    with torch.device("cpu"):
+        for name, table in module.tables().items():
+            setattr(module, name, table)
 
 
 def _misfit(tensor: Any, wanted: Tensor) -> str | None:

@@ -23,7 +23,7 @@ from dar_lightning.official import (
     official_name,
     tokenizer_config,
 )
-from dar_lightning.pretrained import build_config, load_tensors
+from dar_lightning.pretrained import build_config, load_tensors, outline
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -95,10 +95,7 @@ def _carried_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state, rules, origin: str) -> Model:
-    # Tensors on the meta device have shapes only: then the model, however large, is built there too.
-    meta = any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in state.values())
-    with torch.device("meta" if meta else "cpu"):
-        model = model_class(config)
+    model = outline(model_class, config, state, origin)
     theirs = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
     names = {name: official_name(name, rules) for name in model.state_dict()}
     ours = {}
@@ -126,7 +123,8 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
 
     Args:
         ckpt: the .ckpt file.
-        weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
+        weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one
+            and had begun to average.
 
     Returns:
         The model in evaluation mode.
@@ -136,19 +134,26 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     """
     checkpoint = read_checkpoint(ckpt)
     # EMAWeightAveraging saves the average as "state_dict" and moves the optimizer's weights to "current_model_state".
-    has_ema = "current_model_state" in checkpoint
+    # Until its first update, the average is the model before training.
+    keeps_ema = "current_model_state" in checkpoint
+    has_ema = keeps_ema and not _never_averaged(checkpoint)
     if weights == "ema" and not has_ema:
-        raise UserError(f"{ckpt} holds no EMA weights: weights is 'ema', need 'raw' or 'auto'")
-    part, tensors = split_model(
-        checkpoint, "current_model_state" if weights == "raw" and has_ema else "state_dict", ckpt
-    )
+        raise UserError(f"{ckpt} holds no EMA weights (yet): weights is 'ema', need 'raw' or 'auto'")
+    raw = keeps_ema and (weights == "raw" or not has_ema)
+    part, tensors = split_model(checkpoint, "current_model_state" if raw else "state_dict", ckpt)
     hyperparameters = checkpoint.get("hyper_parameters")
     config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
     if not isinstance(config, Mapping):
         raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
-    model = PARTS[part](build_config(PARTS[part].config_class, config, ckpt))
+    model = outline(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
     load_tensors(model, tensors, ckpt)
     return model.eval()
+
+
+def _never_averaged(checkpoint: Mapping[str, Any]) -> bool:
+    state = checkpoint.get("averaging_state")
+    count = state.get("n_averaged") if isinstance(state, Mapping) else None
+    return isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
 
 
 def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
@@ -175,20 +180,33 @@ def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[s
 
 # ---- identity
 
+# Hyperparameters and weights that leave a trained model's tokens, logits and images as they are.
+TRAINING_ONLY = {
+    *("gate_init", "modulation_init_std", "position_init_std", "input_init_scale", "repa_layer"),
+    *("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"),
+}
+REPA_HEAD = "decoder.repa_head."
+
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's class, config and weights, in hexadecimal.
+    """SHA-256 of what a module computes: its class, config and weights, in hexadecimal.
 
     The same on every device, and for every dtype that holds the weights' values exactly: they are hashed as float32.
+    Hyperparameters count where they differ from their defaults, so an option that is added later, off by default,
+    changes no older fingerprint; those that only training or initialisation reads, and the REPA head, never count.
 
     Args:
         module: a module with a `config`, such as SequentialDiffusionTokenizer or ARModel.
     """
     digest = hashlib.sha256(type(module).__name__.encode())
     config = build_config(type(module.config), module.config.to_dict(), "config")
-    digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    defaults = type(config)().to_dict()
+    values = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    digest.update(json.dumps({n: values[n] for n in sorted(values) if n not in TRAINING_ONLY}).encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(REPA_HEAD):
+            continue
         values = tensor.detach().cpu()
         values = values.float() if values.is_floating_point() else values
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())

@@ -48,8 +48,8 @@ def module(config: ARConfig = CONFIG) -> ARModule:
 class SaveAtStep(EMAWeightAveraging):
     """EMA that also writes a checkpoint in the middle of training, where the two sets of weights differ."""
 
-    def __init__(self, path):
-        super().__init__(decay=0.5, use_buffers=False)
+    def __init__(self, path, **options):
+        super().__init__(decay=0.5, use_buffers=False, **options)
         self.path = path
 
     def on_train_batch_end(self, trainer, pl_module, *args):
@@ -59,17 +59,21 @@ class SaveAtStep(EMAWeightAveraging):
         trainer.save_checkpoint(self.path)
 
 
+def train(module: LightningModule, ema: SaveAtStep, steps: int) -> None:
+    torch.manual_seed(0)
+    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(12)]
+    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    Trainer(accelerator="cpu", max_steps=steps, callbacks=[ema], default_root_dir=ema.path.parent, **options).fit(
+        module, DataLoader(data, batch_size=4)
+    )
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A checkpoint of three steps with EMA, and the two sets of weights that it should hold."""
     path = tmp_path_factory.mktemp("run") / "x.ckpt"
-    ema, trained = SaveAtStep(path), module()
-    torch.manual_seed(0)
-    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(12)]
-    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    Trainer(accelerator="cpu", max_steps=3, callbacks=[ema], default_root_dir=path.parent, **options).fit(
-        trained, DataLoader(data, batch_size=4)
-    )
+    ema = SaveAtStep(path)
+    train(module(), ema, 3)
     return path, ema
 
 
@@ -90,6 +94,19 @@ def test_without_ema(tmp_path):
     assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt", "raw")) == fingerprint(trained.ar)
     with pytest.raises(UserError, match="no EMA weights"):
         export(tmp_path / "x.ckpt", tmp_path / "out", "ema")
+
+
+def test_an_average_that_has_not_begun_is_not_taken(tmp_path):
+    """It still holds the weights that training started from."""
+    trained, path = module(), tmp_path / "x.ckpt"
+    start = trained.ar.head.weight.clone()
+    ema = SaveAtStep(path, update_starting_at_step=100)
+    train(trained, ema, 2)
+    assert not torch.equal(ema.raw["head.weight"], start)
+    for weights in ("auto", "raw"):
+        assert torch.equal(load_lightning_checkpoint(path, weights).head.weight, ema.raw["head.weight"])
+    with pytest.raises(UserError, match=r"no EMA weights \(yet\)"):
+        load_lightning_checkpoint(path, "ema")
 
 
 def test_a_model_is_rebuilt_from_its_checkpoint_alone(run):
@@ -158,6 +175,17 @@ def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):
     assert tuned.ar.config == config, "the command line decides"
     assert torch.equal(tuned.ar.head.weight, ARModel.from_pretrained(tmp_path / "ar").head.weight)
     assert "class_embedding.weight" in caplog.text, "its shape differs: it starts fresh, and that is said"
+
+
+def test_keys_that_are_no_names(run, tmp_path):
+    checkpoint = torch.load(run[0])
+    for change in ({7: 1}, {"state_dict": checkpoint["state_dict"] | {7: torch.zeros(1), None: 2}}):
+        torch.save(checkpoint | change, tmp_path / "x.ckpt")
+        assert load_lightning_checkpoint(tmp_path / "x.ckpt").config == CONFIG
+    hyperparameters = {"config": {**CONFIG.to_dict(), 7: 1, None: 2}}
+    torch.save(checkpoint | {"hyper_parameters": hyperparameters}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="ARConfig has no 7, None"):
+        load_lightning_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_files_that_are_no_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import sys
 import types
@@ -106,6 +107,8 @@ def test_ema_or_raw_weights(official_state, official_config):
     assert torch.equal(norms["auto"], norms["raw"]), "the official AR sampler reads 'model'"
     with pytest.raises(UserError, match="no EMA weights"):
         load_official_ar({"model": raw}, config, weights="ema")
+    with pytest.raises(UserError, match=r"no EMA weights: .* the file has model, 7"):
+        load_official_ar({"model": raw, 7: 1}, config, weights="ema")
     with pytest.raises(UserError, match="only EMA weights"):
         load_official_ar({"ema": ema}, config, weights="raw")
 
@@ -178,6 +181,9 @@ def test_tensors_are_refused_by_their_official_name(official_state, official_con
         (lambda c: c["model"]["diff_decoder"].update(cond_dim=32), "cond_dim is 32"),
         (lambda c: c["model"]["diff_decoder"].update(mlp_head=True), "mlp_head is True"),
         (lambda c: c["model"].update(num_query_groups=5, num_denoising_steps=5), "num_groups 5"),
+        (lambda c: c["model"].update(num_query_groups=0, num_denoising_steps=0), "num_groups is 0"),
+        (lambda c: c["model"].update(num_query_groups="4", num_denoising_steps="4"), "num_groups is '4', need int"),
+        (lambda c: c["model"].update({7: 1, None: 2}), "unknown keys: 7, None"),
     ],
 )
 def test_configs_are_refused_by_key(official_state, official_config, change, message):
@@ -199,6 +205,13 @@ def test_ar_configs(official_state, official_config):
         load_official_ar(state, config | {"ffn_hidden": 7})
     with pytest.raises(UserError, match=r"missing layers\.3"):
         load_official_ar(state, config | {"n_layer": 4})
+    with pytest.raises(UserError, match="is a list"):
+        load_official_ar(state, [1])
+    for number in ("99999999", "9" * 5000):
+        with pytest.raises(UserError, match=r"unknown layers\.9999"):
+            load_official_ar(state | {f"layers.{number}.x": torch.zeros(1)}, config)
+    with pytest.raises(UserError, match="depth is 10000, the weights are only"):
+        load_official_ar(state | {"layers.9999.x": torch.zeros(1)}, {k: v for k, v in config.items() if k != "n_layer"})
     with pytest.raises(UserError, match="no official AR model"):
         load_official_ar({"x": torch.zeros(1)})
     with pytest.raises(UserError, match="carries no config"):
@@ -251,6 +264,22 @@ def test_fingerprint_sees_weights_config_and_class():
     assert fingerprint(whole) == fingerprint(tokenizer), "2 and 2.0 are one value"
 
 
+def test_fingerprint_does_not_see_what_only_training_reads(monkeypatch):
+    tokenizer, ar = tiny_models()
+    marks = fingerprint(tokenizer), fingerprint(ar)
+    tokenizer.config = TokenizerConfig(**(tokenizer.config.to_dict() | {"gate_init": 1.0, "repa_layer": 1}))
+    tokenizer.decoder.repa_head = torch.nn.Linear(2, 2)
+    ar.config = ARConfig(**(ar.config.to_dict() | {"class_dropout": 0.5, "ffn_dropout": 0.0}))
+    assert (fingerprint(tokenizer), fingerprint(ar)) == marks
+
+    # Nor an option that a later version adds, off by default.
+    later = dataclasses.make_dataclass("Later", [("option", str, "off")], bases=(ARConfig,), frozen=True)
+    ar.config = later(**ar.config.to_dict())
+    assert fingerprint(ar) == marks[1]
+    ar.config = dataclasses.replace(ar.config, option="on")
+    assert fingerprint(ar) != marks[1]
+
+
 def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypatch):
     tokenizer, _ = tiny_models()
     tokenizer.save_pretrained(tmp_path)
@@ -274,6 +303,11 @@ def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypat
         (lambda c: c.update(num_groups=5), "num_groups 5"),
         (lambda c: c.update(codebook_size=65), r"quantizer\.codebook is \(64, 8\), need \(65, 8\)"),
         (lambda c: c.update(encoder_depth=3), r"missing encoder\.blocks\.2"),
+        (lambda c: c.update(encoder_depth=10**9), "encoder_depth is 1000000000, the weights are only"),
+        (lambda c: c.update(codebook_size=10**12), r"quantizer\.codebook is \(64, 8\), need \(10{12}, 8\)"),
+        (lambda c: c.update(decoder_dim=64 * 10**12), "no SequentialDiffusionTokenizer has these sizes"),
+        (lambda c: c.update(codebook_size=10**30), "no SequentialDiffusionTokenizer has these sizes"),
+        (lambda c: c.update(data_std=10**400), "too large"),
         (lambda c: c.update(model_type="ARModel"), "model_type is 'ARModel', need 'SequentialDiffusionTokenizer'"),
         (lambda c: c.update(format_version=99), "format_version 99"),
     ],
@@ -297,6 +331,44 @@ def test_an_option_younger_than_the_file_has_its_default(tmp_path):
     assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == tokenizer.config
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 10**12}, r"token_embedding\.weight is \(64, 64\), need \(10{12}, 64\)"),
+        ({"num_tokens": 10**11}, "num_tokens is 10{11}"),
+        ({"depth": 10**9}, "depth is 1000000000, the weights are only"),
+        ({"dim": 2 * 10**12, "num_heads": 1}, "ARModel"),
+    ],
+)
+def test_sizes_that_no_machine_can_hold(tmp_path, change, message):
+    _, ar = tiny_models()
+    ar.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        ARModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model", tiny_models(), ids=lambda m: type(m).__name__)
+def test_loading_draws_no_random_number_and_restores_every_buffer(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    buffers = dict(again.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    assert again.state_dict().keys() == model.state_dict().keys(), "what was not saved is not saved now"
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_loaded_model_shares_no_memory_with_its_source(official_state, official_config):
+    state, config = official_state("ar_a"), official_config("ar_a")["model"]
+    ar = load_official_ar(state, config)
+    with torch.no_grad():
+        ar.norm.weight += 1
+    assert torch.equal(ar.norm.weight, state["norm.weight"] + 1)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"a": 1}', "[" * 100_000])
 def test_broken_config(tmp_path, text):
     (tmp_path / CONFIG_NAME).write_text(text)
@@ -304,7 +376,29 @@ def test_broken_config(tmp_path, text):
         ARModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["absent/folder", "/absent/folder", "a/b/c"])
+@pytest.mark.parametrize("name", ["/absent/folder", "./absent", "../absent", "runs/absent", Path("runs") / "absent"])
+def test_a_mistyped_path_does_not_ask_the_network(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dar_lightning.pretrained.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(UserError, match="no such folder"):
+        ARModel.from_pretrained(name)
+    (tmp_path / "runs" / "file").touch()
+    with pytest.raises(UserError, match=r"need one with config\.json"):
+        ARModel.from_pretrained("runs/file")
+
+
+def test_the_shipped_pipeline_and_its_parts(tmp_path, monkeypatch):
+    tokenizer, _ = tiny_models()
+    ar = ARModel(ARConfig.preset("tiny", num_classes=2))
+    DARPipeline(tokenizer, ar, classes=("apple", "pear")).save_pretrained(tmp_path / "shipped" / "fruit64")
+    monkeypatch.setattr("dar_lightning.pretrained.SHIPPED", tmp_path / "shipped")
+    assert fingerprint(SequentialDiffusionTokenizer.from_pretrained("fruit64")) == fingerprint(tokenizer)
+    assert fingerprint(ARModel.from_pretrained("fruit64")) == fingerprint(ar)
+    assert DARPipeline.from_pretrained("fruit64").classes == ("apple", "pear")
+
+
+@pytest.mark.parametrize("name", ["absent/folder", "a/b/c"])
 def test_neither_folder_nor_repository(name):
     with pytest.raises(UserError, match="is not a folder") as refusal:
         ARModel.from_pretrained(name)

@@ -105,6 +105,7 @@ class ARModel(nn.Module, PretrainedMixin):
     """
 
     config_class = ARConfig
+    pipeline_part = "ar"
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -119,8 +120,13 @@ class ARModel(nn.Module, PretrainedMixin):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
-        rotary = rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)
-        self.register_buffer("rotary", rotary, persistent=False)
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self) -> dict[str, Tensor]:
+        """The RoPE of all positions."""
+        config = self.config
+        return {"rotary": rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)}
 
     @property
     def null_class(self) -> int:
