@@ -1,0 +1,58 @@
+"""Two real processes: no parameter without a gradient, one codebook for all, and validation as on one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer
+from tiny_models import SIZE, TOKENIZER
+from dar_lightning.callbacks import CodebookWarmup, Reconstructions
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.lit import TokenizerModule
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+train, val, out, world = *sys.argv[1:4], int(sys.argv[4])
+torch.manual_seed(0)
+module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
+warmup = CodebookWarmup(2, 2, revive_every=2, revive_until=6)
+options = dict(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", logger=False)
+options |= dict(enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)
+trainer = Trainer(max_steps=5, callbacks=[warmup, Reconstructions()], **options)
+data = ImageNetDataModule(train, val, image_size=SIZE, batch_size=3)  # 7 images: rank 1 ends with padding alone
+before = trainer.validate(module, datamodule=data)[0]
+trainer.fit(module, datamodule=data)
+torch.save(module.tokenizer.quantizer.codebook.data, f"{out}.{trainer.global_rank}.pt")
+torch.save(warmup.state_dict(), f"{out}.{trainer.global_rank}.state.pt")
+with open(f"{out}.{trainer.global_rank}.json", "w") as file:
+    json.dump(before, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks(images, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+
+    def run(world: int) -> list[dict]:
+        command = [sys.executable, tmp_path / "run.py", *images, tmp_path / f"of{world}", world]
+        paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run([str(word) for word in command], check=True, timeout=300, env=paths)
+        return [json.loads((tmp_path / f"of{world}.{rank}.json").read_text()) for rank in range(world)]
+
+    (one,), two = run(1), run(2)
+    # Noise and times are drawn per batch, so only what does not depend on them can be the same.
+    assert two[0]["val/codebook_use"] == two[1]["val/codebook_use"] == one["val/codebook_use"]
+    assert two[0] == two[1]
+    assert all(value == value for value in two[0].values()), two[0]
+    first, second = (torch.load(tmp_path / f"of2.{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    counts = [torch.load(tmp_path / f"of2.{rank}.state.pt")["counts"] for rank in range(2)]
+    assert torch.equal(*counts)
+    assert int(counts[0].sum()) == 2 * 3 * 8, "both ranks' tokens of step 5"
