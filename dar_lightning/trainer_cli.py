@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.stream import StreamDataModule
-from dar_lightning.errors import OneLineErrors
+from dar_lightning.errors import OneLineErrors, UserError
 from dar_lightning.lit.ar import ARModule
 from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
 
@@ -32,6 +34,12 @@ class TrainerCLI(LightningCLI):
 
     def __init__(self, argv: Sequence[str]):
         torch.set_float32_matmul_precision("high")
+        try:
+            self._run(argv)
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    def _run(self, argv: Sequence[str]) -> None:
         super().__init__(
             args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
             subclass_mode_model=True,
@@ -52,6 +60,11 @@ class TrainerCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        given = type(trainer.strategy.checkpoint_io)
+        if given is not TorchCheckpointIO:
+            raise UserError(
+                f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
+            )
         trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
         return trainer
 
@@ -66,6 +79,18 @@ class TrainerCLI(LightningCLI):
                 data.index(split)
         if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
             self.model.check_data(data)
+
+    def _before_evaluation(self) -> None:
+        """Random weights have no score: without its checkpoint, only training goes on."""
+        if self.config[self.config.subcommand].ckpt_path == "last":
+            callbacks = [found for found in self.trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)]
+            if not any(found._find_last_checkpoints(self.trainer) for found in callbacks):
+                folders = ", ".join(str(found.dirpath) for found in callbacks) or "no ModelCheckpoint's folder"
+                raise UserError(
+                    f"ckpt_path: last: there is no last checkpoint in {folders}; train first or name a file"
+                )
+
+    before_validate = before_test = before_predict = _before_evaluation
 
     def before_instantiate_classes(self) -> None:
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""

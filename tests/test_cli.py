@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, write_images, write_tokens
+from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, random_codes, write_images, write_tokens
 
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main
+from dar_lightning.data.codes import CodesIndex, describe, write_codes
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -189,6 +192,20 @@ def test_tokens_that_the_ar_model_cannot_take(tokens, tmp_path, option, named, c
     )
     assert named in line
     assert not (tmp_path / "run").exists()
+
+
+def test_token_labels_outside_the_classes(tokens, tmp_path, capsys):
+    """Shards without class names do not say how many classes there are, only their labels do."""
+    index = CodesIndex.load(tokens)
+    path = tmp_path / "wrong" / "000000.safetensors"
+    path.parent.mkdir()
+    labels = np.array([0, 1, 2, 3, 4, 0, 1, 2])
+    write_codes(path, random_codes(8).astype(np.uint16)[:, None], labels, [str(i) for i in range(8)], {})
+    replace(index, root=path.parent, classes=(), shards=(describe(path, 8),)).save()
+    for train, val in ((path.parent, tokens), (tokens, path.parent)):
+        line = refusal(capsys, fit_ar(str(train), str(val), tmp_path / "run", max_steps=2))
+        assert f"{path} has label 4: the model's num_classes is 4" in line
+        assert not (tmp_path / "run").exists()
 
 
 def test_images_of_a_size_that_does_not_divide(images, tmp_path, capsys):

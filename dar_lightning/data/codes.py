@@ -82,6 +82,21 @@ class CodesIndex:
         values = {name: content[name] for name in names} | {"classes": tuple(content["classes"])}
         return cls(root=root, shards=shards, **values)
 
+    def check_labels(self, num_classes: int) -> None:
+        """Refuse labels that are no class of a model: the number after the last one would silently mean "no class".
+
+        Raises:
+            UserError: naming the first shard with such a label, and the label.
+        """
+        for shard in self.shards:
+            path = self.root / shard.name
+            read_header(path)
+            with safe_open(path, framework="numpy") as file:
+                labels = file.get_tensor("labels")
+            wrong = labels[(labels < 0) | (labels >= num_classes)]
+            if len(wrong):
+                raise UserError(f"{path} has label {wrong[0]}: the model's num_classes is {num_classes}")
+
 
 def write_codes(path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[str], made_by: dict[str, Any]) -> None:
     """Write one token shard, atomically.

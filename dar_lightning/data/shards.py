@@ -99,7 +99,9 @@ class ShardIndex:
         else:
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
         if index.num_samples == 0:
-            raise UserError(f"{option}: no samples in {source}; give a folder of .tar shards (`dar shard` makes them)")
+            raise UserError(
+                f"{option}: no samples in {source}; give a folder of .tar shards, as webdataset writes them"
+            )
         check_files(folder, index.shards, option)
         return index
 

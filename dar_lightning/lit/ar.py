@@ -60,6 +60,9 @@ class ARModule(LightningModule):
         ):
             if mine < needed:
                 raise UserError(f"{name} is {mine} in the config, the data needs {needed}")
+        for split in ("train", "val"):
+            if getattr(data, split) is not None:
+                data.index(split).check_labels(config.num_classes)
 
     def setup(self, stage: str) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):

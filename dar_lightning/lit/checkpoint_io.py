@@ -5,12 +5,11 @@ from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
-from typing_extensions import override
 
 from dar_lightning.checkpoint import read_checkpoint
 from dar_lightning.errors import UserError
 from dar_lightning.pretrained import check_tensors
-from dar_lightning.weights import split_model
+from dar_lightning.weights import PARTS, split_model
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -20,13 +19,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     Args:
         module: the LightningModule that the checkpoints are for; a checkpoint of another shape is refused by name.
+            Where it has neither a tokenizer nor an AR model, Lightning checks the tensors itself.
     """
 
     def __init__(self, module: LightningModule):
         super().__init__()
         self.module = module
 
-    @override
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
         """The checkpoint, its tensors on the CPU.
 
@@ -34,6 +33,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             UserError: if the file is missing, broken, malicious, or of a model with other tensors.
         """
         checkpoint = read_checkpoint(path)
+        if not any(hasattr(self.module, part) for part in PARTS):
+            return checkpoint
         # With EMAWeightAveraging there are two sets: the average, and what the optimizer works on.
         for key in ("state_dict", "current_model_state"):
             if key == "state_dict" or key in checkpoint:
