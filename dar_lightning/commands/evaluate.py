@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_lightning import __version__
+from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 from dar_lightning.metrics.features import fingerprint, frechet_name, load_features
@@ -51,7 +52,7 @@ def evaluate(
         seed: seed of the images that a pipeline draws.
         guidance: classifier-free guidance scale of the images that a pipeline draws; [a, b] is linear over the tokens.
         batch_size: images at a time; the figures do not depend on it.
-        device: cpu, cuda, or auto.
+        device: auto, cpu, cuda, cuda:N or mps.
 
     Returns:
         What was written: {"metrics": {name: value}, "protocol": {...}}.
@@ -62,7 +63,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     _check_output(output)
-    place = _device(device)
+    place = choose_device(device)
     reference_set = open_images(reference, "--reference", image_size)
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
     if (Path(samples) / PIPELINE_CONFIG).is_file():
@@ -78,6 +79,12 @@ def evaluate(
             f"--paired: {samples} has {len(sample_set)} images and {reference} {len(reference_set)}; "
             "each reconstruction needs its original"
         )
+    if train_set is not None:
+        for option, images in (("--probe_train", train_set), ("--samples", sample_set)):
+            if not images.labelled:
+                raise UserError(
+                    f"{option} has no labels, which the linear probe needs; give shards with .cls or npz labels"
+                )
     network = load_features(features).to(place)
 
     def measure(images: ImageSet, option: str, size: tuple[int, int] | None = None) -> Measured:
@@ -165,9 +172,6 @@ def _measure(
 
 
 def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -> dict[str, float]:
-    for name, measured in (("--probe_train", train), ("--samples", samples)):
-        if measured.labels is None:
-            raise UserError(f"{name} has no labels, which the linear probe needs; give shards with .cls or npz labels")
     num_classes = int(train.labels.max()) + 1
     probe = LinearProbe(train.features, train.labels)
     accuracies = {}
@@ -187,15 +191,6 @@ def _reconstruction(samples: ImageSet, reference: ImageSet, batch_size: int, dev
         metrics.update(reconstructed.to(device).float(), original.to(device).float())
     # Identical images have an infinite PSNR, which JSON cannot hold.
     return {name: value.item() if value.isfinite() else None for name, value in metrics.compute().items()}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from error
 
 
 def _check_output(output: str) -> None:

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
 from dar_lightning.files import write_text
 from dar_lightning.metrics.codebook import CodebookUse
+from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -27,7 +27,7 @@ def reconstruct(
     num_shown: int = 12,
     batch_size: int = 64,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Encode and decode all images of some shards; write figures and pictures.
 
@@ -43,32 +43,32 @@ def reconstruct(
         num_shown: rows of the picture, spread over the shards.
         batch_size: images at a time.
         seed: of the noise that decoding starts from.
-        device: where to compute: cpu, cuda, ...
+        device: auto, cpu, cuda, cuda:N or mps.
     """
-    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(device)
-    data = ImageNetDataModule(val=shards, image_size=model.config.image_size, batch_size=batch_size)
-    loader = data.val_dataloader()
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: must be at least 1")
+    place = choose_device(device)
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(place)
+    images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
     if num_shown < 1:
         raise UserError(f"num_shown is {num_shown}: show at least one image")
     Path(output).mkdir(parents=True, exist_ok=True)
-    total = len(loader.dataset)
+    total = len(images_set)
     shown = set(torch.linspace(0, total - 1, min(num_shown, total)).long().tolist())
-    quality = reconstruction_metrics().to(device)
-    codebook = CodebookUse(model.config.codebook_size).to(device)
+    quality = reconstruction_metrics().to(place)
+    codebook = CodebookUse(model.config.codebook_size).to(place)
     rows = []
-    for batch in tqdm(loader, desc="reconstruct", unit="batch"):
-        images = batch["image"].to(device)
+    start = 0
+    for images, _ in with_progress(images_set, batch_size, "reconstruct"):
+        images = images.to(place)
+        indices = range(start, start := start + len(images))
         codes = model.tokenize(to_float(images))
-        generators = [torch.Generator().manual_seed((seed << 32) + int(index)) for index in batch["index"]]
+        generators = [torch.Generator().manual_seed((seed << 32) + index) for index in indices]
         noise = model.draw_noise(len(images), generators)
         previews = to_uint8(model.previews(codes, noise, solver, num_steps))  # (B, K, 3, H, W)
         quality.update(previews[:, -1].float(), images.float())
         codebook.update(codes)
-        rows += [
-            torch.cat([images[i : i + 1], previews[i]])
-            for i, index in enumerate(batch["index"].tolist())
-            if index in shown
-        ]
+        rows += [torch.cat([images[i : i + 1], previews[i]]) for i, index in enumerate(indices) if index in shown]
     use, perplexity = codebook.compute()
     scores = {name: float(value) for name, value in quality.compute().items()}
     result = {

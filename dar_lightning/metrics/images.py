@@ -1,6 +1,7 @@
 """Sets of images to measure: an npz, a folder, shards, or a pipeline that draws them; read in batches, never whole."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.weights import fingerprint
 
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
@@ -30,9 +32,11 @@ class ImageSet(Protocol):
 
     Attributes:
         protocol: what a reader needs to know to measure the same images again, for JSON.
+        labelled: whether its batches have labels.
     """
 
     protocol: dict[str, Any]
+    labelled: bool
 
     def __len__(self) -> int: ...
 
@@ -52,7 +56,7 @@ class NpzImages:
                 labels = arrays.get("labels")
         except KeyError as error:
             raise UserError(f"{option}: {path} holds no arr_0, which must be uint8 (n, H, W, 3)") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UserError(f"{option}: {path} is not a readable npz file ({error})") from error
         if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3:
             raise UserError(
@@ -63,6 +67,7 @@ class NpzImages:
                 f"{option}: labels of {path} must be {self.shape[0]} integers, are {labels.dtype} {labels.shape}"
             )
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        self.labelled = labels is not None
         self.protocol = {"npz": str(path)}
 
     def __len__(self) -> int:
@@ -74,7 +79,12 @@ class NpzImages:
             _npy_header(file)
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
-                content = bytearray(file.read(count * height * width * 3))
+                try:
+                    content = bytearray(file.read(count * height * width * 3))
+                except UNREADABLE as error:
+                    raise UserError(
+                        f"{self.option}: arr_0 of {self.path} is damaged ({error}); write it again"
+                    ) from error
                 if len(content) < count * height * width * 3:
                     raise UserError(f"{self.option}: arr_0 of {self.path} ends early; write it again")
                 images = torch.frombuffer(content, dtype=torch.uint8).view(count, height, width, 3)
@@ -84,6 +94,8 @@ class NpzImages:
 
 class FolderImages:
     """Image files anywhere below a folder, in the order of their paths; without labels."""
+
+    labelled = False
 
     def __init__(self, path: Path, option: str, image_size: int | None) -> None:
         self.option, self.image_size = option, image_size
@@ -105,12 +117,12 @@ class FolderImages:
 
 
 class ShardImages:
-    """WebDataset shards; labelled when their samples have a `.cls` member."""
+    """WebDataset shards; labelled, if that is wanted, when their samples have a `.cls` member."""
 
-    def __init__(self, source: str, option: str, image_size: int | None) -> None:
+    def __init__(self, source: str, option: str, image_size: int | None, labels: bool = True) -> None:
         self.option, self.image_size = option, image_size
         self.reader = ShardReader(ShardIndex.load(source, option))
-        self.labelled = "cls" in self.reader[0][2]
+        self.labelled = labels and "cls" in self.reader[0][2]
         self.protocol = {"shards": source, "crop": _crop_name(image_size)}
 
     def __len__(self) -> int:
@@ -135,6 +147,8 @@ class DrawnImages:
         guidance: classifier-free guidance scale, or (a, b), linear over the tokens.
         device: where to draw.
     """
+
+    labelled = True
 
     def __init__(self, path: str, count: int, seed: int, guidance: Guidance, device: torch.device) -> None:
         self.pipeline = DARPipeline.from_pretrained(path).to(device)

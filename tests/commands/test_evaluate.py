@@ -254,7 +254,7 @@ def test_other_mistakes_are_one_line(tmp_path):
         ({"features": f"{__name__}.Images"}, "must give .* features, gave"),
         ({"output": str(tmp_path / "file" / "o.json")}, "--output .* cannot|--output .* not a folder"),
         ({"output": str(tmp_path / "empty")}, "--output .* is a folder"),
-        ({"device": "tpu9"}, "--device tpu9"),
+        ({"device": "tpu9"}, "device: tpu9"),
         ({"batch_size": 0}, "--batch_size 0"),
     ]
     for change, says in mistakes:
@@ -268,6 +268,27 @@ def test_other_mistakes_are_one_line(tmp_path):
             evaluate(**arguments)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "o.json").exists()
+
+
+def test_missing_probe_labels_are_found_before_the_work(tmp_path):
+    good, labelled = npz(tmp_path / "g.npz", pixels(8, 0)), npz(tmp_path / "l.npz", pixels(8, 0), labels=np.arange(8))
+    options = {"reference": good, "features": "a.network.that.is.not.even.loaded", "output": str(tmp_path / "o.json")}
+    with pytest.raises(UserError, match="--probe_train has no labels"):
+        evaluate(samples=labelled, probe_train=good, **options)
+    with pytest.raises(UserError, match="--samples has no labels"):
+        evaluate(samples=good, probe_train=labelled, **options)
+
+
+def test_damage_inside_an_npz_is_one_line(tmp_path):
+    good = npz(tmp_path / "g.npz", pixels(64, 0))
+    np.savez_compressed(tmp_path / "z.npz", arr_0=pixels(64, 0))
+    for name in ("g.npz", "z.npz"):  # a wrong checksum, and a stream that cannot be inflated
+        content = bytearray((tmp_path / name).read_bytes())
+        content[5000:5400] = bytes(400)
+        (tmp_path / "damaged.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"--samples: arr_0 of .* is damaged") as caught:
+            evaluate(str(tmp_path / "damaged.npz"), good, NETWORK, str(tmp_path / "o.json"))
+        assert "\n" not in str(caught.value)
 
 
 class Images(torch.nn.Module):

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, picture, write_images
 
 from dar_lightning.commands.reconstruct import reconstruct
+from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid
 from dar_lightning.weights import fingerprint
@@ -75,13 +76,26 @@ def test_the_batch_size_changes_nothing(written, paths, tmp_path):
     assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4)
 
 
+def test_images_alone_suffice(written, paths, tmp_path):
+    """No index, and no labels but a broken one."""
+    index = ShardIndex.load(paths[1])
+    reader = ShardReader(index)
+    samples = [(key, {"png": members["png"]}) for _, key, members in (reader[number] for number in range(COUNT))]
+    samples[0][1]["cls"] = b"red"
+    write_shard(tmp_path / "plain" / "x.tar", samples)
+    reconstruct(paths[0], str(tmp_path / "plain"), str(tmp_path / "out"), num_shown=3, seed=2)
+    one, two = (json.loads((folder / "reconstruction.json").read_text()) for folder in (written, tmp_path / "out"))
+    assert one["metrics"] == two["metrics"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tokenizer": "no/such/folder"}, "no/such/folder is not a folder"),
-        ({"shards": "no/such/shards"}, "no/such/shards does not exist"),
+        ({"shards": "no/such/shards"}, "^shards: no/such/shards does not exist"),
         ({"num_shown": 0}, "num_shown is 0"),
-        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"device": "tpu9"}, "device: tpu9"),
         ({"solver": "magic"}, "solver"),
         ({"num_steps": 0}, "num_steps is 0"),
     ],

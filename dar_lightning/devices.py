@@ -1,0 +1,32 @@
+"""Where commands compute."""
+
+import torch
+
+from dar_lightning.errors import UserError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that a user named.
+
+    Args:
+        name: auto (an NVIDIA or AMD GPU if there is one, else the CPU), cpu, cuda, cuda:N, mps, or gpu: cuda or mps,
+            whichever is there. Apple's mps lacks some operations, so auto leaves it alone.
+
+    Raises:
+        UserError: the name is none of these, or this machine has no such device.
+    """
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    if name in ("auto", "gpu"):
+        if name == "gpu" and gpu is None:
+            raise UserError("device: gpu, but torch finds no GPU here; use cpu or auto")
+        return torch.device("cpu" if gpu is None or (name, gpu) == ("auto", "mps") else gpu)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name} is none; give auto, cpu, cuda, cuda:N or mps") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in count:
+        raise UserError(f"device: {name} is none; give auto, cpu, cuda, cuda:N or mps")
+    if (device.index or 0) >= count[device.type]:
+        raise UserError(f"device: {name}, but torch finds {count[device.type]} {device.type} device(s) here; use auto")
+    return device

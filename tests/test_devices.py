@@ -1,0 +1,48 @@
+"""Devices by name, on machines that have them and on those that do not."""
+
+import pytest
+import torch
+
+from dar_lightning.devices import choose_device
+from dar_lightning.errors import UserError
+
+
+def machine(monkeypatch, gpus: int, mps: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "name", "chosen"),
+    [
+        (0, False, "auto", "cpu"),
+        (2, False, "auto", "cuda"),
+        (0, True, "auto", "cpu"),
+        (2, False, "gpu", "cuda"),
+        (0, True, "gpu", "mps"),
+        (2, False, "cuda:1", "cuda:1"),
+        (2, False, "cpu", "cpu"),
+        (0, True, "mps", "mps"),
+    ],
+)
+def test_what_is_there(monkeypatch, gpus, mps, name, chosen):
+    machine(monkeypatch, gpus, mps)
+    assert choose_device(name) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "says"),
+    [
+        (0, "gpu", "torch finds no GPU here"),
+        (0, "cuda", "torch finds 0 cuda device"),
+        (2, "cuda:2", "torch finds 2 cuda device"),
+        (2, "mps", "torch finds 0 mps device"),
+        (2, "tpu9", "tpu9 is none; give auto, cpu"),
+        (2, "meta", "meta is none; give auto, cpu"),
+    ],
+)
+def test_what_is_not(monkeypatch, gpus, name, says):
+    machine(monkeypatch, gpus, mps=False)
+    with pytest.raises(UserError, match=says):
+        choose_device(name)
