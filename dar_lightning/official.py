@@ -196,6 +196,8 @@ def _shape_values(state: Mapping[str, Tensor]) -> dict[str, int]:
 def _section(config: Mapping[str, Any], name: str, origin: str) -> Mapping[str, Any]:
     if not isinstance(config, Mapping) or not isinstance(config.get(name), Mapping):
         raise UserError(f"{origin} has no section {name!r}")
+    if tensors := [str(key) for key, value in config[name].items() if isinstance(value, Tensor)]:
+        raise UserError(f"{origin}: {', '.join(tensors)} must be plain values, not tensors")
     return config[name]
 
 

@@ -314,6 +314,8 @@ def load_tensors(
 def _misfit(tensor: Any, wanted: Tensor) -> str | None:
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout}, need a dense tensor"
     if tensor.shape != wanted.shape:
         return f"is {tuple(tensor.shape)}, need {tuple(wanted.shape)}"
     if tensor.is_floating_point() != wanted.is_floating_point():

@@ -155,6 +155,7 @@ def test_without_repa_head_there_is_a_warning_and_no_head(official_state, offici
         (lambda s: s.update({"patchify.bias": torch.zeros(3)}), r"patchify\.bias is \(3,\), need \(64,\)"),
         (lambda s: s.update({"patchify.bias": "x"}), r"patchify\.bias is a str, not a tensor"),
         (lambda s: s.update({"patchify.bias": torch.zeros(64, dtype=torch.int64)}), r"patchify\.bias is torch\.int64"),
+        (lambda s: s.update({"patchify.bias": torch.zeros(64).to_sparse()}), r"patchify\.bias is torch\.sparse_coo"),
         (lambda s: s["patchify.bias"].fill_(torch.nan), r"patchify\.bias holds NaN or infinity"),
         (lambda s: s["patchify.bias"][5].fill_(torch.inf), r"patchify\.bias holds NaN or infinity"),
         (lambda s: s.update({"patchify.bias": torch.zeros(()).expand(10**15)}), r"patchify\.bias is \(10{15},\)"),
@@ -182,6 +183,7 @@ def test_tensors_are_refused_by_their_official_name(official_state, official_con
         (lambda c: c["model"].update(num_query_groups=5, num_denoising_steps=5), "num_groups 5"),
         (lambda c: c["model"].update(num_query_groups=0, num_denoising_steps=0), "num_groups is 0"),
         (lambda c: c["model"].update(num_query_groups="4", num_denoising_steps="4"), "num_groups is '4', need int"),
+        (lambda c: c["model"].update(rope_base_len=torch.zeros(2)), "rope_base_len must be plain values"),
         (lambda c: c["model"].update({7: 1, None: 2}), "unknown keys: 7, None"),
     ],
 )
