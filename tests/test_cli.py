@@ -263,6 +263,15 @@ def _checkpoint(folder: Path) -> Path:
     return folder / "t.ckpt"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without one")
+def test_an_accelerator_that_is_not_there(images, pipeline, tmp_path, capsys):
+    command = ["extract", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", tmp_path / "tokens"]
+    assert "accelerator cuda, devices auto: " in refusal(capsys, [*command, "--accelerator=cuda"])
+    command = fit_tokenizer(images, images, tmp_path / "run", max_steps=1)
+    assert "CUDAAccelerator" in refusal(capsys, [*command, "--trainer.accelerator=cuda"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_pipeline_that_is_none(tmp_path, capsys):
     line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
     assert "config.json is missing" in line

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -87,16 +88,19 @@ def extract(
     except OSError as error:
         raise UserError(f"output: {output} cannot be made ({error.strerror})") from error
 
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # ExtractData gives every rank whole shards
-        callbacks=[ShardWriter(root, index, made_by, model.config.codebook_size)],
-    )
+    try:
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # ExtractData gives every rank whole shards
+            callbacks=[ShardWriter(root, index, made_by, model.config.codebook_size)],
+        )
+    except MisconfigurationException as error:
+        raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     if missing:
         data = ExtractData(index, missing, crops, views, size, seed, max(1, batch_size // views), num_workers)
         trainer.predict(Extractor(model), datamodule=data, return_predictions=False)
