@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
+from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
 from dar_lightning.files import atomic_path, write_text
@@ -34,7 +34,7 @@ def sample(
     layout: str | None = None,
     prefix: int | None = None,
     batch_size: int = 32,
-    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    device: str = "auto",
 ) -> None:
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
 
@@ -57,9 +57,10 @@ def sample(
         layout: an image file whose first tokens every sample keeps.
         prefix: how many tokens to keep of it; None is one group.
         batch_size: images at a time.
-        device: where to compute.
+        device: where to compute: auto, cpu, cuda, cuda:N or mps.
     """
-    pipe = DARPipeline.from_pretrained(pipeline).to(device)
+    place = choose_device(device)
+    pipe = DARPipeline.from_pretrained(pipeline).to(place)
     names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
     labels = [pipe.label(name.strip()) for name in names]
     if per_class < 1 or batch_size < 1:
@@ -70,7 +71,7 @@ def sample(
         count = pipe.tokenizer.config.window if prefix is None else prefix
         if not 1 <= count < pipe.tokenizer.config.num_tokens:
             raise UserError(f"prefix is {count}: keep from 1 to {pipe.tokenizer.config.num_tokens - 1} tokens")
-        kept = pipe.tokenizer.tokenize(to_float(reference[None]).to(device))[:, :count]
+        kept = pipe.tokenizer.tokenize(to_float(reference[None]).to(place))[:, :count]
     elif prefix is not None:
         raise UserError("prefix is set without layout: give the image whose tokens are to be kept")
     folder = Path(output)
@@ -108,9 +109,7 @@ def sample(
     else:
         first = reference.expand(len(labels), 1, -1, -1, -1)
         columns = ["reference", *[f"seed {seed}.{number}" for number in range(per_class)]]
-        save_png(
-            image_grid(torch.cat([first, images[:, :, -1].to(first)], dim=1), rows, columns), folder / "layout.png"
-        )
+        save_png(image_grid(torch.cat([first, images.to(first)], dim=1), rows, columns), folder / "layout.png")
     _save_arrays(images.flatten(0, 1), torch.tensor(labels).repeat_interleave(per_class), folder)
     record = options | {
         "pipeline": pipeline,
