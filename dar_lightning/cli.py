@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 
@@ -84,7 +85,7 @@ def spell_out_flags(function: Callable, options: list[str]) -> list[str]:
     """Let `--from-scratch` stand for `--from_scratch true`, as other commands do; jsonargparse wants the latter."""
     flags = {name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is bool}
     spelled = []
-    for option, following in zip(options, [*options[1:], "--"], strict=True):
+    for option, following in pairwise([*options, ""]):
         name = option.removeprefix("--").replace("-", "_")
         if option.startswith("--") and name in flags:
             option = f"--{name}" if following.lower() in ("true", "false") else f"--{name}=true"

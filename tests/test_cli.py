@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, random_codes, write_images, write_tokens
 
-from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main
+from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main, spell_out_flags
 from dar_lightning.data.codes import CodesIndex, describe, write_codes
 
 ROOT = Path(__file__).parents[1]
@@ -276,3 +276,19 @@ def test_a_pipeline_that_is_none(tmp_path, capsys):
     line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
     assert "config.json is missing" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ([], []),
+        (["--fresh"], ["--fresh=true"]),
+        (["--from-scratch", "--output", "x"], ["--from_scratch=true", "--output", "x"]),
+        (["--fresh", "false"], ["--fresh", "false"]),
+        (["--output", "--fresh-x"], ["--output", "--fresh-x"]),
+    ],
+)
+def test_flags_may_stand_alone(typed, meant):
+    def function(output: str = "", fresh: bool = False, from_scratch: bool = False): ...
+
+    assert spell_out_flags(function, typed) == meant
