@@ -131,7 +131,7 @@ def test_a_missing_option_is_named(capsys):
         (["--model.init_args.config.num_tokens=9"], ["num_tokens 9", "num_groups 4"]),
         (["--model.init_args.optimizer.nope=3"], ["nope"]),
         (["--model.init_args.optimizer.lr=-1"], ["lr"]),
-        (["--model.init_args.config=v2"], ["v2", "v1, light, tiny"]),
+        (["--model.init_args.preset=light"], ["light", "keep one of them"]),
         (["--model.init_args.nope=3"], ["nope"]),
         (["--model=dar_lightning.lit.NoModule"], ["NoModule"]),
         (["--data.init_args.crop=diagonal"], ["diagonal"]),
@@ -292,3 +292,12 @@ def test_flags_may_stand_alone(typed, meant):
     def function(output: str = "", fresh: bool = False, from_scratch: bool = False): ...
 
     assert spell_out_flags(function, typed) == meant
+
+
+def test_presets(images, tmp_path, capsys):
+    data = ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.train={images}"]
+    run = ["fit", "--model=dar_lightning.lit.TokenizerModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    line = refusal(capsys, [*run, "--model.init_args.preset=v2"])
+    assert "unknown tokenizer preset 'v2': choose from v1, light, tiny" in line
+    line = refusal(capsys, [*run, "--model.init_args.preset=light", "--model.init_args.config.codebook_size=5"])
+    assert "keep one of them" in line

@@ -114,10 +114,8 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
     words += ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     words += ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1", "--data.init_args.batch_size=2"]
     if small:
-        small_config = "tiny" if isinstance(given, str) else json.dumps(given | SMALL[kind])
-        more = (f"--model.init_args.config={small_config}", *more)
+        more = (f"--model.init_args.config={json.dumps(given | SMALL[kind])}", *more)
     if kind == "ARModule":
-        given = {} if isinstance(given, str) else given
         sizes = {"num_tokens": given.get("num_tokens", 32), "codebook_size": given.get("vocab_size", 64)}
         tokens = write_tokens(folder / "tokens", 6, **sizes)
         words += [f"--data.init_args.train={tokens}", f"--data.init_args.val={tokens}"]

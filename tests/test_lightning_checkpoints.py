@@ -119,7 +119,7 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(run):
 @pytest.mark.parametrize("config", ["tiny", None])
 def test_hyperparameters_are_plain(config, run):
     plain = (int, float, str, bool, type(None))
-    hparams = TokenizerModule("tiny").hparams if config == "tiny" else torch.load(run[0])["hyper_parameters"]
+    hparams = TokenizerModule(preset="tiny").hparams if config == "tiny" else torch.load(run[0])["hyper_parameters"]
     assert all(isinstance(value, plain) for value in dict(hparams["config"]).values())
     assert all(isinstance(value, (*plain, dict)) for value in dict(hparams).values())
 
@@ -136,7 +136,7 @@ def test_resuming_from_another_model_names_the_tensors(run, tmp_path):
     with pytest.raises(UserError, match=r"missing blocks\.1"):
         fit(other, 5, ckpt_path=run[0], folder=tmp_path)
     with pytest.raises(UserError, match="is of the ar part"):
-        SafeCheckpointIO(TokenizerModule("tiny")).load_checkpoint(run[0])
+        SafeCheckpointIO(TokenizerModule(preset="tiny")).load_checkpoint(run[0])
 
 
 @pytest.mark.parametrize("key", ["state_dict", "current_model_state"])

@@ -20,7 +20,8 @@ class ARModule(LightningModule):
     """Next-token prediction with class dropout (paper, section 3.2).
 
     Args:
-        config: hyperparameters of the model, or a preset's name: "B", "L", "XL", ...
+        config: hyperparameters of the model.
+        preset: instead of config, the name of one: B, L, XL, XXL and so on.
         optimizer: AdamW settings.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
@@ -28,13 +29,16 @@ class ARModule(LightningModule):
 
     def __init__(
         self,
-        config: ARConfig | str = "B",
+        config: ARConfig = ARConfig(),  # noqa: B008  (frozen)
+        preset: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
         init_from: str | None = None,
     ):
         super().__init__()
-        if isinstance(config, str):
-            config = ARConfig.preset(config)
+        if preset is not None:
+            if config != ARConfig():
+                raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
+            config = ARConfig.preset(preset)
         elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(ARConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict()})

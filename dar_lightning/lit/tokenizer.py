@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dar_lightning.data.transforms import to_float
+from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
@@ -21,7 +22,8 @@ class TokenizerModule(LightningModule):
     """Flow matching plus codebook losses (paper, section 3.1).
 
     Args:
-        config: hyperparameters of the tokenizer, or a preset's name: "v1", "light", "tiny".
+        config: hyperparameters of the tokenizer.
+        preset: instead of config, the name of one: v1, light or tiny.
         optimizer: AdamW settings.
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
@@ -30,14 +32,17 @@ class TokenizerModule(LightningModule):
 
     def __init__(
         self,
-        config: TokenizerConfig | str = "v1",
+        config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
+        preset: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
     ):
         super().__init__()
-        if isinstance(config, str):
-            config = TokenizerConfig.preset(config)
+        if preset is not None:
+            if config != TokenizerConfig():
+                raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
+            config = TokenizerConfig.preset(preset)
         elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
