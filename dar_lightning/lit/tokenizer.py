@@ -10,6 +10,7 @@ from torch import Tensor
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.losses import PerceptualLoss, RepaLoss
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
 from dar_lightning.pretrained import build_config
@@ -28,6 +29,8 @@ class TokenizerModule(LightningModule):
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
+        perceptual: LPIPS of the jump estimate; None leaves it out.
+        repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class TokenizerModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
+        perceptual: PerceptualLoss | None = None,
+        repa: RepaLoss | None = None,
     ):
         super().__init__()
         if preset is not None:
@@ -47,9 +52,12 @@ class TokenizerModule(LightningModule):
             config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
         self.tokenizer = SequentialDiffusionTokenizer(config)
-        if config.repa_layer is not None:
-            # There is no REPA loss here yet: parameters that no loss reaches would stop DDP at its second step.
+        if repa is not None and config.repa_layer is None:
+            raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
+        if repa is None and config.repa_layer is not None:
+            # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
+        self.perceptual, self.repa = perceptual, repa
         self.optimizer = optimizer
         self.time_sampling = time_sampling
         if init_from is not None:
@@ -68,6 +76,15 @@ class TokenizerModule(LightningModule):
         losses = self.tokenizer.training_losses(images, u)
         loss = losses["flow"] + losses["vq"] + losses["commit"]
         parts = {f"train/{name}": losses[name].detach() for name in ("flow", "vq", "commit")}
+        if self.perceptual is not None:
+            perceptual = self.perceptual(losses["x1_hat"], images)
+            loss = loss + self.perceptual.weight * perceptual
+            parts["train/perceptual"] = perceptual.detach()
+        if self.repa is not None:
+            projected = self.tokenizer.decoder.project_hidden(losses["hidden"], self.repa.grid)
+            repa = self.repa(projected, images)
+            loss = loss + self.repa.weight * repa
+            parts["train/repa"] = repa.detach()
         self.log_dict(parts | {"train/loss": loss.detach()}, prog_bar=False, batch_size=len(images))
         return {"loss": loss, "latents": losses["latents"], "codes": losses["codes"]}
 

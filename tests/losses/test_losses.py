@@ -1,0 +1,103 @@
+"""LPIPS and REPA: against the networks called by hand, trained through, and kept out of copies and checkpoints."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch import Trainer
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from dar_lightning.errors import UserError
+from dar_lightning.lit import TokenizerModule
+from dar_lightning.losses import PerceptualLoss, RepaLoss
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+TEACHER = "vit_base_patch16_224"  # width 768, quick to make
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    torch.manual_seed(0)
+    features = torchvision.models.vgg16(weights=None).features
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(1)
+    vit = timm.create_model(TEACHER, pretrained=False, num_classes=0).eval()
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save(vit.state_dict(), path)
+    return vit, path
+
+
+def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
+    loss = PerceptualLoss(weights_path=str(vgg_file))
+    by_hand = _LPIPS(net="vgg", pnet_rand=True)
+    tensors = torch.load(vgg_file, weights_only=True)
+    for name, parameter in by_hand.net.named_parameters():
+        parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(loss(a, b), by_hand(a, b).mean())
+    assert loss(a, a) == 0
+
+
+def test_files_that_are_no_vgg(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is no VGG16 of torchvision"):
+        PerceptualLoss(weights_path=str(tmp_path / "x.pth"))
+    with pytest.raises(UserError, match="missing"):
+        PerceptualLoss(weights_path=str(tmp_path / "nowhere.pth"))
+
+
+def test_repa_compares_with_the_teachers_patches(teacher):
+    vit, path = teacher
+    loss = RepaLoss(model=TEACHER, weights_path=str(path))
+    images = torch.rand(1, 3, 224, 224) * 2 - 1
+    normalised = torchvision.transforms.functional.normalize(
+        (images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
+    with torch.no_grad():
+        patches = vit.forward_features(normalised)[:, 1:]
+    torch.testing.assert_close(loss.features(images), patches, atol=1e-4, rtol=1e-4)
+    assert loss.grid == (14, 14)
+    assert loss(patches, images).abs() < 1e-5
+    projected = torch.randn_like(patches)
+    cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
+    torch.testing.assert_close(loss(projected, images), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_of_another_width_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has width 192: REPA needs 768"):
+        RepaLoss(model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
+
+
+def test_repa_needs_a_layer(teacher):
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+    with pytest.raises(UserError, match="repa_layer is null"):
+        TokenizerModule(TokenizerConfig.preset("tiny"), repa=repa)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_path):
+    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
+    perceptual = PerceptualLoss(weights_path=str(vgg_file))
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+    names = set(module.state_dict())
+    assert all(name.startswith("tokenizer.") for name in names)
+    assert copy.deepcopy(module).repa.teacher is repa.teacher
+
+    batch = {"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
+    before = module.tokenizer.decoder.repa_head[0].weight.detach().clone()
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=False)
+    trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
+    assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
+    assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
+    assert all(parameter.grad is None for parameter in perceptual.lpips.network.parameters())
