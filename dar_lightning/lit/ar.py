@@ -21,18 +21,18 @@ class ARModule(LightningModule):
 
     Args:
         config: hyperparameters of the model.
-        preset: instead of config, the name of one: B, L, XL, XXL and so on.
         optimizer: AdamW settings.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
+        preset: instead of config, the name of one: B, L, XL, XXL and so on.
     """
 
     def __init__(
         self,
         config: ARConfig = ARConfig(),  # noqa: B008  (frozen)
-        preset: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
         init_from: str | None = None,
+        preset: str | None = None,
     ):
         super().__init__()
         if preset is not None:

@@ -24,11 +24,11 @@ class TokenizerModule(LightningModule):
 
     Args:
         config: hyperparameters of the tokenizer.
-        preset: instead of config, the name of one: v1, light or tiny.
         optimizer: AdamW settings.
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
+        preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
         repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
     """
@@ -36,10 +36,10 @@ class TokenizerModule(LightningModule):
     def __init__(
         self,
         config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
-        preset: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
+        preset: str | None = None,
         perceptual: PerceptualLoss | None = None,
         repa: RepaLoss | None = None,
     ):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,7 @@ def small_configs(folder: Path) -> str:
     ar["model"]["init_args"]["config"] |= dict(dim=32, depth=1, num_heads=2)
     for name, config in (("tokenizer", tokenizer), ("ar", ar), ("sample", {"classes": "all", "per_class": 2})):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    shutil.copyfile(ROOT / CONFIGS / "layout.png", folder / "layout.png")
     return str(folder)
 
 
