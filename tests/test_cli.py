@@ -153,7 +153,9 @@ def test_a_config_that_cannot_be(images, tmp_path, options, named, capsys):
 
 
 def test_a_preset_of_the_other_model(tokens, tmp_path, capsys):
-    line = refusal(capsys, [*fit_ar(tokens, tokens, tmp_path / "run"), "--model.init_args.config=Q"])
+    data = ["--data=dar_lightning.data.codes.CodesDataModule", f"--data.init_args.train={tokens}"]
+    run = ["fit", "--model=dar_lightning.lit.ARModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    line = refusal(capsys, [*run, "--model.init_args.preset=Q"])
     assert "'Q'" in line
     assert "XXL" in line
     assert not (tmp_path / "run").exists()
