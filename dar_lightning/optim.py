@@ -58,5 +58,8 @@ def configure_adamw(module: nn.Module, config: OptimizerConfig, max_steps: int) 
     if config.decay_steps and not 0 < max_steps < float("inf"):
         raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    # A fused AdamW could unscale float16 gradients itself, and Lightning then refuses to clip them in any mixed
+    # precision. Without the claim they are unscaled before the clipping, which is what clipping needs.
+    optimizer._step_supports_amp_scaling = False
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, max_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

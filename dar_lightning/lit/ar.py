@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
+from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
@@ -25,6 +26,7 @@ class ARModule(LightningModule):
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
         preset: instead of config, the name of one: B, L, XL, XXL and so on.
+        compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class ARModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(lr=4e-4, weight_decay=0.05),  # noqa: B008  (frozen)
         init_from: str | None = None,
         preset: str | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         if preset is not None:
@@ -46,6 +49,8 @@ class ARModule(LightningModule):
         self.optimizer = optimizer
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
+        if compile:
+            compile_blocks(self.ar)
 
     def check_data(self, data: CodesDataModule) -> None:
         """Refuse tokens or labels that the model has no embedding for.

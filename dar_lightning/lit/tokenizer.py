@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
@@ -31,6 +32,7 @@ class TokenizerModule(LightningModule):
         preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
         repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
+        compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TokenizerModule(LightningModule):
         preset: str | None = None,
         perceptual: PerceptualLoss | None = None,
         repa: RepaLoss | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         if preset is not None:
@@ -63,6 +66,8 @@ class TokenizerModule(LightningModule):
         if init_from is not None:
             init_from_pretrained(self.tokenizer, init_from)
         self.codebook_use = CodebookUse(config.codebook_size)
+        if compile:
+            compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
 
     def configure_optimizers(self):
         return configure_adamw(self.tokenizer, self.optimizer, self.trainer.estimated_stepping_batches)

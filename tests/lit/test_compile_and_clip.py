@@ -1,0 +1,64 @@
+"""Switches of speed that must not change what is computed: compiled blocks, and clipping under mixed precision."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from tiny_models import AR, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.lit import ARModule, TokenizerModule
+from dar_lightning.optim import OptimizerConfig
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_tokenizer_computes_the_same():
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER), compile=True)
+    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
+    assert module.tokenizer.state_dict().keys() == make_tokenizer().state_dict().keys()
+    images, u, noise = torch.rand(3, 3, SIZE, SIZE) * 2 - 1, torch.rand(3), torch.randn(3, 3, SIZE, SIZE)
+    compiled = module.tokenizer.training_losses(images, u, noise)["flow"]
+    compiled.backward()
+    plain_model = make_tokenizer().train()
+    plain = plain_model.training_losses(images, u, noise)["flow"]
+    plain.backward()
+    torch.testing.assert_close(compiled, plain)
+    for mine, theirs in zip(module.tokenizer.parameters(), plain_model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    copy.deepcopy(module)  # as EMA does
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_ar_model_computes_the_same():
+    module = ARModule(ARConfig(**AR), compile=True).eval()
+    module.ar.load_state_dict(make_ar().state_dict())
+    codes, labels = torch.from_numpy(random_codes(3)), torch.tensor([0, 1, 3])
+    torch.testing.assert_close(module.ar(labels, codes), make_ar().eval()(labels, codes))
+
+
+class Recording(TokenizerModule):
+    def configure_gradient_clipping(self, *args, **options) -> None:
+        super().configure_gradient_clipping(*args, **options)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients).item()
+
+
+def test_gradients_are_clipped_under_mixed_precision(images):
+    """Lightning refuses this for a fused optimizer that claims to unscale gradients itself."""
+    module = Recording(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", gradient_clip_val=1e-3, max_steps=1, limit_val_batches=0, **quiet
+    )
+    trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+    assert module.norm == pytest.approx(1e-3, rel=1e-2)
