@@ -13,6 +13,7 @@ TRAINER_VERBS = ("fit", "validate", "test", "predict")
 # verb -> (module, function). Modules are imported when their verb is called, so `dar --help` is quick.
 VERBS = {
     "quickstart": ("dar_lightning.commands.quickstart", "quickstart"),
+    "shard": ("dar_lightning.commands.shard", "shard"),
     "extract": ("dar_lightning.commands.extract", "extract"),
     "sample": ("dar_lightning.commands.sample", "sample"),
     "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
@@ -30,6 +31,7 @@ training, by LightningCLI:
 
 tools:
   quickstart    everything below in a few minutes, on the embedded photos
+  shard         folders, ImageNet's archives, Hugging Face data sets -> image shards
   extract       images -> token shards, with a trained tokenizer
   sample        draw images with a pipeline: grid, film strips, layout control
   reconstruct   encode and decode images: PSNR, codebook use, previews

@@ -1,0 +1,36 @@
+"""Encoded image -> RGB pixels, whatever the bytes are."""
+
+import io
+
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 178_956_970  # as in Pillow: 0.5 GB of RGB
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the reason, in a few words. Loaders skip, count and name it."""
+
+
+def decode_rgb(content: bytes) -> Image.Image:
+    """The RGB image of an encoded file, as it is stored: orientation tags are ignored, transparency is dropped.
+
+    Of an animation, the first frame; the format is told by the content, not by a name.
+
+    Raises:
+        BadSample: it is no image of FORMATS, is damaged, or has more than MAX_PIXELS, which its header tells.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadSample("not an image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # Pillow's readers raise many kinds on damaged bytes
+        raise BadSample(f"damaged ({error})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(f"{image.width}x{image.height}: more than {MAX_PIXELS} pixels")
+    try:
+        return image.convert("RGB")
+    except Exception as error:
+        raise BadSample(f"damaged ({error})") from error

@@ -1,0 +1,197 @@
+"""What shards are made from: lists of labelled images that lie somewhere, and the way to read one of them.
+
+Listing is done once; reading is done later, in any order and in many processes. An image in a folder, in a tar or in a
+tar inside a tar is the same thing: a span of a file.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex, scan
+from dar_lightning.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+MAX_KEY = 80  # a ustar header has room for 100 bytes, extension included
+
+
+class Sample(NamedTuple):
+    """An image that has not been read yet.
+
+    Args:
+        key: What it shall be called in a shard.
+        name: What it is called in the source, for people.
+        label: Its class.
+        size: Bytes of the encoded image; 0 where that is not known before it is read.
+        place: Where the source's `read` finds it.
+        flaw: Why it cannot be used, where that shows without looking at the image.
+    """
+
+    key: str
+    name: str
+    label: int
+    size: int
+    place: Any
+    flaw: str = ""
+
+
+Span = tuple[str, tuple[tuple[str, int, int], ...]]  # file, ((extension, offset, size), ...): the image comes first
+
+
+def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
+    """The encoded image, and what else belongs to its sample by extension.
+
+    Raises:
+        BadSample: The file cannot be read, or ends too early.
+    """
+    path, members = span
+    try:
+        with open(path, "rb", buffering=0) as file:
+            contents = [os.pread(file.fileno(), size, offset) for _, offset, size in members]
+    except OSError as error:
+        raise BadSample(f"cannot be read: {error.strerror}") from error
+    if any(len(content) < size for content, (_, _, size) in zip(contents, members, strict=True)):
+        raise BadSample("the file has become shorter")
+    others = {extension: content for (extension, _, _), content in zip(members[1:], contents[1:], strict=True)}
+    return contents[0], others
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one origin.
+
+    Args:
+        kind: What it is, in a few words.
+        classes: Class names in the order of the labels; empty where nobody knows them.
+        samples: The images.
+        read: From a sample's place to its encoded image and its other members; it can be sent to other processes.
+        ignored: Files that were left out, since their names are not those of images.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    samples: list[Sample]
+    read: Callable[[Any], tuple[bytes, dict[str, bytes]]] = read_span
+    ignored: tuple[str, ...] = ()
+
+
+def image_folder(path: Path) -> Source:
+    """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels.
+
+    Raises:
+        UserError: It has no class folders, or those of a whole data set (`train`, `val`).
+    """
+    folders = sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if not folders:
+        raise UserError(f"input: {path} holds neither folders of images (one per class) nor .tar files")
+    if set(folders) <= SPLIT_NAMES:
+        raise UserError(f"input: {path} holds {', '.join(folders)}, which are no classes; give one of these folders")
+    samples, ignored = [], []
+    for label, name in enumerate(folders):
+        for file in _files(path / name):
+            relative = file.relative_to(path)
+            if file.suffix.lower() not in IMAGE_SUFFIXES:
+                ignored.append(relative.as_posix())
+                continue
+            # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
+            key = file.stem if file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
+            size = file.stat().st_size
+            place = (str(file), (("", 0, size),))
+            samples.append(Sample(key, relative.as_posix(), label, size, place))
+    return Source("image folder", tuple(folders), samples, ignored=tuple(ignored))
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def shards(path: str) -> Source:
+    """WebDataset shards, to be packed anew: keys, images and other members stay as they are.
+
+    Raises:
+        UserError: They are not as they should be.
+    """
+    index = ShardIndex.load(path, "input")
+    samples = []
+    for shard in index.shards:
+        file = index.root / shard.name
+        with file.open("rb", buffering=0) as opened:
+            for key, members in scan(file):
+                label, flaw = -1, "no .cls member"
+                if "cls" in members:
+                    offset, size = members["cls"]
+                    text = os.pread(opened.fileno(), size, offset).decode(errors="replace").strip()
+                    label, flaw = _label(text, len(index.classes))
+                image = next((extension for extension in IMAGE_TYPES if extension in members), None)
+                if image is None:
+                    samples.append(Sample(key, f"{shard.name}/{key}", label, 0, None, flaw or "no image"))
+                    continue
+                names = [image, *sorted(set(members) - {image, "cls"})]
+                place = (str(file), tuple((name, *members[name]) for name in names))
+                samples.append(Sample(key, f"{shard.name}/{key}", label, members[image][1], place, flaw))
+    return Source("shards", index.classes, samples)
+
+
+def _label(text: str, num_classes: int) -> tuple[int, str]:
+    if not (text.isascii() and text.isdigit()) or (num_classes and int(text) >= num_classes):
+        return -1, f"label {text!r}"
+    return int(text), ""
+
+
+def choose_classes(source: Source, wanted: str) -> Source:
+    """Keep some classes, in a given order: the labels become positions in it.
+
+    Args:
+        source: What to choose from.
+        wanted: Names separated by commas, or a text file with a name per line.
+
+    Raises:
+        UserError: A name is unknown or repeated.
+    """
+    is_file = Path(wanted).is_file()
+    names = Path(wanted).read_text(encoding="utf-8").splitlines() if is_file else wanted.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError(f"classes: {wanted!r} names no class")
+    if not source.classes:
+        raise UserError("classes: the shards have no index.json with class names to choose from")
+    for number, name in enumerate(names):
+        if name not in source.classes:
+            known = f"{', '.join(source.classes[:3])}, ... ({len(source.classes)})"
+            raise UserError(f"classes: {name!r} is neither a file nor one of the classes, which are {known}")
+        if name in names[:number]:
+            raise UserError(f"classes: {name!r} is there twice")
+    labels = {source.classes.index(name): new for new, name in enumerate(names)}
+    # a sample without a usable label could be of any class: it stays, to be reported
+    samples = [
+        sample if sample.flaw else sample._replace(label=labels[sample.label])
+        for sample in source.samples
+        if sample.flaw or sample.label in labels
+    ]
+    return replace(source, classes=tuple(names), samples=samples)
+
+
+def with_safe_keys(samples: Iterable[Sample]) -> list[Sample]:
+    """Give every sample a key of its own that is a plain word: letters, digits, `_` and `-`.
+
+    webdataset ends a key at its first dot; slashes would make folders of it when the tar is unpacked. Repeated keys
+    get a number, in the order of the source.
+    """
+    taken: set[str] = set()
+    repeats: dict[str, int] = {}
+    safe = []
+    for sample in samples:
+        key = word = re.sub(r"[^A-Za-z0-9_-]+", "_", sample.key)[:MAX_KEY]
+        while key in taken:
+            repeats[word] = repeats.get(word, 1) + 1
+            key = f"{word}-{repeats[word]}"
+        taken.add(key)
+        safe.append(sample._replace(key=key))
+    return safe
