@@ -48,7 +48,7 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
         output: folder for everything.
         fresh: delete that folder first.
         from_scratch: train both models from nothing, with the configs that made the shipped weights: this takes
-            about 40 minutes on two cores.
+            hours on two cores.
     """
     out = Path(output).resolve()
     if not (ROOT / CONFIGS).is_dir():
