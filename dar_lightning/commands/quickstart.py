@@ -48,7 +48,7 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
         output: folder for everything.
         fresh: delete that folder first.
         from_scratch: train both models from nothing, with the configs that made the shipped weights: this takes
-            hours on two cores.
+            well over an hour on two cores.
     """
     out = Path(output).resolve()
     if not (ROOT / CONFIGS).is_dir():
@@ -109,7 +109,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "tokenizer",
             f"train the sequential diffusion tokenizer {start}",
-            27 if from_scratch else 2.5,
+            70 if from_scratch else 4,
             tokenizer / "config.json",
             (
                 (*fit("tokenizer", from_scratch), "--trainer.default_root_dir", f"{out}/tokenizer"),
@@ -123,11 +123,11 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
             out / "reconstruction.json",
             (("reconstruct", "--tokenizer", f"{tokenizer}", "--shards", VAL, "--output", f"{out}"),),
         ),
-        Stage("extract", "turn the photos into tokens", 0.5, out / "codes/val/index.json", tuple(codes)),
+        Stage("extract", "turn the photos into tokens", 1.2, out / "codes/val/index.json", tuple(codes)),
         Stage(
             "ar",
             f"train the Llama {start}",
-            8 if from_scratch else 1,
+            10 if from_scratch else 2,
             pipeline / "config.json",
             (
                 (*fit("ar", from_scratch), "--trainer.default_root_dir", f"{out}/ar", *tokens),
