@@ -30,7 +30,7 @@ training, by LightningCLI:
   test, predict the other Trainer verbs
 
 tools:
-  quickstart    everything below in a few minutes, on the embedded photos
+  quickstart    the whole road in a few minutes, on the embedded photos
   shard         folders, ImageNet's archives, Hugging Face data sets -> image shards
   extract       images -> token shards, with a trained tokenizer
   sample        draw images with a pipeline: grid, film strips, layout control

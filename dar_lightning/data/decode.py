@@ -5,11 +5,11 @@ import io
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # beyond it Pillow refuses to open an image: 0.5 GB of RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow opens the MPO of phones as JPEG
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow opens the MPO of phones as JPEG
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; the message is the reason, in a few words. Loaders skip, count and name it."""
+    """A sample that cannot be used; the message is the reason, in a few words."""
 
 
 def decode_rgb(content: bytes) -> Image.Image:
@@ -26,9 +26,17 @@ def decode_rgb(content: bytes) -> Image.Image:
         raise BadSample("not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise BadSample(f"more than {MAX_PIXELS} pixels") from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds on damaged bytes
-        raise BadSample(f"damaged ({' '.join(str(error).split())})") from error
+        raise BadSample(_damage(error)) from error
     try:
         return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:
-        raise BadSample(f"damaged ({error})") from error
+        raise BadSample(_damage(error)) from error
+
+
+def _damage(error: Exception) -> str:
+    return f"damaged ({' '.join(str(error).split()) or type(error).__name__})"

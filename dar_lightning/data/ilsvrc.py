@@ -18,6 +18,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 WNID = re.compile(r"n\d{8}")
+VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 
 def first_names(path: Path, count: int = 10) -> list[str]:

@@ -1,12 +1,12 @@
 """ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
 
-import io
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dar_lightning.data import transforms
+from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.shards import ShardIndex, ShardReader, image_member
 from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
 from dar_lightning.errors import UserError
@@ -53,8 +53,8 @@ class ShardDataset(Dataset):
 def decode(members: dict[str, bytes], shard: str, key: str) -> Image.Image:
     """The RGB image of a sample."""
     try:
-        return Image.open(io.BytesIO(image_member(members, shard, key))).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        return decode_rgb(image_member(members, shard, key))
+    except BadSample as error:
         raise UserError(f"{shard}: the image of {key} cannot be decoded ({error})") from error
 
 

@@ -85,14 +85,14 @@ class Packed(NamedTuple):
     kept: bool
 
 
-def make_shard(path: Path, samples: list[Sample], pack: Packer) -> Packed:
-    """Write one shard, unless it is there.
+def make_shard(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> Packed:
+    """Write one shard, unless it is there; `sha` is what an index of an earlier run says of it, if there is one.
 
     Raises:
         UserError: It cannot be written.
     """
     try:
-        kept = _kept(path, samples, pack)
+        kept = _kept(path, samples, sha, pack)
         if kept is not None:
             return kept
         skipped: list[Skipped] = []
@@ -113,7 +113,7 @@ def _packed(
             yield sample.key, members
 
 
-def _kept(path: Path, samples: list[Sample], pack: Packer) -> Packed | None:
+def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> Packed | None:
     """A shard that is there as planned; None if it must be made."""
     if not path.is_file() or not _is_whole(path):
         return None
@@ -128,7 +128,8 @@ def _kept(path: Path, samples: list[Sample], pack: Packer) -> Packed | None:
     missing = [sample for sample in samples if sample.key not in present]
     if any(_packed(path, missing, pack, skipped)):  # it could be read now
         return None
-    return Packed(Shard(path.name, len(found), path.stat().st_size, sha256(path)), skipped, True)
+    entry = Shard(path.name, len(found), path.stat().st_size, sha256(path))
+    return Packed(entry, skipped, True) if sha in (None, entry.sha256) else None
 
 
 def _is_whole(path: Path) -> bool:

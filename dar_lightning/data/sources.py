@@ -108,7 +108,7 @@ def image_folder(path: Path) -> Source:
 
 def _files(folder: Path) -> Iterable[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
@@ -155,7 +155,7 @@ def choose_classes(source: Source, wanted: str) -> Source:
     Raises:
         UserError: A name is unknown or repeated.
     """
-    is_file = Path(wanted).is_file()
+    is_file = os.path.isfile(wanted)  # Path.is_file raises on a list longer than a file name may be
     names = Path(wanted).read_text(encoding="utf-8").splitlines() if is_file else wanted.split(",")
     names = [name.strip() for name in names if name.strip()]
     if not names:

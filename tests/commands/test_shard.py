@@ -164,6 +164,23 @@ def test_classes_choose_and_order(tree, tmp_path, from_file):
     assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == ["plum", "apple"]
 
 
+def test_a_list_of_classes_may_be_longer_than_a_file_name(tmp_path):
+    names = [f"n{number:08d}" for number in range(100)]
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.jpg").write_bytes(encoded(number))
+    shard(str(tmp_path / "in"), str(tmp_path / "out"), classes=",".join(names), workers=1)
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == names
+
+
+def test_hidden_folders_hold_no_images(tree, tmp_path):
+    copy = shutil.copytree(tree, tmp_path / "in")
+    shutil.copytree(copy / "fig", tmp_path / "thumbnails")
+    shutil.move(tmp_path / "thumbnails", copy / "fig" / ".thumbnails")
+    shard(str(copy), str(tmp_path / "out"), workers=1)
+    assert len(read(tmp_path / "out")) == sum(COUNTS)
+
+
 def test_split_has_the_same_share_of_every_class(tmp_path):
     tree = write_tree(tmp_path / "in", (20, 7, 3))
     shard(str(tree), str(tmp_path / "out"), val_fraction=0.2, max_per_shard=10, workers=1)

@@ -90,6 +90,16 @@ def test_damaged_shards_are_made_again(tree, tmp_path):
     assert paths[4].stat().st_mtime_ns == whole
 
 
+def test_a_byte_that_changed_is_noticed_by_the_index(tree, tmp_path):
+    shard(str(tree), str(tmp_path / "out"), max_per_shard=8, workers=1)
+    whole, path = files(tmp_path / "out"), tmp_path / "out" / "000001.tar"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1  # inside of a member: names, sizes and the end mark stay
+    path.write_bytes(content)
+    shard(str(tree), str(tmp_path / "out"), max_per_shard=8, workers=1)
+    assert files(tmp_path / "out") == whole
+
+
 def test_a_shard_without_a_good_sample_is_made_again(tree, tmp_path):
     """An image that could not be read the first time and can be read now is not forgotten."""
     copy = shutil.copytree(tree, tmp_path / "in")

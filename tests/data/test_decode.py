@@ -32,7 +32,18 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA"), ("WEBP", "RGBA")],
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "CMYK"),
+        ("JPEG", "L"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("PNG", "LA"),
+        ("WEBP", "RGBA"),
+        ("BMP", "RGB"),
+        ("TIFF", "RGB"),
+        ("PPM", "RGB"),
+    ],
 )
 def test_every_mode_becomes_rgb(kind, mode):
     image = decode_rgb(encoded(kind, mode))

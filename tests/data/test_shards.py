@@ -4,7 +4,9 @@ import io
 import json
 import pickle
 import shutil
+import struct
 import tarfile
+import zlib
 
 import pytest
 import webdataset
@@ -14,6 +16,11 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
+
+# The header of a PNG of 30,000 x 30,000 pixels, which is all of it: no reader of pixels gets to see any.
+IHDR = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + IHDR + struct.pack(">I", zlib.crc32(IHDR))
+BOMB += struct.pack(">I", 1) + b"IDAT" + b"x" + struct.pack(">I", zlib.crc32(b"IDATx"))
 
 
 @pytest.fixture
@@ -145,8 +152,9 @@ def test_count_that_disagrees_with_the_index(copy):
         ({"cls": None}, r"0\.tar: photo-000 has no \.cls member"),
         ({"png": None}, r"0\.tar: photo-000 has no image"),
         ({"png": b"not a picture"}, r"0\.tar: the image of photo-000 cannot be decoded"),
+        ({"png": BOMB}, r"0\.tar: the image of photo-000 cannot be decoded \(more than 178956970 pixels\)"),
     ],
-    ids=str,
+    ids=["4", "-1", "abc", "no label", "no image", "no picture", "bomb"],
 )
 def test_bad_samples_name_shard_and_key(tmp_path, change, message, workers):
     key, members = sample(0)
