@@ -27,7 +27,7 @@ class Stage:
     Attributes:
         name: for the user, and in metrics.json.
         what: one sentence for the user.
-        minutes: what it took on two cores.
+        minutes: what it took on two cores; from scratch, an estimate.
         result: the file that exists when the stage is complete.
         commands: options of `dar`, run one after the other.
     """
@@ -48,7 +48,7 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
         output: folder for everything.
         fresh: delete that folder first.
         from_scratch: train both models from nothing, with the configs that made the shipped weights: this takes
-            well over an hour on two cores.
+            a little over an hour on two cores, by estimate.
     """
     out = Path(output).resolve()
     if not (ROOT / CONFIGS).is_dir():
@@ -109,7 +109,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "tokenizer",
             f"train the sequential diffusion tokenizer {start}",
-            70 if from_scratch else 4,
+            60 if from_scratch else 2,
             tokenizer / "config.json",
             (
                 (*fit("tokenizer", from_scratch), "--trainer.default_root_dir", f"{out}/tokenizer"),
@@ -123,11 +123,11 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
             out / "reconstruction.json",
             (("reconstruct", "--tokenizer", f"{tokenizer}", "--shards", VAL, "--output", f"{out}"),),
         ),
-        Stage("extract", "turn the photos into tokens", 1.2, out / "codes/val/index.json", tuple(codes)),
+        Stage("extract", "turn the photos into tokens", 1, out / "codes/val/index.json", tuple(codes)),
         Stage(
             "ar",
             f"train the Llama {start}",
-            10 if from_scratch else 2,
+            10 if from_scratch else 1.3,
             pipeline / "config.json",
             (
                 (*fit("ar", from_scratch), "--trainer.default_root_dir", f"{out}/ar", *tokens),
