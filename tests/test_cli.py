@@ -180,7 +180,7 @@ def test_empty_shards(images, tmp_path, capsys):
 def test_a_label_outside_the_classes(images, tmp_path, capsys):
     wrong = write_images(tmp_path / "wrong", 8, label=lambda number: 4 if number == 3 else 0)
     line = refusal(capsys, fit_tokenizer(wrong, images, tmp_path / "run", max_steps=2))
-    assert "0003.cls is '4', the classes are 0 to 3" in line
+    assert "0003: its label is '4', the classes are 0 to 3" in line
     assert list((tmp_path / "run").rglob("*.ckpt")) == []
 
 

@@ -1,45 +1,119 @@
 """ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
 
+from collections.abc import Collection
 from typing import Literal
 
+import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.shards import ShardIndex, ShardReader, image_member
-from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
+from dar_lightning.data.skipped import Skipped
+from dar_lightning.data.stream import (
+    Loader,
+    StreamDataModule,
+    Ticket,
+    replacement_generator,
+    sample_generator,
+    shuffled,
+)
 from dar_lightning.errors import UserError
 
 SHUFFLE_SHARDS = 16  # shards whose samples are mixed; some 20,000 images of ImageNet
+REPLACEMENTS = 1000  # samples that are tried in a bad one's place
 
 Crop = Literal["adm", "ten_crop", "center"]
 
 
 class ShardDataset(Dataset):
-    """Decoded and cropped samples; an item is a function of its ticket alone."""
+    """Decoded and cropped samples; an item is a function of its ticket alone.
+
+    A bad sample gives an item too, so that batches stay equal on all ranks; its `skipped` says "shard/key: reason" of
+    it. In training it is another sample in its place, drawn for (seed, epoch, sample); otherwise a black one that is
+    not `valid`.
+
+    Args:
+        reader: All samples of the split.
+        numbers: (n,) int64, those that the dataset consists of.
+        labels: Label in the shards -> label in the items, where it is another.
+        num_classes: Labels in the shards are below it, if not None.
+        image_size: Side of the square crops.
+        crop: See ImageNetDataModule.
+        flip: See ImageNetDataModule.
+        seed: Of crops, flips and replacements.
+        replace: Give other samples for bad ones.
+        skipped: Where a loader takes note of them.
+    """
 
     def __init__(
-        self, index: ShardIndex, image_size: int, crop: Crop, flip: bool, seed: int, num_classes: int | None
+        self,
+        reader: ShardReader,
+        numbers: np.ndarray,
+        labels: dict[int, int],
+        num_classes: int | None,
+        image_size: int,
+        crop: Crop,
+        flip: bool,
+        seed: int,
+        replace: bool,
+        skipped: Skipped,
     ) -> None:
-        self.reader = ShardReader(index)
-        self.image_size, self.crop, self.flip, self.seed, self.num_classes = image_size, crop, flip, seed, num_classes
+        self.reader, self.numbers, self.labels, self.num_classes = reader, numbers, labels, num_classes
+        self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
+        self.replace, self.skipped = replace, skipped
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.numbers)
 
     def __getitem__(self, ticket: Ticket | int) -> dict:
         ticket = Ticket(ticket) if isinstance(ticket, int) else ticket
-        shard, key, members = self.reader[ticket.index]
+        number = int(self.numbers[ticket.index])
+        try:
+            return self._item(number, ticket)
+        except BadSample as bad:
+            return self._instead(number, ticket, describe(self.reader, number, bad))
+
+    def _item(self, number: int, ticket: Ticket) -> dict:
+        """A sample at the place of `ticket`, with the crop of that place."""
+        shard, key, members = self.reader[number]
+        label = read_label(members, self.num_classes)
+        # at twice the size and more, ADM's recipe halves before it scales; a JPEG can leave that to its decoder
+        draft = transforms.max_short_side(self.image_size) if self.crop == "adm" else None
         return {
-            "image": transforms.to_tensor(self.cropped(decode(members, shard, key), ticket)),  # (3, S, S) uint8
-            "label": read_label(members, shard, key, self.num_classes),
+            "image": transforms.to_tensor(self.cropped(decode(members, draft), ticket)),  # (3, S, S) uint8
+            "label": self.labels.get(label, label),
             "key": key,
-            "index": ticket.index,
+            "shard": shard,
+            "index": number,
             "valid": ticket.valid,
+            "skipped": "",
         }
 
-    def cropped(self, image: Image.Image, ticket: Ticket) -> Image.Image:
+    def _instead(self, number: int, ticket: Ticket, skipped: str) -> dict:
+        """The item at the place of a bad sample."""
+        if not self.replace:
+            shard, _, key = skipped.partition(": ")[0].partition("/")
+            return {
+                "image": torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
+                "label": 0,
+                "key": key,
+                "shard": shard,
+                "index": number,
+                "valid": False,
+                "skipped": skipped,
+            }
+        generator = replacement_generator(self.seed, ticket.epoch, ticket.index)
+        for other in self.numbers[generator.integers(len(self), size=REPLACEMENTS)]:
+            try:
+                return self._item(int(other), ticket) | {"skipped": skipped}
+            except BadSample:  # named when its own turn comes
+                continue
+        raise UserError(f"{self.skipped.option}: of {REPLACEMENTS} samples none can be used, among them {skipped}")
+
+    def cropped(self, image: Image.Image, ticket: Ticket) -> transforms.Picture:
         generator = sample_generator(self.seed, ticket.epoch, ticket.index)
         if self.crop == "ten_crop":
             return transforms.ten_crop(image, self.image_size, int(generator.integers(10)))
@@ -50,37 +124,69 @@ class ShardDataset(Dataset):
         return transforms.random_flip(image, generator) if self.flip else image
 
 
-def decode(members: dict[str, bytes], shard: str, key: str) -> Image.Image:
-    """The RGB image of a sample."""
-    try:
-        return decode_rgb(image_member(members, shard, key))
-    except BadSample as error:
-        raise UserError(f"{shard}: the image of {key} cannot be decoded ({error})") from error
+def decode(members: dict[str, bytes], draft_size: int | None = None) -> Image.Image:
+    """The RGB image of a sample; see `decode_rgb`.
+
+    Raises:
+        BadSample: It has none, or one that cannot be decoded.
+    """
+    return decode_rgb(image_member(members), draft_size)
 
 
-def read_label(members: dict[str, bytes], shard: str, key: str, num_classes: int | None) -> int:
-    """The class number of a sample, from its `.cls` member."""
+def read_label(members: dict[str, bytes], num_classes: int | None) -> int:
+    """The class number of a sample, from its `.cls` member.
+
+    Raises:
+        BadSample: It has none, or another than 0 to num_classes - 1.
+    """
     if "cls" not in members:
-        raise UserError(f"{shard}: {key} has no .cls member, which must hold its class number")
-    text = members["cls"].decode(errors="replace").strip()
+        raise BadSample("no .cls member, which must hold its class number")
+    text = members["cls"][:100].decode(errors="replace").strip()
     right = f"0 to {num_classes - 1}" if num_classes else "0, 1, ..."
-    if not (text.isascii() and text.isdigit()) or (num_classes and int(text) >= num_classes):
-        raise UserError(f"{shard}: {key}.cls is {text!r}, the classes are {right}")
+    # int() takes more than digits, and more of them than int64 holds
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or (num_classes and int(text) >= num_classes):
+        raise BadSample(f"its label is {text[:20]!r}, the classes are {right}")
     return int(text)
+
+
+def describe(reader: ShardReader, number: int, bad: BadSample) -> str:
+    """A bad sample in one line: "shard/key: reason"."""
+    return f"{reader.name(number)}: {' '.join(str(bad).split())}"
+
+
+def select(reader: ShardReader, labels: Collection[int], num_classes: int | None) -> tuple[np.ndarray, list[str]]:
+    """The samples of some classes, found by reading all labels.
+
+    Returns:
+        (n,) int64, their numbers; and the samples whose label cannot be read, each "shard/key: reason".
+    """
+    numbers, unlabelled = [], []
+    for number in range(len(reader)):
+        try:
+            if read_label(reader.read(number, only=("cls",))[2], num_classes) in labels:
+                numbers.append(number)
+        except BadSample as bad:
+            unlabelled.append(describe(reader, number, bad))
+    return np.array(numbers, np.int64), unlabelled
 
 
 class ImageNetDataModule(StreamDataModule):
     """Images and labels out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
 
-    Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, `key` (list of B strings), `index` (B,)
-    int64 (the sample's number in the order of the shards) and `valid` (B,) bool, False for the samples that only fill
-    up the last batch of a rank in validation. `transforms.to_float` brings images to [-1, 1] on the device.
+    Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, `key` and `shard` (lists of B strings:
+    where the picture comes from), `index` (B,) int64 (the sample's number in the order of the shards) and `valid` (B,)
+    bool, False in validation for samples that only fill up: the last batch of a rank, and the places of bad samples.
+    `transforms.to_float` brings images to [-1, 1] on the device.
 
     The same seed gives the same batches and pixels for any number of workers, and over any number of devices if the
     global batch is kept. Training drops the remainder of an epoch; validation has every sample once.
 
+    Samples that cannot be used (lost with a damaged shard, no image in them, a label that is none) are skipped, named
+    in the log and kept in `skipped`; in training another sample takes the place. Too many of them are an error.
+
     Args:
-        train: Training shards: a folder, one tar, or a brace pattern such as `shards/{000000..000099}.tar`.
+        train: Training shards: a folder, one tar, or a brace pattern such as `shards/{000000..000099}.tar`; or the URL
+            (https, s3, ...) of a folder with an index.json, or of a pattern.
         val: Validation shards, likewise; always seen through the ADM centre crop.
         image_size: Side of the square crops, in pixels.
         batch_size: Samples per batch and device.
@@ -89,7 +195,12 @@ class ImageNetDataModule(StreamDataModule):
             of ten, at 1.1 S (AR); `center`.
         flip: Mirror half of the training images (`ten_crop` does so in any case).
         seed: Order, crops and flips.
-        num_classes: Labels are 0 to num_classes - 1. Left out, it is the number of class names in the shards' index.
+        num_classes: Labels in the shards are 0 to num_classes - 1. Left out, it is the number of class names in the
+            shards' index.
+        classes: Use only these classes, by name or number; the first one becomes label 0, the next 1, and so on. All
+            labels are read at the start, which takes a minute or two for ImageNet.
+        cache_dir: Folder for copies of remote shards; each is copied when it is first needed.
+        max_bad_share: Largest share of a split's samples that may be bad.
     """
 
     def __init__(
@@ -103,51 +214,107 @@ class ImageNetDataModule(StreamDataModule):
         flip: bool = True,
         seed: int = 0,
         num_classes: int | None = None,
+        classes: list[int | str] | None = None,
+        cache_dir: str | None = None,
+        max_bad_share: float = 0.01,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share: {max_bad_share} is not a share, give 0 to 1")
+        if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
+            raise UserError(f"data.classes: {classes} is empty or names a class twice")
         self.train, self.val, self.image_size, self.crop, self.flip = train, val, image_size, crop, flip
-        self._num_classes = num_classes
+        self.cache_dir, self.max_bad_share = cache_dir, max_bad_share
+        self._num_classes, self._classes = num_classes, classes
         self._index: dict[str, ShardIndex] = {}
+        self._skipped: dict[str, Skipped] = {}
 
     def index(self, split: Literal["train", "val"]) -> ShardIndex:
         """The shards of a split, read at first use.
 
         Raises:
-            UserError: The split has no shards, or they are not as they should be.
+            UserError: The split has no shards, or too much of them is known to be bad.
         """
         if split not in self._index:
-            source = getattr(self, split)
+            source, option = getattr(self, split), f"data.{split}"
             if source is None:
-                raise UserError(f"data.{split}: not set; give a folder of shards or a pattern of them")
-            self._index[split] = ShardIndex.load(source, f"data.{split}")
+                raise UserError(f"{option}: not set; give a folder of shards or a pattern of them")
+            index = ShardIndex.load(source, option, self.cache_dir)
+            skipped = Skipped(option, index.num_samples, self.max_bad_share)
+            skipped.add(index.lost)
+            self._index[split], self._skipped[split] = index, skipped
+            if self._classes is not None:
+                self._kept()  # so that a class which is none is found here
         return self._index[split]
+
+    @property
+    def skipped(self) -> dict[str, dict[str, str]]:
+        """The bad samples met by this process so far: split -> "shard/key" -> reason."""
+        return {split: dict(skipped.reasons) for split, skipped in self._skipped.items()}
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels; empty if the shards have no index."""
-        return self.index("val" if self.train is None else "train").classes
+        names = self._names
+        return tuple(names[number] for number in self._kept()) if names and self._classes is not None else names
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        if self._num_classes is not None:
-            return self._num_classes
-        if not self.classes:
+        if self._classes is not None:
+            return len(self._classes)
+        if self._classes_in_shards is None:
             raise UserError("data.num_classes: the shards have no index.json with class names, so give the number")
-        return len(self.classes)
+        return self._classes_in_shards
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.index("val" if self.train is None else "train").classes
+
+    @property
+    def _classes_in_shards(self) -> int | None:
+        return len(self._names) or None if self._num_classes is None else self._num_classes
+
+    def _kept(self) -> list[int]:
+        """The numbers in the shards of the classes that are kept."""
+        names, count = self._names, self._classes_in_shards
+        numbers = []
+        for given in self._classes:
+            number = names.index(given) if given in names else given
+            if not isinstance(number, int) or number < 0 or (count is not None and number >= count):
+                known = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "no names are known"
+                right = f"0 to {count - 1}" if count else "0, 1, ..."
+                raise UserError(f"data.classes: {given!r} is no class, they are {right} ({known})")
+            numbers.append(number)
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"data.classes: {self._classes} names a class twice")
+        return numbers
+
+    def _dataset(self, split: Literal["train", "val"], crop: Crop, flip: bool, replace: bool) -> ShardDataset:
+        reader, skipped = ShardReader(self.index(split)), self._skipped[split]
+        numbers, labels, count = np.arange(len(reader)), {}, self._classes_in_shards
+        if self._classes is not None:
+            labels = {number: label for label, number in enumerate(self._kept())}
+            numbers, unlabelled = select(reader, labels, count)
+            skipped.add(unlabelled)
+            if len(numbers) == 0:
+                raise UserError(f"data.classes: {getattr(self, split)} has no sample of {self._classes}")
+        elif count is None:
+            count = self.num_classes  # which says what is missing
+        return ShardDataset(reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace, skipped)
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches, endless in principle; see `stream.TrainLoader`."""
-        index = self.index("train")
-        sizes = [shard.samples for shard in index.shards]
-        dataset = ShardDataset(index, self.image_size, self.crop, self.flip, self.seed, self.num_classes)
-        return self._train_loader(dataset, lambda epoch: shuffled(sizes, self.seed, epoch, SHUFFLE_SHARDS))
+        dataset = self._dataset("train", self.crop, self.flip, replace=True)
+        # with self in the order, the loader would be part of a cycle, and its workers would wait 10 s for their end
+        ends, seed = dataset.reader.ends, self.seed
+        sizes = np.bincount(np.searchsorted(ends, dataset.numbers, side="right"), minlength=len(ends)).tolist()
+        return self._train_loader(dataset, lambda epoch: shuffled(sizes, seed, epoch, SHUFFLE_SHARDS))
 
     def val_dataloader(self) -> Loader:
         """Every validation sample once; empty without validation shards."""
         if self.val is None:
             return []
-        index = self.index("val")
-        return self._eval_loader(ShardDataset(index, self.image_size, "center", False, self.seed, self.num_classes))
+        return self._eval_loader(self._dataset("val", "center", flip=False, replace=False))
 
     test_dataloader = predict_dataloader = val_dataloader

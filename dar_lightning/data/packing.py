@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dar_lightning.data.decode import BadSample, decode_rgb
-from dar_lightning.data.shards import Shard, scan, sha256, write_shard
+from dar_lightning.data.shards import Shard, sha256, write_shard
 from dar_lightning.data.sources import Sample
+from dar_lightning.data.tar import read_headers
 from dar_lightning.data.transforms import resize_short_side
 from dar_lightning.errors import UserError
 
@@ -117,10 +118,10 @@ def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> P
     """A shard that is there as planned; None if it must be made."""
     if not path.is_file() or not _is_whole(path):
         return None
-    try:
-        found = [key for key, _ in scan(path)]
-    except UserError:  # no tar: it is made again
+    contents = read_headers(path)
+    if contents.damage or any(sample.flaw for sample in contents.samples):
         return None
+    found = [sample.key for sample in contents.samples]
     present = set(found)
     if found != [sample.key for sample in samples if sample.key in present]:
         return None

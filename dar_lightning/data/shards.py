@@ -11,15 +11,17 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.remote import cache_folder, fetch, is_remote
+from dar_lightning.data.tar import Contents, read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 
@@ -37,14 +39,29 @@ class Shard:
     bytes: int
     sha256: str | None = None
 
+    def __post_init__(self) -> None:
+        # an index is read from a file, from a server perhaps: its names must not lead out of its folder
+        if self.name != Path(self.name).name or type(self.samples) is not int or self.samples < 0:
+            raise ValueError(f"{self.name!r} with {self.samples!r} samples is not a shard")
+
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The shards of one split, and the names of the classes that their labels count (empty when unknown)."""
+    """The shards of one split.
+
+    Args:
+        root: The folder that they lie in, or are copied to at first touch.
+        shards: The files. They may be damaged: samples keep their numbers, and those that are lost cannot be read.
+        classes: Names of the classes that the labels count; empty when unknown.
+        url: The folder that they are copied from.
+        lost: What is known to be wrong before anything is read: bad samples, each "shard/key: reason".
+    """
 
     root: Path
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()
+    url: str | None = None
+    lost: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -63,47 +80,76 @@ class ShardIndex:
         write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, source: str | Path, option: str = "shards") -> "ShardIndex":
+    def load(cls, source: str | Path, option: str = "shards", cache_dir: str | None = None) -> "ShardIndex":
         """Find the shards that a user named.
+
+        Files that are missing, cut or empty are no error here, as long as there are others; see `lost`.
 
         Args:
             source: A folder (with `index.json`, or else its `*.tar` files are counted), one tar, or a brace pattern
-                such as `shards/{000000..000099}.tar`.
+                such as `shards/{000000..000099}.tar`; or a URL of any of these, for a folder one with an index.
             option: What the user calls this value, for the error line.
-
-        Returns:
-            The index; the size of every file has been compared with it.
+            cache_dir: Folder for copies of remote shards.
 
         Raises:
-            UserError: Nothing there, nothing in it, a shard missing or of another size than its index says.
+            UserError: Nothing there, nothing in it, nothing that can be read, or a shard is named that is neither
+                there nor in the index.
         """
         source = str(source)
-        folder = Path(source)
-        if folder.is_dir():
-            if (folder / INDEX).is_file():
-                index = cls._read(folder, option)
-            else:
-                names = sorted(path.name for path in folder.glob("*.tar"))
-                index = cls(folder, tuple(_measure(folder / name) for name in names))
-        elif source.endswith(".tar"):
-            paths = [Path(url) for url in expand_urls(source)]
-            folder = paths[0].parent
-            if missing := [path for path in paths if not path.is_file()]:
-                raise UserError(f"{option}: {missing[0]} is missing ({len(missing)} of {len(paths)} named by {source})")
-            if any(path.parent != folder for path in paths):
+        folder, names = source, None
+        if source.endswith(".tar") and not Path(source).is_dir():
+            paths = [os.path.split(path) for path in expand_urls(source)]
+            folder, names = paths[0][0], [name for _, name in paths]
+            if any(parent != folder for parent, _ in paths):
                 raise UserError(f"{option}: the shards of {source} must lie in one folder")
-            known = cls._read(folder, option) if (folder / INDEX).is_file() else cls(folder, ())
-            by_name = {shard.name: shard for shard in known.shards}
-            shards = tuple(by_name.get(path.name) or _measure(path) for path in paths)
-            index = cls(folder, shards, known.classes)
-        else:
+        url = folder.rstrip("/") if is_remote(folder) else None
+        root = Path(folder) if url is None else cls._fetch_index(url, names is None, cache_dir, option)
+        if not root.is_dir():
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
+        known = cls._read(root, option) if (root / INDEX).is_file() else None
+        by_name = {shard.name: shard for shard in known.shards} if known else {}
+        if names is None:
+            names = list(by_name) if known else sorted(path.name for path in root.glob("*.tar"))
+        if url is None and (missing := [name for name in names if name not in by_name and not (root / name).exists()]):
+            raise UserError(
+                f"{option}: {root / missing[0]} is missing ({len(missing)} of {len(names)} named by {source})"
+            )
+        examined = [_examine(root, url, name, by_name.get(name)) for name in names]
+        lost = tuple(one for _, bad in examined for one in bad)
+        index = cls(root, tuple(entry for entry, _ in examined), known.classes if known else (), url, lost)
         if index.num_samples == 0:
             raise UserError(
                 f"{option}: no samples in {source}; give a folder of .tar shards, as webdataset writes them"
             )
-        check_files(folder, index.shards, option)
+        if len(lost) >= index.num_samples:
+            raise UserError(f"{option}: nothing in {source} can be read; {lost[0]}")
         return index
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies; a remote one is copied first.
+
+        Raises:
+            BadSample: The server has no such shard, or another one than the index says.
+            UserError: The server does not answer.
+        """
+        path = self.root / shard.name
+        if self.url is not None:
+            try:
+                fetch(f"{self.url}/{shard.name}", path, shard.bytes, shard.sha256)
+            except FileNotFoundError as error:
+                raise BadSample("the file is missing on the server") from error
+        return path
+
+    @staticmethod
+    def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> Path:
+        root = cache_folder(url, cache_dir, option)
+        try:
+            fetch(f"{url}/{INDEX}", root / INDEX, renew=True)
+        except FileNotFoundError as error:
+            (root / INDEX).unlink(missing_ok=True)
+            if needed:
+                raise UserError(f"{option}: {url} has no {INDEX}; give a pattern of .tar files instead") from error
+        return root
 
     @classmethod
     def _read(cls, folder: Path, option: str) -> "ShardIndex":
@@ -157,6 +203,24 @@ def check_files(folder: Path, shards: Iterable[Shard], option: str) -> None:
             raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
 
 
+def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[str]]:
+    """A shard's entry, made if there is none, and what is known to be lost of it. Remote ones are trusted."""
+    path = root / name
+    if entry is None and url is not None:
+        try:
+            fetch(f"{url}/{name}", path)
+        except FileNotFoundError as error:
+            raise UserError(f"{url}/{name} is missing, and no {INDEX} says what it should hold") from error
+    elif entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
+        return entry, []
+    contents = read_headers(path)
+    found = len(contents.samples)
+    if entry is None:  # of what has no end, who knows how much is missing: one sample at least
+        entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
+    flaws = ((position, contents.flaw(position)) for position in range(max(found, entry.samples)))
+    return entry, [f"{name}/{contents.name(position)}: {flaw}" for position, flaw in flaws if flaw]
+
+
 class ShardReader:
     """Random access to the samples of a `ShardIndex`, by their number in the order of the shards.
 
@@ -168,7 +232,7 @@ class ShardReader:
         self.index = index
         self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
         self.max_open = max_open
-        self._open: OrderedDict[int, tuple[BinaryIO, list[_Sample]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[BinaryIO | None, Contents]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -177,53 +241,75 @@ class ShardReader:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def __getitem__(self, number: int) -> tuple[str, str, dict[str, bytes]]:
-        """Shard name, key, and the sample's members by lower-case extension."""
+        """Shard name, key, and the contents of the sample's members by lower-case extension.
+
+        Raises:
+            BadSample: It is lost, or cannot be read.
+        """
+        return self.read(number)
+
+    def read(self, number: int, only: Collection[str] | None = None) -> tuple[str, str, dict[str, bytes]]:
+        """The same, with only some of the members."""
+        which, position = self._locate(number)
+        file, contents = self._shard(which)
+        if flaw := contents.flaw(position):
+            raise BadSample(flaw)
+        key, places, _ = contents.samples[position]
+        try:
+            # pread keeps no file position: safe where a fork shares the descriptor
+            members = {
+                extension: os.pread(file.fileno(), size, offset)
+                for extension, (offset, size) in places.items()
+                if only is None or extension in only
+            }
+        except OSError as error:
+            raise BadSample(f"it cannot be read ({error.strerror})") from error
+        return self.index.shards[which].name, key, members
+
+    def name(self, number: int) -> str:
+        """What a log calls a sample, good or bad: "shard/key"."""
+        which, position = self._locate(number)
+        return f"{self.index.shards[which].name}/{self._shard(which)[1].name(position)}"
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Number of a sample's shard, and its number in there."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         which = int(np.searchsorted(self.ends, number, side="right"))
-        shard = self.index.shards[which]
-        file, samples = self._shard(which)
-        key, members = samples[number - int(self.ends[which]) + shard.samples]
-        # pread keeps no file position: safe where a fork shares the descriptor
-        return shard.name, key, {ext: os.pread(file.fileno(), size, at) for ext, (at, size) in members.items()}
+        return which, number - int(self.ends[which]) + self.index.shards[which].samples
 
-    def _shard(self, which: int) -> "tuple[BinaryIO, list[_Sample]]":
+    def _shard(self, which: int) -> tuple[BinaryIO | None, Contents]:
         if which not in self._open:
-            shard = self.index.shards[which]
-            path = self.index.root / shard.name
-            samples = scan(path)
-            if len(samples) != shard.samples:
-                raise UserError(f"{path} holds {len(samples)} samples, its {INDEX} says {shard.samples}; rebuild it")
-            if len(self._open) >= self.max_open:
-                self._open.popitem(last=False)[1][0].close()
-            self._open[which] = path.open("rb", buffering=0), samples
+            self._open[which] = self._read_shard(self.index.shards[which])
+            if len(self._open) > self.max_open and (oldest := self._open.popitem(last=False)[1][0]):
+                oldest.close()
         self._open.move_to_end(which)
         return self._open[which]
 
-
-_Sample = tuple[str, dict[str, tuple[int, int]]]  # key, {extension: (offset, size)}
-
-
-def scan(path: Path) -> list[_Sample]:
-    """List the samples of a tar by its headers alone: (key, {extension: (offset, size)}), in order of appearance."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if member.isreg() and key is not None:
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a readable uncompressed tar file ({error})") from error
-    return list(samples.items())
+    def _read_shard(self, shard: Shard) -> tuple[BinaryIO | None, Contents]:
+        try:
+            path = self.index.path(shard)
+            contents = read_headers(path)
+            file = path.open("rb", buffering=0) if contents.samples else None
+        except (BadSample, OSError) as error:
+            return None, Contents([], str(error))
+        if any(not sample.flaw for sample in contents.samples[shard.samples :]):
+            raise UserError(
+                f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
+            )
+        return file, contents
 
 
-def image_member(members: dict[str, bytes], shard: str, key: str) -> bytes:
-    """The encoded image among a sample's members."""
+def image_member(members: dict[str, bytes]) -> bytes:
+    """The encoded image among a sample's members.
+
+    Raises:
+        BadSample: There is none.
+    """
     for extension in IMAGE_TYPES:
         if extension in members:
             return members[extension]
-    raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGE_TYPES)}), only {', '.join(sorted(members))}")
+    raise BadSample(f"no image ({', '.join(IMAGE_TYPES)}), only {', '.join(sorted(members))[:100]}")
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
@@ -236,23 +322,20 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     Returns:
         The index entry of the new shard.
     """
-    count = 0
+    keys = set()
     with atomic_path(path) as part, tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
-            count += 1
+            if key in keys:
+                raise UserError(f"{path}: two samples have the key {key}, keys must be unique in a shard")
+            keys.add(key)
             for extension, content in sorted(members.items()):
                 header = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: time, owner and group 0, mode 0644
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
-    return Shard(path.name, count, path.stat().st_size, sha256(path))
+    return Shard(path.name, len(keys), path.stat().st_size, sha256(path))
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _measure(path: Path) -> Shard:
-    """The index entry of a tar that no index describes."""
-    return Shard(path.name, len(scan(path)), path.stat().st_size)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dar_lightning.data import tar
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex, scan
+from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex
 from dar_lightning.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -115,28 +116,37 @@ def _files(folder: Path) -> Iterable[Path]:
 def shards(path: str) -> Source:
     """WebDataset shards, to be packed anew: keys, images and other members stay as they are.
 
+    What a damaged shard has lost is listed too, to be reported.
+
     Raises:
-        UserError: They are not as they should be.
+        UserError: There are none, or nothing in them can be read.
     """
     index = ShardIndex.load(path, "input")
     samples = []
     for shard in index.shards:
         file = index.root / shard.name
-        with file.open("rb", buffering=0) as opened:
-            for key, members in scan(file):
-                label, flaw = -1, "no .cls member"
-                if "cls" in members:
-                    offset, size = members["cls"]
-                    text = os.pread(opened.fileno(), size, offset).decode(errors="replace").strip()
-                    label, flaw = _label(text, len(index.classes))
-                image = next((extension for extension in IMAGE_TYPES if extension in members), None)
-                if image is None:
-                    samples.append(Sample(key, f"{shard.name}/{key}", label, 0, None, flaw or "no image"))
-                    continue
-                names = [image, *sorted(set(members) - {image, "cls"})]
-                place = (str(file), tuple((name, *members[name]) for name in names))
-                samples.append(Sample(key, f"{shard.name}/{key}", label, members[image][1], place, flaw))
+        contents = tar.read_headers(file)
+        for position in range(max(len(contents.samples), shard.samples)):
+            name = f"{shard.name}/{contents.name(position)}"
+            if flaw := contents.flaw(position):
+                samples.append(Sample(contents.name(position), name, -1, 0, None, flaw))
+            else:
+                samples.append(_shard_sample(str(file), name, contents.samples[position], len(index.classes)))
     return Source("shards", index.classes, samples)
+
+
+def _shard_sample(file: str, name: str, found: tar.Sample, num_classes: int) -> Sample:
+    members = found.members
+    label, flaw = -1, "no .cls member"
+    if "cls" in members:
+        text, _ = read_span((file, (("cls", *members["cls"]),)))
+        label, flaw = _label(text.decode(errors="replace").strip(), num_classes)
+    image = next((extension for extension in IMAGE_TYPES if extension in members), None)
+    if image is None:
+        return Sample(found.key, name, label, 0, None, flaw or "no image")
+    names = [image, *sorted(set(members) - {image, "cls"})]
+    place = (file, tuple((extension, *members[extension]) for extension in names))
+    return Sample(found.key, name, label, members[image][1], place, flaw)
 
 
 def _label(text: str, num_classes: int) -> tuple[int, str]:

@@ -7,6 +7,7 @@ size see the same global batches as one.
 """
 
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -33,6 +34,11 @@ def order_generator(seed: int, epoch: int) -> np.random.Generator:
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """What everything random about a sample in an epoch is drawn from."""
     return np.random.default_rng([1, seed, epoch, index])
+
+
+def replacement_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What the samples are drawn from that take a bad one's place in an epoch."""
+    return np.random.default_rng([2, seed, epoch, index])
 
 
 def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
@@ -107,13 +113,34 @@ class EvalSampler(DistributedSampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers' user errors arrive as the one line that they are, not as a traceback."""
+    """A DataLoader that takes note of the bad samples in its batches, in the dataset's `skipped`.
+
+    Workers' user errors arrive as the one line that they are, not as a traceback.
+    """
+
+    waited = 0.0  # seconds in which whoever iterates stood still for the next batch, so far
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
+            for batch in self._timed(super().__iter__()):
+                for said in filter(None, batch.pop("skipped", ())):
+                    self.dataset.skipped.add([said])
+                yield batch
+            return
         except UserError as error:
-            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+            message = str(error).strip().rpartition("UserError: ")[2]
+            error.__traceback__ = None  # its frames hold the workers, too
+        self._iterator = None  # so the workers end at once
+        raise UserError(message)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = perf_counter()
+            batch = next(batches, None)
+            self.waited += perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
 class TrainLoader(Loader):
@@ -223,8 +250,18 @@ class StreamDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning keeps this in every checkpoint."""
-        return {"stream": self._loader.state_dict() if self._loader is not None else self._restored}
+        stream = self._loader.state_dict() if self._loader is not None else self._restored
+        return {"stream": stream, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called before the loaders are made."""
+        """Continue from a checkpoint; called before the loaders are made.
+
+        Raises:
+            UserError: The order of the data is not the checkpoint's.
+        """
+        if (seed := state_dict.get("seed", self.seed)) != self.seed:
+            raise UserError(
+                f"cannot resume: data.seed was {seed} in the checkpoint and is {self.seed} now; use the same, or start "
+                "a new run from its weights"
+            )
         self._restored = state_dict["stream"]

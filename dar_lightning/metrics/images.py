@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dar_lightning.ar.sampling import Guidance
-from dar_lightning.data.imagenet import decode, read_label
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.imagenet import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor, to_uint8
 from dar_lightning.errors import UserError
@@ -122,7 +123,7 @@ class ShardImages:
     def __init__(self, source: str, option: str, image_size: int | None, labels: bool = True) -> None:
         self.option, self.image_size = option, image_size
         self.reader = ShardReader(ShardIndex.load(source, option))
-        self.labelled = labels and "cls" in self.reader[0][2]
+        self.labelled = labels and "cls" in self._members(0)
         self.protocol = {"shards": source, "crop": _crop_name(image_size)}
 
     def __len__(self) -> int:
@@ -132,9 +133,18 @@ class ShardImages:
         return _stack((self._read(number) for number in range(len(self))), batch_size, self.option)
 
     def _read(self, number: int) -> tuple[Tensor, int | None]:
-        shard, key, members = self.reader[number]
-        image = _cropped(decode(members, shard, key), self.image_size)
-        return image, read_label(members, shard, key, None) if self.labelled else None
+        members = self._members(number)
+        try:
+            image = _cropped(decode(members), self.image_size)
+            return image, read_label(members, None) if self.labelled else None
+        except BadSample as bad:
+            raise UserError(f"{self.option}: {describe(self.reader, number, bad)}") from bad
+
+    def _members(self, number: int) -> dict[str, bytes]:
+        try:
+            return self.reader[number][2]
+        except BadSample as bad:
+            raise UserError(f"{self.option}: {describe(self.reader, number, bad)}") from bad
 
 
 class DrawnImages:

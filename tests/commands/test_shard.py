@@ -270,6 +270,25 @@ def test_shards_with_bad_samples(tmp_path):
     assert reasons.keys() == {f"s{i}" for i in changes}
 
 
+def test_damaged_shards_are_packed_anew_as_far_as_they_go(tmp_path):
+    """A shard cut in the middle and one that an index names in vain: what is left is packed, the rest is named."""
+    for which in range(3):
+        samples = [(f"s{which}{i}", {"png": encoded(i, "PNG"), "cls": b"1"}) for i in range(6)]
+        write_shard(tmp_path / "in" / f"{which}.tar", samples)
+    shard(str(tmp_path / "in"), str(tmp_path / "mid"), max_per_shard=6, seed=None, workers=1)
+    cut, gone, _ = sorted((tmp_path / "mid").glob("*.tar"))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2 // 512 * 512])
+    gone.unlink()
+    shard(str(tmp_path / "mid"), str(tmp_path / "out"), max_bad_share=1, seed=None, workers=1)
+    packed = [each["__key__"] for each in read(tmp_path / "out")]
+    left = len(packed) - 6
+    assert 0 < left < 6
+    assert packed == [*(f"s0{i}" for i in range(left)), *(f"s2{i}" for i in range(6))]
+    reasons = [each["reason"] for each in json.loads((tmp_path / "out" / "skipped.json").read_text())]
+    assert len(reasons) == 12 - left
+    assert reasons.count("the file is missing") == 6
+
+
 # ---- one line for a mistake
 
 

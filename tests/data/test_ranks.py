@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from tiny_shards import sample
 
 HERE = Path(__file__).parent
 
@@ -28,15 +31,37 @@ trainer = L.Trainer(
     accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=steps, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
 )
-trainer.fit(model, datamodule=make(shards, batch_size=4 // world), ckpt_path=checkpoint[0] if checkpoint else None)
+data = make(shards, batch_size=4 // world, max_bad_share=0.5)
+trainer.fit(model, datamodule=data, ckpt_path=checkpoint[0] if checkpoint else None)
 trainer.save_checkpoint(out + ".ckpt")
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
-    json.dump({"seen": model.seen, "validated": model.validated}, file)
+    json.dump({"seen": model.seen, "validated": model.validated, "skipped": data.skipped}, file)
 """
 
 
+@pytest.fixture(params=["whole", "damaged"])
+def source(request, shards, tmp_path):
+    """The 26 pictures, or what is left of them: sample 4 breaks off, and the second shard behind its first pictures."""
+    if request.param == "whole":
+        return shards, range(26)
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    first, second, _ = sorted(folder.glob("*.tar"))
+    png = sample(4)[1]["png"]
+    first.write_bytes(first.read_bytes().replace(png, png[:500] + bytes(len(png) - 500)))
+    cut = second.stat().st_size // 3
+    with tarfile.open(second) as tar:
+        lost = {member.name.partition(".")[0] for member in tar if member.offset_data + member.size > cut}
+    second.write_bytes(second.read_bytes()[:cut])
+    good = [number for number in range(26) if number != 4 and f"photo-{number:03d}" not in lost]
+    assert 17 < len(good) < 25
+    return folder, good
+
+
 @pytest.mark.slow
-def test_two_ranks_see_what_one_sees(shards, tmp_path):
+def test_two_ranks_see_what_one_sees(source, tmp_path):
+    shards, good = source
+
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
 
@@ -52,4 +77,7 @@ def test_two_ranks_see_what_one_sees(shards, tmp_path):
     (resumed,) = run("resumed", 1, 14, str(tmp_path / "two.ckpt"))
     assert resumed["seen"] == one["seen"][8:]
     validated = [key for rank in two for key in rank["validated"]]
-    assert sorted(validated) == sorted(one["validated"][:26]) == [f"photo-{number:03d}" for number in range(26)]
+    assert sorted(validated) == sorted(one["validated"][: len(good)]) == [f"photo-{number:03d}" for number in good]
+    bad = {f"photo-{number:03d}" for number in {*range(26)} - {*good}}
+    assert not bad & {key for rank in two for keys in rank["seen"] for key in keys}
+    assert all(len(rank["skipped"]["val"]) > 0 for rank in two) or not bad

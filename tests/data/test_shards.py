@@ -4,9 +4,7 @@ import io
 import json
 import pickle
 import shutil
-import struct
 import tarfile
-import zlib
 
 import pytest
 import webdataset
@@ -16,11 +14,6 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
-
-# The header of a PNG of 30,000 x 30,000 pixels, which is all of it: no reader of pixels gets to see any.
-IHDR = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + IHDR + struct.pack(">I", zlib.crc32(IHDR))
-BOMB += struct.pack(">I", 1) + b"IDAT" + b"x" + struct.pack(">I", zlib.crc32(b"IDATx"))
 
 
 @pytest.fixture
@@ -74,6 +67,12 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_keys_are_unique(tmp_path):
+    with pytest.raises(UserError, match=r"0\.tar: two samples have the key photo-000"):
+        write_shard(tmp_path / "0.tar", [sample(0), sample(1), sample(0)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), atomic_path(tmp_path / "file" / "x.tar"):
@@ -102,6 +101,12 @@ def break_(folder, what):
         folder.mkdir()
     elif what == "missing shard":
         (folder / "000001.tar").unlink()
+    elif what == "no shard":
+        for path in folder.glob("*.tar"):
+            path.unlink()
+    elif what == "hostile index":
+        text = (folder / "index.json").read_text()
+        (folder / "index.json").write_text(text.replace("000001.tar", "../x.tar"))
     elif what == "cut shard":
         path = folder / "000001.tar"
         path.write_bytes(path.read_bytes()[:5120])
@@ -117,8 +122,10 @@ def break_(folder, what):
     [
         ("nothing there", r"data\.train: .*copy does not exist"),
         ("empty folder", r"data\.train: no samples in .*copy"),
-        ("missing shard", r"data\.train: .*000001\.tar is missing"),
-        ("cut shard", r"data\.train: .*000001\.tar has 5120 bytes, index\.json says \d+"),
+        ("missing shard", r"data\.train: 9 of 26 samples .* the first is 000001\.tar/#0: the file is missing"),
+        ("cut shard", r"data\.train: 9 of 26 samples .* 000001\.tar/photo-010: the tar file ends inside of it"),
+        ("no shard", r"data\.train: nothing in .*copy can be read; 000000\.tar/#0: the file is missing"),
+        ("hostile index", r"data\.train: .*index\.json is not a shard index .*'\.\./x\.tar' with 9 samples"),
         ("not an index", r"data\.train: .*index\.json is not a shard index"),
         ("newer index", r"data\.train: .*index\.json has version 9, this program reads version 1"),
     ],
@@ -142,37 +149,13 @@ def test_count_that_disagrees_with_the_index(copy):
         ShardReader(ShardIndex.load(copy))[12]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cls": b"4"}, r"0\.tar: photo-000\.cls is '4', the classes are 0 to 3"),
-        ({"cls": b"-1"}, r"0\.tar: photo-000\.cls is '-1', the classes are 0 to 3"),
-        ({"cls": b"abc"}, r"0\.tar: photo-000\.cls is 'abc', the classes are 0 to 3"),
-        ({"cls": None}, r"0\.tar: photo-000 has no \.cls member"),
-        ({"png": None}, r"0\.tar: photo-000 has no image"),
-        ({"png": b"not a picture"}, r"0\.tar: the image of photo-000 cannot be decoded"),
-        ({"png": BOMB}, r"0\.tar: the image of photo-000 cannot be decoded \(more than 178956970 pixels\)"),
-    ],
-    ids=["4", "-1", "abc", "no label", "no image", "no picture", "bomb"],
-)
-def test_bad_samples_name_shard_and_key(tmp_path, change, message, workers):
-    key, members = sample(0)
-    members = {name: content for name, content in (members | change).items() if content is not None}
-    write_shard(tmp_path / "0.tar", [(key, members)])
-    module = ImageNetDataModule(str(tmp_path), image_size=16, batch_size=1, num_workers=workers, num_classes=4)
-    with pytest.raises(UserError, match=message) as error:
-        next(iter(module.train_dataloader()))
-    assert "\n" not in str(error.value)
-
-
 def test_other_mistakes(shards, tmp_path):
     with pytest.raises(UserError, match=r"data\.train: not set"):
         ImageNetDataModule().train_dataloader()
     with pytest.raises(UserError, match=r"batch_size: 27 on 1 device\(s\) is more than the 26 training samples"):
         ImageNetDataModule(str(shards), batch_size=27).train_dataloader()
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
-    with pytest.raises(UserError, match="not a readable uncompressed tar"):
+    with pytest.raises(UserError, match=r"nothing in .* can be read; x\.tar/#0: not an uncompressed tar file"):
         ShardIndex.load(tmp_path)
     write_shard(tmp_path / "x.tar", [sample(0)])
     with pytest.raises(UserError, match=r"data\.num_classes: .* no index\.json"):

@@ -10,8 +10,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
+from tiny_shards import sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.shards import write_shard
 from dar_lightning.data.stream import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
@@ -214,6 +216,74 @@ def test_resume_refuses_another_global_batch(shards, tmp_path):
     loader.load_state_dict(trainer.datamodule.state_dict())
     with pytest.raises(UserError, match="batch size x devices was 4 in the checkpoint and is 5 now"):
         loader.train_dataloader()
+
+
+def test_resume_refuses_another_seed(shards, tmp_path):
+    _, trainer = fit(shards, tmp_path, max_steps=2)
+    with pytest.raises(UserError, match=r"data\.seed was 3 in the checkpoint and is 4 now"):
+        make(shards, seed=4).load_state_dict(trainer.datamodule.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_classes_are_chosen_and_renumbered(shards, workers):
+    """Sample n is of class n mod 4 of a, b, c, d."""
+    for chosen, numbers in ((["d", "b"], (3, 1)), ([2], (2,)), ([1, "a", 3], (1, 0, 3))):
+        module = make(shards, num_workers=workers, batch_size=3, classes=chosen)
+        assert module.num_classes == len(chosen)
+        assert module.classes == tuple("abcd"[number] for number in numbers)
+        kept = [number for number in range(26) if number % 4 in numbers]
+        items = [
+            (key, shard, index, numbers[label])
+            for batch in module.val_dataloader()
+            for key, shard, index, label in zip(
+                batch["key"], batch["shard"], batch["index"].tolist(), batch["label"].tolist(), strict=True
+            )
+        ]
+        shard_of = ["000000.tar"] * 10 + ["000001.tar"] * 9 + ["000002.tar"] * 7
+        assert items == [(f"photo-{number:03d}", shard_of[number], number, number % 4) for number in kept]
+        epoch = [
+            (number, numbers[label])
+            for batch in module.train_dataloader()
+            for number, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+        ]
+        assert len(set(epoch)) == len(epoch) == len(kept) // 3 * 3
+        assert set(epoch) <= {(number, number % 4) for number in kept}
+
+
+def test_classes_that_cannot_be_chosen(shards, tmp_path):
+    for chosen, message in (
+        (["a", "e"], r"data\.classes: 'e' is no class, they are 0 to 3 \(a, b, c, d\)"),
+        ([4], r"data\.classes: 4 is no class, they are 0 to 3"),
+        ([-1], r"data\.classes: -1 is no class"),
+        ([], r"data\.classes: \[\] is empty"),
+        (["a", "a"], "names a class twice"),
+        (["a", 0], "names a class twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(shards, classes=chosen).index("val")
+    write_shard(tmp_path / "0.tar", [sample(number) for number in (0, 1, 4)])
+    assert make(tmp_path, classes=[0], batch_size=2).val_dataloader().dataset.numbers.tolist() == [0, 2]
+    with pytest.raises(UserError, match=r"data\.classes: .* has no sample of \[2\]"):
+        make(tmp_path, classes=[2]).train_dataloader()
+
+
+def test_samples_without_a_class_are_named_before_a_subset_is_chosen(shards, tmp_path):
+    members = sample(1)[1]
+    write_shard(tmp_path / "0.tar", [sample(0), ("x", {"png": members["png"], "cls": b"abc"}), sample(5)])
+    module = make(tmp_path, classes=[1, 0], max_bad_share=0.4, batch_size=1)
+    labels = [int(batch["label"]) for batch in module.val_dataloader()]
+    assert labels == [1, 0]
+    assert module.skipped["val"] == {"0.tar/x": "its label is 'abc', the classes are 0, 1, ..."}
+    with pytest.raises(UserError, match=r"data\.val: 1 of 3 samples cannot be used"):
+        make(tmp_path, classes=[1, 0]).val_dataloader()
+
+
+def test_options_of_a_config():
+    """Class names and numbers, as YAML has them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageNetDataModule, "data")
+    config = parser.parse_args(["--data.classes=[3, Orange, 0]", "--data.cache_dir=x", "--data.max_bad_share=0.5"])
+    assert config.data.classes == [3, "Orange", 0]
 
 
 def test_overfit_repeats_the_same_batches(shards, tmp_path):
