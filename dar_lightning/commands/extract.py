@@ -1,27 +1,26 @@
 """`dar extract`: run a tokenizer over image shards, once, and keep the tokens."""
 
+import signal
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesIndex, describe, read_header, write_codes
-from dar_lightning.data.imagenet import decode, read_label
-from dar_lightning.data.shards import INDEX, Shard, ShardIndex, ShardReader
-from dar_lightning.data.stream import sample_generator
+from dar_lightning.data.shards import INDEX, Shard, ShardIndex, sha256
+from dar_lightning.data.skipped import Skipped, check_share
+from dar_lightning.data.stream import Loader
+from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
-
-Crops = Literal["center", "center_flip", "ten_crop", "random"]
 
 
 def extract(
@@ -34,6 +33,8 @@ def extract(
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
+    cache_dir: str | None = None,
+    max_bad_share: float = 0.01,
     accelerator: str = "auto",
     devices: int | str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -42,11 +43,13 @@ def extract(
 
     One file is written per image shard, whole or not at all, and the index last: a run that was interrupted goes on
     with the shards that are missing, and a finished one is left alone. With several devices, each takes a part of the
-    shards.
+    shards, and the files are the same. A sample that cannot be used is left out, and named in the header of the token
+    shard and in the index.
 
     Args:
         tokenizer: Folder of a tokenizer (config.json, model.safetensors) or its Hugging Face repository.
-        shards: Image shards: a folder, one tar, or a brace pattern.
+        shards: Image shards: a folder, one tar, or a brace pattern; or the URL of a folder with an index, or of a
+            pattern.
         output: Folder for the token shards.
         crops: Views of each image: `center` (1), `center_flip` (2: as it is and mirrored), `ten_crop` (10: LlamaGen's,
             from 1.1 times the size), `random` (ADM random crops and flips).
@@ -55,39 +58,52 @@ def extract(
         batch_size: Crops per forward pass and device.
         num_workers: Worker processes that decode and crop.
         seed: Of the random crops.
+        cache_dir: Folder for copies of remote shards.
+        max_bad_share: Largest share of the samples that may be bad.
         accelerator: Lightning's: `auto`, `cpu`, `gpu`, ...
         devices: Lightning's: number of devices, or `auto`.
         precision: Lightning's. Lower precision changes a few tokens.
 
     Raises:
-        UserError: The tokenizer or the shards cannot be read, or `output` holds something else.
+        UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
+            else.
     """
-    index = ShardIndex.load(shards, "shards")
+    for name, value in (("random_crops", random_crops), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is not a number of crops, give at least 1")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"max_bad_share: {max_bad_share} is not a share, give 0 to 1")
+    index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-    size = image_size or model.config.image_size
-    views = {"center": 1, "center_flip": 2, "ten_crop": 10, "random": random_crops}[crops]
-    if views < 1:
-        raise UserError(f"random_crops: {random_crops} is not a number of crops, give at least 1")
+    views = Views(crops, random_crops, image_size or model.config.image_size, seed)
     made_by = {
         "tokenizer": fingerprint(model),
         "crops": crops,
-        "num_crops": views,
-        "image_size": size,
+        "num_crops": len(views),
+        "crop_names": views.names,
+        "image_size": views.size,
         "seed": seed if crops == "random" else None,
         "precision": precision,
     }
     root = Path(output)
     if (root / INDEX).exists():
-        _refuse_others(CodesIndex.load(root, "output"), made_by, index)
-    missing = [number for number, shard in enumerate(index.shards) if not _is_done(root, shard, made_by)]
+        _refuse_others(CodesIndex.load(root, "output", complete=False), made_by, index)
+    done = [number for number in range(len(index.shards)) if _is_done(root, index, number, made_by)]
+    missing = sorted({*range(len(index.shards))} - {*done})
     if not missing and (root / INDEX).exists():
-        print(f"{output} is complete: {index.num_samples} images x {views} crops x {model.config.num_tokens} tokens")
+        found = CodesIndex.load(root, "output")
+        print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {output} cannot be made ({error.strerror})") from error
 
+    skipped = Skipped("shards", index.num_samples, max_bad_share)
+    skipped.add(index.lost)
+    for number in done:
+        skipped.add(read_header(root / _name(index.shards[number]))["skipped"])
+    about = made_by | {"tokenizer_config": model.config.to_dict()}
     try:
         trainer = L.Trainer(
             accelerator=accelerator,
@@ -97,45 +113,68 @@ def extract(
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # ExtractData gives every rank whole shards
-            callbacks=[ShardWriter(root, index, made_by, model.config.codebook_size)],
+            callbacks=[ShardWriter(root, index, about, model.config.codebook_size, skipped)],
         )
     except MisconfigurationException as error:
         raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     if missing:
-        data = ExtractData(index, missing, crops, views, size, seed, max(1, batch_size // views), num_workers)
-        trainer.predict(Extractor(model), datamodule=data, return_predictions=False)
-        trainer.strategy.barrier("every rank has written its shards")
+        _predict(trainer, Extractor(model, batch_size), ExtractData(index, missing, views, batch_size, num_workers))
     if trainer.is_global_zero:
-        entries = tuple(describe(root / _name(shard), shard.samples) for shard in index.shards)
-        CodesIndex(
-            root=root,
-            tokenizer=made_by["tokenizer"],
-            tokenizer_config=model.config.to_dict(),
-            crops=crops,
-            num_crops=views,
-            image_size=size,
-            num_tokens=model.config.num_tokens,
-            codebook_size=model.config.codebook_size,
-            classes=index.classes,
-            shards=entries,
-        ).save()
-        total = sum(entry.bytes for entry in entries) / 1e6
-        print(
-            f"{index.num_samples} images x {views} crops x {model.config.num_tokens} tokens, {total:.1f} MB: {output}"
-        )
+        _finish(root, index, about, model.config.num_tokens, model.config.codebook_size, max_bad_share)
+
+
+def _predict(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Every rank's shards, until all ranks are done."""
+    try:
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # the other ranks, which Lightning would leave running
+        raise
+    if trainer.world_size > 1:
+        # Lightning's barrier gives up after 30 minutes, and a rank without a shard waits for as long as one takes
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+        torch.distributed.barrier(patient)
+
+
+def _finish(
+    root: Path, index: ShardIndex, about: dict[str, Any], num_tokens: int, codebook_size: int, max_bad_share: float
+) -> None:
+    """Write the index, if all ranks together did not skip too much."""
+    for part in root.glob(".*.part"):  # of processes that were killed
+        part.unlink(missing_ok=True)
+    paths = [root / _name(shard) for shard in index.shards]
+    headers = [read_header(path) for path in paths]
+    bad = tuple(name for header in headers for name in header["skipped"])
+    check_share("shards", bad, index.num_samples, max_bad_share)  # each rank has met a part of them only
+    codes = CodesIndex(
+        root=root,
+        **{name: about[name] for name in ("tokenizer", "tokenizer_config", "crops", "num_crops", "image_size")},
+        num_tokens=num_tokens,
+        codebook_size=codebook_size,
+        classes=index.classes,
+        shards=tuple(describe(path, header["samples"]) for path, header in zip(paths, headers, strict=True)),
+        crop_names=tuple(about["crop_names"]),
+        skipped=bad,
+    )
+    codes.save()
+    total = sum(entry.bytes for entry in codes.shards) / 1e6
+    print(f"{codes.num_samples} images x {codes.num_crops} crops x {num_tokens} tokens, {total:.1f} MB: {root}")
+    if codes.skipped:
+        print(f"{len(codes.skipped)} of {index.num_samples} samples were skipped, {root / INDEX} names them")
 
 
 def _name(shard: Shard) -> str:
     return Path(shard.name).with_suffix(".safetensors").name
 
 
-def _is_done(root: Path, shard: Shard, made_by: dict[str, Any]) -> bool:
-    """Whether a token shard is there already; one of another tokenizer or other crops is refused."""
-    path = root / _name(shard)
+def _is_done(root: Path, index: ShardIndex, number: int, made_by: dict[str, Any]) -> bool:
+    """Whether a token shard is there already; one of another tokenizer, source or other crops is refused."""
+    path = root / _name(index.shards[number])
     if not path.exists():
         return False
     header = read_header(path)
-    expected = made_by | {"source": _source(shard)}
+    expected = made_by | {"source": _source(index, number)}
     for name, value in expected.items():
         if header["made_by"].get(name) != value:
             raise UserError(
@@ -145,8 +184,13 @@ def _is_done(root: Path, shard: Shard, made_by: dict[str, Any]) -> bool:
     return True
 
 
-def _source(shard: Shard) -> list:
-    return [shard.name, shard.samples, shard.bytes]
+def _source(index: ShardIndex, number: int) -> dict[str, Any]:
+    """What identifies an image shard: its index entry, with the hash of its bytes."""
+    shard = index.shards[number]
+    path = index.root / shard.name
+    if index.url is None and path.is_file() and (shard.sha256 is None or path.stat().st_size != shard.bytes):
+        shard = replace(shard, sha256=sha256(path))  # also of a damaged file, so that one repaired since is another
+    return asdict(shard)
 
 
 def _refuse_others(found: CodesIndex, made_by: dict[str, Any], index: ShardIndex) -> None:
@@ -160,105 +204,75 @@ def _refuse_others(found: CodesIndex, made_by: dict[str, Any], index: ShardIndex
         raise UserError(f"output: {found.root} holds tokens of other shards; choose another folder or delete it")
 
 
-class ViewDataset(Dataset):
-    """All views of the images of some shards, in order."""
-
-    def __init__(self, index: ShardIndex, numbers: list[int], crops: Crops, views: int, size: int, seed: int) -> None:
-        self.reader = ShardReader(index)
-        starts = [0, *self.reader.ends]
-        self.samples = [sample for number in numbers for sample in range(starts[number], starts[number + 1])]
-        self.crops, self.views, self.size, self.seed = crops, views, size, seed
-        self.num_classes = len(index.classes) or None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, position: int) -> dict:
-        sample = self.samples[position]
-        shard, key, members = self.reader[sample]
-        image = decode(members, shard, key)
-        views = [transforms.to_tensor(self.view(image, sample, number)) for number in range(self.views)]
-        label = read_label(members, shard, key, self.num_classes)
-        return {"views": torch.stack(views), "label": label, "key": key}  # views: (views, 3, S, S) uint8
-
-    def view(self, image: Image.Image, sample: int, number: int) -> Image.Image:
-        if self.crops == "ten_crop":
-            return transforms.ten_crop(image, self.size, number)
-        if self.crops == "random":
-            generator = sample_generator(self.seed, number, sample)
-            return transforms.random_flip(transforms.random_crop(image, self.size, generator), generator)
-        image = transforms.center_crop(image, self.size)
-        return transforms.flip(image) if number == 1 else image
-
-
 class ExtractData(L.LightningDataModule):
     """Gives each rank its part of the shards that are missing."""
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        missing: list[int],
-        crops: Crops,
-        views: int,
-        size: int,
-        seed: int,
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
+    def __init__(self, index: ShardIndex, missing: list[int], views: Views, batch_size: int, num_workers: int) -> None:
         super().__init__()
-        self.index, self.missing = index, missing
-        self.options = (crops, views, size, seed)
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.index, self.missing, self.views = index, missing, views
+        self.images, self.num_workers = max(1, batch_size // len(views)), num_workers
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
 
-    def numbers(self) -> list[int]:
-        """Numbers of this rank's shards."""
-        return self.missing[self.trainer.global_rank :: self.trainer.world_size]
-
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> Loader:
         """Whole shards, one after the other."""
-        dataset = ViewDataset(self.index, self.numbers(), *self.options)
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+        mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
+        batches = ViewBatches(self.index, mine, self.views, self.images)
+        return Loader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
 
 class Extractor(L.LightningModule):
     """The tokenizer under Trainer.predict."""
 
-    def __init__(self, tokenizer: torch.nn.Module) -> None:
+    def __init__(self, tokenizer: torch.nn.Module, batch_size: int) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.batch_size = tokenizer, batch_size
 
     def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """(B, views, 3, S, S) uint8 -> (B, views, N) int64."""
+        """(B, V, 3, S, S) uint8 -> (B, V, N) int64."""
         views = batch["views"]
-        codes = self.tokenizer.tokenize(transforms.to_float(views.flatten(0, 1)))
+        parts = views.flatten(0, 1).split(self.batch_size)  # an image alone may have more views than that
+        codes = torch.cat([self.tokenizer.tokenize(transforms.to_float(part)) for part in parts])
         return codes.unflatten(0, views.shape[:2])
 
 
-class ShardWriter(BasePredictionWriter):
-    """Collects tokens until a shard is whole, then writes it."""
+class ShardWriter(L.Callback):
+    """Collects the tokens of one shard, then writes it."""
 
-    def __init__(self, root: Path, index: ShardIndex, made_by: dict[str, Any], codebook_size: int) -> None:
-        super().__init__(write_interval="batch")
-        self.root, self.index, self.made_by = root, index, made_by
+    def __init__(
+        self, root: Path, index: ShardIndex, about: dict[str, Any], codebook_size: int, skipped: Skipped
+    ) -> None:
+        self.root, self.index, self.about, self.skipped = root, index, about, skipped
         self.dtype = np.uint16 if codebook_size <= 2**16 else np.uint32
-        self.codes: list[np.ndarray] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.codes: list[np.ndarray] = []  # of (V, N)
         self.labels: list[int] = []
         self.keys: list[str] = []
+        self.bad: list[str] = []
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Line up this rank's shards."""
-        self.queue = [self.index.shards[number] for number in trainer.datamodule.numbers()]
-
-    def write_on_batch_end(
-        self, trainer, pl_module, prediction: Tensor, batch_indices, batch: dict, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        """Called by Lightning with the tokens (B, views, N) of a batch."""
-        self.codes += list(prediction.cpu().numpy().astype(self.dtype))
-        self.labels += batch["label"].tolist()
-        self.keys += batch["key"]
-        while self.queue and len(self.codes) >= (count := self.queue[0].samples):
-            shard = self.queue.pop(0)
-            codes, labels = np.stack(self.codes[:count]), np.array(self.labels[:count], np.int64)
-            made_by = self.made_by | {"source": _source(shard)}
-            write_codes(self.root / _name(shard), codes, labels, self.keys[:count], made_by)
-            del self.codes[:count], self.labels[:count], self.keys[:count]
+    def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: dict, batch_idx, dataloader_idx=0):
+        """Called by Lightning with the tokens (B, V, N) of a batch."""
+        if trainer.received_sigterm:  # Lightning stops for it in training only
+            raise SystemExit(128 + signal.SIGTERM)
+        for codes, label, key, flaw in zip(
+            outputs.cpu().numpy().astype(self.dtype),
+            batch["label"].tolist(),
+            batch["key"],
+            batch["flaw"],
+            strict=True,
+        ):
+            if flaw:
+                self.skipped.add([flaw])
+                self.bad.append(flaw)
+            else:
+                self.codes.append(codes)
+                self.labels.append(label)
+                self.keys.append(key)
+        if batch["last"]:
+            number = batch["shard"]
+            codes = np.stack(self.codes) if self.codes else np.empty((0, *outputs.shape[1:]), self.dtype)
+            made_by = self.about | {"source": _source(self.index, number)}
+            path = self.root / _name(self.index.shards[number])
+            write_codes(path, codes, np.array(self.labels, np.int64), self.keys, made_by, self.bad)
+            self._start()

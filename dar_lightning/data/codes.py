@@ -1,13 +1,14 @@
 """Cached tokens: what `dar extract` writes, and the CodesDataModule that trains the AR model on it.
 
 A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
-65,536, `labels` (n,) int64, and the samples' keys in the header. Its `index.json` names the tokenizer by its
-fingerprint. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in
-memory.
+65,536, `labels` (n,) int64, and in the header the samples' keys, the samples that could not be used, and what the
+tokens were made from. Its `index.json` names the tokenizer by its fingerprint, and says which crop lies at each
+position. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in memory.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class CodesIndex:
         codebook_size: Tokens are below this number.
         classes: Class names in the order of the labels, as in the image shards' index.
         shards: The files.
+        crop_names: What each position of the crops' axis is.
+        skipped: Samples of the image shards that are in no token shard: `SHARD/KEY: reason`.
     """
 
     root: Path
@@ -52,10 +55,12 @@ class CodesIndex:
     codebook_size: int
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
+    crop_names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
-        """Images in all shards."""
+        """Images in all token shards."""
         return sum(shard.samples for shard in self.shards)
 
     def save(self) -> None:
@@ -65,8 +70,13 @@ class CodesIndex:
         write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, option: str = "codes") -> "CodesIndex":
+    def load(cls, folder: str | Path, option: str = "codes", complete: bool = True) -> "CodesIndex":
         """Read and check a folder of token shards.
+
+        Args:
+            folder: Where they lie.
+            option: What the user calls the folder, for the error line.
+            complete: Whether all files must be there.
 
         Raises:
             UserError: It is missing, is not one, or its files are not those of its index.
@@ -76,10 +86,12 @@ class CodesIndex:
             raise UserError(
                 f"{option}: {root / INDEX} does not exist; `dar extract` makes token shards and ends with it"
             )
-        names = tuple(field.name for field in fields(cls) if field.name not in ("root", "shards"))
-        content, shards = read_index(root, option, names)
-        check_files(root, shards, option)
-        values = {name: content[name] for name in names} | {"classes": tuple(content["classes"])}
+        names = {field.name: field.default is MISSING for field in fields(cls) if field.name not in ("root", "shards")}
+        content, shards = read_index(root, option, tuple(name for name, needed in names.items() if needed))
+        if complete:
+            check_files(root, shards, option)
+        values = {name: content[name] for name in names if name in content}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(root=root, shards=shards, **values)
 
     def check_labels(self, num_classes: int) -> None:
@@ -98,7 +110,14 @@ class CodesIndex:
                 raise UserError(f"{path} has label {wrong[0]}: the model's num_classes is {num_classes}")
 
 
-def write_codes(path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[str], made_by: dict[str, Any]) -> None:
+def write_codes(
+    path: Path,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    keys: list[str],
+    made_by: dict[str, Any],
+    skipped: Sequence[str] = (),
+) -> None:
     """Write one token shard, atomically.
 
     Args:
@@ -107,14 +126,16 @@ def write_codes(path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[st
         labels: (n,) int64.
         keys: The n samples' keys.
         made_by: What the tokens depend on; it tells a later run whether this file is what it would write.
+        skipped: Samples of the image shard that could not be used: `SHARD/KEY: reason`.
     """
-    header = {HEADER: json.dumps({"made_by": made_by, "keys": keys})}
+    about = {"made_by": made_by, "samples": len(keys), "keys": keys, "skipped": list(skipped)}
+    header = {HEADER: json.dumps(about)}
     with atomic_path(path) as part:
         save_file({"codes": np.ascontiguousarray(codes), "labels": labels}, part, metadata=header)
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The `made_by` and `keys` of a token shard.
+    """What `write_codes` put in a token shard's header: `made_by`, `samples`, `keys` and `skipped`.
 
     Raises:
         UserError: It is not a token shard.
@@ -156,6 +177,7 @@ class CodesDataset(Dataset):
         return {
             "codes": torch.from_numpy(codes[row, crop].astype(np.int64)),  # (N,)
             "label": int(labels[row]),
+            "crop": crop,
             "key": keys[row],
             "index": ticket.index,
             "valid": ticket.valid,
@@ -165,7 +187,10 @@ class CodesDataset(Dataset):
         if which not in self._open:
             shard = self.index.shards[which]
             path = self.index.root / shard.name
-            keys = read_header(path)["keys"]
+            header = read_header(path)
+            keys, tokenizer = header["keys"], header["made_by"].get("tokenizer", self.index.tokenizer)
+            if tokenizer != self.index.tokenizer:
+                raise UserError(f"{path} is of tokenizer {tokenizer[:12]}, {INDEX} of {self.index.tokenizer[:12]}")
             file = safe_open(path, framework="numpy")
             codes = file.get_slice("codes")  # reads from the mapped file when it is indexed
             wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
@@ -178,10 +203,10 @@ class CodesDataset(Dataset):
 class CodesDataModule(StreamDataModule):
     """Tokens and labels out of the folders that `dar extract` writes.
 
-    Batches are dictionaries: `codes` (B, N) int64, `label` (B,) int64, `key` (list of B strings), `index` (B,) int64
-    and `valid` (B,) bool, False where validation only fills up. All images are shuffled together in every epoch, and
-    one crop of each is drawn; validation takes the first crop. As with images, batches do not depend on workers, and
-    a resumed run sees those of the unbroken one.
+    Batches are dictionaries: `codes` (B, N) int64, `label` (B,) int64, `crop` (B,) int64 (the crop's number; the
+    index has the names), `key` (list of B strings), `index` (B,) int64 and `valid` (B,) bool, False where validation
+    only fills up. All images are shuffled together in every epoch, and one crop of each is drawn; validation takes the
+    first crop. As with images, batches do not depend on workers, and a resumed run sees those of the unbroken one.
 
     Args:
         train: Folder of token shards for training.
@@ -238,6 +263,24 @@ class CodesDataModule(StreamDataModule):
                     "run `dar extract` with the one that you mean"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, and whose tokens they are."""
+        return super().state_dict() | {"tokenizer": self._any.tokenizer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: It was trained on tokens of another tokenizer.
+        """
+        mine = self._any.tokenizer
+        if (theirs := state_dict.get("tokenizer", mine)) != mine:
+            raise UserError(
+                f"cannot resume: the checkpoint saw tokens of tokenizer {theirs[:12]}, these are of {mine[:12]}; "
+                "use the same, or start a new run from its weights"
+            )
+        super().load_state_dict(state_dict)
+
     @property
     def _any(self) -> CodesIndex:
         return self.index("val" if self.train is None else "train")
@@ -267,7 +310,8 @@ class CodesDataModule(StreamDataModule):
         index = self.index("train")
         sizes = [shard.samples for shard in index.shards]
         dataset = CodesDataset(index, self.seed, random_crop=True)
-        return self._train_loader(dataset, lambda epoch: shuffled(sizes, self.seed, epoch, window=len(sizes)))
+        seed = self.seed  # self in the order would make a cycle, see ImageNetDataModule
+        return self._train_loader(dataset, lambda epoch: shuffled(sizes, seed, epoch, window=len(sizes)))
 
     def val_dataloader(self) -> Loader:
         """Every validation sample once; empty without validation shards."""

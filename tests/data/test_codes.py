@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny_shards import CLASSES, SIZES, picture
+from tiny_shards import CLASSES, SIZES, picture, sample
 
-from dar_lightning.commands.extract import extract
+from dar_lightning.commands.extract import ShardWriter, extract
 from dar_lightning.data import transforms
-from dar_lightning.data.codes import CodesDataModule, CodesIndex
+from dar_lightning.data.codes import CodesDataModule, CodesIndex, read_header
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.stream import Ticket
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -90,6 +91,49 @@ def test_ten_crop_is_what_the_tokenizer_says(ten):
     assert len(np.unique(tensors["codes"])) > 20  # the comparison above is not of constants
 
 
+def test_a_token_shard_says_what_it_holds(ten):
+    names = CodesIndex.load(ten).crop_names
+    assert names[:2] == ("top left", "top right")
+    assert names[5:7] == ("top left of the mirrored image", "top right of the mirrored image")
+    for i, size in enumerate(SIZES):
+        path = ten / f"00000{i}.safetensors"
+        header = read_header(path)
+        assert header["samples"] == len(header["keys"]) == size
+        assert header["skipped"] == []
+        made_by = header["made_by"]
+        assert made_by["tokenizer"] == fingerprint(make_tokenizer(0))
+        assert TokenizerConfig(**made_by["tokenizer_config"]) == make_tokenizer(0).config
+        assert tuple(made_by["crop_names"]) == names
+        assert made_by["source"]["name"] == f"00000{i}.tar"
+        with path.open("rb") as file:
+            before = 8 + int.from_bytes(file.read(8), "little")
+        # 2 bytes per token and 8 per label: ImageNet's 1,281,167 images x 10 crops x 256 tokens are 6.57 GB
+        assert path.stat().st_size - before == size * (10 * TOKENS * 2 + 8)
+
+
+def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monkeypatch):
+    """No forward pass has more crops than asked, although an image has ten; and no more than a shard is held."""
+    passes, held = [], []
+    tokenize, write = SequentialDiffusionTokenizer.tokenize, ShardWriter.on_predict_batch_end
+
+    def counted(self, images):
+        passes.append(len(images))
+        return tokenize(self, images)
+
+    def watched(self, *arguments):
+        write(self, *arguments)
+        held.append(len(self.codes))
+
+    monkeypatch.setattr(SequentialDiffusionTokenizer, "tokenize", counted)
+    monkeypatch.setattr(ShardWriter, "on_predict_batch_end", watched)
+    run(tokenizers, shards, tmp_path, batch_size=4)
+    assert max(passes) == 4
+    assert held == [number % size for size in SIZES for number in range(1, size + 1)]
+    for i in range(3):
+        name = f"00000{i}.safetensors"
+        assert np.array_equal(load_file(tmp_path / name)["codes"], load_file(ten / name)["codes"])
+
+
 def test_center_flip(tokenizers, shards, tmp_path):
     run(tokenizers, shards, tmp_path, crops="center_flip", batch_size=7, num_workers=1)
     codes = load_file(tmp_path / "000001.safetensors")["codes"]
@@ -136,6 +180,98 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"output: .* cannot be made"):
         run(tokenizers, shards, tmp_path / "file" / "codes")
+
+
+def test_finished_shards_of_other_images_are_noticed(tokenizers, shards, ten, tmp_path):
+    """Another image shard of the same name, number of samples and size."""
+    source = shutil.copytree(shards, tmp_path / "source")
+    output = shutil.copytree(ten, tmp_path / "codes")
+    (output / "index.json").unlink()
+    (output / "000002.safetensors").unlink()
+    samples = [sample(number) for number in range(10, 19)]
+    samples[0][1]["cls"] = b"3"
+    changed = write_shard(source / "000001.tar", samples)
+    index = ShardIndex.load(shards)
+    assert changed.bytes == index.shards[1].bytes
+    ShardIndex(source, (index.shards[0], changed, index.shards[2]), CLASSES).save()
+    for _ in ("with an index", "without"):
+        with pytest.raises(UserError, match=r"000001\.safetensors was made with source .*; choose another folder or"):
+            run(tokenizers, source, output)
+        (source / "index.json").unlink(missing_ok=True)
+    assert not (output / "000002.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """12 samples in three image shards; 1, 5, 8 and all of the last shard are bad."""
+    folder = tmp_path_factory.mktemp("damaged")
+    samples = [sample(number) for number in range(12)]
+    samples[1][1]["png"] = samples[1][1]["png"][:-500]
+    samples[5][1]["cls"] = b"abc"
+    del samples[8][1]["cls"]
+    samples[10][1]["png"] = samples[11][1]["png"] = b""
+    parts = [samples[:6], samples[6:10], samples[10:]]
+    entries = [write_shard(folder / f"{i}.tar", part) for i, part in enumerate(parts)]
+    ShardIndex(folder, tuple(entries), CLASSES).save()
+    return folder
+
+
+def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
+    run(tokenizers, damaged, tmp_path, crops="center", max_bad_share=0.5, num_workers=1)
+    index = CodesIndex.load(tmp_path)
+    assert [shard.samples for shard in index.shards] == [4, 3, 0]
+    bad = ("0.tar/photo-001", "0.tar/photo-005", "1.tar/photo-008", "2.tar/photo-010", "2.tar/photo-011")
+    assert [line.split(": ")[0] for line in index.skipped] == [*bad]
+    assert "'abc'" in index.skipped[1]
+    assert [line for i in range(3) for line in read_header(tmp_path / f"{i}.safetensors")["skipped"]] == [
+        *index.skipped
+    ]
+    assert all(line in caplog.text for line in index.skipped)
+    good = [0, 2, 3, 4, 6, 7, 9]
+    codes = np.concatenate([load_file(tmp_path / f"{i}.safetensors")["codes"] for i in range(3)])
+    assert np.array_equal(codes[:, 0], by_hand([transforms.center_crop(picture(number), SIZE) for number in good]))
+    for loader in (
+        CodesDataModule(str(tmp_path), batch_size=7).train_dataloader(),
+        CodesDataModule(val=str(tmp_path), batch_size=7).val_dataloader(),
+    ):
+        (batch,) = loader
+        assert sorted(batch["key"]) == [f"photo-{number:03d}" for number in good]
+        assert sorted(batch["label"].tolist()) == sorted(number % len(CLASSES) for number in good)
+
+
+def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    options = dict(crops="center", batch_size=2)
+    with pytest.raises(UserError, match=r"^shards: 1 of 12 samples .* max_bad_share is 1\.00%\), the first is 0\.t"):
+        run(tokenizers, damaged, tmp_path, **options)
+    assert names() == []
+    for attempt in range(2):  # the second counts what the first has skipped
+        with pytest.raises(UserError, match=r"3 of 12 samples .* is 20\.00%\), the first is 0\.tar/photo-001: "):
+            run(tokenizers, damaged, tmp_path, max_bad_share=0.2, num_workers=attempt, **options)
+        assert names() == ["0.safetensors"]
+    run(tokenizers, damaged, tmp_path, max_bad_share=0.5, **options)
+    assert names() == [*(f"{i}.safetensors" for i in range(3)), "index.json"]
+
+
+def test_a_shard_that_lost_its_end_and_one_that_is_missing(tokenizers, damaged, tmp_path):
+    """What is left of them is tokenized; once they are whole again, their tokens are not taken for complete."""
+    folder = tmp_path / "images"
+    shutil.copytree(damaged, folder)
+    whole = (folder / "0.tar").read_bytes()
+    (folder / "0.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    (folder / "1.tar").unlink()
+    run(tokenizers, folder, tmp_path / "tokens", crops="center", max_bad_share=0.9)
+    index = CodesIndex.load(tmp_path / "tokens")
+    left = index.shards[0].samples
+    assert 0 < left < 4
+    assert [shard.samples for shard in index.shards] == [left, 0, 0]
+    assert len(index.skipped) == 12 - left
+    assert any(line == "1.tar/#3: the file is missing" for line in index.skipped)
+    (folder / "0.tar").write_bytes(whole)
+    with pytest.raises(UserError, match=r"0\.safetensors was made with source .* delete this one"):
+        run(tokenizers, folder, tmp_path / "tokens", crops="center", max_bad_share=0.9)
 
 
 def test_batches_hold_one_crop_of_each_image(ten):

@@ -1,0 +1,43 @@
+"""Functions called in processes that may be killed, forked from a server that has done the imports."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import wait
+
+SECONDS = 240  # a test that hangs fails after that
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["lightning", "dar_lightning.commands.extract", "dar_lightning.data.imagenet"])
+
+
+def run(function: Callable, *args, world: int = 1) -> list[int]:
+    """Call a function on every rank of a world of processes. When one dies, the others are killed.
+
+    Returns:
+        Every rank's exit code: 0, 1 after an exception, -9 after SIGKILL.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=_call, args=(function, args, rank, world, port)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    alive = {process.sentinel: process for process in ranks}
+    while alive:
+        ended = [alive.pop(sentinel) for sentinel in wait(list(alive), SECONDS)]
+        for process in ended:
+            process.join()
+        if not ended or any(process.exitcode for process in ended):
+            for process in alive.values():
+                process.kill()
+        assert ended, f"no end after {SECONDS} seconds"
+    return [process.exitcode for process in ranks]
+
+
+def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a program of its own
+    if world > 1:  # as a cluster's launcher would say it
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
+        os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
+    function(*args)
