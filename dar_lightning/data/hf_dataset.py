@@ -45,8 +45,11 @@ def hf_dataset(name: str, split: str | None) -> Source:
     try:
         on_disk = is_saved(Path(name))
         table = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"input: {name} cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # its readers and the Hub's client raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"input: {name} cannot be loaded: {reason}") from error
+    if split is not None and isinstance(table, datasets.Dataset):
+        raise UserError(f"split: {name} holds one table and no splits; leave it out")
     if isinstance(table, datasets.DatasetDict):
         if split is None and len(table) > 1:
             raise UserError(f"split: {name} has {', '.join(table)}; choose one")

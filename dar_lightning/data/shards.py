@@ -323,7 +323,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         The index entry of the new shard.
     """
     keys = set()
-    with atomic_path(path) as part, tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_path(path) as part, tarfile.open(part, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for key, members in samples:
             if key in keys:
                 raise UserError(f"{path}: two samples have the key {key}, keys must be unique in a shard")

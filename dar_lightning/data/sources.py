@@ -18,7 +18,7 @@ from dar_lightning.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
-MAX_KEY = 80  # a ustar header has room for 100 bytes, extension included
+MAX_KEY = 80  # a tar header has room for 100 bytes, extension included; longer names take a header of their own
 
 
 class Sample(NamedTuple):
@@ -108,8 +108,15 @@ def image_folder(path: Path) -> Source:
 
 
 def _files(folder: Path) -> Iterable[Path]:
+    above: dict[str, frozenset[str]] = {}  # folder -> where it and those above it really lie
     for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        passed = above.pop(parent, frozenset())
+        if real in passed:
+            folders.clear()  # a link to a folder that it lies in: what is there was seen
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above |= {os.path.join(parent, name): passed | {real} for name in folders}
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 

@@ -181,6 +181,19 @@ def test_hidden_folders_hold_no_images(tree, tmp_path):
     assert len(read(tmp_path / "out")) == sum(COUNTS)
 
 
+def test_links_in_circles(tree, tmp_path):
+    """A link upwards is followed once; one to a folder elsewhere is a folder."""
+    folder = tmp_path / "in"
+    shutil.copytree(tree, folder)
+    elsewhere = tmp_path / "more"
+    elsewhere.mkdir()
+    (elsewhere / "new.jpg").write_bytes(encoded(99, "JPEG"))
+    (folder / "apple" / "up").symlink_to(folder / "apple", target_is_directory=True)
+    (folder / "apple" / "more").symlink_to(elsewhere, target_is_directory=True)
+    shard(str(folder), str(tmp_path / "out"), workers=1)
+    assert len(read(tmp_path / "out")) == sum(COUNTS) + 1
+
+
 def test_split_has_the_same_share_of_every_class(tmp_path):
     tree = write_tree(tmp_path / "in", (20, 7, 3))
     shard(str(tree), str(tmp_path / "out"), val_fraction=0.2, max_per_shard=10, workers=1)
@@ -218,6 +231,19 @@ def test_other_members_and_foreign_keys_survive(tmp_path):
     }
     assert json.loads(found["a_b.json"]) == {"name": "x.tar/a/b"}
     assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == []
+
+
+def test_names_longer_than_a_header(tmp_path):
+    key, extension = "k" * 80, "segmentation-of-the-foreground.v2.png"
+    members = {"png": encoded(0, "PNG"), "cls": b"0", extension: b"any"}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(f"{key}.{name}")
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    shard(str(tmp_path / "x.tar"), str(tmp_path / "out"), workers=1)
+    (found,) = read(tmp_path / "out")
+    assert (found["__key__"], found["png"], found[extension]) == (key, members["png"], b"any")
 
 
 # ---- images that cannot be used

@@ -29,7 +29,9 @@ def test_without_the_extra(tmp_path, monkeypatch):
 def datasets(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("datasets")
+    import datasets
+
+    return datasets
 
 
 def make(datasets, numbers, labels=None, **extra):
@@ -82,6 +84,20 @@ def test_two_labels(datasets, tmp_path):
     make(datasets, range(3), other=[0, 0, 0]).save_to_disk(tmp_path / "in")
     with pytest.raises(UserError, match="2 columns of type ClassLabel among note, target, other, picture"):
         shard(str(tmp_path / "in"), str(tmp_path / "out"), workers=1)
+
+
+def test_one_table_has_no_splits(datasets, tmp_path):
+    make(datasets, range(3)).save_to_disk(tmp_path / "in")
+    with pytest.raises(UserError, match=r"split: .*in holds one table and no splits; leave it out"):
+        shard(str(tmp_path / "in"), str(tmp_path / "out"), split="train", workers=1)
+
+
+def test_a_damaged_table(datasets, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "data.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"input: .* cannot be loaded: ") as error:
+        shard(f"hf://{tmp_path / 'in'}", str(tmp_path / "out"), workers=1)
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_to_load(datasets, tmp_path):
