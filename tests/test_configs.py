@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import write_tokens
+from tiny_models import write_tokens, write_vgg
 
 from dar_lightning.cli import main
 
@@ -13,8 +13,13 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
-FIT = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text()) and name not in FINETUNE]
-TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *FINETUNE)]
+LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
+FIT = [
+    name
+    for name, path in CONFIGS.items()
+    if "model" in yaml.safe_load(path.read_text()) and name not in (*FINETUNE, LPIPS)
+]
+TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *FINETUNE, LPIPS)]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -102,6 +107,18 @@ def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
     words = ["fit", "--config", base_of(name), "--config", name]
     assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[name].read_text()))
     first_step(base_of(name), tmp_path, "--config", name, "--trainer.max_steps=1", small=False)
+    assert list((tmp_path / "run" / "logs").glob("events.out.*"))
+
+
+def test_lpips_goes_on_from_other_weights(tmp_path, capsys):
+    words = ["fit", "--config", TOKENIZER, "--config", LPIPS]
+    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[LPIPS].read_text()))
+    vgg = write_vgg(tmp_path / "vgg.pth")
+    files = [
+        "--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer",
+        f"--model.init_args.perceptual.init_args.weights_path={vgg}",
+    ]
+    first_step(TOKENIZER, tmp_path, "--config", LPIPS, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 

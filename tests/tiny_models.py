@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
@@ -135,3 +136,11 @@ def _fit(model: list[str], data: list[str], paths: tuple[str, str, Path], traine
     }
     data = [*data, *options("data.init_args", {"train": train, "val": val, "batch_size": 4})]
     return ["fit", "--seed_everything=1", *model, *data, *options("trainer", common | trainer)]
+
+
+def write_vgg(path: Path) -> Path:
+    """torchvision's VGG16 with random weights, convolutions only, as a file under its names."""
+    torch.manual_seed(0)
+    features = torchvision.models.vgg16(weights=None).features
+    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
+    return path

@@ -82,7 +82,7 @@ class TokenizerModule(LightningModule):
         loss = losses["flow"] + losses["vq"] + losses["commit"]
         parts = {f"train/{name}": losses[name].detach() for name in ("flow", "vq", "commit")}
         if self.perceptual is not None:
-            perceptual = self.perceptual(losses["x1_hat"], images)
+            perceptual = self.perceptual(losses["x1_hat"], images, losses["t"])
             loss = loss + self.perceptual.weight * perceptual
             parts["train/perceptual"] = perceptual.detach()
         if self.repa is not None:

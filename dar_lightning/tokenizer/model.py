@@ -205,9 +205,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Returns:
             Scalars "flow" (squared error of the network's output, which is the velocity or with prediction "image" the
             scaled image, divided by data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens
-            up to the last one that the step reads; "x1_hat" (B, 3, H, W), the estimate of the image; "codes" (B, N);
-            "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization; with a REPA head also
-            "hidden" (B, D, h, w), the decoder state that REPA compares.
+            up to the last one that the step reads; "x1_hat" (B, 3, H, W), the estimate of the image; "t" (B,), the flow
+            times; "codes" (B, N); "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization;
+            with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
@@ -239,7 +239,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         else:
             target, estimate = x1 - x0, jump(x_t, output, t)
         flow = (output.float() - target).square().mean() / config.data_std**2
-        losses = {"flow": flow, "x1_hat": estimate / config.data_std}
+        losses = {"flow": flow, "x1_hat": estimate / config.data_std, "t": t}
         return losses if hidden is None else losses | {"hidden": hidden}
 
     # ---- checks

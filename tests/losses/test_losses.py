@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import Trainer
+from tiny_models import write_vgg
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dar_lightning.errors import UserError
@@ -21,11 +22,7 @@ TEACHER = "vit_base_patch16_224"  # width 768, quick to make
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
-    torch.manual_seed(0)
-    features = torchvision.models.vgg16(weights=None).features
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
-    return path
+    return write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +41,26 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
     for name, parameter in by_hand.net.named_parameters():
         parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(loss(a, b), by_hand(a, b).mean())
-    assert loss(a, a) == 0
+    torch.testing.assert_close(loss(a, b, torch.rand(2)), by_hand(a, b).mean())
+    assert loss(a, a, torch.rand(2)) == 0
+
+
+def test_perceptual_weighs_times_and_sees_a_part(vgg_file):
+    """With stride 2, one of the two halves, each as often: on average the whole."""
+    whole = PerceptualLoss(weights_path=str(vgg_file))
+    part = PerceptualLoss(weights_path=str(vgg_file), t_power=2, stride=2)
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    t = torch.tensor([0.0, 0.3, 0.5, 1.0])
+    each = torch.stack([whole(a[i : i + 1], b[i : i + 1], t[i : i + 1]) for i in range(4)])
+    halves = {round(float((each * t**2)[i::2].mean()), 4) for i in range(2)}
+    assert {round(float(part(a, b, t)), 4) for _ in range(20)} == halves
+    assert part(a[:1], b[:1], t[3:]) == each[0], "a batch smaller than the stride is seen"
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}], ids=str)
+def test_perceptual_options_out_of_range(options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
+        PerceptualLoss(weights_path="never read", **options)
 
 
 def test_files_that_are_no_vgg(tmp_path):
