@@ -103,6 +103,7 @@ def extract(
     skipped.add(index.lost)
     for number in done:
         skipped.add(read_header(root / _name(index.shards[number]))["skipped"])
+    skipped.check()
     about = made_by | {"tokenizer_config": model.config.to_dict()}
     try:
         trainer = L.Trainer(
@@ -264,6 +265,7 @@ class ShardWriter(L.Callback):
         ):
             if flaw:
                 self.skipped.add([flaw])
+                self.skipped.check()
                 self.bad.append(flaw)
             else:
                 self.codes.append(codes)

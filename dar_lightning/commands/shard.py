@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dar_lightning.data import ilsvrc
 from dar_lightning.data.hf_dataset import hf_dataset, is_saved
 from dar_lightning.data.packing import Packed, Packer, Skipped, make_shard
+from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.data.sources import Sample, Source, choose_classes, image_folder, shards, with_safe_keys
 from dar_lightning.errors import UserError
@@ -97,7 +98,7 @@ def shard(
         "max_per_shard": max_per_shard,
         "val_fraction": val_fraction,
         "seed": seed,
-        "pillow": None if size is None else PIL.__version__,  # another encoder gives other bytes
+        "pillow": PIL.__version__,  # another encoder gives other bytes
     }
     _claim(root, [root / part for part in parts], plan)
     make = functools.partial(make_shard, pack=Packer(source.read, source.classes, size, quality))
@@ -140,6 +141,8 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     Raises:
         UserError: It is nothing that `dar shard` reads, or options are given that it has no use for.
     """
+    if is_remote(input) and not input.startswith(HUB):
+        raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
     path = Path(input)
     is_archive = path.is_file() and path.suffix == ".tar"
     first = ilsvrc.first_names(path) if is_archive else []
@@ -206,7 +209,7 @@ def _claim(root: Path, folders: list[Path], plan: dict[str, Any]) -> None:
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"output: {path} is not readable ({error}); choose another folder or delete it") from error
         for name, value in plan.items():
             if found.get(name) != value:

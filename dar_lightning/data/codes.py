@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
-from dar_lightning.data.shards import INDEX, VERSION, Shard, check_files, read_index, sha256
+from dar_lightning.data.shards import INDEX, VERSION, Shard, check_files, fingerprint, read_index, sha256
 from dar_lightning.data.stream import Loader, StreamDataModule, Ticket, sample_generator, shuffled
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
@@ -142,7 +142,8 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return json.loads(file.metadata()[HEADER])
+            header = json.loads(file.metadata()[HEADER])
+        return {name: header[name] for name in ("made_by", "samples", "keys", "skipped")}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a token shard ({error}); delete it") from error
 
@@ -157,6 +158,7 @@ class CodesDataset(Dataset):
 
     def __init__(self, index: CodesIndex, seed: int, random_crop: bool) -> None:
         self.index, self.seed, self.random_crop = index, seed, random_crop
+        self.fingerprint = fingerprint(index.shards)
         self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
         self._open: dict[int, tuple[Any, np.ndarray, list[str]]] = {}
 
@@ -174,8 +176,12 @@ class CodesDataset(Dataset):
         crop = 0
         if self.random_crop:
             crop = int(sample_generator(self.seed, ticket.epoch, ticket.index).integers(self.index.num_crops))
+        tokens = codes[row, crop].astype(np.int64)  # (N,)
+        if tokens.max() >= self.index.codebook_size:
+            path, size = self.index.root / self.index.shards[which].name, self.index.codebook_size
+            raise UserError(f"{path} is damaged: it has token {tokens.max()}, the codebook {size}; extract it again")
         return {
-            "codes": torch.from_numpy(codes[row, crop].astype(np.int64)),  # (N,)
+            "codes": torch.from_numpy(tokens),
             "label": int(labels[row]),
             "crop": crop,
             "key": keys[row],
@@ -191,12 +197,15 @@ class CodesDataset(Dataset):
             keys, tokenizer = header["keys"], header["made_by"].get("tokenizer", self.index.tokenizer)
             if tokenizer != self.index.tokenizer:
                 raise UserError(f"{path} is of tokenizer {tokenizer[:12]}, {INDEX} of {self.index.tokenizer[:12]}")
-            file = safe_open(path, framework="numpy")
-            codes = file.get_slice("codes")  # reads from the mapped file when it is indexed
+            try:
+                file = safe_open(path, framework="numpy")
+                codes, labels = file.get_slice("codes"), file.get_tensor("labels")  # codes are read when indexed
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}); extract it again") from error
             wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
             if codes.get_shape() != wanted or len(keys) != shard.samples:
                 raise UserError(f"{path} holds codes of shape {codes.get_shape()}, its {INDEX} says {wanted}")
-            self._open[which] = codes, file.get_tensor("labels"), keys
+            self._open[which] = codes, labels, keys
         return self._open[which]
 
 
@@ -246,15 +255,15 @@ class CodesDataModule(StreamDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that all tokens are of one tokenizer, and of the one that was named."""
+        super().setup(stage)
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
             # not at the top: the data layer needs no model for anything else
+            from dar_lightning import weights
             from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-            from dar_lightning.weights import fingerprint
 
-            prints = {
-                "data.tokenizer": fingerprint(SequentialDiffusionTokenizer.from_pretrained(self.tokenizer))
-            } | prints
+            tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer)
+            prints = {"data.tokenizer": weights.fingerprint(tokenizer)} | prints
         first, *others = prints.items()
         for name, value in others:
             if value != first[1]:

@@ -1,6 +1,7 @@
 """ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
 
 from collections.abc import Collection
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import BadSample, decode_rgb
-from dar_lightning.data.shards import ShardIndex, ShardReader, image_member
+from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex, ShardReader, fingerprint, image_member
 from dar_lightning.data.skipped import Skipped
 from dar_lightning.data.stream import (
     Loader,
@@ -25,6 +26,7 @@ from dar_lightning.errors import UserError
 SHUFFLE_SHARDS = 16  # shards whose samples are mixed; some 20,000 images of ImageNet
 REPLACEMENTS = 1000  # samples that are tried in a bad one's place
 
+NEEDED = (*IMAGE_TYPES, "cls")  # a sample may have other members, and large ones
 Crop = Literal["adm", "ten_crop", "center"]
 
 
@@ -64,6 +66,7 @@ class ShardDataset(Dataset):
         self.reader, self.numbers, self.labels, self.num_classes = reader, numbers, labels, num_classes
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
         self.replace, self.skipped = replace, skipped
+        self.fingerprint = fingerprint(reader.index.shards, list(labels.items()))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -78,7 +81,7 @@ class ShardDataset(Dataset):
 
     def _item(self, number: int, ticket: Ticket) -> dict:
         """A sample at the place of `ticket`, with the crop of that place."""
-        shard, key, members = self.reader[number]
+        shard, key, members = self.reader.read(number, only=NEEDED)
         label = read_label(members, self.num_classes)
         # at twice the size and more, ADM's recipe halves before it scales; a JPEG can leave that to its decoder
         draft = transforms.max_short_side(self.image_size) if self.crop == "adm" else None
@@ -242,6 +245,7 @@ class ImageNetDataModule(StreamDataModule):
             index = ShardIndex.load(source, option, self.cache_dir)
             skipped = Skipped(option, index.num_samples, self.max_bad_share)
             skipped.add(index.lost)
+            skipped.check()
             self._index[split], self._skipped[split] = index, skipped
             if self._classes is not None:
                 self._kept()  # so that a class which is none is found here
@@ -297,11 +301,29 @@ class ImageNetDataModule(StreamDataModule):
             labels = {number: label for label, number in enumerate(self._kept())}
             numbers, unlabelled = select(reader, labels, count)
             skipped.add(unlabelled)
+            skipped.check()
             if len(numbers) == 0:
                 raise UserError(f"data.classes: {getattr(self, split)} has no sample of {self._classes}")
         elif count is None:
             count = self.num_classes  # which says what is missing
         return ShardDataset(reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace, skipped)
+
+    def setup(self, stage: str) -> None:
+        """Check that training and validation shards number their classes alike.
+
+        Raises:
+            UserError: They do not, or the shards are not as they should be.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.train is not None and self.val is not None:
+            train, val = self.index("train").classes, self.index("val").classes
+            if train and val and train != val:
+                place = next(i for i, pair in enumerate(zip_longest(train, val)) if pair[0] != pair[1])
+                names = [names[place] if place < len(names) else "missing" for names in (train, val)]
+                raise UserError(
+                    f"data.val: its class {place} is {names[1]}, in data.train that is {names[0]}; make both with the "
+                    "same classes (dar shard --classes)"
+                )
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches, endless in principle; see `stream.TrainLoader`."""

@@ -1,20 +1,24 @@
 """Shards on a server: each is copied whole, once, into a folder on this machine, and is a local file from then on."""
 
 import hashlib
+import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import fsspec
 from aiohttp import ClientTimeout
 from filelock import FileLock
 
-from dar_lightning.data.decode import BadSample
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path
+from dar_lightning.files import atomic_path, write_text
 
 TRIES = 4
 WAIT = 0.5  # seconds before the second try; doubled after each
 PATIENCE = ClientTimeout(total=None, sock_connect=20, sock_read=60)  # however large a shard is, silence ends
+
+
+log = logging.getLogger(__name__)
 
 
 def is_remote(source: str) -> bool:
@@ -36,6 +40,9 @@ def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
 def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None, renew: bool = False) -> None:
     """Copy a file from a server, unless it is here; of several processes that want it, one does it.
 
+    A copy that is not what it must be is fetched again, and kept if it is the same the second time: most of a shard may
+    be good. `PATH.differs` then says what is wrong, and nothing is fetched again until `forget_differing`.
+
     Args:
         url: Of any kind that fsspec knows.
         path: The copy.
@@ -45,7 +52,6 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
 
     Raises:
         FileNotFoundError: The server has no such file.
-        BadSample: It is not what it must be, also when copied again.
         UserError: The server does not answer, or the copy cannot be written.
     """
     if _is_here(path, size) and not renew:
@@ -57,26 +63,43 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
     with FileLock(f"{path}.lock"):
         if _is_here(path, size) and not renew:
             return
+        seen: list[str] = []  # what was wrong with earlier copies
         for attempt in range(TRIES):
             try:
-                return _copy(url, path, size, sha256)
+                return _copy(url, path, size, sha256, seen)
             except (FileNotFoundError, UserError):
                 raise
+            except Differs as error:
+                problem = error
+                seen.append(str(error))
             except Exception as error:  # each of fsspec's file systems has errors of its own
                 problem = error
-            if attempt < TRIES - 1:
-                time.sleep(WAIT * 2**attempt)
-    if isinstance(problem, BadSample):
-        raise problem
+                time.sleep(WAIT * 2**attempt if attempt < TRIES - 1 else 0)
     reason = " ".join(f"{type(problem).__name__}: {problem}".split())
     raise UserError(f"{url} cannot be copied after {TRIES} tries ({reason}); check the address and the server")
 
 
+class Differs(Exception):
+    """A copy is not what the index says."""
+
+
+def _differs(path: Path) -> Path:
+    return path.with_name(path.name + ".differs")
+
+
+def forget_differing(folder: Path) -> None:
+    """Drop the copies that were not what they must be: the server may have better ones by now."""
+    for note in folder.glob("*.differs"):
+        note.with_suffix("").unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+
+
 def _is_here(path: Path, size: int | None) -> bool:
-    return path.is_file() and size in (None, path.stat().st_size)
+    return path.is_file() and (size in (None, path.stat().st_size) or _differs(path).exists())
 
 
-def _copy(url: str, path: Path, size: int | None, sha256: str | None) -> None:
+def _copy(url: str, path: Path, size: int | None, sha256: str | None, seen: Collection[str]) -> None:
+    """Copy it once. What differs from the index is kept only if an earlier copy differed in the same way."""
     options = {"client_kwargs": {"timeout": PATIENCE}} if url.startswith(("http://", "https://")) else {}
     try:
         system, place = fsspec.url_to_fs(url, **options)
@@ -84,10 +107,18 @@ def _copy(url: str, path: Path, size: int | None, sha256: str | None) -> None:
         raise UserError(f"{url}: {' '.join(str(error).split())}") from error
     with atomic_path(path) as part:
         system.get_file(place, str(part))
-        found = part.stat().st_size
-        if size not in (None, found):
-            raise BadSample(f"the server gives {found} bytes, the index says {size}")
-        if sha256 is not None:
-            with part.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise BadSample("the server gives another content than the index says (SHA-256)")
+        difference = _difference(part, size, sha256)
+        if difference is not None:
+            if difference not in seen:
+                raise Differs(difference)
+            log.warning("%s: %s; what can be read of it is used", url, difference)
+            write_text(_differs(path), difference + "\n")
+
+
+def _difference(part: Path, size: int | None, sha256: str | None) -> str | None:
+    found = part.stat().st_size
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
+    if size in (None, found) and digest == sha256:
+        return None
+    return f"the server gives {found} bytes with SHA-256 {digest}, the index says {size} and {sha256}"

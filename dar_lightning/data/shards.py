@@ -8,6 +8,7 @@ in `stream.py`, not by the order of the files.
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 from collections import OrderedDict
@@ -20,13 +21,15 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.remote import cache_folder, fetch, is_remote
-from dar_lightning.data.tar import Contents, read_headers
+from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
+from dar_lightning.data.tar import Contents, Sample, read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 
 INDEX = "index.json"
 VERSION = 1
+log = logging.getLogger(__name__)
+
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -129,7 +132,7 @@ class ShardIndex:
         """Where a shard lies; a remote one is copied first.
 
         Raises:
-            BadSample: The server has no such shard, or another one than the index says.
+            BadSample: The server has no such shard.
             UserError: The server does not answer.
         """
         path = self.root / shard.name
@@ -143,12 +146,17 @@ class ShardIndex:
     @staticmethod
     def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> Path:
         root = cache_folder(url, cache_dir, option)
+        forget_differing(root)
         try:
             fetch(f"{url}/{INDEX}", root / INDEX, renew=True)
         except FileNotFoundError as error:
             (root / INDEX).unlink(missing_ok=True)
             if needed:
                 raise UserError(f"{option}: {url} has no {INDEX}; give a pattern of .tar files instead") from error
+        except UserError as error:
+            if not (root / INDEX).is_file():
+                raise
+            log.warning("%s: %s; going on with the copy of before", option, error)
         return root
 
     @classmethod
@@ -156,6 +164,8 @@ class ShardIndex:
         content, shards = read_index(folder, option, ("classes",))
         if any(not shard.name.endswith(".tar") for shard in shards):
             raise UserError(f"{option}: {folder} holds token shards, images are needed")
+        if not isinstance(content["classes"], list) or not all(isinstance(name, str) for name in content["classes"]):
+            raise UserError(f"{option}: classes in {folder / INDEX} are no list of names; rebuild it")
         return cls(folder, shards, tuple(content["classes"]))
 
 
@@ -179,7 +189,7 @@ def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict
         shards = tuple(Shard(**shard) for shard in content["shards"])
         version = content["version"]
         missing = [name for name in needed if name not in content]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
     if version != VERSION:
         raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
@@ -213,12 +223,18 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
             raise UserError(f"{url}/{name} is missing, and no {INDEX} says what it should hold") from error
     elif entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
         return entry, []
-    contents = read_headers(path)
+    contents = _headers(path)
     found = len(contents.samples)
     if entry is None:  # of what has no end, who knows how much is missing: one sample at least
         entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
     flaws = ((position, contents.flaw(position)) for position in range(max(found, entry.samples)))
     return entry, [f"{name}/{contents.name(position)}: {flaw}" for position, flaw in flaws if flaw]
+
+
+def fingerprint(shards: Iterable[Shard], *more: object) -> str:
+    """A short hash of what shards hold, by their names, counts and SHA-256; and of other things in JSON."""
+    content = [(shard.name, shard.samples, shard.sha256) for shard in shards]
+    return hashlib.sha256(json.dumps([content, *more]).encode()).hexdigest()[:16]
 
 
 class ShardReader:
@@ -289,15 +305,29 @@ class ShardReader:
     def _read_shard(self, shard: Shard) -> tuple[BinaryIO | None, Contents]:
         try:
             path = self.index.path(shard)
-            contents = read_headers(path)
-            file = path.open("rb", buffering=0) if contents.samples else None
-        except (BadSample, OSError) as error:
-            return None, Contents([], str(error))
+        except BadSample as bad:
+            return None, Contents([], str(bad))
+        contents = _headers(path)
         if any(not sample.flaw for sample in contents.samples[shard.samples :]):
-            raise UserError(
-                f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
-            )
-        return file, contents
+            if shard.sha256 in (None, sha256(path)):
+                raise UserError(
+                    f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
+                )
+            # a damaged name has made two samples of one: these go last, the good ones keep a number
+            contents.samples.sort(key=lambda sample: bool(sample.flaw) or not _is_complete(sample))
+        return path.open("rb", buffering=0) if contents.samples else None, contents
+
+
+def _headers(path: Path) -> Contents:
+    """Like `read_headers`. What may be otherwise in a moment must not count as damage: samples would be lost."""
+    try:
+        return read_headers(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _is_complete(sample: Sample) -> bool:
+    return "cls" in sample.members and any(extension in sample.members for extension in IMAGE_TYPES)
 
 
 def image_member(members: dict[str, bytes]) -> bytes:
@@ -309,7 +339,7 @@ def image_member(members: dict[str, bytes]) -> bytes:
     for extension in IMAGE_TYPES:
         if extension in members:
             return members[extension]
-    raise BadSample(f"no image ({', '.join(IMAGE_TYPES)}), only {', '.join(sorted(members))[:100]}")
+    raise BadSample(f"no image ({', '.join(IMAGE_TYPES)})")
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:

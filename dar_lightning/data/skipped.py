@@ -1,12 +1,13 @@
-"""Bad samples: they are skipped, counted, named once in the log; and too many of them stop the run."""
+"""Bad samples: they are skipped, counted, named once in the log; and too many of them stop the run, on all ranks."""
 
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from dar_lightning.errors import UserError
+import torch
+import torch.distributed as dist
 
-SHOWN = 20  # lines in the log
+from dar_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -22,29 +23,52 @@ class Skipped:
 
     def __init__(self, option: str, total: int, max_share: float) -> None:
         self.option, self.total, self.max_share = option, total, max_share
-        self.reasons: dict[str, str] = {}  # "shard/key" -> why
-        self._lines = 0
+        self._lines: dict[str, None] = {}
+        self._met: dict[str, None] = {}  # since the last start()
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """ "shard/key" -> why."""
+        return dict(line.partition(": ")[::2] for line in self._lines)
+
+    def start(self) -> None:
+        """Begin a pass over the data, which is divided among the ranks."""
+        self._met = {}
 
     def add(self, found: Iterable[str]) -> None:
-        """Take note of bad samples, each "shard/key: reason". What comes at once gets one line a shard in the log.
+        """Take note of bad samples, each "shard/key: reason".
+
+        The log names each once; those that a shard has lost share a line.
+        """
+        found = dict.fromkeys(found)
+        self._met |= found
+        new = [line for line in found if line not in self._lines]
+        self._lines |= dict.fromkeys(new)
+        for _, lines in groupby(new, lambda line: line.partition("/#")[0]):  # lost ones have a number for a key
+            first, *more = lines
+            log.warning("%s: skipped %s%s", self.option, first, f", and {len(more)} more like it" if more else "")
+
+    def check(self, everywhere: bool = False) -> None:
+        """Refuse to go on if too many were met in this pass.
+
+        Args:
+            everywhere: Count those of all ranks, which must all call this at the same time.
 
         Raises:
-            UserError: There are too many now.
+            UserError: There are too many.
+            SystemExit: The same, with everywhere, on ranks above 0.
         """
-        pairs = [one.partition(": ")[::2] for one in found]
-        new = {name: reason for name, reason in pairs if name not in self.reasons}
-        self.reasons |= new
-        check_share(self.option, [": ".join(pair) for pair in self.reasons.items()], self.total, self.max_share)
-        for shard, names in groupby(new, lambda name: name.partition("/")[0]):
-            first, *more = names
-            self._warn(f"skipped {first}: {new[first]}" + (f", and {len(more)} more of {shard}" if more else ""))
-
-    def _warn(self, line: str) -> None:
-        self._lines += 1
-        if self._lines <= SHOWN:
-            log.warning("%s: %s", self.option, line)
-        elif self._lines == SHOWN + 1:
-            log.warning("%s: skipped more than %d samples, from now on they are only counted", self.option, SHOWN)
+        met = list(self._met)
+        if everywhere and dist.is_available() and dist.is_initialized():
+            count = torch.tensor(len(met), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(count)
+            if int(count) > self.max_share * self.total:
+                ranks = [None] * dist.get_world_size()
+                dist.all_gather_object(ranks, met)
+                met = list(dict.fromkeys(line for rank in ranks for line in rank))
+                if dist.get_rank() > 0:
+                    raise SystemExit(2)  # one rank says it
+        check_share(self.option, met, self.total, self.max_share)
 
 
 def check_share(option: str, bad: Sequence[str], total: int, max_share: float) -> None:

@@ -6,6 +6,7 @@ tar inside a tar is the same thing: a span of a file.
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,9 +102,9 @@ def image_folder(path: Path) -> Source:
                 continue
             # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
             key = file.stem if file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
-            size = file.stat().st_size
+            size, flaw = _size(file)
             place = (str(file), (("", 0, size),))
-            samples.append(Sample(key, relative.as_posix(), label, size, place))
+            samples.append(Sample(key, relative.as_posix(), label, size, place, flaw))
     return Source("image folder", tuple(folders), samples, ignored=tuple(ignored))
 
 
@@ -118,6 +119,15 @@ def _files(folder: Path) -> Iterable[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         above |= {os.path.join(parent, name): passed | {real} for name in folders}
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _size(file: Path) -> tuple[int, str]:
+    """Bytes of a file, and why it cannot be read, or ""."""
+    try:
+        status = file.stat()
+    except OSError as error:  # a link to nowhere
+        return 0, f"cannot be read: {error.strerror}"
+    return status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a file"
 
 
 def shards(path: str) -> Source:
@@ -157,8 +167,9 @@ def _shard_sample(file: str, name: str, found: tar.Sample, num_classes: int) -> 
 
 
 def _label(text: str, num_classes: int) -> tuple[int, str]:
-    if not (text.isascii() and text.isdigit()) or (num_classes and int(text) >= num_classes):
-        return -1, f"label {text!r}"
+    # int() refuses more than a few thousand digits, and int64 has fewer than 20
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or (num_classes and int(text) >= num_classes):
+        return -1, f"label {text[:20]!r}"
     return int(text), ""
 
 
@@ -173,7 +184,10 @@ def choose_classes(source: Source, wanted: str) -> Source:
         UserError: A name is unknown or repeated.
     """
     is_file = os.path.isfile(wanted)  # Path.is_file raises on a list longer than a file name may be
-    names = Path(wanted).read_text(encoding="utf-8").splitlines() if is_file else wanted.split(",")
+    try:
+        names = Path(wanted).read_text(encoding="utf-8").splitlines() if is_file else wanted.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"classes: {wanted} is no text file in UTF-8 ({error})") from error
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f"classes: {wanted!r} names no class")

@@ -6,6 +6,7 @@ Hence the batches do not depend on the number of workers, resuming needs no repl
 size see the same global batches as one.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,9 +14,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from dar_lightning.data.skipped import Skipped
 from dar_lightning.errors import UserError
+
+CHECK = 50  # batches between two comparisons of the ranks' bad samples
+KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 
 
 class Ticket(NamedTuple):
@@ -115,21 +121,33 @@ class EvalSampler(DistributedSampler):
 class Loader(DataLoader):
     """A DataLoader that takes note of the bad samples in its batches, in the dataset's `skipped`.
 
-    Workers' user errors arrive as the one line that they are, not as a traceback.
+    Ranks compare their counts every CHECK batches and at the end, so that they stop together. Workers' user errors
+    arrive as the one line that they are, not as a traceback.
     """
 
     waited = 0.0  # seconds in which whoever iterates stood still for the next batch, so far
 
     def __iter__(self) -> Iterator[Any]:
+        skipped: Skipped | None = getattr(self.dataset, "skipped", None)
+        together = isinstance(self.sampler, (TrainSampler, EvalSampler))  # every rank has as many batches as this one
+        if skipped is not None:
+            skipped.start()
         try:
-            for batch in self._timed(super().__iter__()):
-                for said in filter(None, batch.pop("skipped", ())):
-                    self.dataset.skipped.add([said])
+            for number, batch in enumerate(self._timed(super().__iter__()), start=1):
+                if skipped is not None:
+                    skipped.add(filter(None, batch.pop("skipped")))
+                    if not together or number % CHECK == 0 or number == len(self):
+                        skipped.check(everywhere=together)
                 yield batch
             return
         except UserError as error:
             message = str(error).strip().rpartition("UserError: ")[2]
             error.__traceback__ = None  # its frames hold the workers, too
+        except RuntimeError as error:
+            if not KILLED.search(str(error)):
+                raise
+            message = f"num_workers: {' '.join(str(error).split())}; is there enough memory for {self.num_workers}?"
+            error.__traceback__ = None
         self._iterator = None  # so the workers end at once
         raise UserError(message)
 
@@ -169,6 +187,7 @@ class TrainLoader(Loader):
             "position": self.position - self.unfinished(),
             "global_batch": self.sampler.global_batch,
             "samples": len(self.sampler.dataset),
+            "fingerprint": self.sampler.dataset.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -178,8 +197,12 @@ class TrainLoader(Loader):
             UserError: The global batch or the data are not those of the checkpoint.
         """
         mine = self.state_dict()
-        for name, what in (("global_batch", "batch size x devices"), ("samples", "number of training samples")):
-            if state[name] != mine[name]:
+        for name, what in (
+            ("global_batch", "batch size x devices"),
+            ("samples", "number of training samples"),
+            ("fingerprint", "fingerprint of the training data (shards' names, contents and classes)"),
+        ):
+            if state.get(name, mine[name]) != mine[name]:
                 raise UserError(
                     f"cannot resume: {what} was {state[name]} in the checkpoint and is {mine[name]} now; use the same, "
                     "or start a new run from its weights"
@@ -206,6 +229,11 @@ class StreamDataModule(L.LightningDataModule):
         self._loader: TrainLoader | None = None
         self._restored: dict[str, int] | None = None
 
+    def setup(self, stage: str) -> None:
+        """Called by the Trainer at the start of everything that it does: training begins anew, or is restored."""
+        if stage == "fit":
+            self._loader = None
+
     def _train_loader(self, dataset: Dataset, order: Callable[[int], np.ndarray]) -> Loader:
         world, rank, overfit = 1, 0, 0
         if self.trainer is not None:
@@ -217,6 +245,7 @@ class StreamDataModule(L.LightningDataModule):
             raise UserError(
                 f"batch_size: {self.batch_size} on {world} device(s) is more than the {len(dataset)} training samples"
             )
+        before = self._loader
         self._loader = TrainLoader(
             dataset,
             batch_size=self.batch_size,
@@ -231,6 +260,8 @@ class StreamDataModule(L.LightningDataModule):
         if self._restored is not None:
             self._loader.load_state_dict(self._restored)
             self._restored = None
+        elif before is not None:  # Trainer(reload_dataloaders_every_n_epochs=...)
+            self._loader.sampler.position = before.position
         return self._loader
 
     def _eval_loader(self, dataset: Dataset) -> Loader:
@@ -259,7 +290,8 @@ class StreamDataModule(L.LightningDataModule):
         Raises:
             UserError: The order of the data is not the checkpoint's.
         """
-        if (seed := state_dict.get("seed", self.seed)) != self.seed:
+        training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if training and (seed := state_dict.get("seed", self.seed)) != self.seed:
             raise UserError(
                 f"cannot resume: data.seed was {seed} in the checkpoint and is {self.seed} now; use the same, or start "
                 "a new run from its weights"

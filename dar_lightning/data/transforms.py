@@ -102,14 +102,22 @@ def ten_crop(image: Image.Image, size: int, number: int) -> Image.Image:
     The ADM centre crop of 1.1 `size` is taken first; of that square, numbers 0 to 4 are the corners (top left, top
     right, bottom left, bottom right) and the middle, 5 to 9 the same ones mirrored, in torchvision's order.
     """
-    large = int(size * 1.1)
-    image = center_crop(image, large)
+    return one_of_ten(ten_crop_square(image, size), size, number)
+
+
+def ten_crop_square(image: Image.Image, size: int) -> Image.Image:
+    """The square that `ten_crop` cuts from: the ADM centre crop of 1.1 `size`."""
+    return center_crop(image, int(size * 1.1))
+
+
+def one_of_ten(square: Image.Image, size: int, number: int) -> Image.Image:
+    """Crop `number` of that square."""
     if number >= 5:
         # the mirror comes before the crop, so crop 5 shows what was at the top right
-        image = flip(image)
-    far, middle = large - size, round((large - size) / 2)
+        square = flip(square)
+    far, middle = square.width - size, round((square.width - size) / 2)
     left, top = ((0, 0), (far, 0), (0, far), (far, far), (middle, middle))[number % 5]
-    return image.crop((left, top, left + size, top + size))
+    return square.crop((left, top, left + size, top + size))
 
 
 def to_tensor(image: Picture) -> Tensor:

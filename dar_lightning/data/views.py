@@ -1,5 +1,6 @@
 """All views of every image: what `dar extract` tokenizes, in batches that keep to the shards."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.imagenet import decode, describe, read_label
+from dar_lightning.data.imagenet import NEEDED, decode, describe, read_label
 from dar_lightning.data.shards import ShardIndex, ShardReader
 from dar_lightning.data.stream import sample_generator
 
@@ -49,16 +50,19 @@ class Views:
 
     def of(self, image: Image.Image, sample: int) -> Tensor:
         """The views (V, 3, S, S) uint8 of an image, which is sample number `sample`."""
-        return torch.stack([transforms.to_tensor(self._view(image, sample, number)) for number in range(len(self))])
+        return torch.stack([transforms.to_tensor(view) for view in self._cut(image, sample)])
 
-    def _view(self, image: Image.Image, sample: int, number: int) -> Image.Image:
+    def _cut(self, image: Image.Image, sample: int) -> Iterator[transforms.Picture]:
         if self.crops == "ten_crop":
-            return transforms.ten_crop(image, self.size, number)
-        if self.crops == "random":
-            generator = sample_generator(self.seed, number, sample)
-            return transforms.random_flip(transforms.random_crop(image, self.size, generator), generator)
-        image = transforms.center_crop(image, self.size)
-        return transforms.flip(image) if number == 1 else image
+            square = transforms.ten_crop_square(image, self.size)  # scaled once for all ten
+            yield from (transforms.one_of_ten(square, self.size, number) for number in range(10))
+        elif self.crops == "random":
+            for number in range(self.random_crops):
+                generator = sample_generator(self.seed, number, sample)
+                yield transforms.random_flip(transforms.random_crop(image, self.size, generator), generator)
+        else:
+            middle = transforms.center_crop(image, self.size)
+            yield from (middle, transforms.flip(middle))[: len(self)]
 
 
 class ViewBatches(Dataset):
@@ -99,7 +103,7 @@ class ViewBatches(Dataset):
 
     def _sample(self, number: int) -> dict:
         try:
-            _, key, members = self.reader[number]
+            _, key, members = self.reader.read(number, only=NEEDED)
             views, label = self.views.of(decode(members), number), read_label(members, self.num_classes)
         except BadSample as bad:
             black = torch.zeros(len(self.views), 3, self.views.size, self.views.size, dtype=torch.uint8)

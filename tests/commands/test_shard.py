@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -194,6 +195,20 @@ def test_links_in_circles(tree, tmp_path):
     assert len(read(tmp_path / "out")) == sum(COUNTS) + 1
 
 
+def test_what_is_no_file_is_skipped(tree, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(tree, folder)
+    (folder / "apple" / "dangling.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "apple" / "pipe.png")
+    shard(str(folder), str(tmp_path / "out"), max_bad_share=0.5, workers=1)
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert {each["name"]: each["reason"] for each in skipped} == {
+        "apple/dangling.png": "cannot be read: No such file or directory",
+        "apple/pipe.png": "not a file",
+    }
+    assert len(read(tmp_path / "out")) == sum(COUNTS)
+
+
 def test_split_has_the_same_share_of_every_class(tmp_path):
     tree = write_tree(tmp_path / "in", (20, 7, 3))
     shard(str(tree), str(tmp_path / "out"), val_fraction=0.2, max_per_shard=10, workers=1)
@@ -284,7 +299,7 @@ def test_too_many_bad_images_stop_it(tree, tmp_path):
 
 def test_shards_with_bad_samples(tmp_path):
     samples = [(f"s{i}", {"png": encoded(i, "PNG"), "cls": str(i % 3).encode()}) for i in range(6)]
-    changes = {1: {"cls": b"-1"}, 2: {"cls": b"abc"}, 3: {"cls": None}, 4: {"png": None}, 5: {"png": b"\0" * 99}}
+    changes = {1: {"cls": b"-1"}, 2: {"cls": b"9" * 5000}, 3: {"cls": None}, 4: {"png": None}, 5: {"png": b"\0" * 99}}
     for number, change in changes.items():
         members = samples[number][1] | change
         samples[number] = samples[number][0], {name: value for name, value in members.items() if value is not None}
@@ -292,7 +307,12 @@ def test_shards_with_bad_samples(tmp_path):
     shard(str(tmp_path / "in"), str(tmp_path / "out"), max_bad_share=1, seed=None, workers=1)
     reasons = {each["key"]: each["reason"] for each in json.loads((tmp_path / "out" / "skipped.json").read_text())}
     assert [each["__key__"] for each in read(tmp_path / "out")] == ["s0"]
-    assert [reasons[f"s{i}"] for i in (1, 2, 3, 4)] == ["label '-1'", "label 'abc'", "no .cls member", "no image"]
+    assert [reasons[f"s{i}"] for i in (1, 2, 3, 4)] == [
+        "label '-1'",
+        f"label '{'9' * 20}'",
+        "no .cls member",
+        "no image",
+    ]
     assert reasons.keys() == {f"s{i}" for i in changes}
 
 
@@ -367,6 +387,10 @@ def test_inputs_that_cannot_be(tree, tmp_path, capsys):
     assert "holds neither folders of images (one per class) nor .tar files" in said(tree / "apple")
     assert "holds no images" in said(tmp_path / "empty")
     assert "holds train, which are no classes; give one of these" in said(tmp_path / "data")
+    assert "https://host/x is an address; copy it to this machine first" in said("https://host/x")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+    words = ["--input", tree, "--output", tmp_path / "out", "--classes", tmp_path / "classes.txt"]
+    assert "classes.txt is no text file in UTF-8" in refusal(capsys, *words)
 
 
 def test_an_output_of_something_else(tree, tmp_path, capsys):
@@ -378,6 +402,8 @@ def test_an_output_of_something_else(tree, tmp_path, capsys):
     other = write_tree(tmp_path / "other", (7, 5, 9))
     assert "was made from another input" in refusal(capsys, *command, other, "--size", 20)
     assert files(tmp_path / "out") == before
+    (tmp_path / "out" / "plan.json").write_text("[1]")
+    assert "plan.json is not readable" in refusal(capsys, *command, tree, "--size", 20)
     (tmp_path / "out" / "plan.json").unlink()
     assert "holds shards from elsewhere" in refusal(capsys, *command, tree, "--size", 20)
 

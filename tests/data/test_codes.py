@@ -274,6 +274,29 @@ def test_a_shard_that_lost_its_end_and_one_that_is_missing(tokenizers, damaged, 
         run(tokenizers, folder, tmp_path / "tokens", crops="center", max_bad_share=0.9)
 
 
+def test_damaged_token_shards_get_one_line(ten, tmp_path):
+    """A token that is none, headers that are damaged somewhere."""
+    for name in ("token", "header"):
+        shutil.copytree(ten, tmp_path / name)
+    path = tmp_path / "token" / "000001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-500:] = b"\xff" * 500  # the codes lie behind the labels
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"000001\.safetensors is damaged: it has token \d+, the codebook \d+"):
+        list(CodesDataModule(str(tmp_path / "token"), batch_size=13).train_dataloader())
+    path = tmp_path / "header" / "000001.safetensors"
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for place in range(0, length, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            list(CodesDataModule(str(tmp_path / "header"), batch_size=13).train_dataloader())
+        except UserError:
+            refused += 1
+    assert refused > length / 7 / 4, "the rest is in keys and names, which nothing depends on"
+
+
 def test_batches_hold_one_crop_of_each_image(ten):
     module = CodesDataModule(str(ten), str(ten), batch_size=13, seed=1)
     stored = np.concatenate([load_file(ten / f"00000{i}.safetensors")["codes"] for i in range(3)])

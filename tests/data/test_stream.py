@@ -1,5 +1,7 @@
 """The order of the data, alone and under a Trainer that is stopped and resumed."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from lightning.pytorch.cli import instantiate_class
 from tiny_shards import sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import write_shard
+from dar_lightning.data.shards import sha256, write_shard
 from dar_lightning.data.stream import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
@@ -222,6 +224,60 @@ def test_resume_refuses_another_seed(shards, tmp_path):
     _, trainer = fit(shards, tmp_path, max_steps=2)
     with pytest.raises(UserError, match=r"data\.seed was 3 in the checkpoint and is 4 now"):
         make(shards, seed=4).load_state_dict(trainer.datamodule.state_dict())
+
+
+def test_validation_may_have_another_seed(shards, tmp_path):
+    _, trainer = fit(shards, tmp_path, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    L.Trainer(**quiet).validate(Recorder(), make(shards, seed=4), ckpt_path=str(tmp_path / "end.ckpt"))
+
+
+def test_resume_refuses_other_data(shards, tmp_path):
+    """As many samples, in another order or with other labels."""
+    _, trainer = fit(shards, tmp_path, max_steps=2)
+    state = trainer.datamodule.state_dict()
+    for folder, start in (("same", 0), ("other", 1)):
+        numbers = [(number + start) % 26 for number in range(26)]
+        parts = [numbers[:10], numbers[10:19], numbers[19:]]
+        for i, part in enumerate(parts):
+            write_shard(tmp_path / folder / f"{i:06d}.tar", [sample(number) for number in part])
+        shutil.copy(shards / "index.json", tmp_path / folder)
+    index = json.loads((shards / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["sha256"] = sha256(tmp_path / "other" / shard["name"])
+    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
+    moved = make(tmp_path / "same")
+    moved.load_state_dict(state)
+    moved.train_dataloader()
+    for other in (make(tmp_path / "other"), make(shards, classes=["b", "a", "c", "d"])):
+        other.load_state_dict(state)
+        with pytest.raises(UserError, match="cannot resume: fingerprint of the training data"):
+            other.train_dataloader()
+
+
+def test_loaders_made_anew_go_on(shards, tmp_path):
+    whole, _ = fit(shards, tmp_path, max_epochs=3)
+    anew, _ = fit(shards, tmp_path, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert anew.seen == whole.seen
+    data = make(shards)
+    for _ in range(2):  # the second training is one of its own
+        model = Recorder()
+        trainer = L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.fit(model, datamodule=data)
+        assert model.seen == whole.seen[:4]
+
+
+def test_training_and_validation_must_have_the_same_classes(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "val")
+    index = json.loads((shards / "index.json").read_text())
+    for classes, line in (
+        ("abdc", "its class 2 is d, in data.train that is c"),
+        ("abc", "its class 3 is missing, in data.train that is d"),
+    ):
+        (tmp_path / "val" / "index.json").write_text(json.dumps(index | {"classes": list(classes)}))
+        with pytest.raises(UserError, match=f"data.val: {line}"):
+            ImageNetDataModule(str(shards), str(tmp_path / "val")).setup("fit")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
