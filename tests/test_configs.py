@@ -117,6 +117,7 @@ def test_lpips_goes_on_from_other_weights(tmp_path, capsys):
     files = [
         "--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer",
         f"--model.init_args.perceptual.init_args.weights_path={vgg}",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
     first_step(TOKENIZER, tmp_path, "--config", LPIPS, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))

@@ -183,17 +183,20 @@ def test_tokens_of_another_tokenizer_are_refused(tokens, tmp_path):
 
 
 def test_resuming_late_reads_no_more_than_resuming_early(shards, tokens, tmp_path, monkeypatch):
-    for data, source, reader in ((ImageNetDataModule, shards, ShardReader), (CodesDataModule, tokens, CodesDataset)):
+    for data, source, reader, name in (
+        (ImageNetDataModule, shards, ShardReader, "read"),
+        (CodesDataModule, tokens, CodesDataset, "__getitem__"),
+    ):
         root = tmp_path / data.__name__
         root.mkdir()
         reads = []
-        read = reader.__getitem__
+        read = getattr(reader, name)
 
-        def counted(self, number, read=read, reads=reads):
+        def counted(self, number, read=read, reads=reads, **options):
             reads.append(number)
-            return read(self, number)
+            return read(self, number, **options)
 
-        monkeypatch.setattr(reader, "__getitem__", counted)
+        monkeypatch.setattr(reader, name, counted)
 
         def fit(data=data, source=source, root=root, ckpt_path=None, **options):
             trainer = L.Trainer(
