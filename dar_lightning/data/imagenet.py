@@ -201,7 +201,7 @@ class ImageNetDataModule(StreamDataModule):
         num_classes: Labels in the shards are 0 to num_classes - 1. Left out, it is the number of class names in the
             shards' index.
         classes: Use only these classes, by name or number; the first one becomes label 0, the next 1, and so on. All
-            labels are read at the start, which takes a minute or two for ImageNet.
+            labels are read at the start; for ImageNet that is some minutes.
         cache_dir: Folder for copies of remote shards; each is copied when it is first needed.
         max_bad_share: Largest share of a split's samples that may be bad.
     """

@@ -59,7 +59,7 @@ class Skipped:
             SystemExit: The same, with everywhere, on ranks above 0.
         """
         met = list(self._met)
-        if everywhere and dist.is_available() and dist.is_initialized():
+        if everywhere:
             count = torch.tensor(len(met), device="cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(count)
             if int(count) > self.max_share * self.total:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -129,7 +130,10 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         skipped: Skipped | None = getattr(self.dataset, "skipped", None)
-        together = isinstance(self.sampler, (TrainSampler, EvalSampler))  # every rank has as many batches as this one
+        # with these, every rank has as many batches as this one
+        together = (
+            isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_available() and dist.is_initialized()
+        )
         if skipped is not None:
             skipped.start()
         try:
