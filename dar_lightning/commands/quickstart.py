@@ -95,7 +95,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
     ]
     tokens = ("--data.init_args.train", f"{out}/codes/train", "--data.init_args.val", f"{out}/codes/val")
     sample = ("sample", "--config", f"{CONFIGS}/sample.yaml")
-    layout = ("--layout", f"{CONFIGS}/layout.png", "--prefix", "2", "--per_class", "6")
+    layout = ("--layout", f"{CONFIGS}/layout.png", "--prefix", "4", "--per_class", "6")
     draw_shipped = Stage(
         "shipped",
         "draw with the weights that come with the package",
@@ -127,7 +127,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "ar",
             f"train the Llama {start}",
-            10 if from_scratch else 1.3,
+            15 if from_scratch else 1.3,
             pipeline / "config.json",
             (
                 (*fit("ar", from_scratch), "--trainer.default_root_dir", f"{out}/ar", *tokens),
@@ -139,7 +139,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         ),
         Stage(
             "sample",
-            "draw every class, and every class with the first 2 tokens of one photo",
+            "draw every class, and every class with the first 4 tokens of one photo",
             0.5,
             out / "layout/layout.png",
             (
