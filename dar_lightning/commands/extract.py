@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesIndex, describe, read_header, write_codes
@@ -21,6 +22,8 @@ from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
+
+STOP = "dar_extract_stop"  # in the process group's store: why all ranks must stop
 
 
 def extract(
@@ -125,9 +128,20 @@ def extract(
 
 
 def _predict(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
-    """Every rank's shards, until all ranks are done."""
+    """Every rank's shards, until all ranks are done.
+
+    Raises:
+        UserError: Too many samples of one rank are bad; on rank 0, whichever rank it was.
+        SystemExit: The same on the other ranks.
+    """
+    mistake = None
     try:
         trainer.predict(module, datamodule=data, return_predictions=False)
+    except UserError as error:
+        if trainer.world_size == 1:
+            raise
+        mistake = str(error)
+        _get_default_store().set(STOP, mistake)
     except BaseException:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # the other ranks, which Lightning would leave running
@@ -135,7 +149,13 @@ def _predict(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDat
     if trainer.world_size > 1:
         # Lightning's barrier gives up after 30 minutes, and a rank without a shard waits for as long as one takes
         patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier(patient)
+        mistakes = [None] * trainer.world_size
+        torch.distributed.all_gather_object(mistakes, mistake, group=patient)
+        mistake = next(filter(None, mistakes), None)
+        if mistake and not trainer.is_global_zero:
+            raise SystemExit(0)  # rank 0 reports it; Lightning kills it once another rank has left with an error
+        if mistake:
+            raise UserError(mistake)
 
 
 def _finish(
@@ -256,6 +276,8 @@ class ShardWriter(L.Callback):
         """Called by Lightning with the tokens (B, V, N) of a batch."""
         if trainer.received_sigterm:  # Lightning stops for it in training only
             raise SystemExit(128 + signal.SIGTERM)
+        if trainer.world_size > 1 and _get_default_store().check([STOP]):
+            raise UserError(_get_default_store().get(STOP).decode())
         for codes, label, key, flaw in zip(
             outputs.cpu().numpy().astype(self.dtype),
             batch["label"].tolist(),

@@ -1,9 +1,11 @@
 """`dar extract` dies, in processes of its own, and is started again: its files are those of an unbroken run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,27 @@ def test_more_devices_than_shards(tokenizer, shards, whole, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("26 images x 3 crops x 8 tokens") == 1
     assert contents(output) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_too_many_bad_samples_on_either_device(damaged, tokenizer, shards, tmp_path):
+    """The rank that meets them stops the other one, and the command ends like any other mistake."""
+    folder, output = tmp_path / "shards", tmp_path / "codes"
+    shutil.copytree(shards, folder)
+    path = sorted(folder.glob("*.tar"))[damaged]  # rank 0 reads shards 0 and 2, rank 1 reads shard 1
+    with tarfile.open(path) as tar:
+        member = next(member for member in tar if member.name.endswith(".png"))
+    content = bytearray(path.read_bytes())
+    middle = member.offset_data + member.size // 2
+    content[middle : middle + 100] = bytes(100)
+    path.write_bytes(content)
+    words = command(tokenizer, folder, output, 2)
+    process = subprocess.run(
+        [sys.executable, "-m", "dar_lightning", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.count("dar extract: shards: ") == 1
+    assert "1 of 26 samples cannot be used" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (output / "index.json").exists()
