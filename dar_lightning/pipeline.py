@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dar_lightning.ahead import run_ahead
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import Generators, Guidance, stream_tokens
 from dar_lightning.errors import UserError
@@ -66,10 +68,12 @@ class DARPipeline:
         solver: str = "adams2",
         num_steps: int | None = None,
         generator: Generators = None,
+        overlap: bool | None = None,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
-        The first preview is there when the first group is: 1/K of the tokens and one diffusion step.
+        The first preview is there when the first group is: 1/K of the tokens and one diffusion step. Closing the
+        returned generator (or leaving a loop over it) stops the work.
 
         Args:
             labels: (B,) int64 classes.
@@ -82,6 +86,8 @@ class DARPipeline:
             solver: see tokenizer.flow.integrate.
             num_steps: diffusion steps; None is K.
             generator: a torch.Generator, or a list with one per image: then an image does not depend on its batch.
+            overlap: write the next tokens while a diffusion step runs, on a thread and stream of their own; the images
+                are the same. None does so on CUDA, where neither fills the device alone.
 
         Yields:
             K previews; the last one is what `generate` returns for the same arguments.
@@ -89,17 +95,18 @@ class DARPipeline:
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         codes: list[Tensor] = []
+        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, prefix=prefix, generator=generator)
+        overlap = self.device.type == "cuda" if overlap is None else overlap
+        with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
-        def written() -> Iterator[Tensor]:
-            for tokens in stream_tokens(
-                self.ar, labels, guidance, temperature, top_k, top_p, prefix=prefix, generator=generator
-            ):
-                codes.append(tokens)
-                yield tokens[:, None]
+            def read() -> Iterator[Tensor]:
+                for column in tokens:
+                    codes.append(column)
+                    yield column[:, None]
 
-        previews = self.tokenizer.stream(written(), noise, solver, num_steps)
-        for group, images in enumerate(previews, start=1):
-            yield Preview(images, torch.stack(codes, dim=1), group)
+            previews = self.tokenizer.stream(read(), noise, solver, num_steps)
+            for group, images in enumerate(previews, start=1):
+                yield Preview(images, torch.stack(codes, dim=1), group)
 
     def generate(self, labels: Tensor, **options) -> Tensor:
         """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`."""
