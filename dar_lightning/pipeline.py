@@ -16,6 +16,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 from dar_lightning.pretrained import read_json, resolve_folder
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.weights import load_model
 
 PIPELINE_CONFIG = "config.json"
 
@@ -160,3 +161,17 @@ class DARPipeline:
             raise UserError(f"{folder / PIPELINE_CONFIG}: classes must be a list of names")
         tokenizer = SequentialDiffusionTokenizer.from_pretrained(folder / "tokenizer")
         return cls(tokenizer, ARModel.from_pretrained(folder / "ar"), tuple(classes))
+
+    @classmethod
+    def from_parts(cls, tokenizer: str | Path, ar: str | Path, classes: tuple[str, ...] = ()) -> "DARPipeline":
+        """Put a pipeline together from two trainings.
+
+        Args:
+            tokenizer: a checkpoint of `dar fit`, a folder or a Hub repository.
+            ar: the same of an AR model.
+            classes: names of the classes.
+
+        Raises:
+            UserError: if one of them cannot be read or is of the other kind, or they do not belong together.
+        """
+        return cls(load_model(tokenizer, SequentialDiffusionTokenizer), load_model(ar, ARModel), classes)

@@ -150,6 +150,20 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     return model.eval()
 
 
+def load_model(source: str | Path, model_class: type[Model]) -> Model:
+    """A model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
+
+    Raises:
+        UserError: if it cannot be read, or is a model of another kind.
+    """
+    if not Path(source).is_file():
+        return model_class.from_pretrained(source)
+    model = load_lightning_checkpoint(source)
+    if not isinstance(model, model_class):
+        raise UserError(f"{source} is of a {type(model).__name__}: need one of a {model_class.__name__}")
+    return model
+
+
 def _never_averaged(checkpoint: Mapping[str, Any]) -> bool:
     state = checkpoint.get("averaging_state")
     count = state.get("n_averaged") if isinstance(state, Mapping) else None

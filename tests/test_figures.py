@@ -1,11 +1,11 @@
-"""image_grid puts every pixel where it belongs."""
+"""image_grid puts every pixel where it belongs; what animations are made of."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dar_lightning.figures import MIN_SIDE, PAD, image_grid, save_png
+from dar_lightning.figures import MIN_SIDE, PAD, blend, image_grid, mosaic, save_png
 
 
 def noise(rows: int, columns: int, height: int, width: int) -> torch.Tensor:
@@ -55,3 +55,17 @@ def test_save_png_whole_or_not_at_all(tmp_path):
     with pytest.raises(AttributeError):
         save_png(None, tmp_path / "y.png")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_fading_from_one_image_to_the_next():
+    images = torch.tensor([0, 100, 60], dtype=torch.uint8).view(3, 1, 1)
+    assert blend(images, 4).flatten().tolist() == [0, 25, 50, 75, 100, 90, 80, 70, 60]
+    assert torch.equal(blend(images, 1), images)
+    assert torch.equal(blend(images[:1], 4), images[:1])
+
+
+def test_a_mosaic_leaves_gaps_white():
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 96, 96)
+    pixels = np.asarray(mosaic(images))[..., 0]
+    assert pixels.shape == (2 * 100 + 4, 2 * 100 + 4)
+    assert [pixels[50, 50], pixels[50, 150], pixels[150, 50], pixels[150, 150]] == [0, 1, 2, 255]

@@ -1,27 +1,35 @@
 """`dar sample`: draw images with a pipeline, and show how they came to be."""
 
-import hashlib
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
+from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import choose_device
+from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
-from dar_lightning.figures import image_grid, save_png
+from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.weights import fingerprint
+
+ANIMATED = 16  # images in the animation, at most
+PREVIEW_SECONDS = 0.5  # that it shows each preview for
+METADATA = "dar"  # the text chunk of a PNG
 
 
 def sample(
-    pipeline: str,
     output: str,
+    pipeline: str | None = None,
+    tokenizer: str | None = None,
+    ar: str | None = None,
     classes: str = "all",
     per_class: int = 4,
     seed: int = 0,
@@ -31,20 +39,26 @@ def sample(
     top_p: float = 1.0,
     solver: str = "adams2",
     num_steps: int | None = None,
+    num_previews: int | None = None,
+    frames: int = 4,
     layout: str | None = None,
-    prefix: int | None = None,
+    variations: bool = False,
+    prefix: str | int | None = None,
     batch_size: int = 32,
     device: str = "auto",
 ) -> None:
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
 
     Writes `samples.png` (a row per class), `previews.png` (a film strip for the first image of each class: the
-    preview after each group of tokens), `samples.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and `samples.json`. With
-    `layout`, `layout.png`: the reference image, and for each class the images that share its first tokens.
+    preview after each group of tokens), `stream.webp` (the same as an animation, of up to 16 images), `images/` (a PNG
+    per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and
+    `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes the place of `samples.png`.
 
     Args:
-        pipeline: folder or Hugging Face repository.
         output: folder to write to.
+        pipeline: folder, Hugging Face repository, or "fruit64", which comes with the package.
+        tokenizer: instead of a pipeline, with `ar`: a folder or repository, or a checkpoint of `dar fit`.
+        ar: the same for the AR model; its classes have numbers and no names.
         classes: class names or numbers, separated by commas, or "all".
         per_class: images per class.
         seed: image i of a class is a function of (seed, class, i) alone, whatever the batch size.
@@ -54,30 +68,25 @@ def sample(
         top_p: keep the most likely tokens with this much probability.
         solver: "adams2", "euler" or "adams2_variable".
         num_steps: diffusion steps; None is the number of groups.
-        layout: an image file whose first tokens every sample keeps.
-        prefix: how many tokens to keep of it; None is one group.
+        num_previews: how many of the previews the film strip shows, evenly spaced, the last one always; None is all.
+        frames: frames of the animation per preview; those in between fade from one to the next.
+        layout: an image file whose first tokens every sample keeps (paper, Fig. 6).
+        variations: every sample keeps the first tokens of the class's first image, and draws the others anew.
+        prefix: how many tokens to keep for layout or variations, or several numbers, separated by commas; None is one
+            group.
         batch_size: images at a time.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
     """
     place = choose_device(device)
-    pipe = DARPipeline.from_pretrained(pipeline).to(place)
+    pipe = open_pipeline(pipeline, tokenizer, ar).to(place)
+    config = pipe.tokenizer.config
     names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
     labels = [pipe.label(name.strip()) for name in names]
-    if per_class < 1 or batch_size < 1:
-        raise UserError(f"per_class {per_class} and batch_size {batch_size} must be at least 1")
-    kept, reference = None, None
-    if layout is not None:
-        reference = _read_image(layout, pipe.tokenizer.config.image_size)
-        count = pipe.tokenizer.config.window if prefix is None else prefix
-        if not 1 <= count < pipe.tokenizer.config.num_tokens:
-            raise UserError(f"prefix is {count}: keep from 1 to {pipe.tokenizer.config.num_tokens - 1} tokens")
-        kept = pipe.tokenizer.tokenize(to_float(reference[None]).to(place))[:, :count]
-    elif prefix is not None:
-        raise UserError("prefix is set without layout: give the image whose tokens are to be kept")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    options = {
+    if min(per_class, batch_size, frames) < 1:
+        raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
+    shown = preview_numbers(num_previews, config.num_groups)
+    lengths = _prefix_lengths(prefix, layout is not None, variations, config)
+    options: dict[str, Any] = {
         "guidance": guidance,
         "temperature": temperature,
         "top_k": top_k,
@@ -85,50 +94,114 @@ def sample(
         "solver": solver,
         "num_steps": num_steps,
     }
-    jobs = [(label, number) for label in labels for number in range(per_class)]
-    finals, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
-    for start in tqdm(range(0, len(jobs), batch_size), desc="sample", unit="batch"):
-        batch = jobs[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(_image_seed(seed, *job)) for job in batch]
-        stream = pipe.stream(
-            torch.tensor([label for label, _ in batch]),
-            prefix=None if kept is None else kept.expand(len(batch), -1),
-            generator=generators,
-            **options,
-        )
-        previews = torch.stack([to_uint8(preview.images).cpu() for preview in stream], dim=1)  # (B, K, 3, H, W)
-        finals += previews[:, -1].unbind()
-        strips += [strip for strip, (_, number) in zip(previews, batch, strict=True) if number == 0]
-    images = torch.stack(finals).unflatten(0, (len(labels), per_class))  # (classes, per_class, 3, H, W)
 
+    first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
+    if layout is not None:
+        first = _read_image(layout, config.image_size).expand(len(labels), -1, -1, -1)
+        kept = pipe.tokenizer.tokenize(to_float(first[:1]).to(place)).expand(len(labels), -1)
+    elif variations:
+        originals = list(draw(pipe, [Job(label, 0) for label in labels], seed, batch_size, options))
+        first = torch.stack([drawn.previews[-1] for drawn in originals])
+        kept = torch.stack([drawn.codes for drawn in originals])
+    start = int(variations)  # image 0 is the one that is varied
+    jobs = [
+        Job(label, number, tokens[:length])
+        for length in lengths
+        for label, tokens in zip(labels, kept, strict=True)
+        for number in range(start, start + per_class)
+    ]
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
-    groups = [f"group {m}" for m in range(1, pipe.tokenizer.config.num_groups + 1)]
-    save_png(image_grid(torch.stack(strips), rows, groups), folder / "previews.png")
-    if reference is None:
-        save_png(image_grid(images, rows), folder / "samples.png")
+    weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
+    for job, drawn in zip(jobs, draw(pipe, jobs, seed, batch_size, options), strict=True):
+        images.append(drawn.previews[-1])
+        if job.number == start and len(strips) < len(labels):
+            strips.append(drawn.previews)
+        about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
+        about |= options | {"weights": weights, "kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
+        suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
+        path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
+        save_png(Image.fromarray(images[-1].permute(1, 2, 0).numpy()), path, {METADATA: json.dumps(about)})
+
+    _save_strips(torch.stack(strips), rows, shown, frames, folder)
+    grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), per_class))
+    grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * per_class, 3, H, W)
+    if first is None:
+        save_png(image_grid(grid, rows), folder / "samples.png")
     else:
-        first = reference.expand(len(labels), 1, -1, -1, -1)
-        columns = ["reference", *[f"seed {seed}.{number}" for number in range(per_class)]]
-        save_png(image_grid(torch.cat([first, images.to(first)], dim=1), rows, columns), folder / "layout.png")
-    _save_arrays(images.flatten(0, 1), torch.tensor(labels).repeat_interleave(per_class), folder)
-    record = options | {
-        "pipeline": pipeline,
-        "tokenizer": fingerprint(pipe.tokenizer),
-        "ar": fingerprint(pipe.ar),
+        title = "reference" if layout is not None else f"seed {seed}.0"
+        columns = [f"{length} kept, {seed}.{number + start}" for length in lengths for number in range(per_class)]
+        whole = torch.cat([first[:, None], grid], dim=1)
+        name = "layout.png" if layout is not None else "variations.png"
+        save_png(image_grid(whole, rows, [title, *columns]), folder / name)
+    _save_arrays(torch.stack(images), torch.tensor([job.label for job in jobs]), folder)
+    given = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar, "classes": ",".join(map(str, labels))}
+    given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
+    given |= {"layout": layout, "variations": variations or None}
+    given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
+    record = given | {
+        "weights": weights,
         "classes": rows,
-        "per_class": per_class,
-        "seed": seed,
-        "layout": layout,
-        "prefix": None if kept is None else kept[0].tolist(),
+        "command": command_line("sample", given | {"output": output}),
     }
-    text = json.dumps(record, indent=2) + "\n"
-    write_text(folder / "samples.json", text)
+    record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
+    write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 
-def _image_seed(seed: int, label: int, number: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # a torch seed has 63 bits
+def open_pipeline(pipeline: str | None, tokenizer: str | None, ar: str | None) -> DARPipeline:
+    """A pipeline by its name, or put together from a tokenizer and an AR model.
+
+    Raises:
+        UserError: none, or both ways are given; or a part cannot be read, or they do not belong together.
+    """
+    if pipeline is not None and tokenizer is None and ar is None:
+        return DARPipeline.from_pretrained(pipeline)
+    if pipeline is not None or tokenizer is None or ar is None:
+        raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
+    return DARPipeline.from_parts(tokenizer, ar)
+
+
+def preview_numbers(count: int | None, num_groups: int) -> list[int]:
+    """Which previews, 1 to num_groups, a strip of so many shows: evenly spaced, the last one always.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    count = num_groups if count is None else count
+    if not 1 <= count <= num_groups:
+        raise UserError(f"num_previews is {count}: this tokenizer has from 1 to {num_groups}")
+    return [-(-num_groups * (i + 1) // count) for i in range(count)]
+
+
+def command_line(verb: str, options: dict[str, Any]) -> str:
+    """The command that gives these options; those that are None are left out."""
+    words = ["dar", verb]
+    for name, value in options.items():
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, list | tuple | bool) else str(value)
+            words += [f"--{name}", text]
+    return shlex.join(words)
+
+
+def _prefix_lengths(prefix: str | int | None, layout: bool, variations: bool, config: TokenizerConfig) -> list[int]:
+    if layout and variations:
+        raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")
+    if not (layout or variations):
+        if prefix is not None:
+            raise UserError("prefix is set without layout or variations: give the image whose tokens are to be kept")
+        return [0]
+    words = [str(config.num_tokens // config.num_groups)] if prefix is None else str(prefix).split(",")
+    lengths = [int(word) if word.strip().isdecimal() else 0 for word in words]
+    for word, length in zip(words, lengths, strict=True):
+        if not 1 <= length < config.num_tokens:
+            raise UserError(f"prefix is {word.strip()}: keep from 1 to {config.num_tokens - 1} tokens")
+    if len({*lengths}) < len(lengths):
+        raise UserError(f"prefix is {prefix}: give each number once")
+    return lengths
 
 
 def _read_image(path: str, size: int) -> Tensor:
@@ -137,6 +210,14 @@ def _read_image(path: str, size: int) -> Tensor:
             return to_tensor(center_crop(image.convert("RGB"), size))
     except OSError as error:
         raise UserError(f"layout: {path} is not a readable image ({error})") from error
+
+
+def _save_strips(strips: Tensor, rows: list[str], shown: list[int], frames: int, folder: Path) -> None:
+    """The previews (classes, K, 3, H, W), as a picture and as an animation."""
+    columns = [f"group {m}" for m in shown]
+    save_png(image_grid(strips[:, [m - 1 for m in shown]], rows, columns), folder / "previews.png")
+    steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
+    save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
 
 
 def _save_arrays(images: Tensor, labels: Tensor, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """`dar sample` on a small random pipeline: the files, and that each image is a function of (seed, class, number)."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from PIL import Image
 from tiny_models import CLASSES, GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
-from dar_lightning.commands.sample import sample
-from dar_lightning.data.transforms import to_float, to_tensor
+from dar_lightning.commands.sample import preview_numbers, sample
+from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
+from dar_lightning.drawing import image_seed
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid
 from dar_lightning.pipeline import DARPipeline
@@ -31,12 +33,14 @@ def arrays(folder) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_what_it_writes(pipeline, tmp_path):
-    sample(pipeline, str(tmp_path / "out"), per_class=2)
+    sample(str(tmp_path / "out"), pipeline, per_class=2)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "samples.png",
         "previews.png",
         "samples.npz",
         "samples.json",
+        "stream.webp",
+        "images",
     }
     images, labels = arrays(tmp_path / "out")
     assert (images.dtype, images.shape) == (np.uint8, (8, SIZE, SIZE, 3))
@@ -54,17 +58,17 @@ def test_what_it_writes(pipeline, tmp_path):
 
 
 def test_the_record_names_the_weights_and_every_option(pipeline, tmp_path):
-    sample(pipeline, str(tmp_path), classes="grey,0", per_class=1, guidance=(1.0, 3.0), top_k=5, seed=9)
+    sample(str(tmp_path), pipeline, classes="grey,0", per_class=1, guidance=(1.0, 3.0), top_k=5, seed=9)
     record = json.loads((tmp_path / "samples.json").read_text())
     pipe = DARPipeline.from_pretrained(pipeline)
-    assert (record["tokenizer"], record["ar"]) == (fingerprint(pipe.tokenizer), fingerprint(pipe.ar))
+    assert record["weights"] == {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}
     assert record["classes"] == ["grey", "red"]
     assert (record["guidance"], record["top_k"], record["seed"], record["prefix"]) == ([1.0, 3.0], 5, 9, None)
 
 
 def test_an_image_depends_on_seed_class_and_number_alone(pipeline, tmp_path):
     def draw(name: str, **options) -> dict[tuple[int, int], np.ndarray]:
-        sample(pipeline, str(tmp_path / name), **options)
+        sample(str(tmp_path / name), pipeline, **options)
         images, labels = arrays(tmp_path / name)
         per_class = len(images) // len(set(labels))
         return {(int(label), i % per_class): image for i, (image, label) in enumerate(zip(images, labels, strict=True))}
@@ -83,9 +87,9 @@ def test_an_image_depends_on_seed_class_and_number_alone(pipeline, tmp_path):
 def test_the_same_command_gives_the_same_bytes(pipeline, tmp_path):
     for name in ("a", "b"):
         main(["sample", "--pipeline", pipeline, "--output", str(tmp_path / name), "--per_class", "1"])
-    for path in (tmp_path / "a").iterdir():
-        if path.suffix != ".npz":  # a zip file holds the time
-            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    for path in (tmp_path / "a").rglob("*.*"):
+        if path.suffix not in (".npz", ".json"):  # a zip file holds the time, and the record where it is
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     assert np.array_equal(arrays(tmp_path / "a")[0], arrays(tmp_path / "b")[0])
 
 
@@ -101,8 +105,8 @@ def test_layout_keeps_the_tokens_of_the_reference(pipeline, tmp_path, monkeypatc
 
     monkeypatch.setattr(DARPipeline, "stream", spy)
     sample(
-        pipeline,
         str(tmp_path / "out"),
+        pipeline,
         layout=str(tmp_path / "reference.png"),
         prefix=prefix,
         per_class=2,
@@ -113,13 +117,104 @@ def test_layout_keeps_the_tokens_of_the_reference(pipeline, tmp_path, monkeypatc
     assert len(drawn) == 8
     assert all(codes[:count] == tokens for codes in drawn)
     assert len({tuple(codes) for codes in drawn}) == 8, "the other tokens are free"
-    assert json.loads((tmp_path / "out" / "samples.json").read_text())["prefix"] == tokens
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["kept_tokens"] == tokens
     images, _ = arrays(tmp_path / "out")
     reference = to_tensor(picture(3)).expand(4, 1, -1, -1, -1)
     rows = torch.from_numpy(images).permute(0, 3, 1, 2).unflatten(0, (4, 2))
-    columns = ["reference", "seed 0.0", "seed 0.1"]
+    columns = ["reference", f"{count} kept, 0.0", f"{count} kept, 0.1"]
     grid = np.asarray(image_grid(torch.cat([reference, rows], dim=1), CLASSES, columns))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "layout.png")), grid)
+
+
+def drawn_codes(folder) -> dict[str, list[int]]:
+    """The tokens of each PNG, which carries them."""
+    return {path.name: json.loads(Image.open(path).text["dar"])["codes"] for path in (folder / "images").iterdir()}
+
+
+def test_several_prefixes_of_one_layout(pipeline, tmp_path):
+    picture(3).save(tmp_path / "photo.png")
+    options = {"layout": str(tmp_path / "photo.png"), "prefix": "2,6", "classes": "0,2", "per_class": 2}
+    sample(str(tmp_path / "out"), pipeline, **options)
+    tokens = make_pipeline().tokenizer.tokenize(to_float(to_tensor(picture(3))[None]))[0].tolist()
+    codes = drawn_codes(tmp_path / "out")
+    assert set(codes) == {f"{label:03d}-{number}-{m}.png" for label in (0, 2) for number in (0, 1) for m in (2, 6)}
+    for name, drawn in codes.items():
+        kept = int(name[-5])
+        assert drawn[:kept] == tokens[:kept]
+    # a row per class: the photo, two images that keep 2 tokens, two that keep 6
+    images, labels = arrays(tmp_path / "out")
+    assert labels.tolist() == [0, 0, 2, 2] * 2
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    reference = to_tensor(picture(3))
+    rows = torch.stack([torch.stack([reference, *images[[i, i + 1, i + 4, i + 5]]]) for i in (0, 2)])
+    columns = ["reference", *(f"{m} kept, 0.{number}" for m in (2, 6) for number in (0, 1))]
+    grid = np.asarray(image_grid(rows, ["red", "blue"], columns))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/layout.png")), grid)
+
+
+def test_variations_keep_the_first_tokens_of_the_first_image(pipeline, tmp_path):
+    sample(str(tmp_path / "whole"), pipeline, classes="0,2", per_class=3)
+    sample(str(tmp_path / "out"), pipeline, classes="0,2", per_class=2, variations=True, prefix=5)
+    whole, varied = drawn_codes(tmp_path / "whole"), drawn_codes(tmp_path / "out")
+    assert set(varied) == {"000-1.png", "000-2.png", "002-1.png", "002-2.png"}
+    for name, codes in varied.items():
+        assert codes[:5] == whole[f"{name[:3]}-0.png"][:5] != whole[name][:5]
+        assert codes != whole[f"{name[:3]}-0.png"]
+    grid = np.asarray(Image.open(tmp_path / "out/variations.png"))
+    original = np.asarray(Image.open(tmp_path / "whole/images/002-0.png"))
+    side, left = 3 * SIZE, grid.shape[1] - 3 * (3 * SIZE + 4)
+    assert np.array_equal(grid[-side - 4 : -4, left : left + side][::3, ::3], original)
+
+
+def test_a_png_says_how_to_draw_it_again(pipeline, tmp_path):
+    sample(str(tmp_path / "out"), pipeline, classes="2,1", per_class=2, guidance=(1.0, 3.0), seed=4)
+    path = tmp_path / "out/images/001-1.png"
+    with Image.open(path) as image:
+        about, pixels = json.loads(image.text["dar"]), np.asarray(image)
+    assert (about["class"], about["label"], about["seed"], about["number"]) == ("green", 1, 4, 1)
+    assert about["weights"] == json.loads((tmp_path / "out/samples.json").read_text())["weights"]
+    assert np.array_equal(arrays(tmp_path / "out")[0][3], pixels)
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    words = shlex.split(record["command"])
+    assert words[:2] == ["dar", "sample"]
+    main([*words[1:-1], str(tmp_path / "again")])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again/images/001-1.png")), pixels)
+    # and from what the file says alone
+    pipe, guidance = DARPipeline.from_pretrained(pipeline), tuple(about["guidance"])
+    noise_and_tokens = torch.Generator().manual_seed(image_seed(about["seed"], about["label"], about["number"]))
+    drawn = pipe.generate(torch.tensor([about["label"]]), guidance=guidance, generator=[noise_and_tokens])
+    difference = to_uint8(drawn)[0].permute(1, 2, 0).numpy().astype(int) - pixels
+    assert np.abs(difference).max() <= 1
+
+
+def test_the_animation_shows_every_preview_and_fades_in_between(pipeline, tmp_path):
+    sample(str(tmp_path), pipeline, classes="0", per_class=1, frames=2, num_previews=2)
+    with Image.open(tmp_path / "stream.webp") as animation:
+        assert animation.n_frames == 2 * (GROUPS - 1) + 1
+        animation.seek(animation.n_frames - 1)
+        last = np.asarray(animation.convert("RGB")).astype(int)
+    image_grid(torch.from_numpy(arrays(tmp_path)[0]).permute(0, 3, 1, 2)[None]).save(tmp_path / "x.webp", quality=85)
+    still = np.asarray(Image.open(tmp_path / "x.webp").convert("RGB")).astype(int)  # as lossy
+    assert np.abs(last - still).mean() < 6 < np.abs(np.roll(last, 9, axis=1) - still).mean()
+    blank = torch.zeros(1, 2, 3, SIZE, SIZE, dtype=torch.uint8)
+    strip = np.asarray(Image.open(tmp_path / "previews.png"))
+    assert strip.shape == np.asarray(image_grid(blank, ["red"], ["group 2", "group 4"])).shape
+
+
+def test_preview_numbers():
+    assert preview_numbers(None, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert preview_numbers(1, 8) == [8]
+    assert preview_numbers(3, 8) == [3, 6, 8]
+    assert preview_numbers(4, 8) == [2, 4, 6, 8]
+
+
+def test_a_tokenizer_and_an_ar_model_of_their_own(pipeline, tmp_path):
+    parts = {"tokenizer": f"{pipeline}/tokenizer", "ar": f"{pipeline}/ar"}
+    sample(str(tmp_path / "parts"), **parts, per_class=1)
+    sample(str(tmp_path / "whole"), pipeline, per_class=1)
+    assert np.array_equal(arrays(tmp_path / "parts")[0], arrays(tmp_path / "whole")[0])
+    with pytest.raises(UserError, match=r"config\.json"):
+        sample(str(tmp_path / "mixed"), tokenizer=f"{pipeline}/tokenizer/config.json", ar=f"{pipeline}/ar")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +225,15 @@ def test_layout_keeps_the_tokens_of_the_reference(pipeline, tmp_path, monkeypatc
         ({"classes": ""}, "class '' is unknown"),
         ({"per_class": 0}, "per_class 0"),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"prefix": 3}, "prefix is set without layout"),
+        ({"prefix": 3}, "prefix is set without layout or variations"),
+        ({"layout": "REFERENCE", "variations": True}, "layout and variations are both set"),
+        ({"layout": "REFERENCE", "prefix": "2,x"}, "prefix is x: keep from 1 to 7"),
+        ({"layout": "REFERENCE", "prefix": "2,2"}, "prefix is 2,2: give each number once"),
+        ({"num_previews": 5}, "num_previews is 5: this tokenizer has from 1 to 4"),
+        ({"frames": 0}, "frames 0 must be at least 1"),
+        ({"pipeline": None}, "give pipeline .* or else tokenizer and ar"),
+        ({"tokenizer": "fruit64", "ar": "fruit64"}, "give pipeline .* or else tokenizer and ar"),
+        ({"pipeline": None, "ar": "fruit64"}, "give pipeline .* or else tokenizer and ar"),
         ({"layout": "no.png"}, "layout: no.png"),
         ({"layout": "REFERENCE", "prefix": 8}, "prefix is 8: keep from 1 to 7 tokens"),
         ({"layout": "REFERENCE", "prefix": 0}, "prefix is 0"),
@@ -146,5 +249,5 @@ def test_mistakes_write_nothing(pipeline, tmp_path, options, message):
     if options.get("layout") == "REFERENCE":
         options = options | {"layout": str(tmp_path / "reference.png")}
     with pytest.raises(UserError, match=message):
-        sample(pipeline, str(tmp_path / "out"), **options)
+        sample(str(tmp_path / "out"), **{"pipeline": pipeline} | options)
     assert not any((tmp_path / "out").glob("*"))

@@ -1,0 +1,82 @@
+"""Images by (seed, class, number): each its own noise and tokens, whatever it is drawn beside."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dar_lightning.data.transforms import to_uint8
+from dar_lightning.pipeline import DARPipeline
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw.
+
+    Attributes:
+        label: its class.
+        number: which image of the class it is, from 0.
+        kept: (m,) int64 tokens that it starts with.
+    """
+
+    label: int
+    number: int
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of a job, on the CPU.
+
+    Attributes:
+        previews: (K, 3, H, W) uint8; the last one is the image.
+        codes: (N,) int64.
+    """
+
+    previews: Tensor
+    codes: Tensor
+
+
+def image_seed(seed: int, label: int, number: int) -> int:
+    """The seed of image `number` of a class: 63 bits, which is what torch takes."""
+    digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def draw(
+    pipe: DARPipeline, jobs: Sequence[Job], seed: int, batch_size: int, options: dict[str, Any]
+) -> Iterator[Drawn]:
+    """Draw images in batches, with a progress bar.
+
+    Args:
+        pipe: the pipeline.
+        jobs: what to draw.
+        seed: image i of a class is a function of (seed, class, i, kept tokens); the batch changes no more than the
+            order of additions does.
+        batch_size: images at a time; images that keep different numbers of tokens do not share a batch.
+        options: of DARPipeline.stream.
+
+    Yields:
+        The images, in the order of the jobs.
+    """
+    with tqdm(total=len(jobs), desc="sample", unit="image") as bar:
+        for _, alike in groupby(jobs, lambda job: len(job.kept)):
+            waiting = list(alike)
+            while waiting:
+                batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                stream = pipe.stream(
+                    torch.tensor([job.label for job in batch]),
+                    prefix=torch.stack([job.kept for job in batch]),
+                    generator=[torch.Generator().manual_seed(image_seed(seed, job.label, job.number)) for job in batch],
+                    **options,
+                )
+                shown = [(to_uint8(preview.images).cpu(), preview.codes) for preview in stream]
+                previews = torch.stack([images for images, _ in shown], dim=1)  # (B, K, 3, H, W)
+                for strip, codes in zip(previews, shown[-1][1].cpu(), strict=True):
+                    yield Drawn(strip, codes)
+                bar.update(len(batch))
