@@ -16,6 +16,7 @@ VERBS = {
     "shard": ("dar_lightning.commands.shard", "shard"),
     "extract": ("dar_lightning.commands.extract", "extract"),
     "sample": ("dar_lightning.commands.sample", "sample"),
+    "serve": ("dar_lightning.commands.serve", "serve"),
     "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
     "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
     "export": ("dar_lightning.commands.export", "export"),
@@ -33,7 +34,8 @@ tools:
   quickstart    the whole road in a few minutes, on the embedded photos
   shard         folders, ImageNet's archives, Hugging Face data sets -> image shards
   extract       images -> token shards, with a trained tokenizer
-  sample        draw images with a pipeline: grid, film strips, layout control
+  sample        draw images with a pipeline: grid, film strips, animation, layout control
+  serve         a web page on which pictures appear while their tokens are written
   reconstruct   encode and decode images: PSNR, codebook use, previews
   evaluate      Frechet distance and linear probe of samples
   export        Lightning checkpoint -> folder with config.json and model.safetensors

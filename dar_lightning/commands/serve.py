@@ -1,0 +1,149 @@
+"""`dar serve`: a page on which pictures appear while their tokens are written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dar_lightning.demo import draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
+from dar_lightning.devices import choose_device
+from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
+
+CSS = """
+.token { display: inline-block; width: 3.2em; margin: 1px; font: 11px/1.6 monospace; text-align: center; }
+.group { white-space: nowrap; }
+"""
+MAX_SEED = 2**31 - 1
+NO_PHOTO = "drop a photo first"
+
+
+def serve(
+    pipeline: str = "fruit64",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_queue: int = 8,
+    max_upload_mb: float = 10,
+    device: str = "auto",
+) -> None:
+    """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
+
+    A photo may give the first tokens (layout control), and be reconstructed from its first groups. Needs Gradio:
+    pip install 'dar-lightning[demo]'. Stop it with Ctrl-C.
+
+    Args:
+        pipeline: folder, Hugging Face repository, or "fruit64", which comes with the package.
+        host: address to listen on; 0.0.0.0 lets other machines in.
+        port: port to listen on.
+        max_queue: visitors who may wait; pictures are drawn one at a time.
+        max_upload_mb: largest photo, in MB.
+        device: where to compute: auto, cpu, cuda, cuda:N or mps.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("serve needs Gradio, which is not installed: pip install 'dar-lightning[demo]'") from error
+    for name, value in (("max_queue", max_queue), ("max_upload_mb", max_upload_mb)):
+        if value <= 0:
+            raise UserError(f"{name} is {value}: it must be positive")
+    pipe = DARPipeline.from_pretrained(pipeline).to(choose_device(device))
+    page = build_page(gradio, pipe, pipeline, max_upload_mb)
+    page.queue(max_size=max_queue, default_concurrency_limit=1)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=int(max_upload_mb * 1e6),
+            css=CSS,
+            theme=gradio.themes.Default(
+                font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),  # none from elsewhere
+            footer_links=[],
+            enable_monitoring=False,
+        )
+    except OSError as error:
+        raise UserError(f"host {host}, port {port}: cannot listen there ({error})") from error
+
+
+def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
+    """The page, as gradio.Blocks.
+
+    Args:
+        gr: the gradio module.
+        pipe: what draws.
+        name: how the pipeline was called, for the code that repeats a picture.
+        max_upload_mb: largest photo, in MB.
+    """
+    config = pipe.tokenizer.config
+    labels = list(pipe.classes) or [str(label) for label in range(pipe.ar.config.num_classes)]
+
+    def photo_input(**options):
+        """An image that is not opened when it arrives: read_photo does that, and says what is wrong with it."""
+        image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Photo", **options)
+        image.preprocess = lambda payload: None if payload is None else payload.path
+        return image
+
+    def photo_of(path: str | None):
+        try:
+            return None if path is None else read_photo(path, max_upload_mb)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+
+    def on_draw(label: int, seed: float | None, guidance: float, path: str | None, prefix: int) -> Iterator[tuple]:
+        if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
+            raise gr.Error(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
+        photo, seed, prefix = photo_of(path), int(seed), int(prefix)
+        shown_path = None if path is None else Path(path).name
+        what = (name, label, seed, guidance, shown_path, prefix)
+        command, python = repeat_command(*what), repeat_python(*what)
+        for shown in draw(pipe, label, seed, guidance, photo, prefix if photo else 0):
+            yield shown.picture, shown.strip, shown.tokens, command, python
+
+    def on_photo(path: str | None):
+        if path is None:
+            return [], None, gr.update(value=config.num_groups)
+        pictures = reconstructions(pipe, photo_of(path))
+        return pictures, (pictures[0], pictures[-1]), gr.update(value=config.num_groups)
+
+    def on_groups(pictures: list, groups: int):
+        if not pictures:
+            raise gr.Error(NO_PHOTO)
+        return pictures[0], pictures[groups]
+
+    with gr.Blocks(title="D-AR", analytics_enabled=False) as page:
+        gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
+        with gr.Tab("Draw"), gr.Row():
+            with gr.Column(scale=1):
+                choices = [(text, label) for label, text in enumerate(labels)]
+                label = gr.Dropdown(choices, value=0, label="Class", elem_id="label")
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                guidance = gr.Slider(1, 10, value=3, step=0.25, label="Guidance")
+                with gr.Accordion("Layout from a photo", open=False):
+                    photo = photo_input(height=160)
+                    first = config.num_tokens // config.num_groups
+                    prefix = gr.Slider(0, config.num_tokens - 1, value=first, step=1, label="Tokens to keep of it")
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Stop", elem_id="stop")
+            with gr.Column(scale=2):
+                with gr.Row():
+                    picture = gr.Image(
+                        label="Picture", interactive=False, format="png", buttons=["download"], elem_id="picture"
+                    )
+                    empty = tokens_html([], config.num_tokens, config.num_groups)
+                    tokens = gr.HTML(empty, elem_id="tokens")
+                strip = gr.Gallery(label="Previews", columns=config.num_groups, height=140, buttons=[], elem_id="strip")
+                with gr.Accordion("Repeat it", open=False):
+                    command = gr.Code(language="shell", label="Command line", interactive=False, elem_id="command")
+                    python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
+            inputs, outputs = [label, seed, guidance, photo, prefix], [picture, strip, tokens, command, python]
+            drawing = start.click(on_draw, inputs, outputs, show_progress="minimal", api_name="draw")
+            stop.click(None, cancels=[drawing])
+        with gr.Tab("Reconstruct"):
+            with gr.Row():
+                given = photo_input(elem_id="given")
+                compared = gr.ImageSlider(label="Photo and reconstruction", interactive=False, elem_id="compared")
+            groups = gr.Slider(1, config.num_groups, value=config.num_groups, step=1, label="Groups of tokens")
+            pictures = gr.State([])
+            given.change(on_photo, given, [pictures, compared, groups], api_name="reconstruct")
+            groups.release(on_groups, [pictures, groups], compared, api_name=False)
+    return page

@@ -1,0 +1,167 @@
+"""The page itself: over Gradio's client, and in a browser."""
+
+import shutil
+import threading
+import time
+
+import pytest
+from tiny_models import GROUPS, TOKENS, make_pipeline, picture
+
+from dar_lightning.commands.serve import CSS, build_page, serve
+from dar_lightning.errors import UserError
+
+gradio = pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
+client = pytest.importorskip("gradio_client")
+
+
+class Page:
+    """A page that is being served, and how many tokens its model has written."""
+
+    def __init__(self):
+        self.pipe, self.steps, self.pause = make_pipeline(), [], threading.Event()
+        self.pause.set()
+        original = self.pipe.ar.step
+
+        def step(*args):
+            self.pause.wait(20)
+            self.steps.append(1)
+            return original(*args)
+
+        self.pipe.ar.step = step
+        page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1)
+        page.queue(max_size=2, default_concurrency_limit=1)
+        # a port that is free, so that the tests can run beside a page
+        launched = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, css=CSS, show_error=True)
+        self.page, self.url = page, launched[1]
+
+    def client(self):
+        return client.Client(self.url, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def page():
+    served = Page()
+    yield served
+    served.page.close()
+
+
+INPUTS = {"label": 1, "seed": 3, "guidance": 2, "path": None, "prefix": 2}
+
+
+@pytest.mark.slow
+def test_previews_arrive_one_by_one(page):
+    job = page.client().submit(**INPUTS, api_name="/draw")
+    states = list(job)
+    assert len(states) == GROUPS
+    assert [len(strip) for _, strip, *_ in states] == [1, 2, 3, 4]
+    tokens = [html.count("written") for _, _, html, *_ in states]
+    assert tokens == [TOKENS // GROUPS * group for group in (1, 2, 3, 4)]
+    assert "--classes 1 " in states[0][3]
+    assert "--seed 3 " in states[0][3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "the seed is -1: give a whole number from 0"),
+        ({"seed": None}, "the seed is None: give a whole number from 0"),
+        ({"path": "TEXT"}, "the photo cannot be read"),
+        ({"path": "LARGE"}, "the photo has 1.2 MB: at most 1 MB"),
+    ],
+)
+def test_bad_input_gets_one_message(page, tmp_path, change, message):
+    if change.get("path"):
+        content = b"no picture" if change["path"] == "TEXT" else bytes(1_200_000)
+        (tmp_path / "photo.png").write_bytes(content)
+        change = {"path": client.handle_file(tmp_path / "photo.png")}
+    with pytest.raises(client.exceptions.AppError, match=message) as raised:
+        page.client().predict(**INPUTS | change, api_name="/draw")
+    assert "\n" not in str(raised.value).strip()
+
+
+@pytest.mark.slow
+def test_a_photo_is_reconstructed(page, tmp_path):
+    picture(2).save(tmp_path / "photo.png")
+    compared, _ = page.client().predict(client.handle_file(tmp_path / "photo.png"), api_name="/reconstruct")
+    assert len(compared) == 2
+
+
+@pytest.mark.slow
+def test_stop_stops_the_work_and_the_queue_has_an_end(page):
+    page.pause.clear()
+    page.steps.clear()
+    jobs = [page.client().submit(**INPUTS, api_name="/draw") for _ in range(5)]
+    wait_for(lambda: sum(job.done() and job.exception() is not None for job in jobs) >= 1)
+    refused = [job for job in jobs if job.done()]
+    assert all("queue" in str(job.exception()).lower() for job in refused)
+    for job in jobs:
+        job.cancel()
+    page.pause.set()
+    time.sleep(2)
+    count = len(page.steps)
+    assert count < 2 * (TOKENS - 1), "five drawings were asked for"
+    assert len(list(page.client().submit(**INPUTS, api_name="/draw"))) == GROUPS, "the next visitor is served"
+
+
+@pytest.mark.slow
+def test_in_a_browser(page, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    page.pause.set()
+    original = page.pipe.ar.step
+    page.pipe.ar.step = lambda *args: time.sleep(0.15) or original(*args)
+    try:
+        with playwright.sync_playwright() as driver:
+            chromium = driver.chromium.launch(executable_path=browser, args=quiet)
+            tab = chromium.new_page(viewport={"width": 1400, "height": 900})
+            tab.goto(page.url)
+            tab.click("#draw", timeout=60_000)
+            sources, states = [], []
+            wait_for(lambda: watch(tab, sources, states) >= GROUPS)
+            tab.screenshot(path=tmp_path / "page.png")
+            chromium.close()
+    finally:
+        page.pipe.ar.step = original
+    assert len(sources) == len(set(sources)) == GROUPS
+    assert states == sorted(states)
+    assert states[-1] == TOKENS
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def watch(tab, sources: list, states: list) -> int:
+    """Note the picture on the page, if it is a new one, and how many tokens are filled in."""
+    source = tab.evaluate("document.querySelector('#picture img')?.src")
+    if source and source not in sources:
+        sources.append(source)
+        states.append(tab.evaluate("document.querySelectorAll('#tokens .written').length"))
+    return len(sources)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_queue": 0}, "max_queue is 0: it must be positive"),
+        ({"max_upload_mb": -1}, "max_upload_mb is -1"),
+        ({"pipeline": "./nowhere"}, "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_in_the_options(options, message):
+    with pytest.raises(UserError, match=message):
+        serve(**options)
+
+
+def test_a_port_that_is_taken(page):
+    port = int(page.url.rstrip("/").rsplit(":", 1)[1])
+    with pytest.raises(UserError, match=rf"^host 127\.0\.0\.1, port {port}: cannot listen there"):
+        serve(port=port)
