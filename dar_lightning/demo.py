@@ -1,6 +1,8 @@
 """What the web page shows, without the page: previews as they come, tokens as coloured cells, code that repeats it."""
 
+import base64
 import colorsys
+import io
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ class Shown:
 
     Attributes:
         picture: the preview, enlarged.
-        strip: all previews so far, each with its caption.
+        strip: HTML of all previews so far.
         tokens: HTML of the tokens so far.
     """
 
     picture: Image.Image
-    strip: list[tuple[Image.Image, str]]
+    strip: str
     tokens: str
 
 
@@ -53,14 +55,14 @@ def draw(
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix]
     generator = torch.Generator().manual_seed(image_seed(seed, label, 0))
     stream = pipe.stream(torch.tensor([label]), guidance=guidance, prefix=kept, generator=[generator])
-    strip = []
+    strip = ""
     with closing(stream):
         for preview in stream:
             image = to_image(preview.images[0])
-            strip.append((enlarge(image, MIN_SIDE), f"group {preview.group}"))
+            strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
             num_groups = pipe.tokenizer.config.num_groups
             tokens = tokens_html(preview.codes[0].tolist(), pipe.tokenizer.config.num_tokens, num_groups, prefix)
-            yield Shown(enlarge(image, LARGE), list(strip), tokens)
+            yield Shown(enlarge(image, LARGE), strip, tokens)
 
 
 @torch.inference_mode()
@@ -108,6 +110,14 @@ def tokens_html(codes: list[int], num_tokens: int, num_groups: int, kept: int = 
         cells.append(f'<span class="{kind}" style="{style}{frame}">{text}</span>')
     rows = [cells[start : start + per_group] for start in range(0, num_tokens, per_group)]
     return "".join(f'<div class="group">{"".join(row)}</div>' for row in rows)
+
+
+def preview_html(image: Image.Image, caption: str) -> str:
+    """A small picture with a caption, inside the page: a file of its own could be read while it is written."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f'<figure class="preview"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 def repeat_command(pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int) -> str:

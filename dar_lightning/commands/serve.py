@@ -12,6 +12,8 @@ from dar_lightning.pipeline import DARPipeline
 CSS = """
 .token { display: inline-block; width: 3.2em; margin: 1px; font: 11px/1.6 monospace; text-align: center; }
 .group { white-space: nowrap; }
+.preview { display: inline-block; margin: 0 6px 6px 0; text-align: center; font-size: 12px; }
+.preview img { width: 92px; }
 """
 MAX_SEED = 2**31 - 1
 NO_PHOTO = "drop a photo first"
@@ -119,8 +121,8 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
                 guidance = gr.Slider(1, 10, value=3, step=0.25, label="Guidance")
                 with gr.Accordion("Layout from a photo", open=False):
                     photo = photo_input(height=160)
-                    first = config.num_tokens // config.num_groups
-                    prefix = gr.Slider(0, config.num_tokens - 1, value=first, step=1, label="Tokens to keep of it")
+                    some = max(1, config.num_tokens // 16)
+                    prefix = gr.Slider(0, config.num_tokens - 1, value=some, step=1, label="Tokens to keep of it")
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Stop", elem_id="stop")
@@ -131,7 +133,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
                     )
                     empty = tokens_html([], config.num_tokens, config.num_groups)
                     tokens = gr.HTML(empty, elem_id="tokens")
-                strip = gr.Gallery(label="Previews", columns=config.num_groups, height=140, buttons=[], elem_id="strip")
+                strip = gr.HTML(elem_id="strip")
                 with gr.Accordion("Repeat it", open=False):
                     command = gr.Code(language="shell", label="Command line", interactive=False, elem_id="command")
                     python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
@@ -140,7 +142,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
             stop.click(None, cancels=[drawing])
         with gr.Tab("Reconstruct"):
             with gr.Row():
-                given = photo_input(elem_id="given")
+                given = photo_input(height=400, elem_id="given")
                 compared = gr.ImageSlider(label="Photo and reconstruction", interactive=False, elem_id="compared")
             groups = gr.Slider(1, config.num_groups, value=config.num_groups, step=1, label="Groups of tokens")
             pictures = gr.State([])

@@ -53,7 +53,7 @@ def test_previews_arrive_one_by_one(page):
     job = page.client().submit(**INPUTS, api_name="/draw")
     states = list(job)
     assert len(states) == GROUPS
-    assert [len(strip) for _, strip, *_ in states] == [1, 2, 3, 4]
+    assert [strip.count("<img") for _, strip, *_ in states] == [1, 2, 3, 4]
     tokens = [html.count("written") for _, _, html, *_ in states]
     assert tokens == [TOKENS // GROUPS * group for group in (1, 2, 3, 4)]
     assert "--classes 1 " in states[0][3]
@@ -122,6 +122,8 @@ def test_in_a_browser(page, tmp_path):
             tab.click("#draw", timeout=60_000)
             sources, states = [], []
             wait_for(lambda: watch(tab, sources, states) >= GROUPS)
+            loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
+            wait_for(lambda: tab.evaluate(loaded) == GROUPS)
             tab.screenshot(path=tmp_path / "page.png")
             chromium.close()
     finally:
