@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
-from dar_lightning.losses import PerceptualLoss, RepaLoss
+from dar_lightning.losses import AdversarialLoss, PerceptualLoss, RepaLoss
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
 from dar_lightning.pretrained import build_config
@@ -32,6 +33,8 @@ class TokenizerModule(LightningModule):
         preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
         repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
+        adversarial: a PatchGAN that judges the jump estimate; None leaves it out. Its gradients are clipped apart from
+            the tokenizer's, so that neither scales the other down.
         compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
     """
 
@@ -44,6 +47,7 @@ class TokenizerModule(LightningModule):
         preset: str | None = None,
         perceptual: PerceptualLoss | None = None,
         repa: RepaLoss | None = None,
+        adversarial: AdversarialLoss | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -60,7 +64,7 @@ class TokenizerModule(LightningModule):
         if repa is None and config.repa_layer is not None:
             # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
-        self.perceptual, self.repa = perceptual, repa
+        self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
         self.optimizer = optimizer
         self.time_sampling = time_sampling
         if init_from is not None:
@@ -70,7 +74,7 @@ class TokenizerModule(LightningModule):
             compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
 
     def configure_optimizers(self):
-        return configure_adamw(self.tokenizer, self.optimizer, self.trainer.estimated_stepping_batches)
+        return configure_adamw(self, self.optimizer, self.trainer.estimated_stepping_batches)
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
@@ -79,19 +83,45 @@ class TokenizerModule(LightningModule):
         images = to_float(batch["image"])
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
         losses = self.tokenizer.training_losses(images, u)
+        loss, parts = self._total(losses, images)
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(images))
+        return {"loss": loss} | {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
+
+    def _total(self, losses: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What backward starts from, and what is logged; "loss" there is the tokenizer's, without the discriminator."""
+        parts = {name: losses[name] for name in ("flow", "vq", "commit")}
         loss = losses["flow"] + losses["vq"] + losses["commit"]
-        parts = {f"train/{name}": losses[name].detach() for name in ("flow", "vq", "commit")}
-        if self.perceptual is not None:
-            perceptual = self.perceptual(losses["x1_hat"], images, losses["t"])
-            loss = loss + self.perceptual.weight * perceptual
-            parts["train/perceptual"] = perceptual.detach()
-        if self.repa is not None:
+        if self.perceptual is not None and self.perceptual.has_started(self.global_step):
+            parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
+            loss = loss + self.perceptual.weight * parts["perceptual"]
+        if self.repa is not None and self.repa.has_started(self.global_step):
             projected = self.tokenizer.decoder.project_hidden(losses["hidden"], self.repa.grid)
-            repa = self.repa(projected, images)
-            loss = loss + self.repa.weight * repa
-            parts["train/repa"] = repa.detach()
-        self.log_dict(parts | {"train/loss": loss.detach()}, prog_bar=False, batch_size=len(images))
-        return {"loss": loss, "latents": losses["latents"], "codes": losses["codes"]}
+            parts["repa"] = self.repa(projected, images, losses["t"])
+            loss = loss + self.repa.weight * parts["repa"]
+        elif self.repa is not None:  # DDP waits for a gradient of every parameter
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.tokenizer.decoder.repa_head.parameters())
+        if self.adversarial is None:
+            return loss, parts | {"loss": loss}
+        parts["adversarial"], parts["discriminator"] = self.adversarial(losses["x1_hat"], images, losses["t"])
+        if self.adversarial.has_started(self.global_step):
+            loss = loss + self.adversarial.weight * parts["adversarial"]
+        return loss + parts["discriminator"], parts | {"loss": loss}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.adversarial is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for part in (self.tokenizer, self.adversarial):
+            clip_grad_norm_(part.parameters(), gradient_clip_val)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
+        if has != (self.adversarial is not None):
+            given, kept = ("set", "no") if not has else ("null", "a")
+            raise UserError(
+                f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the "
+                "checkpoint was trained with, or begin a run of its own with init_from"
+            )
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val")

@@ -1,43 +1,54 @@
 """LPIPS (VGG16) between the jump estimate and the image."""
 
 import torch
-from torch import Tensor
-from torchmetrics.functional.image.lpips import _LPIPS
+from torch import Tensor, nn
+from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
 from dar_lightning.checkpoint import read_checkpoint
 from dar_lightning.errors import UserError
 from dar_lightning.losses.frozen import FrozenNetwork
+from dar_lightning.losses.weighting import WeightedLoss
 from dar_lightning.pretrained import one_line
 
 
-class PerceptualLoss:
+class PerceptualLoss(WeightedLoss):
     """LPIPS with torchmetrics' VGG16 network and the published linear heads, which come with torchmetrics.
+
+    Under bf16-mixed VGG16 runs in bfloat16; features are normalised, compared and averaged in float32.
 
     Args:
         weight: factor of this loss (paper: 0.5).
         weights_path: a file of torchvision's VGG16 (`vgg16-397923af.pth`); None lets torchvision download it.
-        t_power: an image's loss is multiplied by its flow time t (0: noise, 1: image) to this power. 0 is the paper's.
-            LPIPS wants texture in estimates that know too little for it: above 0, coarse previews stay smooth.
+        t_power: see WeightedLoss. LPIPS wants texture in estimates that know too little for it: above 0, coarse
+            previews stay smooth.
         stride: see only every stride-th image of a batch, from a random one on: the same gradient on average, for a
             part of the time.
+        start_step: optimizer steps without this loss.
 
     Raises:
-        UserError: if the file is no VGG16, there is none and the download fails, or stride or t_power is out of range.
+        UserError: if the file is no VGG16, there is none and the download fails, or an option is out of range.
     """
 
-    def __init__(self, weight: float = 0.5, weights_path: str | None = None, t_power: float = 0.0, stride: int = 1):
+    def __init__(
+        self,
+        weight: float = 0.5,
+        weights_path: str | None = None,
+        t_power: float = 0.0,
+        stride: int = 1,
+        start_step: int = 0,
+    ):
+        super().__init__(weight, t_power, start_step)
         if stride < 1:
             raise UserError(f"stride is {stride}: it must be at least 1, which sees every image")
-        if t_power < 0:
-            raise UserError(f"t_power is {t_power}: it must be at least 0, which weighs all times alike")
-        self.weight, self.t_power, self.stride = weight, t_power, stride
+        self.stride = stride
         try:
             lpips = _LPIPS(net="vgg", pnet_rand=weights_path is not None)
         except OSError as error:
             raise UserError(f"VGG16 cannot be downloaded ({one_line(error)}): set weights_path to a file") from error
         if weights_path is not None:
             self._load(lpips.net, weights_path)
-        self.lpips = FrozenNetwork(lpips.to(memory_format=torch.channels_last))  # faster in bf16, on CPUs too
+        # channels_last is faster in bf16, on CPUs too
+        self.distance = FrozenNetwork(_Distance(lpips).to(memory_format=torch.channels_last))
 
     @staticmethod
     def _load(vgg: torch.nn.Module, path: str) -> None:
@@ -57,5 +68,22 @@ class PerceptualLoss:
         """
         first = int(torch.randint(min(self.stride, len(t)), ()))
         seen = slice(first, None, self.stride)
-        lpips = self.lpips(x1_hat[seen].float(), images[seen].float()).flatten()  # (b,)
-        return (t[seen] ** self.t_power * lpips).mean()
+        return self.mean(self.distance(x1_hat[seen], images[seen]), t[seen])
+
+
+class _Distance(nn.Module):
+    """LPIPS of each pair: two batches (B, 3, H, W) in [-1, 1] -> (B,)."""
+
+    def __init__(self, lpips: _LPIPS):
+        super().__init__()
+        self.scale, self.vgg, self.heads = lpips.scaling_layer, lpips.net, lpips.lins
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        features = [self.vgg(self.scale(images.float())) for images in (first, second)]
+        # bfloat16 keeps 8 bits: a difference of features that are nearly equal would have none of them left.
+        with torch.autocast(first.device.type, enabled=False):
+            distance = torch.zeros(len(first), device=first.device)
+            for head, one, other in zip(self.heads, *features, strict=True):  # (B, C, h, w) each
+                squares = (_normalize_tensor(one.float()) - _normalize_tensor(other.float())) ** 2
+                distance = distance + head(squares).mean(dim=(1, 2, 3))
+            return distance

@@ -205,9 +205,10 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Returns:
             Scalars "flow" (squared error of the network's output, which is the velocity or with prediction "image" the
             scaled image, divided by data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens
-            up to the last one that the step reads; "x1_hat" (B, 3, H, W), the estimate of the image; "t" (B,), the flow
-            times; "codes" (B, N); "latents" (B, N, codebook_dim), detached, on the unit sphere, before quantization;
-            with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
+            up to the last one that the step reads; "flow_each" (B,), the first for each image, detached; "group" (B,),
+            which group of tokens each image trains, 0..K-1; "x1_hat" (B, 3, H, W), the estimate of the image; "t" (B,),
+            the flow times; "codes" (B, N); "latents" (B, N, codebook_dim), detached, on the unit sphere, before
+            quantization; with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
@@ -220,6 +221,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             "vq": (vq * read).sum() / read.sum(),
             "commit": (commit * read).sum() / read.sum(),
             "codes": codes,
+            "group": self.schedule.group_of_time(u).clamp(max=self.config.num_groups - 1),
             "latents": F.normalize(latents.detach().float(), dim=-1),
         }
 
@@ -238,8 +240,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             target, estimate = x1, output.float()
         else:
             target, estimate = x1 - x0, jump(x_t, output, t)
-        flow = (output.float() - target).square().mean() / config.data_std**2
-        losses = {"flow": flow, "x1_hat": estimate / config.data_std, "t": t}
+        flow = (output.float() - target).square() / config.data_std**2
+        losses = {"flow": flow.mean(), "flow_each": flow.detach().mean(dim=(1, 2, 3))}
+        losses |= {"x1_hat": estimate / config.data_std, "t": t}
         return losses if hidden is None else losses | {"hidden": hidden}
 
     # ---- checks

@@ -17,11 +17,13 @@ from tiny_models import SIZE, TOKENIZER
 from dar_lightning.callbacks import CodebookWarmup, Reconstructions
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import TokenizerModule
+from dar_lightning.losses import AdversarialLoss
 from dar_lightning.tokenizer.config import TokenizerConfig
 
 train, val, out, world = *sys.argv[1:4], int(sys.argv[4])
 torch.manual_seed(0)
-module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
+adversarial = AdversarialLoss(start_step=2, channels=4, depth=2)
+module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}), adversarial=adversarial)
 warmup = CodebookWarmup(2, 2, revive_every=2, revive_until=6)
 options = dict(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", logger=False)
 options |= dict(enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)
@@ -29,7 +31,8 @@ trainer = Trainer(max_steps=5, callbacks=[warmup, Reconstructions()], **options)
 data = ImageNetDataModule(train, val, image_size=SIZE, batch_size=3)  # 7 images: rank 1 ends with padding alone
 before = trainer.validate(module, datamodule=data)[0]
 trainer.fit(module, datamodule=data)
-torch.save(module.tokenizer.quantizer.codebook.data, f"{out}.{trainer.global_rank}.pt")
+shared = [module.tokenizer.quantizer.codebook.data, *adversarial.state_dict().values()]
+torch.save(shared, f"{out}.{trainer.global_rank}.pt")
 torch.save(warmup.state_dict(), f"{out}.{trainer.global_rank}.state.pt")
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(before, file)
@@ -42,7 +45,8 @@ def test_two_ranks(images, tmp_path):
 
     def run(world: int) -> list[dict]:
         command = [sys.executable, tmp_path / "run.py", *images, tmp_path / f"of{world}", world]
-        paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        folders = Path(__file__).parents[1:3]
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
         subprocess.run([str(word) for word in command], check=True, timeout=300, env=paths)
         return [json.loads((tmp_path / f"of{world}.{rank}.json").read_text()) for rank in range(world)]
 
@@ -52,7 +56,7 @@ def test_two_ranks(images, tmp_path):
     assert two[0] == two[1]
     assert all(value == value for value in two[0].values()), two[0]
     first, second = (torch.load(tmp_path / f"of2.{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     counts = [torch.load(tmp_path / f"of2.{rank}.state.pt")["counts"] for rank in range(2)]
     assert torch.equal(*counts)
     assert int(counts[0].sum()) == 2 * 3 * 8, "both ranks' tokens of step 5"

@@ -59,7 +59,7 @@ def test_converted_weights_are_torchvisions(script, tree, vgg, tmp_path, monkeyp
     theirs = x
     for layer in vgg[:-1]:  # up to the last ReLU
         theirs = layer(theirs)
-    torch.testing.assert_close(loss.lpips.network.net(x)[-1], theirs)
+    torch.testing.assert_close(loss.distance.network.vgg(x)[-1], theirs)
 
 
 def test_a_head_that_differs_is_refused(script, tree):

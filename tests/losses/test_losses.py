@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -57,7 +58,7 @@ def test_perceptual_weighs_times_and_sees_a_part(vgg_file):
     assert part(a[:1], b[:1], t[3:]) == each[0], "a batch smaller than the stride is seen"
 
 
-@pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}], ids=str)
+@pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}, {"start_step": -1}, {"weight": -0.5}], ids=str)
 def test_perceptual_options_out_of_range(options):
     with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
         PerceptualLoss(weights_path="never read", **options)
@@ -82,10 +83,13 @@ def test_repa_compares_with_the_teachers_patches(teacher):
         patches = vit.forward_features(normalised)[:, 1:]
     torch.testing.assert_close(loss.features(images), patches, atol=1e-4, rtol=1e-4)
     assert loss.grid == (14, 14)
-    assert loss(patches, images).abs() < 1e-5
+    t = torch.tensor([0.5])
+    assert loss(patches, images, t).abs() < 1e-5
     projected = torch.randn_like(patches)
     cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
-    torch.testing.assert_close(loss(projected, images), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss(projected, images, t), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
+    late = RepaLoss(model=TEACHER, weights_path=str(path), t_power=2)
+    torch.testing.assert_close(late(projected, images, t), 0.25 * loss(projected, images, t))
 
 
 def test_a_teacher_of_another_width_is_refused(tmp_path):
@@ -97,6 +101,30 @@ def test_repa_needs_a_layer(teacher):
     repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
     with pytest.raises(UserError, match="repa_layer is null"):
         TokenizerModule(TokenizerConfig.preset("tiny"), repa=repa)
+
+
+def test_losses_start_when_told(vgg_file, teacher):
+    """Before that they are neither computed nor logged, and REPA's head has a gradient of zero, which DDP needs."""
+    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
+    perceptual = PerceptualLoss(weights_path=str(vgg_file), start_step=3)
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]), start_step=5)
+    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+    head = module.tokenizer.decoder.repa_head[0].weight
+    seen = {}
+    for done in (2, 3, 4, 5):
+        module._trainer = SimpleNamespace(global_step=done)
+        module.log_dict = lambda values, done=done, **_: seen.update({done: values})
+        module.zero_grad()
+        batch = {"image": torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)}
+        module.training_step(batch, 0)["loss"].backward()
+        assert [name for name, p in module.named_parameters() if p.grad is None] == []
+        assert bool(head.grad.any()) == (done == 5)
+        values = {name.removeprefix("train/"): float(value) for name, value in seen[done].items()}
+        named = values["flow"] + values["vq"] + values["commit"]
+        further = 0.5 * values.get("perceptual", 0) + 0.5 * values.get("repa", 0)
+        assert values["loss"] == pytest.approx(named + further, rel=1e-5)
+    assert ["train/perceptual" in seen[done] for done in (2, 3, 4, 5)] == [False, True, True, True]
+    assert ["train/repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -115,4 +143,4 @@ def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_pa
     trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
     assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
     assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
-    assert all(parameter.grad is None for parameter in perceptual.lpips.network.parameters())
+    assert all(parameter.grad is None for parameter in perceptual.distance.network.parameters())
