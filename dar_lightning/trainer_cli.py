@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dar_lightning.callbacks.config_text import ConfigText
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.stream import StreamDataModule
 from dar_lightning.errors import OneLineErrors, UserError
@@ -47,6 +48,7 @@ class TrainerCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=Parser,
             parser_kwargs={"prog": "dar"},
+            save_config_callback=ConfigText,
             save_config_kwargs={"overwrite": True},
         )
 

@@ -2,8 +2,26 @@
 
 from dar_lightning.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.callbacks.codebook import CodebookWarmup
+from dar_lightning.callbacks.codebook_use import CodebookMonitor
 from dar_lightning.callbacks.data_speed import DataSpeed
+from dar_lightning.callbacks.groups import GroupLoss
+from dar_lightning.callbacks.memory import Memory
+from dar_lightning.callbacks.optimization import OptimizerMonitor
+from dar_lightning.callbacks.positions import PositionLoss
 from dar_lightning.callbacks.previews import Reconstructions
 from dar_lightning.callbacks.samples import Samples
+from dar_lightning.callbacks.throughput import Throughput
 
-__all__ = ["CodebookWarmup", "DataSpeed", "LastStepCheckpoint", "Reconstructions", "Samples"]
+__all__ = [
+    "CodebookMonitor",
+    "CodebookWarmup",
+    "DataSpeed",
+    "GroupLoss",
+    "LastStepCheckpoint",
+    "Memory",
+    "OptimizerMonitor",
+    "PositionLoss",
+    "Reconstructions",
+    "Samples",
+    "Throughput",
+]

@@ -12,6 +12,8 @@ from dar_lightning.metrics.reconstruction import reconstruction_metrics
 class Reconstructions(Callback):
     """After each validation, decodes the first images of it and logs PSNR, SSIM, a grid and film strips of previews.
 
+    `groups/val_psnr_after_m` is the PSNR of the preview after m groups: what a further group adds to the picture.
+
     Args:
         num_images: how many validation images, at most one batch.
         num_strips: how many of them also get a strip: original, then the preview after each group.
@@ -34,7 +36,11 @@ class Reconstructions(Callback):
         metrics = reconstruction_metrics().to(pl_module.device)
         scores = metrics(previews[:, -1].float(), images.float())
         weight = min(count, len(images))
-        pl_module.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=weight, sync_dist=True)
+        errors = (previews.float() - images[:, None].float()).square().mean(dim=(2, 3, 4))  # (B, K)
+        psnr = (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).mean(dim=0)
+        scores = {f"val/{name}": value for name, value in scores.items()}
+        scores |= {f"groups/val_psnr_after_{m}": value for m, value in enumerate(psnr, start=1)}
+        pl_module.log_dict(scores, batch_size=weight, sync_dist=True)
         if draws(trainer):
             pairs = torch.stack([images, previews[:, -1]], dim=1).flatten(0, 1)
             strips = torch.cat([images[:, None], previews], dim=1)[: self.num_strips]

@@ -83,24 +83,28 @@ class ARModule(LightningModule):
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        logits = self.ar(batch["label"], batch["codes"])  # (B, N, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
-        self.log("train/loss", loss.detach(), batch_size=len(batch["label"]))
-        return loss
+    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        codes = batch["codes"]
+        logits = self.ar(batch["label"], codes)  # (B, N, V)
+        token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
+        loss = token_loss.mean()
+        self.log("train/loss", loss.detach(), batch_size=len(codes))
+        return {"loss": loss, "token_loss": token_loss.detach().view_as(codes)}
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._evaluate(batch, "val")
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict, stage: str) -> None:
+    def _evaluate(self, batch: dict, stage: str) -> dict[str, Tensor] | None:
+        """Logs means; returns loss and hit of each valid token (b, N), or None where there is none."""
         codes, valid = batch["codes"], batch["valid"]
         count = int(valid.sum())
         kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
         logits = self.ar(batch["label"], codes)
-        loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[kept].mean()
-        accuracy = (logits.argmax(dim=-1) == codes)[kept].float().mean()
-        values = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
+        token_loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[kept]
+        hit = (logits.argmax(dim=-1) == codes)[kept].float()
+        values = {f"{stage}/loss": token_loss.mean(), f"{stage}/accuracy": hit.mean()}
         self.log_dict(values, batch_size=count, sync_dist=True, prog_bar=True)
+        return {"token_loss": token_loss, "hit": hit} if count else None

@@ -83,12 +83,20 @@ class TokenizerModule(LightningModule):
         images = to_float(batch["image"])
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
         losses = self.tokenizer.training_losses(images, u)
-        loss, parts = self._total(losses, images)
+        loss, parts = self.total_loss(losses, images)
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(images))
         return {"loss": loss} | {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
 
-    def _total(self, losses: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What backward starts from, and what is logged; "loss" there is the tokenizer's, without the discriminator."""
+    def total_loss(self, losses: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum that backward starts from, and its parts by name, unweighted.
+
+        Args:
+            losses: from `training_losses`.
+            images: (B, 3, H, W) in [-1, 1] that they are of.
+
+        Returns:
+            The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
+        """
         parts = {name: losses[name] for name in ("flow", "vq", "commit")}
         loss = losses["flow"] + losses["vq"] + losses["commit"]
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
@@ -123,24 +131,27 @@ class TokenizerModule(LightningModule):
                 "checkpoint was trained with, or begin a run of its own with init_from"
             )
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val")
+    def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "test")
 
-    def _evaluate(self, batch: dict, batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
+        """Logs means; returns the valid images with their times, noise and losses, or None where there is none."""
         images, valid = to_float(batch["image"]), batch["valid"]
         generator = torch.Generator().manual_seed(batch_idx)
         u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images)
         count = int(valid.sum())
         kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
-        losses = self.tokenizer.training_losses(images[kept], u[kept], noise[kept])
+        inputs = {"images": images[kept], "u": u[kept], "noise": noise[kept]}
+        losses = self.tokenizer.training_losses(**inputs)
         if count:
             self.codebook_use.update(losses["codes"])
         parts = {f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}
         self.log_dict(parts, batch_size=count, sync_dist=True)
+        return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
 
     def on_validation_epoch_end(self) -> None:
         self._log_codebook_use("val")

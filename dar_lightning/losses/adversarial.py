@@ -65,6 +65,7 @@ class AdversarialLoss(nn.Module, WeightedLoss):
             raise UserError(f"depth is {depth}: it must be at least 1")
         if channels < 1 or channels % min(32, channels):
             raise UserError(f"channels is {channels}: it must be a multiple of 32, or from 1 to 31")
+        self.channels, self.depth = channels, depth
         self.discriminator = PatchDiscriminator(channels, depth)
 
     def forward(self, x1_hat: Tensor, images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ class CodebookUse(Metric):
 
     def update(self, codes: Tensor) -> None:
         """Count codes, int64 of any shape."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        codes = codes.flatten()
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for a GPU
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(share used, from 0 to 1; perplexity)."""

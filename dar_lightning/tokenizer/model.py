@@ -225,6 +225,11 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             "latents": F.normalize(latents.detach().float(), dim=-1),
         }
 
+    @torch.no_grad()
+    def flow_of_codes(self, images: Tensor, codes: Tensor, u: Tensor, noise: Tensor) -> Tensor:
+        """The flow loss of each image (B,) where the decoder reads these tokens (B, N), the image's own or others."""
+        return self._flow_loss(images, self.quantizer.lookup(codes), u, noise)["flow_each"]
+
     def _flow_loss(self, images: Tensor, latents: Tensor, u: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         config = self.config
         cond = self.conditioner(latents)

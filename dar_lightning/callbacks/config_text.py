@@ -1,0 +1,15 @@
+"""The config of a run, where its curves are."""
+
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class ConfigText(SaveConfigCallback):
+    """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that the run uses."""
+
+    def save_config(self, trainer, pl_module, stage) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way to keep lines as they are
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", indented, trainer.global_step)

@@ -1,0 +1,62 @@
+"""How many floating-point operations a training step is, counted once on tensors that have a shape and no values."""
+
+import copy
+import warnings
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dar_lightning.data.transforms import to_float
+from dar_lightning.lit.ar import ARModule
+from dar_lightning.lit.tokenizer import TokenizerModule
+from dar_lightning.losses import AdversarialLoss
+
+
+def step_flops(module: LightningModule, batch: dict) -> int:
+    """Operations of matrix products, convolutions and attention in one forward and backward pass over a batch.
+
+    The loss networks count, with every loss as if it had started; the optimizer, and what activation checkpointing
+    computes twice, do not. A multiplication and an addition are two operations; causal attention counts in full. The
+    module, its networks and the state of the random numbers stay as they are.
+
+    Args:
+        module: a TokenizerModule or ARModule.
+        batch: a batch that it trains on.
+    """
+    # The frozen networks of losses are real tensors among the others, which have no values.
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    # The counter knows not every fused attention; MATH is made of products that it knows.
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
+        inputs = {name: shapes.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
+        with shapes, torch.device(module.device):
+            twin = _twin(module)
+        with counter:
+            _loss(twin, inputs).backward()
+    return counter.get_total_flops()
+
+
+def _loss(twin: LightningModule, batch: dict[str, Tensor]) -> Tensor:
+    if isinstance(twin, ARModule):
+        return twin.ar(batch["label"], batch["codes"]).float().mean()
+    images = to_float(batch["image"])
+    loss, _ = twin.total_loss(twin.tokenizer.training_losses(images), images)
+    return loss
+
+
+def _twin(module: LightningModule) -> LightningModule:
+    """A module of the same structure, newly built: neither compiled, nor wrapped, nor sharded."""
+    if isinstance(module, ARModule):
+        return ARModule(module.ar.config)
+    losses = {name: copy.copy(getattr(module, name)) for name in ("perceptual", "repa")}
+    if (adversarial := module.adversarial) is not None:
+        losses["adversarial"] = AdversarialLoss(channels=adversarial.channels, depth=adversarial.depth)
+    for loss in losses.values():
+        if loss is not None:
+            loss.start_step = 0
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of its metric, which copies a fake tensor
+        return TokenizerModule(module.tokenizer.config, **losses)
