@@ -50,7 +50,8 @@ def scalar(folder: Path, name: str) -> float:
 
 def test_reconstructions(images, tmp_path):
     settings = dict(max_steps=4, val_check_interval=2)
-    run(fit_tokenizer(*images, tmp_path, **settings), "Reconstructions", num_images=3, num_strips=2)
+    command = fit_tokenizer(*images, tmp_path, **settings)
+    run([*command, *EMA, "--trainer.callbacks.use_buffers=false"], "Reconstructions", num_images=3, num_strips=3)
     originals = np.stack([np.array(picture(number)) for number in range(3)])
 
     steps, tiles = drawn(tmp_path, "reconstructions")
@@ -63,9 +64,20 @@ def test_reconstructions(images, tmp_path):
 
     steps, strips = drawn(tmp_path, "previews")
     assert steps == [2, 4]
-    assert strips.shape == (2, 1 + GROUPS, SIZE, SIZE, 3)
-    assert np.array_equal(strips[:, 0], originals[:2])
-    assert np.array_equal(strips[:, -1], tiles[:2, 1]), "the last preview is the reconstruction"
+    assert strips.shape == (3, 1 + GROUPS, SIZE, SIZE, 3)
+    assert np.array_equal(strips[:, 0], originals)
+    assert np.array_equal(strips[:, -1], tiles[:, 1]), "the last preview is the reconstruction"
+    for groups in range(1, GROUPS + 1):
+        errors = np.square(strips[:, groups].astype(float) - originals).mean(axis=(1, 2, 3))
+        psnr = np.mean(10 * np.log10(255**2 / errors))
+        assert scalar(tmp_path, f"groups/val_psnr_after_{groups}") == pytest.approx(psnr, abs=1e-3)
+
+    averaged = load_lightning_checkpoint(tmp_path / "checkpoints" / "last.ckpt", "ema")
+    pixels = torch.from_numpy(originals).permute(0, 3, 1, 2) / 127.5 - 1
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    again = averaged.detokenize(averaged.tokenize(pixels), noise)
+    again = ((again.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.abs(tiles[:, 1].astype(int) - again).max() <= 1
 
 
 def test_samples(tokens, tmp_path):

@@ -1,0 +1,57 @@
+"""FLOPs of a training step against closed forms; counting leaves everything as it was."""
+
+import pytest
+import torch
+from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, write_vgg
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.flops import step_flops
+from dar_lightning.lit import ARModule, TokenizerModule
+from dar_lightning.losses import AdversarialLoss, PerceptualLoss
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+IMAGES = {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
+
+
+def test_the_ar_model_in_closed_form():
+    """Per layer and token 2 per weight, and 4 N D for attention; the backward pass is twice that."""
+    module = ARModule(ARConfig(**AR))
+    dim, depth, ffn = AR["dim"], AR["depth"], module.ar.config.ffn_dim
+    per_token = depth * (2 * (4 * dim**2 + 3 * dim * ffn) + 4 * TOKENS * dim) + 2 * dim * CODES
+    batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
+    assert step_flops(module, batch) == 3 * 5 * TOKENS * per_token
+
+
+def test_lpips_in_closed_form(vgg_file):
+    """VGG16 over both images, and back to the pixels of one; 1x1 heads over the features, and back."""
+    sides, widths = (32, 16, 8, 4, 2), (64, 128, 256, 512, 512)
+    depths, channels, convolutions, heads = (2, 2, 3, 3, 3), 3, 0, 0
+    for side, width, depth in zip(sides, widths, depths, strict=True):
+        for _ in range(depth):
+            convolutions += 2 * 9 * channels * width * side**2
+            channels = width
+        heads += 2 * width * side**2
+    plain = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER)), IMAGES)
+    for stride in (1, 4):
+        loss = PerceptualLoss(weights_path=vgg_file, stride=stride, start_step=100)
+        found = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER), perceptual=loss), IMAGES)
+        assert found - plain == 4 // stride * (3 * convolutions + 2 * heads)
+        assert loss.start_step == 100
+
+
+def test_counting_changes_nothing(vgg_file):
+    options = dict(perceptual=PerceptualLoss(weights_path=vgg_file), adversarial=AdversarialLoss(channels=4, depth=1))
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"latent_norm": "batch"}), **options)
+    vgg = module.perceptual.distance.network
+    before = {name: tensor.clone() for name, tensor in (module.state_dict() | vgg.state_dict()).items()}
+    state = torch.get_rng_state()
+    assert step_flops(module, IMAGES) == step_flops(module, IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = module.state_dict() | vgg.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(parameter.grad is None for parameter in module.parameters())
