@@ -1,6 +1,7 @@
 """AdamW as the paper uses it: weight decay on matrices only, linear warm-up, and a linear end."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ class OptimizerConfig:
         weight_decay: on parameters of two or more dimensions; the others get none.
         warmup_steps: steps from 0 to lr.
         decay_steps: length, in steps, of the linear descent that ends with the last training step; 0 for none.
+        decay_epochs: the same in epochs, instead.
         final_lr: learning rate at its end.
     """
 
@@ -27,13 +29,31 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay_steps: int = 0
     final_lr: float = 0.0
+    decay_epochs: float = 0.0
 
     def __post_init__(self):
-        if self.lr <= 0 or min(self.weight_decay, self.warmup_steps, self.decay_steps, self.final_lr) < 0:
+        lengths = (self.warmup_steps, self.decay_steps, self.decay_epochs)
+        if self.lr <= 0 or min(self.weight_decay, self.final_lr, *lengths) < 0:
             raise UserError(f"optimizer needs a positive lr and no negative value, not {self}")
+        if self.decay_steps and self.decay_epochs:
+            raise UserError(
+                f"optimizer has decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}: one must be 0"
+            )
+
+    def in_steps(self, steps_per_epoch: float) -> "OptimizerConfig":
+        """The same with the descent in steps.
+
+        Raises:
+            UserError: decay_epochs is set and the data has no epochs (steps_per_epoch is infinite).
+        """
+        if not self.decay_epochs:
+            return self
+        if not math.isfinite(steps_per_epoch):
+            raise UserError("optimizer decay_epochs needs data with an end: use decay_steps")
+        return replace(self, decay_steps=round(self.decay_epochs * steps_per_epoch), decay_epochs=0.0)
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Learning rate at a step (from 0), divided by lr."""
+        """Learning rate at a step (from 0), divided by lr; of a config in steps."""
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if not self.decay_steps:
             return warmup
@@ -42,14 +62,18 @@ class OptimizerConfig:
         return min(warmup, end + (1.0 - end) * left)
 
 
-def configure_adamw(module: nn.Module, config: OptimizerConfig, max_steps: int) -> dict:
+def configure_adamw(
+    module: nn.Module, config: OptimizerConfig, max_steps: float, steps_per_epoch: float = math.inf
+) -> dict:
     """What LightningModule.configure_optimizers returns for these settings.
 
     Args:
         module: its trainable parameters are optimised.
         config: optimizer settings.
         max_steps: optimizer steps of the whole run; needed only where the learning rate descends.
+        steps_per_epoch: optimizer steps; needed only for decay_epochs.
     """
+    config = config.in_steps(steps_per_epoch)
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.callbacks.config_text import ConfigText
+from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.stream import StreamDataModule
 from dar_lightning.errors import OneLineErrors, UserError
@@ -60,8 +61,18 @@ class TrainerCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--global_batch",
+            type=int | None,
+            default=None,
+            help="Samples per optimizer step over all devices, from which trainer.accumulate_grad_batches is derived.",
+        )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
         trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
         given = type(trainer.strategy.checkpoint_io)
         if given is not TorchCheckpointIO:
             raise UserError(
@@ -79,6 +90,7 @@ class TrainerCLI(LightningCLI):
         if isinstance(data, StreamDataModule):
             for split in ("train", "val") if data.val is not None else ("train",):
                 data.index(split)
+        self.global_batch.derive(self.trainer, data)
         if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
             self.model.check_data(data)
 

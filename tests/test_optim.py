@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from dar_lightning.errors import UserError
 from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.plan import TrainingPlan
 
 
 class Small(nn.Module):
@@ -57,7 +58,8 @@ class Recorder(LightningModule):
         self.layer, self.config, self.used = nn.Linear(1, 1), config, []
 
     def configure_optimizers(self):
-        return configure_adamw(self, self.config, self.trainer.estimated_stepping_batches)
+        plan = TrainingPlan.of(self.trainer)
+        return configure_adamw(self, self.config, plan.steps, plan.steps_per_epoch)
 
     def training_step(self, batch, batch_idx):
         return self.layer(batch).sum()
@@ -67,20 +69,39 @@ class Recorder(LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("length", [{"max_steps": 12}, {"max_epochs": 3, "max_steps": -1}])
-def test_the_trainer_steps_along_it(length):
-    module = Recorder(OptimizerConfig(lr=0.1, warmup_steps=3, decay_steps=4))
+@pytest.mark.parametrize(
+    ("length", "decay", "accumulate"),
+    [
+        ({"max_steps": 12}, {"decay_steps": 4}, 1),
+        ({"max_epochs": 3, "max_steps": -1}, {"decay_steps": 4}, 1),
+        ({"max_epochs": 3, "max_steps": -1}, {"decay_epochs": 1}, 1),
+        ({"max_epochs": 6, "max_steps": -1}, {"decay_epochs": 2}, 2),
+        ({"max_steps": 12}, {"decay_epochs": 2}, 2),
+    ],
+    ids=str,
+)
+def test_the_trainer_steps_along_it(length, decay, accumulate):
+    """Twelve steps, of which the last four descend; an epoch has four batches."""
+    module = Recorder(OptimizerConfig(lr=0.1, warmup_steps=3, **decay))
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
         **length,
     )
     trainer.fit(module, DataLoader(torch.ones(4, 1)))
     expected = 0.1 * np.interp(np.arange(12), [0, 3, 8, 12], [0.25, 1.0, 1.0, 0.0])
     assert np.allclose(module.used, expected[:, None])
+
+
+def test_a_descent_is_in_steps_or_in_epochs_of_data_with_an_end():
+    with pytest.raises(UserError, match="decay_steps 5 and decay_epochs 2: one must be 0"):
+        OptimizerConfig(decay_steps=5, decay_epochs=2)
+    with pytest.raises(UserError, match="decay_epochs needs data with an end: use decay_steps"):
+        configure_adamw(Small(), OptimizerConfig(decay_epochs=2), 100)
 
 
 @pytest.mark.parametrize("max_steps", [-1, 0, float("inf")])

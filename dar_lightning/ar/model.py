@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.errors import UserError
 from dar_lightning.pretrained import PretrainedMixin
+from dar_lightning.recompute import run_block
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
@@ -110,6 +111,7 @@ class ARModel(nn.Module, PretrainedMixin):
     def __init__(self, config: ARConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
@@ -186,7 +188,7 @@ class ARModel(nn.Module, PretrainedMixin):
         mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start) if several else None
         x = self.token_dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, self.rotary[start:end], mask, cache, layer)
+            x = run_block(block, x, self.rotary[start:end], mask, cache, layer, recompute=self.recompute)
         if cache is not None:
             cache.length = end
         if last_only:

@@ -45,6 +45,9 @@ class CodebookWarmup(Callback):
         # Both are of all ranks, so that the checkpoint, which rank 0 writes, holds them.
         self.latents: list[Tensor] = []  # (tokens, codebook_dim) each
         self.counts: Tensor | None = None  # (codebook_size,), uses since the last revival
+        # Of the step at hand, for a checkpoint between two steps stands at the last one.
+        self._new_latents: list[Tensor] = []
+        self._new_counts: Tensor | int = 0
         self._steps_done = 0
 
     def on_train_start(self, trainer, pl_module) -> None:
@@ -58,7 +61,9 @@ class CodebookWarmup(Callback):
         step = trainer.global_step if ends_step else trainer.global_step + 1
         if step <= self.warmup_steps:
             if step > self.warmup_steps - self.collect_steps:
-                self.latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
+                self._new_latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
+            if ends_step:
+                self.latents, self._new_latents = self.latents + self._new_latents, []
             if ends_step and step == self.warmup_steps and self.latents:
                 latents = torch.cat(self.latents).to(pl_module.device)
                 if trainer.is_global_zero:
@@ -70,9 +75,12 @@ class CodebookWarmup(Callback):
         if not self.revive_every or step > self.revive_until:
             return
         counts = torch.bincount(outputs["codes"].flatten(), minlength=len(quantizer.codebook))
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        self._new_counts = self._new_counts + trainer.strategy.reduce(counts, reduce_op="sum")
+        if not ends_step:
+            return
+        counts, self._new_counts = self._new_counts, 0
         self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
-        if ends_step and (step - self.warmup_steps) % self.revive_every == 0:
+        if (step - self.warmup_steps) % self.revive_every == 0:
             latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
             dead = (self.counts == 0).nonzero().flatten()
             chosen = torch.randperm(len(latents), generator=self._generator(step))[: len(dead)]

@@ -73,8 +73,9 @@ class TrainSampler(DistributedSampler):
     """Tickets for one rank, from batch number `position` onwards, one epoch's worth at a time.
 
     Global batch g of an epoch is the g-th run of `batch_size * num_replicas` samples in that epoch's order, cut evenly
-    over the ranks; the remainder is dropped. It is a DistributedSampler so that Lightning leaves it in place; the
-    epoch comes from `position`, and `set_epoch` has no effect.
+    over the ranks. The remainder is dropped, also that of `accumulate` batches, which are one optimizer step: so steps
+    hold the same samples however they are divided. It is a DistributedSampler so that Lightning leaves it in place;
+    the epoch comes from `position`, and `set_epoch` has no effect.
 
     Args:
         dataset: For its length.
@@ -82,15 +83,22 @@ class TrainSampler(DistributedSampler):
         batch_size: Samples per batch and rank.
         num_replicas: Number of ranks.
         rank: This one.
+        accumulate: Batches per optimizer step.
     """
 
     def __init__(
-        self, dataset: Dataset, order: Callable[[int], np.ndarray], batch_size: int, num_replicas: int, rank: int
+        self,
+        dataset: Dataset,
+        order: Callable[[int], np.ndarray],
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, drop_last=True)
-        self.order, self.batch_size = order, batch_size
+        self.order, self.batch_size, self.accumulate = order, batch_size, accumulate
         self.global_batch = batch_size * num_replicas
-        self.batches = len(dataset) // self.global_batch
+        self.batches = len(dataset) // (self.global_batch * accumulate) * accumulate
         self.position = 0
 
     def __len__(self) -> int:
@@ -190,6 +198,7 @@ class TrainLoader(Loader):
         return {
             "position": self.position - self.unfinished(),
             "global_batch": self.sampler.global_batch,
+            "accumulate": self.sampler.accumulate,
             "samples": len(self.sampler.dataset),
             "fingerprint": self.sampler.dataset.fingerprint,
         }
@@ -203,6 +212,7 @@ class TrainLoader(Loader):
         mine = self.state_dict()
         for name, what in (
             ("global_batch", "batch size x devices"),
+            ("accumulate", "number of batches per optimizer step"),
             ("samples", "number of training samples"),
             ("fingerprint", "fingerprint of the training data (shards' names, contents and classes)"),
         ):
@@ -239,15 +249,18 @@ class StreamDataModule(L.LightningDataModule):
             self._loader = None
 
     def _train_loader(self, dataset: Dataset, order: Callable[[int], np.ndarray]) -> Loader:
-        world, rank, overfit = 1, 0, 0
+        world, rank, overfit, accumulate = 1, 0, 0, 1
         if self.trainer is not None:
             world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
+            accumulate = self.trainer.accumulate_grad_batches
         if overfit:  # the same few batches in every epoch
             return Loader(dataset, batch_size=self.batch_size, drop_last=True, **self._worker_options())
-        sampler = TrainSampler(dataset, order, self.batch_size, world, rank)
+        sampler = TrainSampler(dataset, order, self.batch_size, world, rank, accumulate)
         if sampler.batches == 0:
+            times = f", {accumulate} times," if accumulate > 1 else ""
             raise UserError(
-                f"batch_size: {self.batch_size} on {world} device(s) is more than the {len(dataset)} training samples"
+                f"batch_size: {self.batch_size} on {world} device(s){times} is more than the {len(dataset)} training "
+                "samples"
             )
         before = self._loader
         self._loader = TrainLoader(
@@ -289,7 +302,7 @@ class StreamDataModule(L.LightningDataModule):
         return {"stream": stream, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint; called before the loaders are made.
+        """Continue from a checkpoint; called before a loader has given out its first batch.
 
         Raises:
             UserError: The order of the data is not the checkpoint's.
@@ -301,3 +314,6 @@ class StreamDataModule(L.LightningDataModule):
                 "a new run from its weights"
             )
         self._restored = state_dict["stream"]
+        if self._loader is not None and self._restored is not None:  # sharded models are restored after the loaders
+            self._loader.load_state_dict(self._restored)
+            self._restored = None

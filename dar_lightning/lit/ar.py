@@ -13,6 +13,7 @@ from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
 from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.plan import TrainingPlan
 from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
 
@@ -27,6 +28,8 @@ class ARModule(LightningModule):
             weights only.
         preset: instead of config, the name of one: B, L, XL, XXL and so on.
         compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
+        activation_checkpointing: let the blocks compute their activations again in the backward pass instead of
+            keeping them: less memory, one more forward pass, the same gradients.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ARModule(LightningModule):
         init_from: str | None = None,
         preset: str | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if preset is not None:
@@ -49,6 +53,7 @@ class ARModule(LightningModule):
         self.optimizer = optimizer
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
+        self.ar.recompute = activation_checkpointing
         if compile:
             compile_blocks(self.ar)
 
@@ -78,7 +83,8 @@ class ARModule(LightningModule):
             self.check_data(data)
 
     def configure_optimizers(self):
-        return configure_adamw(self.ar, self.optimizer, self.trainer.estimated_stepping_batches)
+        plan = TrainingPlan.of(self.trainer)
+        return configure_adamw(self.ar, self.optimizer, plan.steps, plan.steps_per_epoch)
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)

@@ -15,6 +15,7 @@ from dar_lightning.finetune import init_from_pretrained
 from dar_lightning.losses import AdversarialLoss, PerceptualLoss, RepaLoss
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
+from dar_lightning.plan import TrainingPlan
 from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -36,6 +37,8 @@ class TokenizerModule(LightningModule):
         adversarial: a PatchGAN that judges the jump estimate; None leaves it out. Its gradients are clipped apart from
             the tokenizer's, so that neither scales the other down.
         compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
+        activation_checkpointing: parts whose blocks compute their activations again in the backward pass instead of
+            keeping them: less memory, one more forward pass of these parts, the same gradients.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TokenizerModule(LightningModule):
         repa: RepaLoss | None = None,
         adversarial: AdversarialLoss | None = None,
         compile: bool = False,
+        activation_checkpointing: list[Literal["encoder", "conditioner", "decoder"]] | None = None,
     ):
         super().__init__()
         if preset is not None:
@@ -70,11 +74,14 @@ class TokenizerModule(LightningModule):
         if init_from is not None:
             init_from_pretrained(self.tokenizer, init_from)
         self.codebook_use = CodebookUse(config.codebook_size)
+        for part in activation_checkpointing or ():
+            self.tokenizer.get_submodule(part).recompute = True
         if compile:
             compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
 
     def configure_optimizers(self):
-        return configure_adamw(self, self.optimizer, self.trainer.estimated_stepping_batches)
+        plan = TrainingPlan.of(self.trainer)
+        return configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dar_lightning.recompute import run_block
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
 from dar_lightning.tokenizer.layers import GatedBlock, KVCache, plain_norm
 
@@ -14,6 +15,7 @@ class Conditioner(nn.Module):
         super().__init__()
         dim = config.conditioner_dim
         self.num_tokens = config.num_tokens
+        self.recompute = False  # activation checkpointing
         self.from_latent = nn.Linear(config.codebook_dim, dim, bias=False)
         self.positions = nn.Embedding(TABLE_ROWS, dim)
         nn.init.normal_(self.positions.weight, std=config.position_init_std)
@@ -37,5 +39,5 @@ class Conditioner(nn.Module):
         x = x + self.positions.weight[start:end].to(x.dtype)
         mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(diagonal=start)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask=mask, cache=cache[i] if cache else None)
+            x = run_block(block, x, None, mask, cache[i] if cache else None, recompute=self.recompute and not cache)
         return plain_norm(x)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dar_lightning.recompute import run_block
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, axial_sincos, plain_norm
 
@@ -69,6 +70,7 @@ class PixelDecoder(nn.Module):
         self.dim, self.patch, self.head_dim = dim, patch, config.head_dim
         self.repa_layer, self.prediction = config.repa_layer, config.prediction
         self.absolute_positions = config.absolute_positions
+        self.recompute = False  # activation checkpointing
         self.conv_in = nn.Conv2d(3 * patch * patch, dim, 1)
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
@@ -106,7 +108,7 @@ class PixelDecoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == self.repa_layer:
                 hidden = rearrange(x, "b (h w) d -> b d h w", h=height)
-            x = block(x, time, cond, rotary)
+            x = run_block(block, x, time, cond, rotary, recompute=self.recompute)
         x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
         x = self.conv_out(x)
         x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.recompute import run_block
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
 from dar_lightning.tokenizer.layers import GatedBlock, axial_rotary, axial_sincos, identity_rotary, plain_norm
 
@@ -18,6 +19,7 @@ class Encoder(nn.Module):
         dim = config.encoder_dim
         self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
         self.absolute_positions = config.absolute_positions
+        self.recompute = False  # activation checkpointing
         self.patchify = nn.Conv2d(3, dim, config.encoder_patch_size, stride=config.encoder_patch_size)
         self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
         self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
         )
         mask = query_mask(height * width, self.num_tokens, x.device)
         for block in self.blocks:
-            x = block(x, rotary, mask)
+            x = run_block(block, x, rotary, mask, recompute=self.recompute)
         latents = self.to_latent(plain_norm(x[:, height * width :]))
         if self.latent_norm is not None:
             norm, flat = self.latent_norm, latents.flatten(1)

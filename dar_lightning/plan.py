@@ -1,0 +1,75 @@
+"""How many samples make a step, and how many steps a run: derived here, from what the Trainer and the data say."""
+
+import math
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from dar_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The arithmetic of a training run.
+
+    Args:
+        batch_size: samples per batch and device; None if the loader does not say.
+        devices: processes, over all machines.
+        accumulate: batches per optimizer step.
+        steps_per_epoch: optimizer steps; inf if the data has no end.
+        steps: optimizer steps of the whole run; inf if it has no end.
+    """
+
+    batch_size: int | None
+    devices: int
+    accumulate: int
+    steps_per_epoch: float
+    steps: float
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "TrainingPlan":
+        """The plan of a Trainer that is about to fit, or fits; the training data is set up if it is not."""
+        trainer.fit_loop.setup_data()
+        accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        steps = trainer.estimated_stepping_batches
+        return cls(
+            batch_size=getattr(trainer.train_dataloader, "batch_size", None),
+            devices=trainer.world_size,
+            accumulate=accumulate,
+            steps_per_epoch=math.ceil(batches / accumulate) if math.isfinite(batches) else math.inf,
+            steps=math.inf if steps == -1 else steps,
+        )
+
+    def __str__(self) -> str:
+        """In one line: "global batch 1024 = 64 x 8 devices x 2 accumulated; 375,300 steps (300 epochs of 1,251)"."""
+        size = "?" if self.batch_size is None else self.batch_size * self.devices * self.accumulate
+        devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
+        batch = f"global batch {size} = {self.batch_size or '?'} x {devices} x {self.accumulate} accumulated"
+        if math.isinf(self.steps):
+            return f"{batch}; no end"
+        epochs = f"{self.steps / self.steps_per_epoch:.4g} epochs of {self.steps_per_epoch:,}"
+        return f"{batch}; {self.steps:,} steps ({epochs})"
+
+
+def accumulation(global_batch: int, batch_size: int, devices: int) -> int:
+    """Batches per optimizer step that make a global batch.
+
+    Raises:
+        UserError: there is no such number; the line names the nearest values that fit.
+    """
+    if global_batch % devices:
+        low = global_batch // devices * devices
+        near = f"{low} or {low + devices}" if low else str(devices)
+        raise UserError(f"global_batch is {global_batch}: {devices} devices cannot share it evenly; use {near}")
+    share = global_batch // devices
+    if share % batch_size:
+        fitting = [size for size in range(1, share + 1) if share % size == 0]
+        near = [
+            *[size for size in fitting if size < batch_size][-1:],
+            *[size for size in fitting if size > batch_size][:1],
+        ]
+        raise UserError(
+            f"global_batch is {global_batch}: not a multiple of batch_size {batch_size} x {devices} device(s) = "
+            f"{batch_size * devices}; use data.init_args.batch_size {' or '.join(map(str, near))}"
+        )
+    return share // batch_size
