@@ -4,6 +4,7 @@ from dar_lightning.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.callbacks.codebook import CodebookWarmup
 from dar_lightning.callbacks.codebook_use import CodebookMonitor
 from dar_lightning.callbacks.data_speed import DataSpeed
+from dar_lightning.callbacks.ema import EMA
 from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.callbacks.groups import GroupLoss
 from dar_lightning.callbacks.memory import Memory
@@ -17,6 +18,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookWarmup",
     "DataSpeed",
+    "EMA",
     "GlobalBatch",
     "GroupLoss",
     "LastStepCheckpoint",
