@@ -15,10 +15,10 @@ from dar_lightning.callbacks.samples import Samples
 from dar_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "EMA",
     "CodebookMonitor",
     "CodebookWarmup",
     "DataSpeed",
-    "EMA",
     "GlobalBatch",
     "GroupLoss",
     "LastStepCheckpoint",

@@ -1,6 +1,7 @@
 """LightningModules: what a training step does. The models themselves are plain torch, in `tokenizer` and `ar`."""
 
 from dar_lightning.lit.ar import ARModule
+from dar_lightning.lit.fsdp import FSDP2Strategy
 from dar_lightning.lit.tokenizer import TokenizerModule
 
-__all__ = ["ARModule", "TokenizerModule"]
+__all__ = ["ARModule", "FSDP2Strategy", "TokenizerModule"]

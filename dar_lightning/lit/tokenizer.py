@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -105,7 +106,7 @@ class TokenizerModule(LightningModule):
             The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
         """
         parts = {name: losses[name] for name in ("flow", "vq", "commit")}
-        loss = losses["flow"] + losses["vq"] + losses["commit"]
+        loss = losses["flow"] + share_of_tokens(losses["read"]) * (losses["vq"] + losses["commit"])
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
             parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
             loss = loss + self.perceptual.weight * parts["perceptual"]
@@ -170,3 +171,16 @@ class TokenizerModule(LightningModule):
         use, perplexity = self.codebook_use.compute()
         self.log_dict({f"{stage}/codebook_use": use, f"{stage}/codebook_perplexity": perplexity})
         self.codebook_use.reset()
+
+
+def share_of_tokens(count: Tensor) -> Tensor:
+    """What turns an average over this device's tokens into its share of the average over all devices' tokens.
+
+    The mean of the devices' losses is then the loss of one device with all the images, although each device's images
+    read a number of tokens of their own.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.ones_like(count)
+    total = count.clone()
+    dist.all_reduce(total)  # not Trainer.strategy.reduce, which makes the CPU wait for the GPU
+    return count * dist.get_world_size() / total

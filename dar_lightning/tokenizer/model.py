@@ -208,7 +208,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             up to the last one that the step reads; "flow_each" (B,), the first for each image, detached; "group" (B,),
             which group of tokens each image trains, 0..K-1; "x1_hat" (B, 3, H, W), the estimate of the image; "t" (B,),
             the flow times; "codes" (B, N); "latents" (B, N, codebook_dim), detached, on the unit sphere, before
-            quantization; with a REPA head also "hidden" (B, D, h, w), the decoder state that REPA compares.
+            quantization; "read", the number of tokens that "vq" and "commit" are averages of; with a REPA head also
+            "hidden" (B, D, h, w), the decoder state that REPA compares.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
@@ -220,6 +221,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         return losses | {
             "vq": (vq * read).sum() / read.sum(),
             "commit": (commit * read).sum() / read.sum(),
+            "read": read.sum(),
             "codes": codes,
             "group": self.schedule.group_of_time(u).clamp(max=self.config.num_groups - 1),
             "latents": F.normalize(latents.detach().float(), dim=-1),

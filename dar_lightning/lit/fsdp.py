@@ -1,0 +1,124 @@
+"""Fully sharded data parallel (FSDP2) as a Trainer strategy, with checkpoints that any other strategy reads."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from dar_lightning.callbacks.samples import Samples
+from dar_lightning.errors import UserError
+
+
+class FSDP2Strategy(DDPStrategy):
+    """Each device keeps a slice of every parameter, gradient, optimizer state and average of an AR model.
+
+    Parameters are gathered block by block where the forward and the backward pass need them. What a step computes is
+    what DDP computes. A checkpoint is one file with whole tensors, as of DDP or of a single device, so each of them
+    resumes from it and `dar export` reads it. Validation alone (`dar validate`) runs on the whole model.
+
+    Lightning's own FSDPStrategy (FSDP1) runs on GPUs only, its ModelParallelStrategy reads checkpoints past
+    SafeCheckpointIO, and neither keeps EMAWeightAveraging.
+
+    With `precision: bf16-mixed`, parameters are gathered as bfloat16 and gradients are summed as float32.
+
+    Args:
+        timeout: how long a device waits for the others before it fails.
+        process_group_backend: nccl or gloo; null takes what suits the device.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=30), process_group_backend: str | None = None):
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
+
+    def configure_ddp(self) -> None:
+        """Shard the model and its average; the optimizer, made after this, works on the slices."""
+        trainer = self.lightning_module.trainer
+        if not hasattr(self.lightning_module, "ar"):
+            raise UserError(
+                f"trainer.strategy: FSDP2Strategy shards AR models, not a {type(self.lightning_module).__name__}: use ddp"
+            )
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
+        if any(isinstance(callback, Samples) for callback in trainer.callbacks):
+            raise UserError("trainer.callbacks: Samples draws on one device, which FSDP2Strategy cannot; leave it out")
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy()
+        if trainer.precision == "bf16-mixed":
+            # Under autocast alone, bfloat16 copies of all weights would outlive their gathering, until the backward
+            # pass. Activations are autocast's business.
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        shard(self.lightning_module.ar, mesh, policy)
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                shard(callback._average_model.module.ar.to(self.root_device), mesh, policy)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Gather slices on rank 0, tensor by tensor, and write them as one file. All ranks call this together."""
+
+        def gather(tensor: DTensor) -> Tensor | None:
+            full = whole(tensor)
+            return full.cpu() if self.is_global_zero else None
+
+        super().save_checkpoint(tree_map_only(DTensor, gather, checkpoint), filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's slices of a whole optimizer's state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(sliced(state, optimizer))
+
+    def teardown(self) -> None:
+        """Lightning would move the slices to the CPU, where their mesh is not."""
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Replace a model's parameters by slices of rank 0's, in place, block by block.
+
+    Args:
+        model: with a list `blocks`.
+        mesh: of one dimension, all devices.
+        policy: dtypes of gathered parameters and of summed gradients.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, src=0)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # FSDP would keep what is outside of the blocks gathered until the backward pass, which validation has none of:
+    # whoever looks at the parameters then (EMAWeightAveraging, checkpoints) must find slices.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank may have a slice; all ranks call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sliced(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A whole optimizer's state dict with tensors sliced as this optimizer's parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+
+    def like(value: Any, parameter: DTensor) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value  # such as the number of steps
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    slices = {
+        number: {name: like(value, parameter) for name, value in state["state"][number].items()}
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if number in state["state"]
+    }
+    return {"state": slices, "param_groups": state["param_groups"]}
