@@ -7,6 +7,7 @@ from torchvision.utils import make_grid
 from dar_lightning.callbacks.pictures import draw, draws
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.sharding import whole_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -33,14 +34,15 @@ class Samples(Callback):
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         # After the first batch, not at the end of the epoch, when EMAWeightAveraging may have taken its weights away.
-        if batch_idx or dataloader_idx or trainer.sanity_checking or not draws(trainer):
+        if batch_idx or dataloader_idx or trainer.sanity_checking:
+            return
+        ar = whole_model(pl_module.ar)  # of slices on all ranks
+        if not draws(trainer):
             return
         if self.tokenizer is None:
             self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
         classes = self.classes or list(range(min(pl_module.ar.config.num_classes, 20)))
         labels = torch.tensor(classes, device=pl_module.device).repeat_interleave(self.per_class)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
-        images = DARPipeline(self.tokenizer, pl_module.ar).generate(
-            labels, guidance=self.guidance, generator=generators
-        )
+        images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
         draw(trainer, "samples", make_grid(to_uint8(images), nrow=self.per_class))

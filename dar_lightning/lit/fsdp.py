@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from dar_lightning.callbacks.samples import Samples
 from dar_lightning.errors import UserError
+from dar_lightning.sharding import shard, sliced, whole
 
 
 class FSDP2Strategy(DDPStrategy):
@@ -42,22 +40,21 @@ class FSDP2Strategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Shard the model and its average; the optimizer, made after this, works on the slices."""
-        trainer = self.lightning_module.trainer
-        if not hasattr(self.lightning_module, "ar"):
+        module = self.lightning_module
+        trainer = module.trainer
+        if not hasattr(module, "ar"):
             raise UserError(
-                f"trainer.strategy: FSDP2Strategy shards AR models, not a {type(self.lightning_module).__name__}: use ddp"
+                f"trainer.strategy: FSDP2Strategy shards AR models, this is a {type(module).__name__}: use ddp"
             )
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
-        if any(isinstance(callback, Samples) for callback in trainer.callbacks):
-            raise UserError("trainer.callbacks: Samples draws on one device, which FSDP2Strategy cannot; leave it out")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
         if trainer.precision == "bf16-mixed":
             # Under autocast alone, bfloat16 copies of all weights would outlive their gathering, until the backward
             # pass. Activations are autocast's business.
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        shard(self.lightning_module.ar, mesh, policy)
+        shard(module.ar, mesh, policy)
         for callback in trainer.callbacks:
             if isinstance(callback, WeightAveraging):
                 shard(callback._average_model.module.ar.to(self.root_device), mesh, policy)
@@ -82,43 +79,3 @@ class FSDP2Strategy(DDPStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
-
-
-def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Replace a model's parameters by slices of rank 0's, in place, block by block.
-
-    Args:
-        model: with a list `blocks`.
-        mesh: of one dimension, all devices.
-        policy: dtypes of gathered parameters and of summed gradients.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.data, src=0)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # FSDP would keep what is outside of the blocks gathered until the backward pass, which validation has none of:
-    # whoever looks at the parameters then (EMAWeightAveraging, checkpoints) must find slices.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank may have a slice; all ranks call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sliced(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A whole optimizer's state dict with tensors sliced as this optimizer's parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-
-    def like(value: Any, parameter: DTensor) -> Any:
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            return value  # such as the number of steps
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-    slices = {
-        number: {name: like(value, parameter) for name, value in state["state"][number].items()}
-        for number, parameter in zip(numbers, parameters, strict=True)
-        if number in state["state"]
-    }
-    return {"state": slices, "param_groups": state["param_groups"]}

@@ -14,8 +14,8 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import ARModule, FSDP2Strategy, TokenizerModule
-from dar_lightning.lit.fsdp import whole
 from dar_lightning.optim import OptimizerConfig
+from dar_lightning.sharding import whole
 from dar_lightning.tokenizer.config import TokenizerConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -24,7 +24,7 @@ STILL = OptimizerConfig(lr=1e-12)  # Adam's first steps have one size for all gr
 
 
 class OneNoise(Callback):
-    """Times, noise and dropout are drawn for the samples of all ranks from one seed; each rank takes those of its own."""
+    """Times, noise and dropout are drawn for all ranks' samples from one seed; each rank takes those of its own."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         generator = torch.Generator().manual_seed(trainer.global_step)
