@@ -12,15 +12,17 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.callbacks.config_text import ConfigText
 from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.stream import StreamDataModule
-from dar_lightning.errors import OneLineErrors, UserError
+from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 from dar_lightning.lit.ar import ARModule
 from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
+from dar_lightning.pretrained import one_line
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -71,7 +73,15 @@ class TrainerCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # an unknown strategy; other devices than SLURM's tasks
+            raise find_user_error(error) or UserError(f"trainer: {one_line(error)}") from error
+        if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
+            raise UserError(
+                f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
+                "or, for AR models, dar_lightning.lit.FSDP2Strategy"
+            )
         trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
         given = type(trainer.strategy.checkpoint_io)
         if given is not TorchCheckpointIO:

@@ -18,13 +18,15 @@ MONITORS = {  # layers over a training config -> the config that their comments 
     "experiments/trainer/monitor_tokenizer.yaml": "experiments/quickstart/tokenizer.yaml",
     "experiments/trainer/monitor_ar.yaml": "experiments/quickstart/ar.yaml",
 }
+# layers that name the devices
+TRAINER = [name for name in CONFIGS if name.startswith("experiments/trainer/") and name not in MONITORS]
 LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
 FIT = [
     name
     for name, path in CONFIGS.items()
     if "model" in yaml.safe_load(path.read_text()) and name not in (*FINETUNE, LPIPS)
 ]
-TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *FINETUNE, *MONITORS, LPIPS)]
+TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *TRAINER, *MONITORS, *FIT, *FINETUNE, LPIPS)]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -100,6 +102,16 @@ def test_data_layers_replace_the_data_alone(name, capsys):
     assert contains(layered, yaml.safe_load(CONFIGS[name].read_text()))
     assert {key: value for key, value in layered.items() if key != "data"} == {
         key: value for key, value in alone.items() if key != "data"
+    }
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_trainer_layers_replace_the_trainer_alone(name, capsys):
+    alone = printed(capsys, "fit", "--config", AR)
+    layered = printed(capsys, "fit", "--config", AR, "--config", name)
+    assert contains(layered, yaml.safe_load(CONFIGS[name].read_text()))
+    assert {key: value for key, value in layered.items() if key != "trainer"} == {
+        key: value for key, value in alone.items() if key != "trainer"
     }
 
 

@@ -64,6 +64,21 @@ def test_another_checkpoint_io_is_refused(tokens, tmp_path, capsys):
     assert "trainer.plugins: OtherIO cannot be used" in line
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}',
+            "ModelParallelStrategy reads checkpoints past SafeCheckpointIO; use ddp",
+        ),
+        ("fsdp", "requires a GPU"),
+        ("nonsense", "invalid strategy name"),
+    ],
+)
+def test_another_strategy_is_refused(strategy, message, tokens, tmp_path, capsys):
+    assert message in refusal(capsys, command("fit", tokens, tmp_path, f"--trainer.strategy={strategy}"))
+
+
 def test_checkpoints_of_other_modules_are_read(tmp_path):
     module: LightningModule = BoringModel()
     torch.save({"state_dict": module.state_dict()}, tmp_path / "x.ckpt")

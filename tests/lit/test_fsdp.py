@@ -19,7 +19,7 @@ from dar_lightning.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"
-STILL = {name: 0.0 for name in ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout")}
+STILL = dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"), 0.0)
 
 
 class HoldsHalf(Callback):
