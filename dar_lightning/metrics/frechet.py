@@ -1,5 +1,6 @@
 """Frechet distance between two sets of features, each described by a Gaussian."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,11 +9,14 @@ from torchmetrics import Metric
 
 
 class Gaussian(NamedTuple):
-    """What a set of features is reduced to: mean (D,), covariance (D, D), both float64, and the number of samples."""
+    """What a set of features is reduced to: mean (D,), covariance (D, D), both float64, and the number of samples.
+
+    Statistics that others have stored may not say their number.
+    """
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None
 
 
 class FeatureStatistics(Metric):
@@ -56,26 +60,46 @@ class FeatureStatistics(Metric):
         return Gaussian(mean, covariance, count)
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """A with A @ A.T = covariance, a symmetric matrix without negative eigenvalues."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    # Below this an eigenvalue is the rounding error of zero, and its root would be a hundred million times larger.
-    rounding = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
-    return eigenvectors * torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
-
-
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance between two Gaussians.
 
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the formula of FID (Heusel et al., 2017). With S = A A^T, the trace
-    of the root is the sum of the singular values of A1^T A2: real by construction, and, unlike a matrix square root,
-    accurate when there are fewer samples than dimensions.
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the formula of FID (Heusel et al., 2017).
     """
-    root_trace = torch.linalg.svdvals(_factor(first.covariance).T @ _factor(second.covariance)).sum()
     distance = (
         (first.mean - second.mean).square().sum()
         + first.covariance.trace()
         + second.covariance.trace()
-        - 2 * root_trace
+        - 2 * root_trace(first, second)
     )
     return max(distance.item(), 0.0)  # rounding may leave -1e-13 for identical sets
+
+
+def root_trace(first: Gaussian, second: Gaussian) -> Tensor:
+    """tr (S1 S2)^(1/2), without the root of the matrix, which is slow and inaccurate where S1 S2 is singular.
+
+    With S1 = A A^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, none negative; of these the roots are summed.
+    A Cholesky factor is the cheapest A. A covariance of fewer samples than dimensions has none: then A has a column per
+    eigenvector that is not null, and the fewer samples S1 has, the smaller it is.
+
+    Eigenvalues below D eps times the largest count as zero: they are rounding, whose root would be 1e-8 and not 1e-16
+    of the largest. `benchmarks/frechet.py` compares accuracy and time with scipy's sqrtm.
+    """
+    fewer, more = sorted((first, second), key=lambda gaussian: gaussian.count or math.inf)
+    factor = _factor(fewer.covariance.cpu())
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ more.covariance.cpu() @ factor)
+    return eigenvalues[_above_rounding(eigenvalues)].sqrt().sum()
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """A (D, rank) with A @ A.T = covariance (D, D), a symmetric matrix without negative eigenvalues."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return factor
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    kept = _above_rounding(eigenvalues)
+    return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+
+
+def _above_rounding(eigenvalues: Tensor) -> Tensor:
+    """Which of the ascending eigenvalues (n,) are more than the rounding error of zero."""
+    return eigenvalues > eigenvalues[-1:].sum() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
