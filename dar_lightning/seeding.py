@@ -15,3 +15,13 @@ def seed_batch(rank: int, batch: int) -> None:
     run = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what `seed_everything` chose
     # One multiplicative hash per part keeps neighbouring ranks, batches and seeds apart.
     torch.manual_seed((run * 0x9E3779B1 + rank * 0x85EBCA77 + batch * 0xC2B2AE3D) % 2**63)
+
+
+def image_generator(seed: int, number: int) -> torch.Generator:
+    """The generator of one image of a set, on the CPU: the image is a function of (seed, number) alone.
+
+    Args:
+        seed: of the set, from 0 to 2**31 - 1.
+        number: of the image in it.
+    """
+    return torch.Generator().manual_seed((seed << 32) + number)

@@ -2,23 +2,27 @@
 
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dar_lightning import __version__
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
-from dar_lightning.metrics.features import fingerprint, frechet_name, load_features
-from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
-from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images, with_progress
+from dar_lightning.metrics.distribution import distribution_figures
+from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
+from dar_lightning.metrics.frechet import frechet_distance
+from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
+from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import LinearProbe
-from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
-from dar_lightning.pipeline import PIPELINE_CONFIG
+from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
+from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
+from dar_lightning.pipeline import PIPELINE_CONFIG, DARPipeline
+
+FRECHET = "float64, unbiased covariances"
 
 
 def evaluate(
@@ -26,12 +30,19 @@ def evaluate(
     reference: str,
     features: str = "inception",
     output: str = "evaluation.json",
+    features_weights: str | None = None,
     paired: bool = False,
+    lpips: str | None = None,
+    full: bool = False,
     probe_train: str | None = None,
     image_size: int | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     guidance: float | tuple[float, float] = 1.0,
+    solver: str = "adams2",
+    num_steps: int | None = None,
+    save_statistics: str | None = None,
+    allow_duplicates: bool = False,
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -40,17 +51,26 @@ def evaluate(
     Args:
         samples: an npz (`arr_0` uint8 (n, H, W, 3), optionally `labels`), a folder of images, a folder of WebDataset
             shards, or a pipeline folder, which then draws class-balanced samples.
-        reference: an npz, a folder of images or a folder of shards.
-        features: the feature network: inception (FID), or color_edges, a timm model or the import path of an nn.Module
-            from uint8 (B, 3, H, W) to (B, D) (each gives FD-<name>).
+        reference: an npz, a folder of images or a folder of shards; or an npz of statistics (`mu`, `sigma`), such as
+            ADM's reference batches, whose statistics are used as they are.
+        features: the feature network: inception (FID), or mobilenet_v2, color_edges, a timm model or the import path of
+            an nn.Module from uint8 (B, 3, H, W) to (B, D) (each gives FD-<name>).
         output: the JSON file to write.
+        features_weights: a local file of the network's weights; left out, they are downloaded.
         paired: samples are reconstructions of the reference, in its order: adds PSNR and SSIM.
+        lpips: with paired, adds LPIPS: a file of torchvision's VGG16 (data/convert_vgg16.py), or "download".
+        full: adds KID, precision and recall, and for inception the Inception Score. Needs torch-fidelity.
         probe_train: labelled real images (npz or shards). A linear probe is trained on their features; its accuracy on
             the samples, and on the reference if that has labels, is added.
         image_size: give encoded images ADM's centre crop to this size; without it they are taken as they are.
-        num_samples: number of images that a pipeline draws; as many as the reference has when left out.
+        num_samples: number of images that a pipeline draws; as many as the reference has when left out. Of other
+            samples, the number that there must be.
         seed: seed of the images that a pipeline draws.
         guidance: classifier-free guidance scale of the images that a pipeline draws; [a, b] is linear over the tokens.
+        solver: adams2, euler or adams2_variable, for a pipeline.
+        num_steps: diffusion steps of a pipeline; left out, one per group of tokens.
+        save_statistics: write the reference's statistics to this npz file, which is then a reference too.
+        allow_duplicates: take samples that have an image twice.
         batch_size: images at a time; the figures do not depend on it.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -58,22 +78,35 @@ def evaluate(
         What was written: {"metrics": {name: value}, "protocol": {...}}.
 
     Raises:
-        UserError: a set is missing, empty, of the wrong format or of another image size than the reference.
+        UserError: a set is missing, empty, of the wrong format, number, range or size, or has an image twice.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
-    _check_output(output)
+    for option, path in (("--output", output), ("--save_statistics", save_statistics)):
+        _check_output(option, path)
+    if lpips is not None and not paired:
+        raise UserError(f"--lpips {lpips}: compares pairs; add --paired")
     place = choose_device(device)
-    reference_set = open_images(reference, "--reference", image_size)
+    stored = read_statistics(reference, "--reference")
+    reference_set = None
+    if stored is None or stored.has_images:
+        reference_set = open_images(reference, "--reference", image_size)
+    for option, wanted in (("--paired", paired), ("--full", full), ("--probe_train", probe_train)):
+        if wanted and reference_set is None:
+            raise UserError(f"{option}: --reference {reference} has statistics only; give its images")
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
     if (Path(samples) / PIPELINE_CONFIG).is_file():
         if paired:
             raise UserError(f"--paired: {samples} is a pipeline, whose samples have no originals; give reconstructions")
-        sample_set: ImageSet = DrawnImages(
-            samples, len(reference_set) if num_samples is None else num_samples, seed, guidance, place
-        )
+        if num_samples is None and stored is not None:
+            raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
+        count = len(reference_set) if num_samples is None else num_samples
+        pipeline, sample_facts = DARPipeline.from_pretrained(samples).to(place), {"pipeline": samples}
+        sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
-        sample_set = open_images(samples, "--samples", image_size)
+        sample_set, sample_facts = open_images(samples, "--samples", image_size), {}
+        if num_samples not in (None, len(sample_set)):
+            raise UserError(f"--num_samples {num_samples}: {samples} has {len(sample_set)} images")
     if paired and len(sample_set) != len(reference_set):
         raise UserError(
             f"--paired: {samples} has {len(sample_set)} images and {reference} {len(reference_set)}; "
@@ -85,39 +118,60 @@ def evaluate(
                 raise UserError(
                     f"{option} has no labels, which the linear probe needs; give shards with .cls or npz labels"
                 )
-    network = load_features(features).to(place)
+    network = load_features(features, features_weights).to(place)
+    feature_facts = feature_protocol(features, network)
+    perceptual = None if lpips is None else load_lpips(lpips)
 
-    def measure(images: ImageSet, option: str, size: tuple[int, int] | None = None) -> Measured:
-        return _measure(images, option, network, place, batch_size, keep=train_set is not None, size=size)
+    keep = full or train_set is not None
 
-    real = measure(reference_set, "--reference")
-    fake = measure(sample_set, "--samples", size=real.size)
-    metrics = {frechet_name(features): frechet_distance(fake.statistics, real.statistics)}
+    def measured(images: ImageSet, option: str, size: tuple[int, int] | None, unique: bool = False) -> Measured:
+        return measure(images, option, network, place, batch_size, keep, size, unique)
+
+    use_stored = stored is not None and check_fits(stored, reference, features, feature_facts["sha256"])
+    real = None
+    if not use_stored or keep:
+        real = measured(reference_set, "--reference", None)
+    size = real.size if real else reference_set.size if isinstance(reference_set, NpzImages) else None
+    fake = measured(sample_set, "--samples", size, unique=not (allow_duplicates or paired))
+    gaussian = stored.statistics if use_stored else real.statistics
+    if len(gaussian.mean) != len(fake.statistics.mean):
+        raise UserError(
+            f"--reference: {reference} has statistics of {len(gaussian.mean)} features, {features} gives "
+            f"{len(fake.statistics.mean)}"
+        )
+    reference_facts = {"npz": reference} if reference_set is None else dict(reference_set.protocol)
+    reference_facts["n"] = gaussian.count
+    if use_stored:
+        reference_facts |= {"statistics": "mu and sigma as stored", "statistics_sha256": sha256_of(gaussian)}
+        reference_facts |= {} if stored.protocol is None else {"statistics_of": stored.protocol}
+    if real is not None:
+        reference_facts["sha256"] = real.sha256
+    metrics = {frechet_name(features): frechet_distance(fake.statistics, gaussian)}
     protocol: dict[str, Any] = {
-        "samples": sample_set.protocol | {"n": fake.statistics.count},
-        "reference": reference_set.protocol | {"n": real.statistics.count},
-        "image_size": list(real.size),
-        "features": {
-            "name": features,
-            "sha256": fingerprint(network),
-            "dim": len(real.statistics.mean),
-            "resize": getattr(network, "resize", "whatever the class does"),
-        },
-        "frechet": "float64, unbiased covariances",
+        "samples": sample_facts | sample_set.protocol | {"n": fake.statistics.count, "sha256": fake.sha256},
+        "reference": reference_facts,
+        "image_size": list(fake.size),
+        "features": feature_facts | {"dim": len(gaussian.mean)},
+        "frechet": FRECHET,
     }
+    if full:
+        figures, facts = distribution_figures(fake.features, real.features, features, network, place)
+        metrics |= figures
+        protocol |= facts
     if train_set is not None:
-        train = measure(train_set, "--probe_train", size=real.size)
+        train = measured(train_set, "--probe_train", fake.size)
         metrics |= _probe_accuracies(train, fake, real)
         protocol["probe"] = {
-            "train": train_set.protocol | {"n": train.statistics.count},
+            "train": train_set.protocol | {"n": train.statistics.count, "sha256": train.sha256},
             "classifier": "logistic regression on standardised features, l2 0.01",
         }
     if paired:
-        metrics |= _reconstruction(sample_set, reference_set, batch_size, place)
+        metrics |= _reconstruction(sample_set, reference_set, batch_size, place, perceptual)
         protocol["reconstruction"] = RECONSTRUCTION_PROTOCOL
-    protocol["versions"] = {"dar_lightning": __version__} | {
-        name: version(name) for name in ("torch", "torchmetrics", "timm")
-    }
+    protocol["versions"] = versions()
+    if save_statistics is not None:
+        facts = {"features_sha256": feature_facts["sha256"], "image_size": list(fake.size)}
+        write_statistics(save_statistics, gaussian, reference_facts | facts)
 
     result = {"metrics": metrics, "protocol": protocol}
     write_text(output, json.dumps(result, indent=2) + "\n")
@@ -125,50 +179,15 @@ def evaluate(
     return result
 
 
-class Measured(NamedTuple):
-    """One set of images, reduced: statistics, image size (H, W) and, where a probe needs them, features and labels."""
-
-    statistics: Gaussian
-    size: tuple[int, int]
-    features: Tensor | None
-    labels: Tensor | None
-
-
-@torch.no_grad()
-def _measure(
-    images: ImageSet,
-    option: str,
-    network: nn.Module,
-    device: torch.device,
-    batch_size: int,
-    keep: bool,
-    size: tuple[int, int] | None,
-) -> Measured:
-    if len(images) < 2:
-        raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
-    statistics, kept, all_labels = None, [], []
-    for pixels, labels in with_progress(images, batch_size, option):
-        size = size or tuple(pixels.shape[2:])
-        if tuple(pixels.shape[2:]) != size:
-            raise UserError(
-                f"{option}: images of {pixels.shape[2]}x{pixels.shape[3]}, those of --reference have "
-                f"{size[0]}x{size[1]}; bring them to one size"
-            )
-        values = network(pixels.to(device)).cpu()
-        if values.shape[:-1] != pixels.shape[:1]:
-            raise UserError(
-                f"--features: the network must give (B, D) features, gave {tuple(values.shape)} for B = {len(pixels)}"
-            )
-        if statistics is None:
-            statistics = FeatureStatistics(values.shape[1])
-        statistics.update(values)
-        if keep:
-            kept.append(values)
-            all_labels.append(labels)
-    labelled = keep and all_labels[0] is not None
-    return Measured(
-        statistics.compute(), size, torch.cat(kept) if keep else None, torch.cat(all_labels) if labelled else None
-    )
+def versions() -> dict[str, str]:
+    """Of the packages that figures may depend on."""
+    found = {"dar_lightning": __version__}
+    for name in ("torch", "torchmetrics", "torchvision", "timm", "torch-fidelity"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # torch-fidelity is optional
+            continue
+    return found
 
 
 def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -> dict[str, float]:
@@ -184,23 +203,27 @@ def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -
     return accuracies
 
 
-def _reconstruction(samples: ImageSet, reference: ImageSet, batch_size: int, device: torch.device) -> dict[str, Any]:
-    metrics = reconstruction_metrics().to(device)
-    originals = with_progress(reference, batch_size, "PSNR, SSIM")
+def _reconstruction(
+    samples: ImageSet, reference: ImageSet, batch_size: int, device: torch.device, perceptual
+) -> dict[str, Any]:
+    metrics = reconstruction_metrics(perceptual).to(device)
+    originals = with_progress(reference, batch_size, "pairs")
     for (reconstructed, _), (original, _) in zip(samples.batches(batch_size), originals, strict=True):
         metrics.update(reconstructed.to(device).float(), original.to(device).float())
     # Identical images have an infinite PSNR, which JSON cannot hold.
     return {name: value.item() if value.isfinite() else None for name, value in metrics.compute().items()}
 
 
-def _check_output(output: str) -> None:
+def _check_output(option: str, output: str | None) -> None:
     """Before the hours of work, not after."""
+    if output is None:
+        return
     path = Path(output)
     ancestor = next(folder for folder in path.absolute().parents if folder.exists())
     if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
-        raise UserError(f"--output {output}: {ancestor} is not a folder that can be written")
+        raise UserError(f"{option} {output}: {ancestor} is not a folder that can be written")
     if path.is_dir():
-        raise UserError(f"--output {output}: is a folder; give the name of a JSON file")
+        raise UserError(f"{option} {output}: is a folder; give the name of a file")
 
 
 def _print_table(result: dict[str, Any], output: str) -> None:
@@ -208,8 +231,9 @@ def _print_table(result: dict[str, Any], output: str) -> None:
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         print(f"{name:<{width}}  {'infinite' if value is None else f'{value:.4f}':>10}")
-    features, (height, size_width) = protocol["features"], protocol["image_size"]
+    features, (height, size_width), reference = protocol["features"], protocol["image_size"], protocol["reference"]
+    real = "stored statistics" if "statistics" in reference else f"{reference['n']} reference images"
     print(
-        f"{protocol['samples']['n']} samples, {protocol['reference']['n']} reference images, {height}x{size_width}, "
+        f"{protocol['samples']['n']} samples, {real}, {height}x{size_width}, "
         f"features {features['name']} ({features['sha256'][:12]}); protocol in {output}"
     )

@@ -13,13 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from dar_lightning.ar.sampling import Guidance
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.imagenet import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.seeding import image_generator
 from dar_lightning.weights import fingerprint
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
@@ -41,8 +41,8 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Reads the set once, in order."""
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Reads the set once, in order: of `world_size` ranks, this one gets images rank, rank + world_size, ..."""
 
 
 class NpzImages:
@@ -74,12 +74,18 @@ class NpzImages:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        height, width = self.shape[1:3]
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the images, (H, W)."""
+        return self.shape[1:3]
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        height, width = self.size
+        mine = slice(rank, None, world_size)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _npy_header(file)
-            for start in range(0, len(self), batch_size):
-                count = min(batch_size, len(self) - start)
+            for start in range(0, len(self), batch_size * world_size):
+                count = min(batch_size * world_size, len(self) - start)
                 try:
                     content = bytearray(file.read(count * height * width * 3))
                 except UNREADABLE as error:
@@ -89,8 +95,9 @@ class NpzImages:
                 if len(content) < count * height * width * 3:
                     raise UserError(f"{self.option}: arr_0 of {self.path} ends early; write it again")
                 images = torch.frombuffer(content, dtype=torch.uint8).view(count, height, width, 3)
-                labels = None if self.labels is None else self.labels[start : start + count]
-                yield images.permute(0, 3, 1, 2), labels
+                labels = None if self.labels is None else self.labels[start : start + count][mine]
+                if count > rank:
+                    yield images[mine].permute(0, 3, 1, 2), labels
 
 
 class FolderImages:
@@ -106,8 +113,8 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        return _stack(((self._read(file), None) for file in self.files), batch_size, self.option)
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        return _stack(((self._read(file), None) for file in self.files[rank::world_size]), batch_size, self.option)
 
     def _read(self, file: Path) -> Tensor:
         try:
@@ -129,8 +136,8 @@ class ShardImages:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        return _stack((self._read(number) for number in range(len(self))), batch_size, self.option)
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        return _stack(map(self._read, range(rank, len(self), world_size)), batch_size, self.option)
 
     def _read(self, number: int) -> tuple[Tensor, int | None]:
         members = self._members(number)
@@ -151,38 +158,43 @@ class DrawnImages:
     """Class-balanced samples of a pipeline: image i is of class i mod num_classes and depends on (seed, i) alone.
 
     Args:
-        path: a folder that `DARPipeline.save_pretrained` wrote.
+        pipeline: what draws, where it is.
         count: number of images.
         seed: with i it seeds the generator of image i, so that batch size and order do not matter.
-        guidance: classifier-free guidance scale, or (a, b), linear over the tokens.
-        device: where to draw.
+        num_steps: diffusion steps; None is one per group of tokens.
+        options: of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
     """
 
     labelled = True
 
-    def __init__(self, path: str, count: int, seed: int, guidance: Guidance, device: torch.device) -> None:
-        self.pipeline = DARPipeline.from_pretrained(path).to(device)
-        self.count, self.seed = count, seed
-        # What else `generate` could be asked for, at its defaults.
-        self.options = {"guidance": guidance, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"}
-        self.protocol = {
-            "pipeline": path,
+    def __init__(
+        self, pipeline: DARPipeline, count: int, seed: int, num_steps: int | None = None, **options: Any
+    ) -> None:
+        self.pipeline, self.count, self.seed = pipeline, count, seed
+        self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
+        # What `generate` does without these is said in the protocol, too.
+        defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"}
+        self.options = defaults | options
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {
             "tokenizer_sha256": fingerprint(self.pipeline.tokenizer),
             "ar_sha256": fingerprint(self.pipeline.ar),
             "classes": "balanced: image i is of class i mod num_classes",
-            "seed": seed,
-            "steps": self.pipeline.tokenizer.config.num_groups,
+            "seed": self.seed,
+            "steps": self.num_steps,
         } | self.options
 
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, self.count, batch_size):
-            numbers = torch.arange(start, min(start + batch_size, self.count))
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        mine = torch.arange(rank, self.count, world_size)
+        for numbers in mine.split(batch_size) if len(mine) else ():
             labels = numbers % self.pipeline.ar.config.num_classes
-            generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers.tolist()]
-            images = self.pipeline.generate(labels, generator=generators, **self.options)
+            generators = [image_generator(self.seed, number) for number in numbers.tolist()]
+            images = self.pipeline.generate(labels, num_steps=self.num_steps, generator=generators, **self.options)
             yield to_uint8(images).cpu(), labels
 
 

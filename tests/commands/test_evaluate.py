@@ -92,6 +92,8 @@ def test_protocol_says_what_was_measured(tmp_path, capsys):
     samples = npz(tmp_path / "a.npz", pixels(12, 0))
     reference = shards(tmp_path / "shards", pixels(14, 1))
     protocol = evaluate(samples, reference, "color_edges", str(tmp_path / "o.json"))["protocol"]
+    hashes = [protocol[name].pop("sha256") for name in ("samples", "reference")]
+    assert len({*hashes}) == 2
     assert protocol["samples"] == {"npz": samples, "n": 12}
     assert protocol["reference"] == {"shards": reference, "crop": "none", "n": 14}
     assert protocol["image_size"] == [16, 16]
@@ -139,7 +141,7 @@ def test_centre_crop_brings_photographs_to_one_size(tmp_path):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
-        Image.new("RGB", size, (200, number, 0)).save(mixed / f"{number}.jpg")
+        Image.new("RGB", size, (200, 80 * number, 0)).save(mixed / f"{number}.jpg")
     reference = npz(tmp_path / "r.npz", pixels(8, 0))
     with pytest.raises(UserError, match=r"--samples: images of different sizes, 30x40 and 64x64.*--image_size"):
         evaluate(str(mixed), npz(tmp_path / "r2.npz", pixels(8, 0, 30)[:, :, :30]), NETWORK, str(tmp_path / "o.json"))
@@ -188,7 +190,7 @@ def pipeline(tmp_path_factory) -> str:
 def test_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     drawn = {}
     for batch_size in (2, 5):
-        images = DrawnImages(pipeline, 5, seed=7, guidance=(1.0, 3.0), device=torch.device("cpu"))
+        images = DrawnImages(DARPipeline.from_pretrained(pipeline), 5, seed=7, guidance=(1.0, 3.0))
         batches = list(images.batches(batch_size))
         drawn[batch_size] = torch.cat([batch for batch, _ in batches])
         assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 0, 1]

@@ -119,4 +119,4 @@ def test_timm_weights_that_cannot_be_fetched_are_one_line(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("dar_lightning.errors.UserError: --features resnet10t.c3_in1k: timm could not load")
+    assert last.startswith("dar_lightning.errors.UserError: --features resnet10t.c3_in1k: its pretrained")

@@ -1,0 +1,67 @@
+"""What is said beside a Frechet distance: KID, precision and recall, and the Inception Score, all by torch-fidelity."""
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError
+from dar_lightning.metrics.features import InceptionFeatures
+
+SUBSETS, SUBSET_SIZE, NEIGHBORS, SPLITS, SEED = 100, 1000, 3, 10, 2020  # torch-fidelity's defaults, ADM's too
+
+
+def distribution_figures(
+    samples: Tensor, reference: Tensor, name: str, network: nn.Module, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """KID, precision, recall, and for Inception its score.
+
+    Args:
+        samples: features (n, D).
+        reference: features (m, D).
+        name: of the feature network. Figures of any but Inception carry it: KD-<name>, precision-<name>.
+        network: whose features they are.
+        device: where distances between all pairs are computed, 1,000 rows at a time.
+
+    Returns:
+        {figure: value} and {figure: what it depends on}.
+
+    Raises:
+        UserError: torch-fidelity is not installed, or there are fewer than 4 images on a side.
+    """
+    try:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+    except ModuleNotFoundError as error:
+        raise UserError("--full needs the package torch-fidelity (pip install torch-fidelity)") from error
+    fewest = min(len(samples), len(reference))
+    if fewest <= NEIGHBORS:
+        raise UserError(f"--full: {fewest} images on a side; {NEIGHBORS} neighbours need {NEIGHBORS + 1} or more")
+    size = min(SUBSET_SIZE, fewest)
+    kid = kid_features_to_metric(
+        samples.double(), reference.double(), kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
+    prc = prc_features_to_metric(
+        samples.to(device),
+        reference.to(device),
+        prc_neighborhood=NEIGHBORS,
+        prc_batch_size=1000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    kernel, suffix = ("KID", "") if name == "inception" else (f"KD-{name}", f"-{name}")
+    figures = {
+        kernel: kid["kernel_inception_distance_mean"],
+        f"{kernel}_std": kid["kernel_inception_distance_std"],
+        f"precision{suffix}": prc["precision"],
+        f"recall{suffix}": prc["recall"],
+    }
+    protocol = {
+        "kernel_distance": f"cubic kernel, unbiased, mean and std over {SUBSETS} subsets of {size}, seed {SEED}",
+        "precision_recall": f"Kynkaanniemi et al., {NEIGHBORS} nearest neighbours, all images on both sides",
+    }
+    if isinstance(network, InceptionFeatures):
+        logits = torch.cat([network.logits(part.to(device)).cpu() for part in samples.split(1000)])
+        score = isc_features_to_metric(logits, SPLITS, shuffle=True, rng_seed=SEED)
+        figures |= {"IS": score["inception_score_mean"], "IS_std": score["inception_score_std"]}
+        protocol["IS"] = f"mean and std over {SPLITS} splits, shuffled with seed {SEED}"
+    return figures, protocol

@@ -1,0 +1,106 @@
+"""One pass over a set of images: statistics of their features, and whether the set is what it should be."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
+from dar_lightning.metrics.images import ImageSet, with_progress
+
+
+class Measured(NamedTuple):
+    """A set of images, reduced.
+
+    Attributes:
+        statistics: of the features.
+        size: of the images, (H, W).
+        sha256: of all pixels, in order: equal for equal sets, wherever they lie.
+        features: (n, D) float32, if they were to be kept.
+        labels: (n,) int64, if features are kept and the set has labels.
+    """
+
+    statistics: Gaussian
+    size: tuple[int, int]
+    sha256: str
+    features: Tensor | None
+    labels: Tensor | None
+
+
+@torch.no_grad()
+def measure(
+    images: ImageSet,
+    option: str,
+    network: nn.Module,
+    device: torch.device,
+    batch_size: int,
+    keep: bool = False,
+    size: tuple[int, int] | None = None,
+    unique: bool = False,
+) -> Measured:
+    """Read a set once, in batches; what is kept of an image is its features at most.
+
+    Args:
+        images: the set, of 2 images or more.
+        option: what the user calls it, for error lines.
+        network: uint8 (B, 3, H, W) -> (B, D), on the device.
+        device: where to compute features. Statistics are there too, unless it has no float64.
+        batch_size: images at a time.
+        keep: keep features and labels.
+        size: the (H, W) that images must have; None takes any.
+        unique: refuse a set that has an image twice.
+
+    Raises:
+        UserError: too few images, of another size, twice the same, or with values that are not 0 to 255; or a network
+            that does not give a row of features per image.
+    """
+    if len(images) < 2:
+        raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
+    statistics, brightest, kept, all_labels = None, 0, [], []
+    digest, places, number = hashlib.sha256(), {}, 0
+    for pixels, labels in with_progress(images, batch_size, option):
+        size = size or tuple(pixels.shape[2:])
+        if tuple(pixels.shape[2:]) != size:
+            raise UserError(
+                f"{option}: images of {pixels.shape[2]}x{pixels.shape[3]}, those of --reference have "
+                f"{size[0]}x{size[1]}; bring them to one size"
+            )
+        brightest = max(brightest, int(pixels.max()))
+        for image in pixels:
+            name = hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
+            digest.update(name)
+            if unique and (first := places.setdefault(name, number)) < number:
+                raise UserError(
+                    f"{option}: has an image twice, numbers {first} and {number}; were samples of one seed put "
+                    "together? --allow_duplicates takes them as they are"
+                )
+            number += 1
+        values = network(pixels.to(device))
+        if values.shape[:-1] != pixels.shape[:1]:
+            raise UserError(
+                f"--features: the network must give (B, D) features, gave {tuple(values.shape)} for B = {len(pixels)}"
+            )
+        if statistics is None:
+            statistics = FeatureStatistics(values.shape[1]).to(float64_device(device))
+        statistics.update(values.to(statistics.device))
+        if keep:
+            kept.append(values.cpu())
+            all_labels.append(labels)
+    if brightest <= 1:
+        raise UserError(f"{option}: no value is above {brightest}; pixels must be 0 to 255")
+    gaussian = statistics.compute()
+    labelled = keep and all_labels[0] is not None
+    return Measured(
+        Gaussian(gaussian.mean.cpu(), gaussian.covariance.cpu(), gaussian.count),
+        size,
+        digest.hexdigest(),
+        torch.cat(kept) if keep else None,
+        torch.cat(all_labels) if labelled else None,
+    )
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for Apple's, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
