@@ -64,8 +64,9 @@ def draw(
     Yields:
         The images, in the order of the jobs.
     """
-    with tqdm(total=len(jobs), desc="sample", unit="image") as bar:
-        for _, alike in groupby(jobs, lambda job: len(job.kept)):
+    num_tokens = pipe.ar.config.num_tokens
+    with tqdm(total=sum(num_tokens - len(job.kept) for job in jobs), desc="sample", unit=" tokens") as bar:
+        for kept, alike in groupby(jobs, lambda job: len(job.kept)):
             waiting = list(alike)
             while waiting:
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
@@ -75,8 +76,11 @@ def draw(
                     generator=[torch.Generator().manual_seed(image_seed(seed, job.label, job.number)) for job in batch],
                     **options,
                 )
-                shown = [(to_uint8(preview.images).cpu(), preview.codes) for preview in stream]
-                previews = torch.stack([images for images, _ in shown], dim=1)  # (B, K, 3, H, W)
-                for strip, codes in zip(previews, shown[-1][1].cpu(), strict=True):
-                    yield Drawn(strip, codes)
-                bar.update(len(batch))
+                shown, written = [], kept
+                for preview in stream:
+                    shown.append(to_uint8(preview.images).cpu())
+                    count = max(preview.codes.shape[1], kept)
+                    bar.update(len(batch) * (count - written))
+                    written = count
+                for strip, codes in zip(torch.stack(shown, dim=1), preview.codes.cpu(), strict=True):
+                    yield Drawn(strip, codes)  # (K, 3, H, W), (N,)

@@ -251,3 +251,14 @@ def test_mistakes_write_nothing(pipeline, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         sample(str(tmp_path / "out"), **{"pipeline": pipeline} | options)
     assert not any((tmp_path / "out").glob("*"))
+
+
+def test_the_progress_bar_counts_the_tokens_that_are_drawn(pipeline, tmp_path, capsys):
+    sample(str(tmp_path / "free"), pipeline, classes="0,1", per_class=2, batch_size=3)
+    assert f"{4 * TOKENS}/{4 * TOKENS} [" in (bar := capsys.readouterr().err)
+    assert "tokens/s]" in bar
+    picture(0).save(tmp_path / "photo.png")
+    layout = {"layout": str(tmp_path / "photo.png"), "prefix": "3,7"}
+    sample(str(tmp_path / "layout"), pipeline, classes="0,1", per_class=1, **layout)
+    drawn = 2 * (TOKENS - 3) + 2 * (TOKENS - 7)
+    assert f"{drawn}/{drawn} [" in capsys.readouterr().err
