@@ -2,6 +2,7 @@
 
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from dar_lightning.callbacks.log_step import is_log_step
@@ -23,5 +24,7 @@ class OptimizerMonitor(Callback):
         for name, part in pl_module.named_children():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             if gradients:
-                values[f"optimizer/grad_norm_{name}"] = get_total_norm(gradients)
+                norm = get_total_norm(gradients)
+                # Sharded gradients (FSDP2) give a norm of which each device holds a part.
+                values[f"optimizer/grad_norm_{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         pl_module.log_dict(values)
