@@ -10,7 +10,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40  # margins around the plot
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+def nice_ticks(low: float, high: float, most: int = 8) -> list[float]:
     """At most `most` round numbers, equally spaced (1, 2 or 5 times a power of ten), that lie in [low, high]."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))

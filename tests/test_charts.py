@@ -10,7 +10,11 @@ from dar_lightning.charts import BOTTOM, COLORS, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.2, 9.7, [4, 6, 8]), (-0.02, 0.04, [-0.02, -0.01, 0, 0.01, 0.02, 0.03])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (3.2, 9.7, [4, 5, 6, 7, 8, 9]),
+        (-0.02, 0.04, [-0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.04]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert nice_ticks(low, high) == pytest.approx(expected)

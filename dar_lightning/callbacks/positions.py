@@ -56,7 +56,7 @@ class PositionLoss(Callback):
         log_bins(pl_module, "groups/val_accuracy", self._by_group(hit))
         if trainer.sanity_checking or not draws(trainer):
             return
-        curves = {"validation": loss} if self._last_train is None else {"train": self._last_train, "validation": loss}
+        curves = {"validation": loss} | ({} if self._last_train is None else {"train": self._last_train})
         for name, lines in (("loss_by_position", curves), ("accuracy_by_position", {"validation": hit})):
             chart = line_chart({label: values.tolist() for label, values in lines.items()}, x_label="token")
             draw(trainer, name, torch.from_numpy(np.array(chart)).permute(2, 0, 1))

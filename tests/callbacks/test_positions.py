@@ -87,7 +87,7 @@ def test_by_position(tokens, tmp_path, monkeypatch):
             assert value == pytest.approx(values[2 * group : 2 * group + 2].mean(), rel=1e-4)
     assert logged["val/loss"].popitem()[1] == pytest.approx(loss.mean(), rel=1e-4)
 
-    assert [list(curves) for curves in charts] == [["train", "validation"], ["validation"]]
+    assert [list(curves) for curves in charts] == [["validation", "train"], ["validation"]]
     assert charts[0]["train"] == pytest.approx(by_hand, rel=1e-4)
     assert charts[0]["validation"] == pytest.approx(loss, rel=1e-4)
     assert charts[1]["validation"] == pytest.approx(hit)
