@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import write_tokens, write_vgg
 
 from dar_lightning.cli import main
@@ -14,18 +13,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
-MONITORS = {  # layers over a training config -> the config that their comments run them with
-    "experiments/trainer/monitor_tokenizer.yaml": "experiments/quickstart/tokenizer.yaml",
-    "experiments/trainer/monitor_ar.yaml": "experiments/quickstart/ar.yaml",
-}
-# layers that name the devices
-TRAINER = [name for name in CONFIGS if name.startswith("experiments/trainer/") and name not in MONITORS]
+TRAINER = [name for name in CONFIGS if name.startswith("experiments/trainer/")]  # layers that name the devices
 LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
 FIT = [
     name
     for name, path in CONFIGS.items()
     if "model" in yaml.safe_load(path.read_text()) and name not in (*FINETUNE, LPIPS)
 ]
+# tests/callbacks/test_monitor_layers.py runs these
+MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
 TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *TRAINER, *MONITORS, *FIT, *FINETUNE, LPIPS)]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
@@ -138,20 +134,6 @@ def test_lpips_goes_on_from_other_weights(tmp_path, capsys):
     ]
     first_step(TOKENIZER, tmp_path, "--config", LPIPS, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
-
-
-@pytest.mark.parametrize("name", MONITORS)
-def test_monitors_are_added_and_write_their_curves(name, tmp_path, capsys):
-    base = MONITORS[name]
-    alone, both = printed(capsys, "fit", "--config", base), printed(capsys, "fit", "--config", base, "--config", name)
-    names = [[each["class_path"] for each in whole["trainer"]["callbacks"]] for whole in (alone, both)]
-    added = [each["class_path"] for each in yaml.safe_load(CONFIGS[name].read_text())["trainer"]["callbacks+"]]
-    assert names[1] == names[0] + added
-    first_step(base, tmp_path, "--config", name, "--trainer.log_every_n_steps=1")
-    logged = EventAccumulator(str(tmp_path / "run" / "logs")).Reload().Tags()["scalars"]
-    sections = {"train", "val", "optimizer", "data", "speed", "memory", "groups"}
-    sections |= {"codebook"} if "tokenizer" in name else set()
-    assert {tag.partition("/")[0] for tag in logged if "/" in tag} == sections
 
 
 def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
