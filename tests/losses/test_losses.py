@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny_models import write_vgg
 from torchmetrics.functional.image.lpips import _LPIPS
 
@@ -139,8 +140,17 @@ def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_pa
 
     batch = {"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
     before = module.tokenizer.decoder.repa_head[0].weight.detach().clone()
-    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=False)
+    ema = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[ema])
     trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
     assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
     assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
-    assert all(parameter.grad is None for parameter in perceptual.distance.network.parameters())
+    frozen = [*perceptual.distance.network.parameters(), *repa.teacher.network.parameters()]
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
+    optimized = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in module.tokenizer.parameters()}
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
+    sizes = [sum(p.numel() * p.element_size() for p in list_) for list_ in (module.parameters(), frozen)]
+    assert (tmp_path / "x.ckpt").stat().st_size < 5 * sizes[0] < sizes[1], "weights, average, two moments, and a little"
