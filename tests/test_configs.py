@@ -4,25 +4,29 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
-from tiny_models import write_tokens, write_vgg
+from tiny_models import make_tokenizer, write_tokens, write_vgg
 
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.cli import main
+from dar_lightning.plan import accumulation
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
-TRAINER = [name for name in CONFIGS if name.startswith("experiments/trainer/")]  # layers that name the devices
 LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
-FIT = [
-    name
-    for name, path in CONFIGS.items()
-    if "model" in yaml.safe_load(path.read_text()) and name not in (*FINETUNE, LPIPS)
-]
+CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
+OVER = (*FINETUNE, LPIPS, CODEBOOK)
+FIT = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text()) and name not in OVER]
+RECIPES = [name for name in FIT if name.startswith(("experiments/tokenizer/", "experiments/ar/"))]
+FSDP = "experiments/trainer/fsdp.yaml"  # a layer over a machine's
+MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/trainer/") and n != FSDP}
+DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 # tests/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
-TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *TRAINER, *MONITORS, *FIT, *FINETUNE, LPIPS)]
+TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, FSDP)]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -43,9 +47,17 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """Configs name their data from there."""
+def at_the_root_with_a_random_teacher(monkeypatch):
+    """Configs name their data from there; DINOv2 is not downloaded, and has one block."""
     monkeypatch.chdir(ROOT)
+    make = timm.create_model
+    random = {"pretrained": False, "depth": 1}
+    monkeypatch.setattr(timm, "create_model", lambda *names, **options: make(*names, **options | random))
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory) -> Path:
+    return write_vgg(tmp_path_factory.mktemp("vgg") / "vgg.pth")
 
 
 def printed(capsys, *words: str) -> dict:
@@ -74,8 +86,7 @@ def number(value):
 
 
 def test_every_file_is_of_a_known_kind():
-    assert FIT
-    assert LAYERS
+    assert all((FIT, LAYERS, RECIPES, MACHINES, DEBUG))
     assert all(Path(name).stem == "sample" for name in TOOLS), "a tool's config bears the name of its verb"
 
 
@@ -101,11 +112,10 @@ def test_data_layers_replace_the_data_alone(name, capsys):
     }
 
 
-@pytest.mark.parametrize("name", TRAINER)
-def test_trainer_layers_replace_the_trainer_alone(name, capsys):
+def test_fsdp_replaces_the_trainer_alone(capsys):
     alone = printed(capsys, "fit", "--config", AR)
-    layered = printed(capsys, "fit", "--config", AR, "--config", name)
-    assert contains(layered, yaml.safe_load(CONFIGS[name].read_text()))
+    layered = printed(capsys, "fit", "--config", AR, "--config", FSDP)
+    assert contains(layered, yaml.safe_load(CONFIGS[FSDP].read_text()))
     assert {key: value for key, value in layered.items() if key != "trainer"} == {
         key: value for key, value in alone.items() if key != "trainer"
     }
@@ -123,10 +133,9 @@ def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 
-def test_lpips_goes_on_from_other_weights(tmp_path, capsys):
+def test_lpips_goes_on_from_other_weights(vgg, tmp_path, capsys):
     words = ["fit", "--config", TOKENIZER, "--config", LPIPS]
     assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[LPIPS].read_text()))
-    vgg = write_vgg(tmp_path / "vgg.pth")
     files = [
         "--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer",
         f"--model.init_args.perceptual.init_args.weights_path={vgg}",
@@ -142,8 +151,13 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
     kind = config["model"]["class_path"].rpartition(".")[2]
     given = config["model"].get("init_args", {}).get("config", {})
     words = ["--config", name, f"--trainer.default_root_dir={folder / 'run'}", "--trainer.max_steps=1"]
-    words += ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    words += ["--trainer.limit_val_batches=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     words += ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1", "--data.init_args.batch_size=2"]
+    if name in RECIPES:
+        words += ["--global_batch=2", "--trainer.check_val_every_n_epoch=null", "--data.init_args.num_workers=0"]
+    if name in RECIPES and kind == "TokenizerModule":
+        given = given | {"image_size": 64, "repa_layer": 0}
+        words += ["--data.init_args.image_size=64"]
     if small:
         more = (f"--model.init_args.config={json.dumps(given | SMALL[kind])}", *more)
     if kind == "ARModule":
@@ -156,8 +170,8 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
 
 
 @pytest.mark.parametrize("name", FIT)
-def test_the_first_step(name, tmp_path):
-    first_step(name, tmp_path)
+def test_the_first_step(name, vgg, tmp_path):
+    first_step(name, tmp_path, *lpips_of(name, vgg))
     assert (tmp_path / "run" / "logs" / "config.yaml").is_file()
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
@@ -172,3 +186,75 @@ def test_the_saved_config_repeats_the_run(tmp_path, capsys):
     first_step(AR, tmp_path)
     saved = tmp_path / "run" / "logs" / "config.yaml"
     assert contains(printed(capsys, "fit", "--config", str(saved)), yaml.safe_load(saved.read_text()))
+
+
+# ---- the paper's recipes
+
+
+def lpips_of(name: str, vgg: Path) -> list[str]:
+    used = "perceptual" in yaml.safe_load(CONFIGS[name].read_text())["model"]["init_args"]
+    return [f"--model.init_args.perceptual.init_args.weights_path={vgg}"] if used else []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_recipes_on_machines(name, machine, capsys):
+    recipe, layer = (yaml.safe_load(CONFIGS[one].read_text()) for one in (name, machine))
+    assert set(layer) == {"trainer"}
+    both = printed(capsys, "fit", "--config", name, "--config", machine)
+    assert contains(both, recipe | {"trainer": recipe["trainer"] | layer["trainer"]})
+    sizes = recipe["global_batch"], recipe["data"]["init_args"]["batch_size"]
+    devices = layer["trainer"]["devices"] * layer["trainer"]["num_nodes"]
+    if "light" in name and devices == 16:
+        sizes = recipe["global_batch"], 16  # as its first lines say
+    assert accumulation(*sizes, devices) >= 1
+
+
+def test_recipes_are_the_presets():
+    for name in RECIPES:
+        given = yaml.safe_load(CONFIGS[name].read_text())["model"]["init_args"]["config"]
+        kind = ARConfig if "/ar/" in name else TokenizerConfig
+        assert kind(**given) == kind.preset(Path(name).stem), name
+
+
+def test_sizes_differ_in_nothing_else():
+    recipes = [yaml.safe_load(CONFIGS[f"experiments/ar/{size}.yaml"].read_text()) for size in ("B", "L", "XL", "XXL")]
+    for recipe in recipes:
+        del recipe["trainer"]["default_root_dir"], recipe["data"]["init_args"]["batch_size"]
+        for key in ("dim", "depth", "num_heads"):
+            del recipe["model"]["init_args"]["config"][key]
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_another_codebook_starts_from_k_means(vgg, tmp_path, capsys):
+    """The step that ends its warm-up, on the weights of a tokenizer with v1's codebook."""
+    base, layer = "experiments/tokenizer/v1.yaml", yaml.safe_load(CONFIGS[CODEBOOK].read_text())
+    warmup = layer["trainer"].pop("callbacks+")
+    both = printed(capsys, "fit", "--config", base, "--config", CODEBOOK)
+    assert contains(both, layer)
+    kept = yaml.safe_load(CONFIGS[base].read_text())["trainer"]["callbacks"]
+    assert contains(both["trainer"]["callbacks"], kept + warmup)
+
+    given = yaml.safe_load(CONFIGS[base].read_text())["model"]["init_args"]["config"]
+    small = given | SMALL["TokenizerModule"] | {"image_size": 64, "repa_layer": 0}
+    make_tokenizer(**small, gate_init=0.0, modulation_init_std=0.0).save_pretrained(tmp_path / "source")
+    words = ["--config", CODEBOOK, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1"]
+    words += ["--trainer.callbacks.warmup_steps=1", "--trainer.callbacks.collect_steps=1", "--trainer.devices=1"]
+    words += [f"--model.init_args.init_from={tmp_path / 'source'}", *lpips_of(base, vgg)]
+    words += [f"--model.init_args.config={json.dumps(small | {'codebook_size': 64})}"]
+    first_step(base, tmp_path, *words, small=False)
+    assert list((tmp_path / "run" / "logs").glob("events.out.*"))
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_debugging_a_recipe(name, tmp_path, capsys):
+    recipe = "experiments/ar/B.yaml"
+    both = printed(capsys, "fit", "--config", recipe, "--config", name)
+    assert contains(both, yaml.safe_load(CONFIGS[name].read_text()))
+    words = ["--config", name, "--global_batch=null", "--trainer.max_steps=2"]
+    if "profiler" in name:
+        words += [f"--trainer.profiler.init_args.dirpath={tmp_path}"]
+    first_step(recipe, tmp_path, *words, f"--trainer.default_root_dir={tmp_path / 'run'}")
+    assert bool(list(tmp_path.glob("*profile*"))) == ("profiler" in name)
+    assert (tmp_path / "run" / "logs").exists() == ("fast_dev_run" not in name)
+    assert not (tmp_path / "run" / "checkpoints").exists()

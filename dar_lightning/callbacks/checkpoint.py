@@ -34,6 +34,10 @@ class LastStepCheckpoint(ModelCheckpoint):
         if trainer.fit_loop.done:  # by max_epochs, max_time or early stopping
             self._save_last_step(trainer)
 
+    def on_train_end(self, trainer, pl_module) -> None:
+        if not trainer.fast_dev_run:  # which Lightning's forgets to ask
+            super().on_train_end(trainer, pl_module)
+
     def _save_last_step(self, trainer) -> None:
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
