@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_shards import sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
@@ -192,6 +193,35 @@ def test_resume_from_the_middle_of_a_step(shards, tmp_path):
     with pytest.raises(RuntimeError, match="preempted"):
         trainer.fit(Failing(), datamodule=make(shards))
     resumed, _ = fit(shards, tmp_path, str(tmp_path / "exception.ckpt"), max_steps=15)
+    assert resumed.seen == whole.seen[8:]
+
+
+def test_resume_of_a_strategy_that_restores_late(shards, tmp_path):
+    """FSDP reads the checkpoint when the loaders, whose length the learning rate's schedule needs, are there."""
+
+    class Late(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    class Scheduled(Recorder):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches == 15
+            return super().configure_optimizers()
+
+    whole, _ = fit(shards, tmp_path, max_steps=15)
+    _, trainer = fit(shards, tmp_path, max_steps=8)
+    trainer.save_checkpoint(tmp_path / "8.ckpt")
+    resumed = Scheduled()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=Late(torch.device("cpu")),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        max_steps=15,
+        max_epochs=9,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(resumed, datamodule=make(shards), ckpt_path=tmp_path / "8.ckpt")
     assert resumed.seen == whole.seen[8:]
 
 
