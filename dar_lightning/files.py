@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +8,22 @@ from pathlib import Path
 
 from dar_lightning.errors import UserError
 
+# What a body that only writes to the given path can fail with: the disk is full, or became read-only.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; when that is done, it is on the disk under its real name.
 
-    An error or a kill in between leaves what was there before.
+    An error, a kill or a power cut in between leaves what was there before. The temporary file lies beside the real
+    one, so neither a temporary folder nor a second file system takes part.
 
     Args:
         path: the file to make; its folder is made if missing.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -32,8 +37,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        # torch's zip writer raises a RuntimeError of its own while it handles the disk's error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError) or reason.errno not in DISK:
+            raise
+        raise UserError(f"cannot write {path}: {reason.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Until its folder is on the disk too, a power cut can undo the renaming."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dar_lightning.callbacks import StopOnSignal
 from dar_lightning.callbacks.config_text import ConfigText
 from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.data.codes import CodesDataModule
@@ -53,6 +54,7 @@ class TrainerCLI(LightningCLI):
             parser_kwargs={"prog": "dar"},
             save_config_callback=ConfigText,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [StopOnSignal()]},  # whatever callbacks a config has
         )
 
     @staticmethod
@@ -126,4 +128,4 @@ class TrainerCLI(LightningCLI):
                 callback.init_args.dirpath = str(root / "checkpoints")
         if trainer.logger in (None, True):
             arguments = Namespace(save_dir=str(root), name="", version="logs")
-            trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=arguments)
+            trainer.logger = Namespace(class_path="dar_lightning.loggers.TensorBoard", init_args=arguments)

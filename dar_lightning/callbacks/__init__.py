@@ -1,5 +1,6 @@
 """What happens around training steps."""
 
+from dar_lightning.callbacks.bad_steps import SkipBadSteps
 from dar_lightning.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.callbacks.codebook import CodebookWarmup
 from dar_lightning.callbacks.codebook_use import CodebookMonitor
@@ -12,6 +13,7 @@ from dar_lightning.callbacks.optimization import OptimizerMonitor
 from dar_lightning.callbacks.positions import PositionLoss
 from dar_lightning.callbacks.previews import Reconstructions
 from dar_lightning.callbacks.samples import Samples
+from dar_lightning.callbacks.stop import StopOnSignal
 from dar_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "PositionLoss",
     "Reconstructions",
     "Samples",
+    "SkipBadSteps",
+    "StopOnSignal",
     "Throughput",
 ]

@@ -1,16 +1,29 @@
-"""Checkpoints whose newest one is the end of the run."""
+"""Checkpoints from which a run goes on exactly, and a run that goes on when one cannot be written."""
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dar_lightning.errors import UserError
+
 
 class LastStepCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose `last.ckpt` always holds the last step of a run that came to its end.
+    """A ModelCheckpoint that a run can be killed at, and whose `last.ckpt` holds the last step of a finished run.
 
-    Lightning's leaves it at the last multiple of `every_n_train_steps`. The state of the last step is written before
-    EMAWeightAveraging replaces the weights by their average, so a run with a larger `max_steps` goes on from it. All
-    options are ModelCheckpoint's, and its checkpoints are read.
+    What Lightning's does otherwise:
+
+    - It leaves `last.ckpt` at the last multiple of `every_n_train_steps`. The state of the last step is written before
+      EMAWeightAveraging replaces the weights by their average, so a run with a larger `max_steps` goes on from it.
+    - It may write in the middle of accumulating gradients, which no checkpoint holds. This one waits for the step.
+    - Before a validation, which may be long, the step is saved.
+    - A checkpoint that cannot be written ends the run. Here the run says so in a line and goes on: the previous
+      checkpoint stays, and the next one is tried at its time. Only at the very start and the very end is it an error.
+    - Half-written files of killed runs stay. Here they are removed at the start; a folder belongs to one run.
+
+    All options are ModelCheckpoint's, and its checkpoints are read.
 
     Args:
         save_last: as ModelCheckpoint's, on by default.
@@ -19,25 +32,77 @@ class LastStepCheckpoint(ModelCheckpoint):
 
     def __init__(self, save_last: bool | None = True, **options: Any):
         super().__init__(save_last=save_last, **options)
+        self._problem: str | None = None  # why the latest checkpoint could not be written, on all ranks
 
     @property
     def state_key(self) -> str:
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            if "://" in str(self.dirpath):
+                raise UserError(f"dirpath: {self.dirpath} is a URL; checkpoints go to a folder, which may be mounted")
+            folder = Path(self.dirpath)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for part in folder.glob(".*.ckpt.*.part"):
+                    part.unlink()
+                probe = folder / f".writable.{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}") from error
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        loop = trainer.fit_loop.epoch_loop
         if trainer.global_step == trainer.max_steps:
-            self._save_last_step(trainer)
+            self._save_end(trainer)
+        elif loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            self.save_now(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.fit_loop.done:  # by max_epochs, max_time or early stopping
-            self._save_last_step(trainer)
+            self._save_end(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
         if not trainer.fast_dev_run:  # which Lightning's forgets to ask
             super().on_train_end(trainer, pl_module)
 
-    def _save_last_step(self, trainer) -> None:
+    def save_now(self, trainer) -> str | None:
+        """Save this step as the last one, unless that is done already or it is one to resume from inexactly.
+
+        Returns:
+            The file that holds this step, None if there is none.
+        """
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else None
+
+    def _save_end(self, trainer) -> None:
+        self.save_now(trainer)
+        if self._problem is not None:
+            raise UserError(f"{self._problem}; the same command trains again from the checkpoint before")
+
+    def _should_skip_saving_checkpoint(self, trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop.epoch_loop._should_accumulate()
+
+    def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
+        return self._problem is None and super()._should_remove_checkpoint(trainer, previous, current)
+
+    def _save_checkpoint(self, trainer, filepath: str) -> None:
+        before = self._last_global_step_saved, self._last_checkpoint_saved
+        problem = None
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except UserError as error:  # on rank 0, which writes
+            problem = str(error)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait
+        self._problem = trainer.strategy.broadcast(problem)
+        if self._problem is not None:
+            self._last_global_step_saved, self._last_checkpoint_saved = before
+            if trainer.is_global_zero:
+                goes_on = f"step {trainer.global_step} is not saved, step {before[0]} was; training goes on"
+                print(f"WARNING: {self._problem}; {goes_on}", file=sys.stderr, flush=True)

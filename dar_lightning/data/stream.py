@@ -7,6 +7,7 @@ size see the same global batches as one.
 """
 
 import re
+import signal
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -224,6 +225,15 @@ class TrainLoader(Loader):
         self.sampler.position = state["position"]
 
 
+def outlive_one_signal(worker: int) -> None:
+    """A cluster and a Ctrl+C signal all processes of a run: its workers go on until the run has done its last step.
+
+    A second SIGTERM, which is what a loader ends a stuck worker with, has its usual effect.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class StreamDataModule(L.LightningDataModule):
     """What all DataModules share: the two kinds of loader, and the place in the data inside of checkpoints.
 
@@ -293,6 +303,7 @@ class StreamDataModule(L.LightningDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": persistent and workers > 0,
+            "worker_init_fn": outlive_one_signal,
             "pin_memory": torch.cuda.is_available(),
         }
 

@@ -1,0 +1,93 @@
+"""Steps whose loss or gradients are not finite: left out, counted, and no more than a few in a row."""
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+
+
+class SkipBadSteps(Callback):
+    """Leaves weights and optimizer as they were in a step whose loss or gradients are NaN or infinite on any rank.
+
+    Everything else goes on as if the step had been made: the data, the count of steps, the learning rate, and the
+    moving average, which takes in the unchanged weights once more. Hence a run with a skipped step ends where it would
+    have ended without it. With gradient accumulation, one bad batch costs the whole step.
+
+    The decision is made on the device and never waited for: a fused AdamW skips its update where its `found_inf` is 1,
+    which is how PyTorch's gradient scaler uses it. The price is one more reading of the gradients and, with several
+    ranks, one reduction of a single number per step. The host reads the count one step late on a GPU, so a run ends
+    after `max_in_a_row` bad steps or one more.
+
+    Logs `train/skipped_steps`, the number of steps skipped since the start of training.
+
+    Args:
+        max_in_a_row: so many bad steps one after the other end the run.
+    """
+
+    def __init__(self, max_in_a_row: int = 10) -> None:
+        if max_in_a_row < 1:
+            raise UserError(f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
+        self.max_in_a_row = max_in_a_row
+        self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
+        self._bad_loss: Tensor | None = None  # () bool, of the batches of this step
+        self._steps_done = 0
+        self._read: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # copies of the counts on their way here
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        for optimizer in trainer.optimizers:
+            if not optimizer.defaults.get("fused"):
+                raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
+        self.counts = self.counts.to(pl_module.device)
+        self._bad_loss, self._steps_done = None, trainer.global_step
+        self._read.clear()
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        bad = ~loss.detach().isfinite()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        bad = (self._bad_loss | ~largest.isfinite()).float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        optimizer.found_inf = bad
+        self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
+        self._bad_loss = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._steps_done:  # gradients were only accumulated
+            return
+        self._steps_done = trainer.global_step
+        pl_module.log("train/skipped_steps", self.counts[0])
+        in_a_row = self._in_a_row()
+        if in_a_row >= self.max_in_a_row:
+            raise UserError(
+                f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in "
+                "a row, and these were skipped; look at the data and the learning rate"
+            )
+
+    def _in_a_row(self) -> int:
+        """Bad steps in a row: until now on a CPU, until one step ago on a GPU, which is then not waited for."""
+        if self.counts.device.type != "cuda":
+            return int(self.counts[1])
+        copy = torch.empty(2, pin_memory=True).copy_(self.counts, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._read.append((copy, event))
+        if len(self._read) < 2:
+            return 0
+        copy, event = self._read.popleft()
+        event.synchronize()
+        return int(copy[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts = state_dict["counts"]

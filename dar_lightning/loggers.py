@@ -1,0 +1,60 @@
+"""TensorBoard logs that a full disk interrupts, and that do not interrupt the training."""
+
+import sys
+from time import monotonic
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+RETRY_SECONDS = 60.0
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoardLogger; when its files cannot be written, a line says so and the run goes on.
+
+    What is logged in the meantime is lost. After a minute a new file is tried, which TensorBoard shows with the others.
+    All options are TensorBoardLogger's.
+    """
+
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        files = writer.file_writer if rank_zero_only.rank == 0 else None  # None after it was closed, too
+        if files is not None and not isinstance(files.event_writer, SurvivingWriter):
+            files.event_writer = SurvivingWriter(files.event_writer)
+        return writer
+
+
+class SurvivingWriter:
+    """In the place of an EventFileWriter, whose errors come up from its thread at any later call."""
+
+    def __init__(self, writer: EventFileWriter) -> None:
+        self._folder = writer.get_logdir()
+        self._writer: EventFileWriter | None = writer
+        self._retry_at = 0.0  # by the monotonic clock
+
+    def get_logdir(self) -> str:
+        return self._folder
+
+    def add_event(self, event) -> None:
+        self._call("add_event", event)
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *arguments) -> None:
+        try:
+            if self._writer is None:
+                if method != "add_event" or monotonic() < self._retry_at:
+                    return
+                self._writer = EventFileWriter(self._folder)
+            getattr(self._writer, method)(*arguments)
+        except OSError as error:
+            self._writer, self._retry_at = None, monotonic() + RETRY_SECONDS
+            reason = f"cannot write logs to {self._folder}: {error.strerror}"
+            print(f"WARNING: {reason}; nothing is logged for a minute, training goes on", file=sys.stderr, flush=True)
