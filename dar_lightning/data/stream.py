@@ -6,8 +6,10 @@ Hence the batches do not depend on the number of workers, resuming needs no repl
 size see the same global batches as one.
 """
 
+import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -225,13 +227,21 @@ class TrainLoader(Loader):
         self.sampler.position = state["position"]
 
 
-def outlive_one_signal(worker: int) -> None:
+def obey_only_the_run(worker: int) -> None:
     """A cluster and a Ctrl+C signal all processes of a run: its workers go on until the run has done its last step.
 
-    A second SIGTERM, which is what a loader ends a stuck worker with, has its usual effect.
+    What the run itself sends ends a worker at once, as ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_run, daemon=True).start()
+
+
+def _wait_for_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -303,7 +313,7 @@ class StreamDataModule(L.LightningDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": persistent and workers > 0,
-            "worker_init_fn": outlive_one_signal,
+            "worker_init_fn": obey_only_the_run,
             "pin_memory": torch.cuda.is_available(),
         }
 
