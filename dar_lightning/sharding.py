@@ -34,6 +34,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_slice(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank; it may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_model(model: nn.Module) -> nn.Module:
     """What computes without the other ranks: the model itself, or of a sharded one a copy with whole parameters.
 

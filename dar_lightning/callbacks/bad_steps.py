@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from dar_lightning.errors import UserError
+from dar_lightning.sharding import own_slice
 
 
 class SkipBadSteps(Callback):
@@ -51,7 +52,8 @@ class SkipBadSteps(Callback):
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [own for p in parameters if (own := own_slice(p.grad)).numel()]
         largest = torch.nn.utils.get_total_norm(gradients, math.inf)
         bad = (self._bad_loss | ~largest.isfinite()).float()
         if trainer.world_size > 1:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl+C: the step is finished, saved, and the exit code says what happened."""
+"""SIGTERM, SIGUSR1 and Ctrl+C: the step is finished, saved, and the exit code says what happened."""
 
 import signal
 import sys
@@ -18,12 +18,14 @@ class Stopped(SystemExit):
 class StopOnSignal(Callback):
     """Ends training after the current optimizer step, with a checkpoint of it, when a signal asks for it.
 
-    SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGINT (Ctrl+C) with 130; a second
-    Ctrl+C interrupts at once. In a validation, whose step LastStepCheckpoint has saved, training ends after the current
+    SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGUSR1 (SLURM's warning of a time limit,
+    see `experiments/cluster/slurm.sh`) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. In a validation, whose step LastStepCheckpoint has saved, training ends after the current
     batch. A signal to any rank stops all of them after the same step. Ranks that Lightning has started itself end with
     0, because Lightning kills the run at once when one of them ends with anything else.
 
     Lightning's own answer to SIGTERM saves nothing, ends with 0, and can hang when ranks hear of it at different times.
+    Its answer to SIGUSR1 under SLURM saves from within the signal, wherever a rank happens to be in a step: ranks at
+    different places wait for each other without end, and the file lies where `ckpt_path: last` does not look.
     With several ranks, a number is reduced at every step, and waited for; Lightning does this too.
     """
 
@@ -32,7 +34,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)  # at its end, the Trainer brings back what was before it
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -16,6 +16,7 @@ from tiny_models import AR, fit_ar, fit_tokenizer, make_tokenizer
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.cli import main
+from dar_lightning.sharding import own_slice
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"
@@ -31,8 +32,27 @@ class HoldsHalf(Callback):
         weights = list(pl_module.ar.parameters())
         for tensors, times in ((weights, 1), (list(average.module.parameters()), 1), (state, 2)):
             assert len(tensors) == times * len(weights)
-            held = sum(tensor.to_local().numel() for tensor in tensors)
+            held = sum(own_slice(tensor).numel() for tensor in tensors)
             assert abs(held / sum(tensor.numel() for tensor in tensors) - 0.5) < 0.01
+
+
+class BadGradient(Callback):
+    """One number that is none, in the last rank's slice of one gradient of the second step."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            own_slice(pl_module.ar.head.weight.grad)[0, 0] = torch.nan
+
+
+class Unchanged(Callback):
+    """Fails if the second step changes this rank's slice of a weight."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = own_slice(pl_module.ar.head.weight).clone()
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        same = torch.equal(self.before, own_slice(pl_module.ar.head.weight))
+        assert same == (trainer.global_step == 2)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +73,7 @@ def command(tokens, tmp_path_factory):
             *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.7"),
             "--trainer.callbacks.use_buffers=false",
             *("--trainer.callbacks+=dar_lightning.callbacks.Samples", f"--trainer.callbacks.tokenizer={tokenizer}"),
+            "--trainer.callbacks+=dar_lightning.callbacks.SkipBadSteps",
             *("--ckpt_path=last", "--model.init_args.optimizer.lr=0.01", *layer, *more),
         ]
         return [str(word) for word in words]
@@ -122,6 +143,13 @@ def test_one_device_goes_on_from_two(command, whole_run, broken_run, tmp_path):
     first = broken_run / "checkpoints" / "last.ckpt"
     main(command(tmp_path, "auto", 6, f"--ckpt_path={first}", devices=1))
     assert largest_difference(tmp_path, whole_run) < 1e-4
+
+
+def test_a_bad_gradient_in_one_slice_skips_the_step_on_all_ranks(command, tmp_path):
+    more = [f"--trainer.callbacks+={__name__}.{name}" for name in ("BadGradient", "Unchanged")]
+    assert run(main, command(tmp_path, "fsdp", 3, *more), world=2) == [0, 0]
+    (counts,) = [state["counts"] for name, state in last(tmp_path)["callbacks"].items() if "SkipBadSteps" in name]
+    assert counts.tolist() == [1, 0]
 
 
 def test_export(whole_run, tmp_path):

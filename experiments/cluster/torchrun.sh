@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# A run on several machines without a scheduler. On each of them, within some minutes:
+#   NODE=0 NODES=2 GPUS=8 HEAD=10.0.0.1 experiments/cluster/torchrun.sh --config experiments/quickstart/ar.yaml ...
+#   NODE     number of this machine, from 0       NODES  of how many
+#   GPUS     processes on each machine            HEAD   address of machine 0, with its port if that is not 29400
+#   RESTARTS how often all ranks start again, from the last checkpoint, after one has died (3)
+#   ADDRESS  this machine's own, where its host name does not lead the others to it
+# The options are those of `dar fit`.
+set -euo pipefail
+
+if [ "$NODE" -eq 0 ]; then is_host=true; else is_host=false; fi
+exec torchrun \
+    --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${RESTARTS:-3}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-conf=is_host="$is_host" --rdzv-id=dar \
+    ${ADDRESS:+--local-addr="$ADDRESS"} \
+    -m dar_lightning fit "$@" --trainer.num_nodes="$NODES" --trainer.devices="$GPUS"
