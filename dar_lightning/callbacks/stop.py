@@ -18,10 +18,11 @@ class Stopped(SystemExit):
 class StopOnSignal(Callback):
     """Ends training after the current optimizer step, with a checkpoint of it, when a signal asks for it.
 
-    SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGUSR1 (SLURM's warning of a time limit,
-    see `experiments/cluster/slurm.sh`) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. In a validation, whose step LastStepCheckpoint has saved, training ends after the current
-    batch. A signal to any rank stops all of them after the same step. Ranks that Lightning has started itself end with
-    0, because Lightning kills the run at once when one of them ends with anything else.
+    SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGUSR1 (SLURM before a time limit, see
+    experiments/cluster/slurm.sh) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. In a
+    validation, whose step LastStepCheckpoint has saved, training ends after the current batch. A signal to any rank
+    stops all of them after the same step. Ranks that Lightning has started itself end with 0, because Lightning kills
+    the run at once when one of them ends with anything else.
 
     Lightning's own answer to SIGTERM saves nothing, ends with 0, and can hang when ranks hear of it at different times.
     Its answer to SIGUSR1 under SLURM saves from within the signal, wherever a rank happens to be in a step: ranks at
