@@ -18,7 +18,7 @@ from dar_lightning.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SCRIPTS = Path(__file__).parents[2] / "experiments" / "cluster"
-STEPS, SECONDS = 30, 240
+STEPS, SECONDS = 20, 240
 
 # As SLURM's: starts the tasks of a step, hands signals to all their processes, and ends with the largest status. A task
 # that fails ends the others.
@@ -50,13 +50,25 @@ class Slow(Callback):
         time.sleep(0.05)
 
 
-def arguments(tokens, folder: Path) -> list[str]:
+class DiesOnce(Callback):
+    """Kills rank 1 in the middle of a run, the first time."""
+
+    def __init__(self, file: str):
+        self.file = Path(file)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == STEPS // 2 and trainer.global_rank == 1 and not self.file.exists():
+            self.file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arguments(tokens, folder: Path, every: int = 1000) -> list[str]:
     """What both nodes are given, but for their number."""
     return [
         *map(str, fit_ar(*tokens, folder, max_steps=STEPS, val_check_interval=3)[1:]),
         *("--ckpt_path=last", "--data.init_args.batch_size=2", "--data.init_args.num_workers=1"),
         "--trainer.callbacks+=dar_lightning.callbacks.LastStepCheckpoint",
-        *("--trainer.callbacks.every_n_train_steps=1000", "--trainer.callbacks.save_top_k=0"),
+        *(f"--trainer.callbacks.every_n_train_steps={every}", "--trainer.callbacks.save_top_k=0"),
         *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.use_buffers=false"),
     ]
 
@@ -161,11 +173,17 @@ def machines():
 
 
 def test_torchrun_on_two_machines(tokens, reference, machines, tmp_path):
+    """One of two ranks dies: both start again, from the last checkpoint."""
+    run_folder, died = tmp_path / "run", tmp_path / "died"
+    dies = [f"--trainer.callbacks+={__name__}.DiesOnce", f"--trainer.callbacks.file={died}"]
     head = f"{machines[0][1]}:{free_port(29400)}"
     nodes = []
     for node, (before, address, variables) in enumerate(machines):
-        variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=0, **variables)
-        command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, tmp_path)]
-        nodes.append(subprocess.Popen(command, env=variables))
-    assert [node.wait(SECONDS) for node in nodes] == [0, 0]
-    check(tmp_path, reference)
+        variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=1, **variables)
+        command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
+        nodes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    errors = [node.communicate(timeout=SECONDS)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert died.is_file()
+    assert any("Restored all states from the checkpoint" in text for text in errors)  # rank 0 says it
+    check(run_folder, reference)
