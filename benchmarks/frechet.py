@@ -4,7 +4,7 @@ Covariances of 2048 dimensions, as those of Inception: of 10,000 samples, and of
 features are correlated, partly rectified, and their scales span two decades. One thread, so that others on the machine
 disturb less; repetitions of the two alternate, and the ratio is the median of neighbours.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/frechet.py [--dim 2048] [--repetitions 3] [--output benchmarks/results/frechet.json]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/frechet.py [--dim 2048] [--repetitions 3] [--output FILE.json]
 """
 
 import argparse

@@ -19,6 +19,7 @@ VERBS = {
     "serve": ("dar_lightning.commands.serve", "serve"),
     "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
     "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
+    "compare": ("dar_lightning.commands.compare", "compare"),
     "export": ("dar_lightning.commands.export", "export"),
     "convert": ("dar_lightning.commands.convert", "convert"),
 }
@@ -38,6 +39,7 @@ tools:
   serve         a web page on which pictures appear while their tokens are written
   reconstruct   encode and decode images: PSNR, codebook use, previews
   evaluate      Frechet distance and linear probe of samples
+  compare       figures of several evaluations, if their protocols are the same
   export        Lightning checkpoint -> folder with config.json and model.safetensors
   convert       official D-AR weights -> such a folder"""
 

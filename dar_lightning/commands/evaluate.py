@@ -1,28 +1,23 @@
 """`dar evaluate`: distances and accuracies of a set of images, written with the protocol that they depend on."""
 
-import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dar_lightning import __version__
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
 from dar_lightning.metrics.distribution import distribution_figures
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import LinearProbe
+from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
 from dar_lightning.pipeline import PIPELINE_CONFIG, DARPipeline
-
-FRECHET = "float64, unbiased covariances"
 
 
 def evaluate(
@@ -173,21 +168,9 @@ def evaluate(
         facts = {"features_sha256": feature_facts["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)
 
-    result = {"metrics": metrics, "protocol": protocol}
-    write_text(output, json.dumps(result, indent=2) + "\n")
+    result = write_figures(output, metrics, protocol)
     _print_table(result, output)
     return result
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures may depend on."""
-    found = {"dar_lightning": __version__}
-    for name in ("torch", "torchmetrics", "torchvision", "timm", "torch-fidelity"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # torch-fidelity is optional
-            continue
-    return found
 
 
 def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -> dict[str, float]:

@@ -1,0 +1,106 @@
+"""rFID in validation: the images and their reconstructions."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from dar_lightning.callbacks.frechet import FrechetCallback
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.errors import UserError
+from dar_lightning.metrics.frechet import FeatureStatistics
+from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
+from dar_lightning.seeding import image_generator
+
+
+class ReconstructionFID(FrechetCallback):
+    """Frechet distance between validation images and their reconstructions, both from the same crops and as uint8.
+
+    Logs `val/rFID` (`val/rFD-<name>` with another network than Inception), `val/rPSNR` (dB), `val/rSSIM` and, with its
+    network, `val/rLPIPS`, all over the same images; see `metrics.reconstruction` for their protocol. Originals are
+    measured once per process. Images that only fill up a batch do not count.
+
+    Args:
+        num_samples: images whose number in the shards is below this; None takes the whole validation set.
+        features: feature network: inception, mobilenet_v2, color_edges, a timm model or a class path.
+        features_weights: a local file of its weights; None downloads them.
+        lpips: a file of torchvision's VGG16, or "download"; None leaves LPIPS out.
+        seed: with an image's number in the shards it seeds the noise that its decoding starts from.
+        solver: adams2, euler or adams2_variable.
+        num_steps: diffusion steps; None is one per group of tokens.
+        every_n_steps: measure in validations at multiples of so many training steps; 1 measures in all.
+    """
+
+    def __init__(
+        self,
+        num_samples: int | None = None,
+        features: str = "inception",
+        features_weights: str | None = None,
+        lpips: str | None = None,
+        seed: int = 0,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        every_n_steps: int = 1,
+    ):
+        super().__init__("r", features, features_weights, every_n_steps)
+        if num_samples is not None and num_samples < 2:
+            raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
+        self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
+        self._lpips = None if lpips is None else load_lpips(lpips)
+        self._originals: FeatureStatistics | None = None
+        self._reconstructions: FeatureStatistics | None = None
+        self._size: list[int] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._originals = self._reconstructions = None  # of a validation that did not come to its end
+
+    @torch.no_grad()
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if not self.due(trainer) or dataloader_idx:
+            return
+        kept = batch["valid"].clone()  # (B,)
+        if self.num_samples is not None:
+            kept &= batch["index"] < self.num_samples
+        if not kept.any():
+            if self._reconstructions is not None:
+                return
+            kept[0] = True  # a rank without images still takes part in the sums and means, with nothing
+            count = 0
+        else:
+            count = int(kept.sum())
+        images, numbers = batch["image"][kept], batch["index"][kept].tolist()
+        tokenizer = pl_module.tokenizer
+        generators = [image_generator(self.seed, number) for number in numbers]
+        noise = tokenizer.draw_noise(len(images), generators, images.shape[2:])
+        codes = tokenizer.tokenize(to_float(images))
+        reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
+        self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
+        if self.reference is None:
+            self._originals = self.added(self._originals, self.measured(images)[:count])
+        self._size = list(images.shape[2:])
+        scores = reconstruction_metrics(self._lpips).to(images.device)(reconstructions.float(), images.float())
+        scores = {f"val/r{name.upper()}": value.float() for name, value in scores.items()}
+        pl_module.log_dict(scores, batch_size=count, sync_dist=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.due(trainer):
+            if self.reference is None:
+                self.reference = self.gathered(self._originals)
+            value = self.report(trainer, self.gathered(self._reconstructions), self._protocol(pl_module))
+            self.log_distance(pl_module, value)
+
+    def _protocol(self, pl_module: LightningModule) -> dict[str, Any]:
+        data = pl_module.trainer.datamodule
+        steps = pl_module.tokenizer.config.num_groups if self.num_steps is None else self.num_steps
+        reference = {"shards": getattr(data, "val", None), "crop": f"ADM centre crop to {self._size[0]}"}
+        return {
+            "samples": {
+                "reconstructions": "of the reference",
+                "seed": self.seed,
+                "solver": self.solver,
+                "steps": steps,
+            },
+            "reference": reference | {"n": self.reference.count},
+            "image_size": self._size,
+            "reconstruction": RECONSTRUCTION_PROTOCOL,
+        }
