@@ -9,7 +9,7 @@ from dar_lightning.callbacks.frechet import FrechetCallback
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.frechet import FeatureStatistics
-from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
+from dar_lightning.metrics.reconstruction import load_lpips, reconstruction_metrics
 from dar_lightning.seeding import image_generator
 
 
@@ -102,5 +102,4 @@ class ReconstructionFID(FrechetCallback):
             },
             "reference": reference | {"n": self.reference.count},
             "image_size": self._size,
-            "reconstruction": RECONSTRUCTION_PROTOCOL,
         }

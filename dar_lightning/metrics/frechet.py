@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from dar_lightning.errors import UserError
+
 
 class Gaussian(NamedTuple):
     """What a set of features is reduced to: mean (D,), covariance (D, D), both float64, and the number of samples.
@@ -64,7 +66,13 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance between two Gaussians.
 
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the formula of FID (Heusel et al., 2017).
+
+    Raises:
+        UserError: they are of different numbers of features.
     """
+    if first.mean.shape != second.mean.shape:
+        dims = f"{len(second.mean)} and of {len(first.mean)}"
+        raise UserError(f"statistics of {dims} features cannot be compared: they are of different networks")
     distance = (
         (first.mean - second.mean).square().sum()
         + first.covariance.trace()

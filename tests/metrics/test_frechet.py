@@ -53,6 +53,36 @@ def test_identical_sets_are_at_zero(n):
     assert frechet_distance(gaussian_of(features), gaussian_of(features)) == pytest.approx(0, abs=1e-9)
 
 
+def test_two_gaussians_in_closed_form():
+    # In one dimension: (mu1 - mu2)^2 + (s1 - s2)^2.
+    one, two = (
+        Gaussian(torch.tensor([m]).double(), torch.tensor([[s * s]]).double(), None) for m, s in ((1, 2), (4, 7))
+    )
+    assert frechet_distance(one, two) == pytest.approx(3**2 + 5**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [300, 25])
+def test_features_that_are_always_zero_change_nothing(n):
+    first, second = correlated(n, 40, 1), correlated(n + 10, 40, 2)
+    padded = [torch.cat([features, torch.zeros(len(features), 24)], dim=1) for features in (first, second)]
+    distance = frechet_distance(gaussian_of(first), gaussian_of(second))
+    assert frechet_distance(*map(gaussian_of, padded)) == pytest.approx(distance, rel=1e-9)
+
+
+def test_sets_of_one_image_repeated():
+    one, two = gaussian_of(torch.ones(3, 4)), gaussian_of(torch.full((5, 4), 3.0))
+    assert frechet_distance(one, two) == pytest.approx(4 * 2**2)
+
+
+@pytest.mark.parametrize("n", [400, 30])
+def test_agrees_with_torch_fidelity(n):
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    first, second = correlated(n, 40, 1), correlated(n + 10, 40, 2)
+    theirs = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, (first, second)), verbose=False)
+    ours = frechet_distance(gaussian_of(first), gaussian_of(second))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
 def test_symmetric():
     one, two = gaussian_of(correlated(60, 8, 1)), gaussian_of(correlated(50, 8, 2))
     assert frechet_distance(one, two) == pytest.approx(frechet_distance(two, one), rel=1e-12)

@@ -1,0 +1,63 @@
+"""KID, precision and recall through torch-fidelity: numbers that can be worked out by hand, and their names."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torch_fidelity")
+
+from dar_lightning.errors import UserError
+from dar_lightning.metrics.color_edges import ColorEdges
+from dar_lightning.metrics.distribution import distribution_figures
+
+CPU = torch.device("cpu")
+
+
+def figures(samples, reference) -> dict[str, float]:
+    return distribution_figures(samples, reference, "color_edges", ColorEdges(), CPU)[0]
+
+
+def two_modes(n: int, seed: int) -> torch.Tensor:
+    points = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    points[n // 2 :] += 100
+    return points
+
+
+def test_one_mode_of_two_is_precise_and_recalls_half():
+    reference, samples = two_modes(200, 0), two_modes(100, 1)[:50]
+    found = figures(samples, reference)
+    assert found["precision-color_edges"] > 0.8
+    assert 0.3 < found["recall-color_edges"] <= 0.5
+    swapped = figures(reference, samples)
+    assert swapped["precision-color_edges"] == found["recall-color_edges"]
+
+
+def test_precision_and_recall_by_their_definition():
+    samples, reference = two_modes(30, 2).numpy(), (two_modes(41, 3) * 1.5).numpy()
+
+    def covered(points, balls) -> float:
+        apart = np.linalg.norm(balls[:, None] - balls[None], axis=-1)
+        radius = np.sort(apart, axis=1)[:, 3]  # the nearest is the point itself
+        return np.mean((np.linalg.norm(points[:, None] - balls[None], axis=-1) <= radius).any(axis=1))
+
+    found = figures(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert found["precision-color_edges"] == pytest.approx(covered(samples, reference), abs=1e-6)
+    assert found["recall-color_edges"] == pytest.approx(covered(reference, samples), abs=1e-6)
+
+
+def test_kernel_distance_by_its_definition():
+    x, y = two_modes(12, 4).double().numpy() / 50, two_modes(12, 5).double().numpy() / 40  # one subset: all of them
+
+    def kernel(a, b):
+        return (a @ b.T / 3 + 1) ** 3
+
+    off = ~np.eye(12, dtype=bool)
+    expected = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
+    found, protocol = distribution_figures(torch.from_numpy(x), torch.from_numpy(y), "color_edges", ColorEdges(), CPU)
+    assert found["KD-color_edges"] == pytest.approx(expected, rel=1e-6)
+    assert "100 subsets of 12" in protocol["kernel_distance"]
+
+
+def test_too_few_images_are_one_line():
+    with pytest.raises(UserError, match="--full: 3 images on a side"):
+        figures(two_modes(3, 0), two_modes(9, 0))
