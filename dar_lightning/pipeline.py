@@ -19,6 +19,7 @@ from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import load_model
 
 PIPELINE_CONFIG = "config.json"
+EXPORTED = "export.json"  # where `dar export` notes which weights these are
 
 
 @dataclass(frozen=True)

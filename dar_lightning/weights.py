@@ -127,7 +127,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
             and had begun to average.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode; its attribute `averaged` says whether these are EMA weights.
 
     Raises:
         UserError: if the file cannot be read safely, is no such checkpoint, or has no such weights.
@@ -147,6 +147,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
         raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
     model = outline(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
     load_tensors(model, tensors, ckpt)
+    model.averaged = keeps_ema and not raw
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from dar_lightning.plan import accumulation
 ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
+METRICS = [name for name in CONFIGS if name.startswith("experiments/metrics/")]  # layers that add a callback
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
 LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
 CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
@@ -26,7 +27,8 @@ MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/
 DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 # tests/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
-TOOLS = [name for name in CONFIGS if name not in (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, FSDP)]
+OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, FSDP)
+TOOLS = [name for name in CONFIGS if name not in OTHERS]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -119,6 +121,25 @@ def test_fsdp_replaces_the_trainer_alone(capsys):
     assert {key: value for key, value in layered.items() if key != "trainer"} == {
         key: value for key, value in alone.items() if key != "trainer"
     }
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_layers_add_a_callback_and_measure(name, tmp_path, capsys):
+    base = AR if "generation" in name else TOKENIZER
+    layer = yaml.safe_load(CONFIGS[name].read_text())
+    (added,) = layer["trainer"]["callbacks+"]
+    callbacks = printed(capsys, "fit", "--config", base, "--config", name)["trainer"]["callbacks"]
+    assert callbacks[:-1] == printed(capsys, "fit", "--config", base)["trainer"]["callbacks"]
+    assert contains(callbacks[-1], added)
+
+    arguments = {"features": "color_edges", "features_weights": None, "num_samples": 2, "every_n_steps": 1}
+    if base == AR:
+        arguments |= {"tokenizer": "dar_lightning/shipped/fruit64/tokenizer", "reference": "data/fruit64/val"}
+    added["init_args"] |= arguments
+    (tmp_path / "layer.yaml").write_text(yaml.safe_dump(layer))
+    first_step(base, tmp_path, "--config", str(tmp_path / "layer.yaml"))
+    (written,) = (tmp_path / "run" / "evaluation").iterdir()
+    assert json.loads(written.read_text())["protocol"]["samples"]["n"] == 2
 
 
 def base_of(name: str) -> str:

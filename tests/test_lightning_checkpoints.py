@@ -1,5 +1,6 @@
 """What `dar fit` writes: resumed from safely, exported with EMA or raw weights, rebuilt from the checkpoint alone."""
 
+import json
 import os
 
 import pytest
@@ -82,6 +83,8 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
     assert not torch.equal(ema.raw["head.weight"], ema.average["head.weight"])
     for weights, expected in (("ema", ema.average), ("auto", ema.average), ("raw", ema.raw)):
         export(path, tmp_path / weights, weights)
+        noted = json.loads((tmp_path / weights / "export.json").read_text())
+        assert noted == {"checkpoint": str(path), "ema": weights != "raw"}
         again = ARModel.from_pretrained(tmp_path / weights)
         assert again.config == CONFIG
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())

@@ -17,7 +17,8 @@ from dar_lightning.metrics.probe import LinearProbe
 from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
-from dar_lightning.pipeline import PIPELINE_CONFIG, DARPipeline
+from dar_lightning.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
+from dar_lightning.pretrained import read_json
 
 
 def evaluate(
@@ -96,7 +97,9 @@ def evaluate(
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
         count = len(reference_set) if num_samples is None else num_samples
-        pipeline, sample_facts = DARPipeline.from_pretrained(samples).to(place), {"pipeline": samples}
+        pipeline = DARPipeline.from_pretrained(samples).to(place)
+        noted = read_json(Path(samples) / EXPORTED) if (Path(samples) / EXPORTED).is_file() else {}
+        sample_facts = {"pipeline": samples, "ema": "not noted by dar export"} | noted
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
         sample_set, sample_facts = open_images(samples, "--samples", image_size), {}

@@ -1,11 +1,13 @@
 """`dar export`: what a Lightning checkpoint has learnt becomes a folder in our format, a model or a whole pipeline."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
-from dar_lightning.pipeline import DARPipeline
+from dar_lightning.files import write_text
+from dar_lightning.pipeline import EXPORTED, DARPipeline
 from dar_lightning.pretrained import read_json
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint, load_lightning_checkpoint
@@ -20,6 +22,8 @@ def export(
 ) -> None:
     """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
+    `export.json` in the folder says which checkpoint and which weights these are.
+
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
         output: folder for config.json and model.safetensors, or for the pipeline.
@@ -32,6 +36,7 @@ def export(
         if shards is not None:
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
         model.save_pretrained(output)
+        _note(output, ckpt, model.averaged)
         print(f"{output}: {type(model).__name__}, fingerprint {fingerprint(model)[:12]}")
         return
     if not isinstance(model, ARModel):
@@ -39,4 +44,9 @@ def export(
     classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
     pipeline = DARPipeline(SequentialDiffusionTokenizer.from_pretrained(tokenizer), model, tuple(classes))
     pipeline.save_pretrained(output)
+    _note(output, ckpt, model.averaged)
     print(f"{output}: pipeline of {model.config.num_classes} classes")
+
+
+def _note(output: Path, ckpt: Path, averaged: bool) -> None:
+    write_text(output / EXPORTED, json.dumps({"checkpoint": str(ckpt), "ema": averaged}, indent=2) + "\n")

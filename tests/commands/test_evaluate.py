@@ -206,6 +206,7 @@ def test_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     assert result["metrics"] == again["metrics"]
     protocol = json.loads((tmp_path / "o.json").read_text())["protocol"]["samples"]
     assert (protocol["n"], protocol["seed"], protocol["guidance"], protocol["steps"]) == (5, 7, [1.0, 3.0], 4)
+    assert protocol["ema"] == "not noted by dar export"
     with pytest.raises(UserError, match=r"--paired: .* is a pipeline"):
         evaluate(pipeline, reference, NETWORK, str(tmp_path / "o.json"), paired=True)
 
