@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -110,9 +111,15 @@ class DARPipeline:
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
 
-    def generate(self, labels: Tensor, **options) -> Tensor:
-        """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`."""
-        for preview in self.stream(labels, **options):  # noqa: B007
+    def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
+        """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
+
+        With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
+        """
+        count = self.tokenizer.config.num_groups
+        if groups is not None and not 1 <= groups <= count:
+            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}")
+        for preview in islice(self.stream(labels, **options), groups):  # noqa: B007
             pass
         return preview.images
 

@@ -14,6 +14,7 @@ from dar_lightning.callbacks.optimization import OptimizerMonitor
 from dar_lightning.callbacks.positions import PositionLoss
 from dar_lightning.callbacks.previews import Reconstructions
 from dar_lightning.callbacks.reconstruction_fid import ReconstructionFID
+from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.callbacks.samples import Samples
 from dar_lightning.callbacks.stop import StopOnSignal
 from dar_lightning.callbacks.throughput import Throughput
@@ -32,6 +33,7 @@ __all__ = [
     "PositionLoss",
     "ReconstructionFID",
     "Reconstructions",
+    "SampleWriter",
     "Samples",
     "SkipBadSteps",
     "StopOnSignal",

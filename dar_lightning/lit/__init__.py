@@ -2,6 +2,7 @@
 
 from dar_lightning.lit.ar import ARModule
 from dar_lightning.lit.fsdp import FSDP2Strategy
+from dar_lightning.lit.generation import GenerationModule
 from dar_lightning.lit.tokenizer import TokenizerModule
 
-__all__ = ["ARModule", "FSDP2Strategy", "TokenizerModule"]
+__all__ = ["ARModule", "FSDP2Strategy", "GenerationModule", "TokenizerModule"]
