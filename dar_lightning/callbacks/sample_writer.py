@@ -1,5 +1,6 @@
 """Drawn images into one npz, by any number of processes, which may be killed and started again."""
 
+import glob
 import json
 import signal
 from datetime import timedelta
@@ -148,6 +149,9 @@ class SampleWriter(BasePredictionWriter):
             return
         count = len(self.data.dataset)
         if self.parts.is_dir():
+            for name in (self.path.name, self.protocol_path.name):
+                for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
+                    part.unlink()
             labels = np.array([self.data.dataset[number]["label"] for number in range(count)])
             pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
             digest = write_npz(self.path, pieces, (count, self.size, self.size, 3), labels)

@@ -58,14 +58,15 @@ class GenerationModule(LightningModule):
         self.path, self.seed, self.rows = pipeline, seed, rows
         self.pipeline = DARPipeline.from_pretrained(pipeline)
         self.tokenizer, self.ar = self.pipeline.tokenizer, self.pipeline.ar  # so that Lightning moves them
+        num_groups = self.tokenizer.config.num_groups
         self.options = {
             "guidance": guidance,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
             "solver": solver,
-            "num_steps": num_steps or self.tokenizer.config.num_groups,
-            "groups": groups or self.tokenizer.config.num_groups,
+            "num_steps": num_groups if num_steps is None else num_steps,
+            "groups": num_groups if groups is None else groups,
         }
 
     @property

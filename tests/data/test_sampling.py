@@ -1,5 +1,6 @@
 """`dar predict` that draws: which labels, the same image however it is drawn, and one line for each mistake."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -84,9 +85,7 @@ def test_bfloat16_would_show_the_batch_size(pipeline, tmp_path):
         assert torch.equal(torch.cat([module.predict_step(one, 0) for one in batches]), together)
 
 
-def test_the_protocol_lies_beside(pipeline, whole, capsys):
-    import hashlib
-
+def test_the_protocol_lies_beside(whole):
     protocol = json.loads(whole.with_suffix(".json").read_text())
     expected = {"seed": 5, "guidance": [1.1, 8.0], "solver": "adams2", "num_steps": GROUPS, "n": COUNT, "rows": 4}
     expected |= {"groups": GROUPS, "num_tokens": 8, "image_size": SIZE, "dtype": "float32", "device": "cpu"}
@@ -141,7 +140,9 @@ def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
         ("model.init_args.solver=eular", "solver is 'eular'"),
         ("model.init_args.rows=0", "rows is 0"),
         ("model.init_args.seed=-1", "seed is -1"),
-        ("model.init_args.groups=9", "groups is 9: this pipeline decodes from 1 to 4"),
+        ("model.init_args.groups=9", "groups is 9"),
+        ("model.init_args.groups=0", "groups is 0"),
+        ("model.init_args.num_steps=0", "num_steps is 0"),
         ("model.init_args.temperature=0", "temperature is 0"),
         ("model.init_args.pipeline=./nowhere", "./nowhere is not a folder"),
         ("data.init_args.per_class=3", "give one of the two"),
