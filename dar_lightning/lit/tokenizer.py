@@ -91,22 +91,25 @@ class TokenizerModule(LightningModule):
         images = to_float(batch["image"])
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
         losses = self.tokenizer.training_losses(images, u)
-        loss, parts = self.total_loss(losses, images)
+        loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(images))
         return {"loss": loss} | {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
 
-    def total_loss(self, losses: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def total_loss(
+        self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum that backward starts from, and its parts by name, unweighted.
 
         Args:
             losses: from `training_losses`.
             images: (B, 3, H, W) in [-1, 1] that they are of.
+            codebook_factor: of "vq" and "commit", see share_of_tokens.
 
         Returns:
             The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
         """
         parts = {name: losses[name] for name in ("flow", "vq", "commit")}
-        loss = losses["flow"] + share_of_tokens(losses["read"]) * (losses["vq"] + losses["commit"])
+        loss = losses["flow"] + codebook_factor * (losses["vq"] + losses["commit"])
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
             parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
             loss = loss + self.perceptual.weight * parts["perceptual"]
