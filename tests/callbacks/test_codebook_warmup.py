@@ -170,12 +170,12 @@ def test_accumulated_batches_are_collected_and_counted_and_act_once(images):
     callbacks = [before, CodebookWarmup(3, 2, revive_every=4, revive_until=7), after]
     torch.manual_seed(0)
     module = TokenizerModule(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
-    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=2)  # 11 batches in an epoch
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=2)  # 11 batches
     Trainer(callbacks=callbacks, accumulate_grad_batches=3, **options, **quiet).fit(module, datamodule=data)
 
     ends = [i for i, step in enumerate(before.steps) if step > ([0, *before.steps])[i]]
     assert [before.steps[i] for i in ends] == list(range(1, 10))
-    assert ends[3] - ends[2] == 2, "Lightning steps at the end of an epoch, too"
+    assert ends == list(range(2, 27, 3)), "the two batches that fill no whole step are left out"
     acted = [i for i in range(len(before.steps)) if not torch.equal(before.codebooks[i], after.codebooks[i])]
     assert acted == [ends[2], ends[6]]
     collected = torch.cat(after.latents[ends[0] + 1 : ends[2] + 1])
