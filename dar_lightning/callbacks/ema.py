@@ -36,7 +36,7 @@ class EMA(EMAWeightAveraging):
     Lightning copies the model while it still lies on the CPU, and leaves the copy there, so that every step brings all
     weights to the host; a copy on the GPU is asked for its counter at every step, and waits. Here the average lies
     where the model trains, and one fused operation moves it. In validation, checkpoints and `dar export` it is used
-    as Lightning's; sharded models (FSDP) cannot be averaged by either.
+    as Lightning's. Sharded models (FSDP2) are averaged slice by slice.
 
     Args:
         decay: share of the average that stays at a step.

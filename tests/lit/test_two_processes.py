@@ -29,13 +29,27 @@ options = dict(accelerator="cpu", devices=world, strategy="ddp" if world > 1 els
 options |= dict(enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)
 trainer = Trainer(max_steps=5, callbacks=[warmup, Reconstructions()], **options)
 data = ImageNetDataModule(train, val, image_size=SIZE, batch_size=3)  # 7 images: rank 1 ends with padding alone
+drawn, original = [], module.tokenizer.training_losses
+
+
+def spy(images, u=None, noise=None):
+    "What this rank draws for each batch: the times, and after them the noise."
+    if module.training:
+        after = torch.Generator().set_state(torch.get_rng_state())
+        drawn.append([u.tolist(), torch.randn(4, generator=after).tolist()])
+    return original(images, u, noise)
+
+
 before = trainer.validate(module, datamodule=data)[0]
+module.tokenizer.training_losses = spy
 trainer.fit(module, datamodule=data)
 shared = [module.tokenizer.quantizer.codebook.data, *adversarial.state_dict().values()]
 torch.save(shared, f"{out}.{trainer.global_rank}.pt")
 torch.save(warmup.state_dict(), f"{out}.{trainer.global_rank}.state.pt")
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(before, file)
+with open(f"{out}.{trainer.global_rank}.drawn", "w") as file:
+    json.dump(drawn, file)
 """
 
 
@@ -60,3 +74,7 @@ def test_two_ranks(images, tmp_path):
     counts = [torch.load(tmp_path / f"of2.{rank}.state.pt")["counts"] for rank in range(2)]
     assert torch.equal(*counts)
     assert int(counts[0].sum()) == 2 * 3 * 8, "both ranks' tokens of step 5"
+    # Each rank draws times and noise of its own, and others for every batch.
+    drawn = [json.loads((tmp_path / f"of2.{rank}.drawn").read_text()) for rank in range(2)]
+    every = [tuple(numbers) for rank in drawn for pair in rank for numbers in pair]
+    assert len(every) == len(set(every)) == 2 * 5 * 2
