@@ -16,7 +16,7 @@ from dar_lightning.data.codes import CodesIndex, describe, write_codes
 from dar_lightning.data.shards import ShardIndex, write_shard
 
 SIZE, TOKENS, CODES, BATCH, SAVE_EVERY = 32, 8, 32, 4, 3
-LIMIT = 150  # seconds after which a run counts as hanging
+LIMIT = 400  # seconds after which a run counts as hanging
 TOKENIZER = {
     **dict(image_size=SIZE, encoder_patch_size=8, encoder_dim=32, encoder_depth=1, conditioner_dim=32),
     **dict(conditioner_depth=1, codebook_size=CODES, codebook_dim=4, num_tokens=TOKENS, num_groups=4, head_dim=16),

@@ -6,6 +6,8 @@ and weights can be compared bit by bit with those of a run that nothing happened
 file systems; without root these rows are skipped.
 
     python benchmarks/faults.py [--kills 20] [--only SIGTERM disk] [--output benchmarks/results/faults.json]
+
+With --only, the other faults' rows in the file stay.
 """
 
 import argparse
@@ -77,13 +79,15 @@ class Bench:
         """Run one fault, if it was asked for, and add its row."""
         if not any(word in fault for word in self.only):
             return
+        load = round(os.getloadavg()[0], 1)  # of the machine when this begins
         begin = time.perf_counter()
         try:
             outcome, passed = test(), True
         except (AssertionError, OSError) as error:
             outcome, passed = f"FAILED: {error}", False
         seconds = round(time.perf_counter() - begin, 1)
-        self.rows.append({"fault": fault, "times": times, "outcome": outcome, "passed": passed, "seconds": seconds})
+        row = {"fault": fault, "times": times, "outcome": outcome, "passed": passed, "seconds": seconds, "load": load}
+        self.rows.append(row)
         print(f"{'ok' if passed else 'FAILED':6} {fault:52} x{times:<3} {seconds:6.1f} s  {outcome}", flush=True)
 
 
@@ -387,21 +391,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="only faults whose names contain one of these words")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/faults.json")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
     # A kill goes at least one step further than the one before.
     steps = max(20, 2 * arguments.kills + 10)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         bench = Bench(Path(folder), steps, arguments.only)
         run_all(bench, arguments.kills)
+    done = {row["fault"] for row in bench.rows}
+    before = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     result = {
         "what": "faults in training runs of the smallest models, and what became of the runs",
         "processor": processor(),
-        "other_load": round(load, 2),  # processes that were running when this began
         "platform": platform.platform(terse=True),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
-        "steps": steps,
-        "rows": bench.rows,
+        "rows": [*(row for row in before if row["fault"] not in done), *bench.rows],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
