@@ -14,7 +14,8 @@ class DataSpeed(Callback):
     - `data/images_per_second`: images that all devices together have trained on.
     - `data/wait_share`: part of the time in which the training process stood still because the next batch was not
       there; also in the progress bar. Near 0 is right; much above it, give the loader more workers.
-    - `data/skipped`: distinct bad samples that this process has met so far, if the DataModule counts them.
+    - `data/skipped`: distinct bad samples that all ranks had met when they last compared (see `stream.Loader`), and
+      this one since; if the DataModule counts them.
 
     All are of the time since they were last logged, without validation. Nothing here waits for a GPU. The wait is what
     the loader measures (`stream.Loader.waited`), not the time between two training steps: in there, progress bars and

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, sha256
-from dar_lightning.data.skipped import Skipped, check_share
+from dar_lightning.data.skipped import Bad, Skipped, check_share
 from dar_lightning.data.stream import Loader
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
@@ -105,7 +105,8 @@ def extract(
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
     for number in done:
-        skipped.add(read_header(root / _name(index.shards[number]))["skipped"])
+        lines = read_header(root / _name(index.shards[number]))["skipped"]
+        skipped.add(Bad(*line.partition(": ")[::2]) for line in lines)
     skipped.check()
     about = made_by | {"tokenizer_config": model.config.to_dict()}
     try:
@@ -282,13 +283,13 @@ class ShardWriter(L.Callback):
             outputs.cpu().numpy().astype(self.dtype),
             batch["label"].tolist(),
             batch["key"],
-            batch["flaw"],
+            map(Bad, *batch["flaw"]),
             strict=True,
         ):
-            if flaw:
+            if flaw.reason:
                 self.skipped.add([flaw])
                 self.skipped.check()
-                self.bad.append(flaw)
+                self.bad.append(str(flaw))
             else:
                 self.codes.append(codes)
                 self.labels.append(label)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex, ShardReader, fingerprint, image_member
-from dar_lightning.data.skipped import Skipped
+from dar_lightning.data.skipped import Bad, Skipped
 from dar_lightning.data.stream import (
     Loader,
     StreamDataModule,
@@ -33,9 +33,9 @@ Crop = Literal["adm", "ten_crop", "center"]
 class ShardDataset(Dataset):
     """Decoded and cropped samples; an item is a function of its ticket alone.
 
-    A bad sample gives an item too, so that batches stay equal on all ranks; its `skipped` says "shard/key: reason" of
-    it. In training it is another sample in its place, drawn for (seed, epoch, sample); otherwise a black one that is
-    not `valid`.
+    A bad sample gives an item too, so that batches stay equal on all ranks; its `skipped` is the `Bad` that says which
+    and why. In training it is another sample in its place, drawn for (seed, epoch, sample); otherwise a black one that
+    is not `valid`.
 
     Args:
         reader: All samples of the split.
@@ -92,13 +92,13 @@ class ShardDataset(Dataset):
             "shard": shard,
             "index": number,
             "valid": ticket.valid,
-            "skipped": "",
+            "skipped": Bad(),
         }
 
-    def _instead(self, number: int, ticket: Ticket, skipped: str) -> dict:
+    def _instead(self, number: int, ticket: Ticket, skipped: Bad) -> dict:
         """The item at the place of a bad sample."""
         if not self.replace:
-            shard, _, key = skipped.partition(": ")[0].partition("/")
+            shard, _, key = skipped.name.partition("/")
             return {
                 "image": torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
                 "label": 0,
@@ -152,16 +152,16 @@ def read_label(members: dict[str, bytes], num_classes: int | None) -> int:
     return int(text)
 
 
-def describe(reader: ShardReader, number: int, bad: BadSample) -> str:
-    """A bad sample in one line: "shard/key: reason"."""
-    return f"{reader.name(number)}: {' '.join(str(bad).split())}"
+def describe(reader: ShardReader, number: int, bad: BadSample) -> Bad:
+    """A bad sample by its name, with the reason in one line."""
+    return Bad(reader.name(number), " ".join(str(bad).split()))
 
 
-def select(reader: ShardReader, labels: Collection[int], num_classes: int | None) -> tuple[np.ndarray, list[str]]:
+def select(reader: ShardReader, labels: Collection[int], num_classes: int | None) -> tuple[np.ndarray, list[Bad]]:
     """The samples of some classes, found by reading all labels.
 
     Returns:
-        (n,) int64, their numbers; and the samples whose label cannot be read, each "shard/key: reason".
+        (n,) int64, their numbers; and the samples whose label cannot be read.
     """
     numbers, unlabelled = [], []
     for number in range(len(reader)):
@@ -253,8 +253,8 @@ class ImageNetDataModule(StreamDataModule):
 
     @property
     def skipped(self) -> dict[str, dict[str, str]]:
-        """The bad samples met by this process so far: split -> "shard/key" -> reason."""
-        return {split: dict(skipped.reasons) for split, skipped in self._skipped.items()}
+        """The bad samples met so far: split -> "shard/key" -> reason; those of other ranks since they last compared."""
+        return {split: skipped.reasons for split, skipped in self._skipped.items()}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -300,6 +300,7 @@ class ImageNetDataModule(StreamDataModule):
         if self._classes is not None:
             labels = {number: label for label, number in enumerate(self._kept())}
             numbers, unlabelled = select(reader, labels, count)
+            skipped.total = len(numbers) + len(unlabelled)  # the latter could be of any class
             skipped.add(unlabelled)
             skipped.check()
             if len(numbers) == 0:
@@ -324,6 +325,18 @@ class ImageNetDataModule(StreamDataModule):
                     f"data.val: its class {place} is {names[1]}, in data.train that is {names[0]}; make both with the "
                     "same classes (dar shard --classes)"
                 )
+
+    def teardown(self, stage: str) -> None:
+        """Called by the Trainer at the end, on all ranks: what they have met since they last compared counts, too.
+
+        Raises:
+            UserError: Too many samples are bad.
+        """
+        everywhere = self.trainer is not None and self.trainer.world_size > 1
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            if getattr(self, split) is not None:
+                self.index(split)  # no rank may be without
+                self._skipped[split].check(everywhere)
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches, endless in principle; see `stream.TrainLoader`."""

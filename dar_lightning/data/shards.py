@@ -22,6 +22,7 @@ from webdataset.shardlists import expand_urls
 
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
+from dar_lightning.data.skipped import Bad
 from dar_lightning.data.tar import Contents, Sample, read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
@@ -57,14 +58,14 @@ class ShardIndex:
         shards: The files. They may be damaged: samples keep their numbers, and those that are lost cannot be read.
         classes: Names of the classes that the labels count; empty when unknown.
         url: The folder that they are copied from.
-        lost: What is known to be wrong before anything is read: bad samples, each "shard/key: reason".
+        lost: What is known to be wrong before anything is read: bad samples.
     """
 
     root: Path
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()
     url: str | None = None
-    lost: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    lost: tuple[Bad, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -213,7 +214,7 @@ def check_files(folder: Path, shards: Iterable[Shard], option: str) -> None:
             raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
 
 
-def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[str]]:
+def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[Bad]]:
     """A shard's entry, made if there is none, and what is known to be lost of it. Remote ones are trusted."""
     path = root / name
     if entry is None and url is not None:
@@ -228,7 +229,7 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
     if entry is None:  # of what has no end, who knows how much is missing: one sample at least
         entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
     flaws = ((position, contents.flaw(position)) for position in range(max(found, entry.samples)))
-    return entry, [f"{name}/{contents.name(position)}: {flaw}" for position, flaw in flaws if flaw]
+    return entry, [Bad(f"{name}/{contents.name(position)}", flaw) for position, flaw in flaws if flaw]
 
 
 def fingerprint(shards: Iterable[Shard], *more: object) -> str:

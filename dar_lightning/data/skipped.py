@@ -1,8 +1,9 @@
 """Bad samples: they are skipped, counted, named once in the log; and too many of them stop the run, on all ranks."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,18 @@ from dar_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 
+class Bad(NamedTuple):
+    """A bad sample: its name, "shard/key", and why it cannot be used; both are empty in place of a good one."""
+
+    name: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 class Skipped:
-    """The bad samples of a split that this process has met.
+    """The bad samples of a split: those that this process has met, and those of other ranks since they last compared.
 
     Args:
         option: What the user calls the split.
@@ -23,33 +34,31 @@ class Skipped:
 
     def __init__(self, option: str, total: int, max_share: float) -> None:
         self.option, self.total, self.max_share = option, total, max_share
-        self._lines: dict[str, None] = {}
-        self._met: dict[str, None] = {}  # since the last start()
+        self._met: dict[str, Bad] = {}  # by its line: one sample may be bad in two ways
+        self._unshared: dict[str, Bad] = {}  # those of them that the other ranks do not know of
+
+    def __len__(self) -> int:
+        return len(self._met)
 
     @property
     def reasons(self) -> dict[str, str]:
         """ "shard/key" -> why."""
-        return dict(line.partition(": ")[::2] for line in self._lines)
+        return dict(self._met.values())
 
-    def start(self) -> None:
-        """Begin a pass over the data, which is divided among the ranks."""
-        self._met = {}
-
-    def add(self, found: Iterable[str]) -> None:
-        """Take note of bad samples, each "shard/key: reason".
+    def add(self, found: Iterable[Bad]) -> None:
+        """Take note of bad samples.
 
         The log names each once; those that a shard has lost share a line.
         """
-        found = dict.fromkeys(found)
-        self._met |= found
-        new = [line for line in found if line not in self._lines]
-        self._lines |= dict.fromkeys(new)
+        new = {line: bad for bad in found if (line := str(bad)) not in self._met}
+        self._met |= new
+        self._unshared |= new
         for _, lines in groupby(new, lambda line: line.partition("/#")[0]):  # lost ones have a number for a key
             first, *more = lines
             log.warning("%s: skipped %s%s", self.option, first, f", and {len(more)} more like it" if more else "")
 
     def check(self, everywhere: bool = False) -> None:
-        """Refuse to go on if too many were met in this pass.
+        """Refuse to go on if there are too many.
 
         Args:
             everywhere: Count those of all ranks, which must all call this at the same time.
@@ -58,20 +67,25 @@ class Skipped:
             UserError: There are too many.
             SystemExit: The same, with everywhere, on ranks above 0.
         """
-        met = list(self._met)
         if everywhere:
-            count = torch.tensor(len(met), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(count)
-            if int(count) > self.max_share * self.total:
-                ranks = [None] * dist.get_world_size()
-                dist.all_gather_object(ranks, met)
-                met = list(dict.fromkeys(line for rank in ranks for line in rank))
-                if dist.get_rank() > 0:
-                    raise SystemExit(0)  # rank 0 says it; Lightning kills it if another one left with an error first
-        check_share(self.option, met, self.total, self.max_share)
+            self._share()
+            if len(self) > self.max_share * self.total and dist.get_rank() > 0:
+                raise SystemExit(0)  # rank 0 says it; Lightning kills it if another one left with an error first
+        check_share(self.option, self._met, self.total, self.max_share)
+
+    def _share(self) -> None:
+        """Tell all ranks of what any of them has met: a sample comes to another rank in the next epoch."""
+        new = torch.tensor(len(self._unshared), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(new)
+        if int(new):
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, self._unshared)
+            for found in ranks:
+                self._met |= found
+            self._unshared = {}
 
 
-def check_share(option: str, bad: Sequence[str], total: int, max_share: float) -> None:
+def check_share(option: str, bad: Collection[str], total: int, max_share: float) -> None:
     """Refuse to go on with too many bad samples.
 
     Raises:
@@ -80,5 +94,5 @@ def check_share(option: str, bad: Sequence[str], total: int, max_share: float) -
     if len(bad) > max_share * total:
         raise UserError(
             f"{option}: {len(bad)} of {total} samples cannot be used ({len(bad) / total:.2%}, max_bad_share is "
-            f"{max_share:.2%}), the first is {bad[0]}"
+            f"{max_share:.2%}), the first is {next(iter(bad))}"
         )

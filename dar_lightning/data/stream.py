@@ -21,10 +21,10 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dar_lightning.data.skipped import Skipped
+from dar_lightning.data.skipped import Bad, Skipped
 from dar_lightning.errors import UserError
 
-CHECK = 50  # batches between two comparisons of the ranks' bad samples
+CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 
 
@@ -133,10 +133,12 @@ class EvalSampler(DistributedSampler):
 class Loader(DataLoader):
     """A DataLoader that takes note of the bad samples in its batches, in the dataset's `skipped`.
 
-    Ranks compare their counts every CHECK batches and at the end, so that they stop together. Workers' user errors
-    arrive as the one line that they are, not as a traceback.
+    Ranks compare theirs after 1, 2, 4, ... batches, then every CHECK of them, and at the end of a pass, so that they
+    stop together; what a limited pass leaves is for the DataModule's `teardown`. Workers' user errors arrive as the one
+    line that they are, not as a traceback.
     """
 
+    given = 0  # batches, in all passes
     waited = 0.0  # seconds in which whoever iterates stood still for the next batch, so far
 
     def __iter__(self) -> Iterator[Any]:
@@ -145,13 +147,13 @@ class Loader(DataLoader):
         together = (
             isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_available() and dist.is_initialized()
         )
-        if skipped is not None:
-            skipped.start()
         try:
             for number, batch in enumerate(self._timed(super().__iter__()), start=1):
+                self.given += 1
                 if skipped is not None:
-                    skipped.add(filter(None, batch.pop("skipped")))
-                    if not together or number % CHECK == 0 or number == len(self):
+                    skipped.add(bad for bad in map(Bad, *batch.pop("skipped")) if bad.reason)
+                    often = self.given < CHECK and self.given.bit_count() == 1  # a power of two
+                    if not together or often or self.given % CHECK == 0 or number == len(self):
                         skipped.check(everywhere=together)
                 yield batch
             return

@@ -13,6 +13,7 @@ from dar_lightning.data import transforms
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.imagenet import NEEDED, decode, describe, read_label
 from dar_lightning.data.shards import ShardIndex, ShardReader
+from dar_lightning.data.skipped import Bad
 from dar_lightning.data.stream import sample_generator
 
 Crops = Literal["center", "center_flip", "ten_crop", "random"]
@@ -71,8 +72,8 @@ class ViewBatches(Dataset):
     A batch never crosses the edge of a shard: what shares a forward pass then depends neither on the number of devices
     nor on where an earlier run was interrupted, and so the tokens do not, to the last bit.
 
-    An item is a dictionary: `views` (B, V, 3, S, S) uint8, `label` (B,), `key` (list), `flaw` (list: "", or of a bad
-    sample, whose views are black, "shard/key: reason"), `shard` (its number) and `last` (whether the shard ends here).
+    An item is a dictionary: `views` (B, V, 3, S, S) uint8, `label` (B,), `key` (list), `flaw` (a `Bad` of B names
+    and B reasons; views of bad samples are black), `shard` (its number) and `last` (whether the shard ends here).
 
     Args:
         index: The image shards.
@@ -108,4 +109,4 @@ class ViewBatches(Dataset):
         except BadSample as bad:
             black = torch.zeros(len(self.views), 3, self.views.size, self.views.size, dtype=torch.uint8)
             return {"views": black, "label": -1, "key": "", "flaw": describe(self.reader, number, bad)}
-        return {"views": views, "label": label, "key": key, "flaw": ""}
+        return {"views": views, "label": label, "key": key, "flaw": Bad()}
