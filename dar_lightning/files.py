@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dar_lightning.errors import UserError
 
 # What a body that only writes to the given path can fail with: the disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LOCK = ".lock"
 
 
 @contextmanager
@@ -30,10 +33,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
+        mode = part.stat().st_mode  # as the umask has it; some libraries put a private file in its place
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
         yield part
+        part.chmod(mode)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -61,3 +66,27 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: str | Path, option: str) -> Iterator[None]:
+    """Make a folder, and keep other processes, on this machine or another, from locking it.
+
+    The lock ends with the process, however that ends; its file stays.
+
+    Args:
+        folder: What to lock.
+        option: What the user calls it, for the error line.
+
+    Raises:
+        UserError: Another process has locked it, or it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(folder) / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{option}: another process is writing to {folder}; wait for it or choose another") from error
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {folder} ({error.strerror})") from error
+    with lock:
+        yield

@@ -138,8 +138,12 @@ def read_header(path: Path) -> dict[str, Any]:
     """What `write_codes` put in a token shard's header: `made_by`, `samples`, `keys` and `skipped`.
 
     Raises:
-        UserError: It is not a token shard.
+        UserError: It cannot be read, or is not a token shard.
     """
+    try:
+        path.open("rb").close()  # safe_open calls any file missing that it cannot open
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads(file.metadata()[HEADER])

@@ -58,9 +58,10 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        raise UserError(f"cache_dir: {path.parent} cannot be made ({error.strerror})") from error
-    with FileLock(f"{path}.lock"):
+        raise UserError(f"cache_dir: {path.parent} cannot be written ({error.strerror})") from error
+    with lock:
         if _is_here(path, size) and not renew:
             return
         seen: list[str] = []  # what was wrong with earlier copies
@@ -88,10 +89,17 @@ def _differs(path: Path) -> Path:
 
 
 def forget_differing(folder: Path) -> None:
-    """Drop the copies that were not what they must be: the server may have better ones by now."""
-    for note in folder.glob("*.differs"):
-        note.with_suffix("").unlink(missing_ok=True)
-        note.unlink(missing_ok=True)
+    """Drop the copies that were not what they must be: the server may have better ones by now.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    try:
+        for note in folder.glob("*.differs"):
+            note.with_suffix("").unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir: {folder} cannot be written ({error.strerror})") from error
 
 
 def _is_here(path: Path, size: int | None) -> bool:

@@ -100,6 +100,10 @@ class ShardIndex:
                 there nor in the index.
         """
         source = str(source)
+        if source.startswith(("http://", "https://")) and "?" in source:  # it may be a secret: not in the line
+            raise UserError(
+                f"{option}: {source.partition('?')[0]}?... has a query, as signed addresses do; give an address without"
+            )
         folder, names = source, None
         if source.endswith(".tar") and not Path(source).is_dir():
             paths = [os.path.split(path) for path in expand_urls(source)]
@@ -147,8 +151,8 @@ class ShardIndex:
     @staticmethod
     def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> Path:
         root = cache_folder(url, cache_dir, option)
-        forget_differing(root)
         try:
+            forget_differing(root)
             fetch(f"{url}/{INDEX}", root / INDEX, renew=True)
         except FileNotFoundError as error:
             (root / INDEX).unlink(missing_ok=True)
@@ -187,9 +191,16 @@ def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict
     path = folder / INDEX
     try:
         content = json.loads(path.read_text())
+        if "shardlist" in content:
+            raise UserError(
+                f"{option}: {path} is webdataset's (widsindex), another format; rename it, and the shards are counted, "
+                "or pack them anew with dar shard"
+            )
         shards = tuple(Shard(**shard) for shard in content["shards"])
         version = content["version"]
         missing = [name for name in needed if name not in content]
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
     if version != VERSION:

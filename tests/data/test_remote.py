@@ -215,7 +215,7 @@ def test_mistakes_get_one_line(server, tmp_path):
         (url, None, rf"data\.train: {url} is remote, set cache_dir to a folder"),
         (f"{server.url}/nowhere", "cache", r"data\.train: .*/nowhere has no index\.json"),
         ("s4://bucket/train", "cache", "s4://bucket/train/index.json: Protocol not known: s4"),
-        (url, "file/cache", r"cache_dir: .*file/cache/.* cannot be made \(Not a directory\)"),
+        (url, "file/cache", r"cache_dir: .*file/cache/.* cannot be written \(Not a directory\)"),
     ]
     (tmp_path / "file").touch()
     for source, cache, message in cases:
@@ -236,3 +236,23 @@ def test_an_index_cannot_name_files_elsewhere(server, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"is not a shard index .*'\.\./\.\./\.\./x\.tar'"):
         module(f"{server.url}/train", tmp_path / "cache").train_dataloader()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch, caplog, indexed):
+    """Its copies serve if they are enough; here the rights are taken by a stand-in, since root has them all."""
+    pattern = f"{server.url}/train/{{000000..000002}}.tar"
+    if not indexed:
+        (server.folder / "train" / "index.json").unlink()
+    before = [batch["key"] for batch in module(pattern, tmp_path / "cache").val_dataloader()]
+
+    def refused(lock, *arguments, **options):
+        raise PermissionError(13, "Permission denied", lock.lock_file)
+
+    monkeypatch.setattr(remote.FileLock, "acquire", refused)
+    if indexed:
+        assert [batch["key"] for batch in module(pattern, tmp_path / "cache").val_dataloader()] == before
+        assert "cannot be written (Permission denied); going on with the copy of before" in caplog.text
+    else:
+        with pytest.raises(UserError, match=r"cache_dir: .* cannot be written \(Permission denied\)$"):
+            module(pattern, tmp_path / "cache").val_dataloader()

@@ -2,14 +2,18 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from tiny_shards import CLASSES, SIZES, picture, sample
 
+from dar_lightning.data.codes import read_header, write_codes
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
 from dar_lightning.errors import UserError
@@ -170,3 +174,32 @@ def test_modes_and_types(tmp_path):
         write_shard(tmp_path / f"{i}.tar", [(mode, {"PNG": buffer.getvalue(), "cls": b"0\n"})])
     batch = next(iter(ImageNetDataModule(str(tmp_path), image_size=16, batch_size=3, num_classes=1).train_dataloader()))
     assert batch["image"].shape == (3, 3, 16, 16)
+
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    """Whatever a library makes of it: other users of a cluster read tokens and weights, too."""
+    before = os.umask(0o027)
+    try:
+        write_codes(tmp_path / "x.safetensors", np.zeros((1, 1, 4), np.uint16), np.zeros(1, np.int64), ["a"], {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_token_shards_that_must_not_be_read(tmp_path, monkeypatch):
+    """Not to be deleted for that."""
+
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"x\.safetensors cannot be read \(Permission denied\)$"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_signed_addresses_and_indexes_of_others(copy):
+    with pytest.raises(UserError, match=r"^shards: https://host/\{0\.\.9\}\.tar\?\.\.\. has a query, .* without$"):
+        ShardIndex.load("https://host/{0..9}.tar?secret=1")
+    (copy / "index.json").write_text(json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": []}))
+    with pytest.raises(UserError, match=r"^shards: \S+index\.json is webdataset's \(widsindex\), another format; ren"):
+        ShardIndex.load(copy)
