@@ -1,6 +1,7 @@
 """`dar extract`: run a tokenizer over image shards, once, and keep the tokens."""
 
 import signal
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from dar_lightning.data.skipped import Bad, Skipped, check_share
 from dar_lightning.data.stream import Loader
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
+from dar_lightning.files import locked
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -74,6 +76,10 @@ def extract(
     for name, value in (("random_crops", random_crops), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}: {value} is not a number of crops, give at least 1")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size: {image_size} is not a number of pixels, give at least 1")
+    if num_workers < 0:
+        raise UserError(f"num_workers: {num_workers} is negative, give 0 or more")
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"max_bad_share: {max_bad_share} is not a share, give 0 to 1")
     index = ShardIndex.load(shards, "shards", cache_dir)
@@ -122,10 +128,11 @@ def extract(
         )
     except MisconfigurationException as error:
         raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
-    if missing:
-        _predict(trainer, Extractor(model, batch_size), ExtractData(index, missing, views, batch_size, num_workers))
-    if trainer.is_global_zero:
-        _finish(root, index, about, model.config.num_tokens, model.config.codebook_size, max_bad_share)
+    with locked(root, "output") if trainer.is_global_zero else nullcontext():
+        if missing:
+            _predict(trainer, Extractor(model, batch_size), ExtractData(index, missing, views, batch_size, num_workers))
+        if trainer.is_global_zero:
+            _finish(root, index, about, model.config.num_tokens, model.config.codebook_size, max_bad_share)
 
 
 def _predict(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:

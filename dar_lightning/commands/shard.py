@@ -26,7 +26,7 @@ from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.data.sources import Sample, Source, choose_classes, image_folder, shards, with_safe_keys
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import locked, write_text
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
 HUB = "hf://"
@@ -78,6 +78,9 @@ def shard(
         UserError: The input is not as described, or `output` holds something else.
     """
     _check(size, quality, max_per_shard, val_fraction, workers, max_bad_share)
+    folder = Path(input).resolve()
+    if folder.is_dir() and Path(output).resolve().is_relative_to(folder):  # it would be a part of its own input
+        raise UserError(f"output: {output} is input or lies in it; choose a folder elsewhere")
     source = open_source(input, labels, split)
     if classes is not None:
         source = choose_classes(source, classes)
@@ -100,19 +103,20 @@ def shard(
         "seed": seed,
         "pillow": PIL.__version__,  # another encoder gives other bytes
     }
-    _claim(root, [root / part for part in parts], plan)
     make = functools.partial(make_shard, pack=Packer(source.read, source.classes, size, quality))
-    known = {path: sha for part in parts for path, sha in _known(root / part).items()}
-    jobs = [
-        (path := root / part / f"{number:06d}.tar", members[start : start + max_per_shard], known.get(path))
-        for part, members in parts.items()
-        for number, start in enumerate(range(0, len(members), max_per_shard))
-    ]
-    done = _run(make, jobs, min(workers or os.cpu_count() or 1, len(jobs)), len(samples), max_bad_share)
-    skipped = []
-    for part in parts:
-        mine = [done[path] for path, *_ in jobs if path.parent == root / part]
-        skipped += _finish(root / part, mine, source.classes)
+    with locked(root, "output"):
+        _claim(root, [root / part for part in parts], plan)
+        known = {path: sha for part in parts for path, sha in _known(root / part).items()}
+        jobs = [
+            (path := root / part / f"{number:06d}.tar", members[start : start + max_per_shard], known.get(path))
+            for part, members in parts.items()
+            for number, start in enumerate(range(0, len(members), max_per_shard))
+        ]
+        done = _run(make, jobs, min(workers or os.cpu_count() or 1, len(jobs)), len(samples), max_bad_share)
+        skipped = []
+        for part in parts:
+            mine = [done[path] for path, *_ in jobs if path.parent == root / part]
+            skipped += _finish(root / part, mine, source.classes)
     total = sum(packed.entry.bytes for packed in done.values())
     print(f"{output}: {len(samples) - len(skipped)} images in {len(done)} shards, {total / 1e6:.1f} MB")
     for each in skipped[:SHOWN]:
@@ -266,7 +270,8 @@ def _in_processes(make: Callable[..., Packed], jobs: list[Job], workers: int) ->
     context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
     pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
-        futures = {pool.submit(make, *job): job[0] for job in jobs}
+        with _interrupts_later():
+            futures = {pool.submit(make, *job): job[0] for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -275,6 +280,21 @@ def _in_processes(make: Callable[..., Packed], jobs: list[Job], workers: int) ->
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # shards in progress are finished
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let processes start undisturbed: an interrupt in their imports would print a traceback for each."""
+    waiting = []
+    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))  # masked here, it reaches other threads
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit this
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def _follow_parent() -> None:
@@ -291,7 +311,7 @@ def _follow_parent() -> None:
 def _finish(folder: Path, made: list[Packed], classes: tuple[str, ...]) -> list[Skipped]:
     """Sweep up what killed runs left, then write the index; returns what was skipped."""
     for part in folder.glob(".*.tar.*.part"):
-        part.unlink()
+        part.unlink(missing_ok=True)
     skipped = [each for packed in made for each in packed.skipped]
     (folder / SKIPPED).unlink(missing_ok=True)
     if skipped:

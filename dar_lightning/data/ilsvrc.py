@@ -9,9 +9,11 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from dar_lightning.data.sources import Sample, Source
+from dar_lightning.data.tar import Walk
 from dar_lightning.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -22,8 +24,10 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 
 def first_names(path: Path, count: int = 10) -> list[str]:
-    """Names of the first files in a tar, to tell what it is."""
-    return [member.name for member, _ in zip(_members(path), range(count), strict=False)]
+    """Names of the first files in a tar, damaged or not, to tell what it is."""
+    with path.open("rb") as file:
+        members = Walk(file, path.stat().st_size)
+        return [member.name for member in islice((each for each in members if each.isreg()), count)]
 
 
 def train_archive(path: Path) -> Source:

@@ -383,7 +383,7 @@ def test_inputs_that_cannot_be(tree, tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
     assert "does not exist; give a folder" in said("no/such/folder")
     assert "is a file of another kind" in said(tmp_path / "x.zip")
-    assert "x.tar is not a readable tar file" in said(tmp_path / "x.tar")
+    assert "x.tar can be read; x.tar/#0: not an uncompressed tar file" in said(tmp_path / "x.tar")
     assert "holds neither folders of images (one per class) nor .tar files" in said(tree / "apple")
     assert "holds no images" in said(tmp_path / "empty")
     assert "holds train, which are no classes; give one of these" in said(tmp_path / "data")
@@ -406,6 +406,31 @@ def test_an_output_of_something_else(tree, tmp_path, capsys):
     assert "plan.json is not readable" in refusal(capsys, *command, tree, "--size", 20)
     (tmp_path / "out" / "plan.json").unlink()
     assert "holds shards from elsewhere" in refusal(capsys, *command, tree, "--size", 20)
+
+
+def test_an_output_inside_of_the_input(tmp_path, capsys):
+    """It would be a part of the input when the command is repeated."""
+    tree = write_tree(tmp_path / "in")
+    before = files(tmp_path)
+    (tmp_path / "link").symlink_to(tree)
+    for output in (tree, tree / "apple", tree / "shards" / "new", tmp_path / "link" / "x", tree / ".." / "in"):
+        assert f"output: {output} is input or lies in it" in refusal(capsys, "--input", tree, "--output", output)
+    assert files(tmp_path) == before
+    shard(str(tree), str(tmp_path / "in-shards"), workers=1)  # beside it
+
+
+def test_a_damaged_shard_alone_is_treated_as_in_a_folder(tmp_path):
+    """Its first header is damaged."""
+    shard(str(write_tree(tmp_path / "in")), str(tmp_path / "shards"), workers=1)
+    path = tmp_path / "shards" / "000000.tar"
+    content = bytearray(path.read_bytes())
+    content[148] ^= 1  # of the checksum
+    path.write_bytes(content)
+    (tmp_path / "shards" / "index.json").unlink()
+    for name, source in (("folder", path.parent), ("alone", path)):
+        shard(str(source), str(tmp_path / name), max_bad_share=0.1, workers=1)
+    assert (tmp_path / "alone" / "000000.tar").read_bytes() == (tmp_path / "folder" / "000000.tar").read_bytes()
+    assert len(read(tmp_path / "alone")) == sum(COUNTS) - 1
 
 
 def test_a_refusal_in_a_real_process(tree, tmp_path):

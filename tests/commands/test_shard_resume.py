@@ -113,3 +113,36 @@ def test_a_shard_without_a_good_sample_is_made_again(tree, tmp_path):
     shard(**command)
     assert len(read(tmp_path / "out")) == sum(COUNTS)
     assert not (tmp_path / "out" / "skipped.json").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_output(tmp_path):
+    """The second is refused, and the first is not disturbed."""
+    tree = write_tree(tmp_path / "in", (40, 40, 40), size=(1000, 750))
+    words = ["--input", tree, "--output", tmp_path / "out", "--max_per_shard", 3, "--workers", 2]
+    first = process(*words)
+    while not list((tmp_path / "out").glob("0*.tar")) and first.poll() is None:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    second = process(*words)
+    assert "is writing to" in second.communicate()[1].splitlines()[-1]
+    assert second.returncode == 2
+    first.send_signal(signal.SIGCONT)
+    assert "120 images in 40 shards" in first.communicate()[0]
+    assert first.returncode == 0
+    shard(str(tree), str(tmp_path / "alone"), max_per_shard=3, workers=1)
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_interrupted_while_its_workers_start(tmp_path):
+    """Ctrl-C reaches the whole process group, the forkserver too; it says one line."""
+    words = ["--input", write_tree(tmp_path / "in"), "--output", tmp_path / "out", "--workers", 2, "--max_per_shard", 9]
+    run = process(*words, start_new_session=True)
+    while len(_group(run.pid)) < 3 and run.poll() is None:  # itself, the resource tracker and the forkserver
+        time.sleep(0.001)
+    time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate()
+    assert run.returncode == 130
+    assert "Traceback" not in err

@@ -1,6 +1,7 @@
 """`dar extract` against tokenizing by hand, and the tokens' way into batches."""
 
 import json
+import multiprocessing
 import pickle
 import shutil
 
@@ -18,6 +19,7 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.stream import Ticket
 from dar_lightning.errors import UserError
+from dar_lightning.files import locked
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -74,7 +76,10 @@ def by_hand(images: list[Image.Image]) -> np.ndarray:
 
 
 def test_ten_crop_is_what_the_tokenizer_says(ten):
-    assert sorted(path.name for path in ten.iterdir()) == [*(f"00000{i}.safetensors" for i in range(3)), "index.json"]
+    assert sorted(path.name for path in ten.glob("[!.]*")) == [
+        *(f"00000{i}.safetensors" for i in range(3)),
+        "index.json",
+    ]
     number = 0
     for i, size in enumerate(SIZES):
         tensors = load_file(ten / f"00000{i}.safetensors")
@@ -241,7 +246,7 @@ def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
 
 def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
     def names() -> list[str]:
-        return sorted(path.name for path in tmp_path.iterdir())
+        return sorted(path.name for path in tmp_path.glob("[!.]*"))
 
     options = dict(crops="center", batch_size=2)
     with pytest.raises(UserError, match=r"^shards: 1 of 12 samples .* max_bad_share is 1\.00%\), the first is 0\.t"):
@@ -362,6 +367,41 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, tmp_path):
     (copy / "000001.safetensors").unlink()
     with pytest.raises(UserError, match=r"data\.train: .*000001\.safetensors is missing"):
         CodesDataModule(str(copy)).train_dataloader()
+
+
+def hold(folder, events) -> None:
+    with locked(folder, "output"):
+        events[0].set()
+        events[1].wait()
+
+
+def test_an_output_that_another_process_writes_to(tokenizers, shards, ten, tmp_path):
+    """Its unfinished files stay."""
+    context = multiprocessing.get_context("spawn")
+    events = context.Event(), context.Event()
+    copy = shutil.copytree(ten, tmp_path / "copy")
+    (copy / "index.json").unlink()
+    part = copy / ".000001.safetensors.7.part"
+    part.touch()
+    other = context.Process(target=hold, args=(copy, events))
+    other.start()
+    events[0].wait()
+    with pytest.raises(UserError, match=r"^output: another process is writing to .*/copy; wait for it or choose anoth"):
+        run(tokenizers, shards, copy)
+    assert part.exists()
+    events[1].set()
+    other.join()
+    run(tokenizers, shards, copy)
+    assert not part.exists()
+    assert (copy / "index.json").read_bytes() == (ten / "index.json").read_bytes()
+
+
+@pytest.mark.parametrize("option", [{"num_workers": -1}, {"image_size": 0}], ids=str)
+def test_options_that_cannot_be(tokenizers, shards, tmp_path, option):
+    ((name, value),) = option.items()
+    with pytest.raises(UserError, match=rf"^{name}: {value} is "):
+        extract(str(tokenizers / "0"), str(shards), str(tmp_path / "out"), **option)
+    assert not (tmp_path / "out").exists()
 
 
 def test_datasets_travel_to_spawned_workers(ten, shards):
