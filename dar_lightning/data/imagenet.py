@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -206,6 +206,8 @@ class ImageNetDataModule(StreamDataModule):
         max_bad_share: Largest share of a split's samples that may be bad.
     """
 
+    fixed = ("seed", "image_size", "crop", "flip")
+
     def __init__(
         self,
         train: str | None = None,
@@ -222,6 +224,12 @@ class ImageNetDataModule(StreamDataModule):
         max_bad_share: float = 0.01,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        if image_size < 1:
+            raise UserError(f"data.image_size: {image_size} is not a number of pixels, give at least 1")
+        if crop not in get_args(Crop):
+            raise UserError(f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
+        if num_classes is not None and num_classes < 1:
+            raise UserError(f"data.num_classes: {num_classes} is not a number of classes, give at least 1")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share: {max_bad_share} is not a share, give 0 to 1")
         if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
@@ -285,7 +293,7 @@ class ImageNetDataModule(StreamDataModule):
         numbers = []
         for given in self._classes:
             number = names.index(given) if given in names else given
-            if not isinstance(number, int) or number < 0 or (count is not None and number >= count):
+            if type(number) is not int or number < 0 or (count is not None and number >= count):
                 known = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "no names are known"
                 right = f"0 to {count - 1}" if count else "0, 1, ..."
                 raise UserError(f"data.classes: {given!r} is no class, they are {right} ({known})")

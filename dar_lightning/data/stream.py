@@ -26,6 +26,7 @@ from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
+NO_MEMORY = re.compile(r"by signal: (Killed|Bus error)")  # a fault or an exit has another cause
 
 
 class Ticket(NamedTuple):
@@ -163,7 +164,9 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not KILLED.search(str(error)):
                 raise
-            message = f"num_workers: {' '.join(str(error).split())}; is there enough memory for {self.num_workers}?"
+            of_memory = NO_MEMORY.search(f"{error} {error.__cause__}")
+            hint = f"is there enough memory for {self.num_workers}?" if of_memory else "num_workers=0 may show why"
+            message = f"num_workers: {' '.join(str(error).split())}; {hint}"
             error.__traceback__ = None
         self._iterator = None  # so the workers end at once
         raise UserError(message)
@@ -256,10 +259,14 @@ class StreamDataModule(L.LightningDataModule):
         seed: Order of the samples, and crops.
     """
 
+    fixed: tuple[str, ...] = ("seed",)  # options that a resumed run must share
+
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a number of samples, give at least 1")
+        if num_workers < 0:
+            raise UserError(f"num_workers: {num_workers} is negative, give 0 or more")
         if seed < 0:
             raise UserError(f"seed: {seed} is negative, give 0 or more")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -323,20 +330,21 @@ class StreamDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Lightning keeps this in every checkpoint."""
         stream = self._loader.state_dict() if self._loader is not None else self._restored
-        return {"stream": stream, "seed": self.seed}
+        return {"stream": stream, **{name: getattr(self, name) for name in self.fixed}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; called before a loader has given out its first batch.
 
         Raises:
-            UserError: The order of the data is not the checkpoint's.
+            UserError: The data would not be those of the unbroken run.
         """
         training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if training and (seed := state_dict.get("seed", self.seed)) != self.seed:
-            raise UserError(
-                f"cannot resume: data.seed was {seed} in the checkpoint and is {self.seed} now; use the same, or start "
-                "a new run from its weights"
-            )
+        for name in self.fixed if training else ():
+            if (was := state_dict.get(name, now := getattr(self, name))) != now:
+                raise UserError(
+                    f"cannot resume: data.{name} was {was} in the checkpoint and is {now} now; use the same, or start "
+                    "a new run from its weights"
+                )
         self._restored = state_dict["stream"]
         if self._loader is not None and self._restored is not None:  # sharded models are restored after the loaders
             self._loader.load_state_dict(self._restored)

@@ -1,8 +1,11 @@
 """The order of the data, alone and under a Trainer that is stopped and resumed."""
 
 import json
+import os
 import shutil
+import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -14,10 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_shards import sample
+from torch.utils.data import Dataset
 
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import sha256, write_shard
-from dar_lightning.data.stream import EvalSampler, TrainSampler, shuffled
+from dar_lightning.data.stream import EvalSampler, Loader, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
 
@@ -254,6 +258,52 @@ def test_resume_refuses_another_seed(shards, tmp_path):
     _, trainer = fit(shards, tmp_path, max_steps=2)
     with pytest.raises(UserError, match=r"data\.seed was 3 in the checkpoint and is 4 now"):
         make(shards, seed=4).load_state_dict(trainer.datamodule.state_dict())
+
+
+@pytest.mark.parametrize("option", [{"crop": "ten_crop"}, {"flip": False}, {"image_size": 8}], ids=str)
+def test_resume_refuses_other_views(shards, option):
+    ((name, value),) = option.items()
+    state = make(shards).state_dict()
+    with pytest.raises(UserError, match=rf"cannot resume: data\.{name} was .* in the checkpoint and is {value} now"):
+        make(shards, **option).load_state_dict(state)
+    make(shards, **option).load_state_dict({"stream": None, "seed": 3})  # of an earlier version
+    make(shards).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ({"num_workers": -1}, "num_workers: -1 is negative"),
+        ({"image_size": 0}, r"data\.image_size: 0 is not a number of pixels"),
+        ({"image_size": -4}, r"data\.image_size: -4 is not"),
+        ({"num_classes": 0}, r"data\.num_classes: 0 is not a number of classes"),
+        ({"crop": "foo"}, r"data\.crop: 'foo' is none of adm, ten_crop, center"),
+        ({"classes": [True]}, r"data\.classes: True is no class"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(shards, option, line):
+    with pytest.raises(UserError, match=line):
+        make(shards, **option).val_dataloader()
+
+
+class Dying(Dataset):
+    def __init__(self, end):
+        self.end = end
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        self.end()
+        return index
+
+
+@pytest.mark.parametrize(("end", "memory"), [(partial(os._exit, 3), False), (partial(signal.raise_signal, 9), True)])
+def test_memory_is_named_only_where_the_system_has_killed_a_worker(end, memory):
+    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .*") as error:
+        list(Loader(Dying(end), num_workers=1))
+    assert ("enough memory" in str(error.value)) == memory
 
 
 def test_validation_may_have_another_seed(shards, tmp_path):
