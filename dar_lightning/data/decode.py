@@ -1,6 +1,7 @@
 """Encoded image -> RGB pixels, whatever the bytes are."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,7 +29,7 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         BadSample: It is no image of FORMATS, is damaged, or has more than MAX_PIXELS, which its header tells.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)  # the header only
+        image = open_image(content)
         if image.width * image.height > MAX_PIXELS:
             raise BadSample(f"{image.width}x{image.height}: more than {MAX_PIXELS} pixels")
         if draft_size is not None:
@@ -43,6 +44,17 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         raise BadSample(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow's readers raise many kinds on damaged bytes
         raise BadSample(f"damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def open_image(content: bytes) -> Image.Image:
+    """What the header of an encoded file says: format, size, mode. Its pixels have not been read.
+
+    Raises:
+        Exception: Many kinds, if it is no image of FORMATS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

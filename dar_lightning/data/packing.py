@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from dar_lightning.data.decode import BadSample, decode_rgb
+from dar_lightning.data.decode import BadSample, decode_rgb, open_image
 from dar_lightning.data.shards import Shard, sha256, write_shard
 from dar_lightning.data.sources import Sample
 from dar_lightning.data.tar import read_headers
@@ -66,7 +64,7 @@ def encode(content: bytes, size: int | None, quality: int) -> tuple[str, bytes]:
         BadSample: It cannot be decoded.
     """
     image = decode_rgb(content)
-    extension = KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format)
+    extension = KEPT_FORMATS.get(open_image(content).format)
     if size is not None and min(image.size) > size:
         encoded = io.BytesIO()
         resize_short_side(image, size).save(encoded, "JPEG", quality=quality, subsampling=0)

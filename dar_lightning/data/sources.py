@@ -131,7 +131,7 @@ def _size(file: Path) -> tuple[int, str]:
 
 
 def shards(path: str) -> Source:
-    """WebDataset shards, to be packed anew: keys, images and other members stay as they are.
+    """WebDataset shards, to be packed anew: images and other members stay as they are, keys are made safe later.
 
     What a damaged shard has lost is listed too, to be reported.
 
