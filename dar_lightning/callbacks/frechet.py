@@ -65,9 +65,10 @@ class FrechetCallback(Callback):
         return statistics
 
     def gathered(self, statistics: FeatureStatistics) -> Gaussian:
-        """Of all ranks."""
+        """Of all ranks, on the CPU, where stored statistics are."""
         try:
-            return statistics.compute()
+            mean, covariance, count = statistics.compute()
+            return Gaussian(mean.cpu(), covariance.cpu(), count)
         except ValueError as error:
             raise UserError(f"{type(self).__name__}: {error}; validate on more images") from error
 

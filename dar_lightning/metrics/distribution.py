@@ -32,7 +32,7 @@ def distribution_figures(
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ModuleNotFoundError as error:
-        raise UserError("--full needs the package torch-fidelity (pip install torch-fidelity)") from error
+        raise UserError("--full needs the package torch-fidelity, 0.4 or newer (pip install torch-fidelity)") from error
     fewest = min(len(samples), len(reference))
     if fewest <= NEIGHBORS:
         raise UserError(f"--full: {fewest} images on a side; {NEIGHBORS} neighbours need {NEIGHBORS + 1} or more")
