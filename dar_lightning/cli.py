@@ -20,6 +20,7 @@ VERBS = {
     "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
     "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
     "compare": ("dar_lightning.commands.compare", "compare"),
+    "table": ("dar_lightning.commands.table", "table"),
     "export": ("dar_lightning.commands.export", "export"),
     "convert": ("dar_lightning.commands.convert", "convert"),
 }
@@ -40,6 +41,7 @@ tools:
   reconstruct   encode and decode images: PSNR, codebook use, previews
   evaluate      Frechet distance and linear probe of samples
   compare       figures of several evaluations, if their protocols are the same
+  table         one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml
   export        Lightning checkpoint -> folder with config.json and model.safetensors
   convert       official D-AR weights -> such a folder"""
 

@@ -20,14 +20,20 @@ FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]
 LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
 CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
 OVER = (*FINETUNE, LPIPS, CODEBOOK)
-FIT = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text()) and name not in OVER]
+TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
+PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
+FIT = [
+    name
+    for name, path in CONFIGS.items()
+    if "model" in yaml.safe_load(path.read_text()) and name not in (*OVER, PREDICT)
+]
 RECIPES = [name for name in FIT if name.startswith(("experiments/tokenizer/", "experiments/ar/"))]
 FSDP = "experiments/trainer/fsdp.yaml"  # a layer over a machine's
 MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/trainer/") and n != FSDP}
 DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 # tests/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
-OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, FSDP)
+OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES, FSDP, PREDICT)
 TOOLS = [name for name in CONFIGS if name not in OTHERS]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
@@ -100,6 +106,11 @@ def test_training_configs_parse_and_mean_what_they_say(name, capsys):
 @pytest.mark.parametrize("name", TOOLS)
 def test_tool_configs_parse(name, capsys):
     verb = Path(name).stem
+    assert contains(printed(capsys, verb, "--config", name), yaml.safe_load(CONFIGS[name].read_text()))
+
+
+@pytest.mark.parametrize(("verb", "name"), [("predict", PREDICT), *(("table", name) for name in TABLES)])
+def test_evaluation_configs_parse_and_mean_what_they_say(verb, name, capsys):
     assert contains(printed(capsys, verb, "--config", name), yaml.safe_load(CONFIGS[name].read_text()))
 
 

@@ -1,0 +1,281 @@
+"""`dar table`: a table of the paper, measured row by row and written beside the paper's numbers."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+
+from dar_lightning.callbacks.sample_writer import SampleWriter
+from dar_lightning.commands.evaluate import evaluate
+from dar_lightning.data.labels import LabelsDataModule
+from dar_lightning.data.npz import write_npz
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.devices import choose_device
+from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
+from dar_lightning.lit.generation import GenerationModule
+from dar_lightning.metrics.features import frechet_name
+from dar_lightning.metrics.images import ImageSet, open_images, with_progress
+from dar_lightning.pipeline import DARPipeline
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.weights import fingerprint
+
+SAMPLES, MEASURED = "samples.npz", "measured.json"
+PAPER_COUNT = 50_000  # images behind each of the paper's figures
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what it changes, and what the paper reports.
+
+    Attributes:
+        paper: the paper's figures by name: FID, IS, precision, recall.
+        pipeline: instead of the table's.
+        solver: of the diffusion.
+        num_steps: diffusion steps; None is the number of groups.
+        guidance: scale, or (a, b), linear over the tokens; for generation only.
+        groups: stop after so many groups of tokens, and draw no more; None is all.
+    """
+
+    paper: dict[str, float] = field(default_factory=dict)
+    pipeline: str | None = None
+    solver: str = "adams2"
+    num_steps: int | None = None
+    guidance: float | tuple[float, float] = 1.0
+    groups: int | None = None
+
+
+def table(
+    title: str,
+    task: Literal["generate", "reconstruct"],
+    rows: list[Row],
+    pipeline: str,
+    reference: str,
+    output: str,
+    features: str = "inception",
+    num_samples: int = PAPER_COUNT,
+    seeds: list[int] = [0],  # noqa: B006  (jsonargparse shows it)
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Measure each row and write `table.json`, `table.md` and `table.png`.
+
+    What is measured is kept, in `rowR/seedS/`, and must have the same settings when the command is started again: it
+    goes on with what is missing, and drawing goes on within a row. `samples.npz` there is what `dar predict` writes, so
+    several GPUs may draw it beforehand; it may be deleted once `measured.json` is beside it.
+
+    Args:
+        title: heading of the table.
+        task: "generate" draws class-balanced images; "reconstruct" encodes and decodes the reference.
+        rows: what each row changes.
+        pipeline: folder, repository or shipped name of a pipeline; to reconstruct, a tokenizer's does as well.
+        reference: an npz, a folder of images or of shards; "reconstruct" takes its images from here.
+        output: folder to write to.
+        features: the feature network, as for `dar evaluate`: inception gives FID, others FD-<name>.
+        num_samples: images drawn per row and seed; for "reconstruct" as many as the reference has.
+        seeds: each row is measured with each; two and more give a standard deviation.
+        batch_size: images at a time.
+        device: auto, cpu, cuda, cuda:N or mps.
+    """
+    if not rows or not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{len(rows)} rows, seeds {seeds}: need at least one row, and one seed or several that differ")
+    if importlib.util.find_spec("matplotlib") is None:  # before the hours of work, not after
+        raise UserError("the plot needs matplotlib: pip install 'dar-lightning[notebooks]'")
+    choose_device(device)
+    torch.set_float32_matmul_precision("high")  # as `dar predict`, whose images fit in
+    root, results = Path(output), []
+    for number, row in enumerate(rows):
+        model = row.pipeline or pipeline
+        config, hashes = _identity(model, task)
+        measured = []
+        for seed in seeds:
+            place = root / f"row{number}" / f"seed{seed}"
+            settings = {name: value for name, value in asdict(row).items() if name != "paper"}
+            asked = {"task": task, "settings": settings, "seed": seed, "reference": reference, "features": features}
+            asked |= {"num_samples": num_samples} if task == "generate" else {}
+            found = _read(place / MEASURED, json.loads(json.dumps(asked | hashes)))
+            if found is None:
+                if task == "generate":
+                    _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
+                else:
+                    _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
+                found = (
+                    asked
+                    | hashes
+                    | evaluate(
+                        samples=str(place / SAMPLES),
+                        reference=reference,
+                        features=features,
+                        output=str(place / "evaluation.json"),
+                        paired=task == "reconstruct",
+                        image_size=config.image_size,
+                        batch_size=batch_size,
+                        device=device,
+                    )
+                )
+                write_text(place / MEASURED, json.dumps(found, indent=2) + "\n")
+            measured.append(found)
+        results.append(_summary(row, model, config, measured))
+    _write(root, title, frechet_name(features), results)
+
+
+def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
+    part = Path(model) / SequentialDiffusionTokenizer.pipeline_part
+    return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
+
+
+def _identity(model: str, task: str) -> tuple[TokenizerConfig, dict[str, str]]:
+    """The tokenizer's config, and the hash of every model that the task uses."""
+    if task == "reconstruct":
+        tokenizer = _tokenizer(model)
+        return tokenizer.config, {"tokenizer_sha256": fingerprint(tokenizer)}
+    pipe = DARPipeline.from_pretrained(model)
+    return pipe.tokenizer.config, {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+
+
+def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
+    return found
+
+
+def _generate(model: str, row: Row, seed: int, num_samples: int, batch_size: int, device: str, output: Path) -> None:
+    place = choose_device(device)
+    trainer = L.Trainer(
+        accelerator={"cuda": "gpu"}.get(place.type, place.type),
+        devices=1 if place.index is None else [place.index],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[SampleWriter(str(output))],
+    )
+    options = {"solver": row.solver, "num_steps": row.num_steps, "guidance": row.guidance, "groups": row.groups}
+    module = GenerationModule(model, seed, rows=batch_size, **options)
+    trainer.predict(module, LabelsDataModule(num_samples, batch_size=batch_size, piece_size=4 * batch_size))
+
+
+@torch.no_grad()
+def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: int, device: str, output: Path) -> None:
+    place = choose_device(device)
+    tokenizer = _tokenizer(model).to(place)
+    size = tokenizer.config.image_size
+    originals = open_images(reference, "--reference", size)
+
+    def pieces(originals: ImageSet) -> Iterator[np.ndarray]:
+        start = 0
+        for images, _ in with_progress(originals, batch_size, str(output.parent)):
+            numbers = range(start, start := start + len(images))
+            codes = tokenizer.tokenize(to_float(images.to(place)))
+            noise = tokenizer.draw_noise(
+                len(images), [torch.Generator().manual_seed((seed << 32) + number) for number in numbers]
+            )
+            decoded = tokenizer.detokenize(codes, noise, row.solver, row.groups, row.num_steps)
+            yield to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
+
+    write_npz(output, pieces(originals), (len(originals), size, size, 3))
+
+
+# ---- the table
+
+
+def _summary(row: Row, model: str, config: TokenizerConfig, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of every figure, beside the paper's."""
+    metrics = {}
+    for name in measured[0]["metrics"]:
+        values = [one["metrics"][name] for one in measured]
+        if None in values:  # an infinite PSNR
+            continue
+        metrics[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+    groups = row.groups or config.num_groups
+    return {
+        "settings": {
+            "pipeline": model,
+            "codebook": config.codebook_size,
+            "solver": row.solver,
+            "steps": row.num_steps or config.num_groups,
+            "guidance": _guidance_name(row.guidance),
+            "tokens": f"{groups * config.num_tokens // config.num_groups} of {config.num_tokens}",
+        },
+        "paper": row.paper,
+        "metrics": metrics,
+        "seeds": [one["seed"] for one in measured],
+        "protocol": measured[0]["protocol"],
+    }
+
+
+def _guidance_name(guidance: float | tuple[float, float]) -> str:
+    if isinstance(guidance, tuple | list):
+        return f"{guidance[0]:g} to {guidance[1]:g}"
+    return "none" if guidance == 1 else f"{guidance:g}"
+
+
+def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
+    protocol, seeds = results[0]["protocol"], results[0]["seeds"]
+    samples, reference = protocol["samples"]["n"], protocol["reference"]["n"]
+    counted = f"{frechet}: {samples} images, {reference} reference images, seeds {', '.join(map(str, seeds))}"
+    if frechet == "FID" and samples == PAPER_COUNT:
+        return f"{counted}."
+    return f"Small scale: {counted}. This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
+
+
+def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]]) -> None:
+    varied = [name for name in results[0]["settings"] if len({row["settings"][name] for row in results}) > 1]
+    varied = varied or ["pipeline"]
+    caveat = _caveat(frechet, results)
+    summary = {"title": title, "caveat": caveat, "rows": results}
+    write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    metrics, papers = list(results[0]["metrics"]), list(dict.fromkeys(name for row in results for name in row["paper"]))
+    lines = [f"# {title}", "", caveat, ""]
+    lines += ["| " + " | ".join([*varied, *metrics, *(f"paper: {name}" for name in papers)]) + " |"]
+    lines += ["|" + "---|" * (len(varied) + len(metrics) + len(papers))]
+    for row in results:
+        cells = [str(row["settings"][name]) for name in varied]
+        cells += [_figure(row["metrics"][name]) for name in metrics]
+        cells += [f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers]
+        lines.append("| " + " | ".join(cells) + " |")
+    write_text(root / "table.md", "\n".join(lines) + "\n")
+    _plot(root / "table.png", title, caveat, frechet, results, varied)
+    print("\n".join(lines))
+
+
+def _figure(metric: dict[str, Any]) -> str:
+    spread = "" if metric["std"] is None else f" ± {metric['std']:.2g}"
+    return f"{metric['mean']:.4g}{spread}"
+
+
+def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[str, Any]], varied: list[str]) -> None:
+    """The Frechet distance of each row, and the paper's FID, in two panels with the same rows."""
+    from matplotlib.figure import Figure
+
+    labels = ["\n".join(str(row["settings"][name]) for name in varied) for row in results]
+    ours = [row["metrics"][frechet] for row in results]
+    places = range(len(results))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.errorbar(places, [m["mean"] for m in ours], [m["std"] or 0 for m in ours], fmt="o", capsize=4, color="C0")
+    left.set_title(f"here: {frechet}", fontsize=10)
+    right.plot(places, [row["paper"].get("FID", float("nan")) for row in results], "s", color="C1")
+    right.set_title("paper: FID", fontsize=10)
+    for axes in (left, right):
+        axes.set_xticks(places, labels, fontsize=8)
+        axes.set_xlabel(", ".join(varied), fontsize=8)
+        axes.set_xlim(-0.5, len(results) - 0.5)
+        axes.margins(y=0.2)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(caveat, fontsize=7)
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=110)

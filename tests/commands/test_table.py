@@ -1,0 +1,154 @@
+"""`dar table`: rows that are what `dar predict`, the tokenizer and `dar evaluate` give, and that go on after a stop."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_models import CLASSES, CODES, TOKENS, make_ar, make_tokenizer, picture, write_images
+
+from dar_lightning import DARPipeline
+from dar_lightning.cli import main
+from dar_lightning.commands.evaluate import evaluate
+from dar_lightning.commands.table import Row, table
+from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
+from dar_lightning.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "experiments" / "evaluate").glob("*.yaml"))
+    if "rows" in yaml.safe_load(path.read_text())
+]
+FEATURES = "color_edges"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> str:
+    """With as many groups as the paper's."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    DARPipeline(make_tokenizer(num_groups=TOKENS), make_ar(), CLASSES).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> str:
+    return write_images(tmp_path_factory.mktemp("reference"), 6)
+
+
+def drawn(pipeline, reference, output, **changes) -> dict:
+    rows = [Row(paper={"FID": 7.43}), Row(guidance=(1.0, 3.0), groups=2, paper={"FID": 2.44, "IS": 263.0})]
+    options = {"title": "A", "task": "generate", "rows": rows, "pipeline": pipeline, "reference": reference}
+    options |= {"output": str(output), "features": FEATURES, "num_samples": 5, "batch_size": 3, "device": "cpu"}
+    table(**options | {"seeds": [0, 7]} | changes)
+    return json.loads((output / "table.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, reference, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    drawn(pipeline, reference, output)
+    return output
+
+
+def test_drawn_rows(pipeline, reference, whole, tmp_path):
+    """The images are the pipeline's, the figures evaluate's, their mean and deviation the library's."""
+    found = json.loads((whole / "table.json").read_text())
+    pipe = DARPipeline.from_pretrained(pipeline)
+    for number, options in enumerate([{}, {"guidance": (1.0, 3.0), "groups": 2}]):
+        values = []
+        for seed in (0, 7):
+            samples = whole / f"row{number}" / f"seed{seed}" / "samples.npz"
+            generators = [torch.Generator().manual_seed((seed << 32) + i) for i in range(5)]
+            images = to_uint8(pipe.generate(torch.arange(5) % 4, generator=generators, **options))
+            with np.load(samples) as arrays:
+                assert np.abs(arrays["arr_0"].astype(int) - images.permute(0, 2, 3, 1).numpy()).max() <= 1
+            result = evaluate(str(samples), reference, FEATURES, str(tmp_path / "x.json"))
+            values.append(result["metrics"]["FD-color_edges"])
+        figure = found["rows"][number]["metrics"]["FD-color_edges"]
+        assert figure["values"] == pytest.approx(values)
+        assert (figure["mean"], figure["std"]) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
+    assert [row["settings"]["tokens"] for row in found["rows"]] == ["8 of 8", "2 of 8"]
+
+
+def test_the_paper_stands_beside(whole):
+    text = (whole / "table.md").read_text()
+    assert "| guidance | tokens | FD-color_edges | paper: FID | paper: IS |" in text
+    assert text.splitlines()[-2].startswith("| none | 8 of 8 |")
+    assert text.splitlines()[-2].endswith("| 7.43 |  |")
+    assert text.splitlines()[-1].startswith("| 1 to 3 | 2 of 8 |")
+    assert text.splitlines()[-1].endswith("| 2.44 | 263 |")
+    assert "Small scale: FD-color_edges: 5 images, 6 reference images, seeds 0, 7." in text
+    with Image.open(whole / "table.png") as image:
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(2**20)) > 20
+
+
+def test_it_goes_on(pipeline, reference, whole, tmp_path):
+    """What is measured is not drawn again; what is drawn is only measured; another seed is added."""
+    output = tmp_path / "x"
+    shutil.copytree(whole, output)
+    (output / "row0" / "seed0" / "samples.npz").unlink()  # no longer needed
+    (output / "row1" / "seed0" / "measured.json").unlink()
+    kept = output / "row1" / "seed0" / "samples.npz"
+    before, then = kept.stat().st_mtime_ns, json.loads((whole / "table.json").read_text())
+    assert drawn(pipeline, reference, output) == then | {
+        "rows": [
+            then["rows"][0],
+            then["rows"][1] | {"protocol": json.loads((output / "row1/seed0/measured.json").read_text())["protocol"]},
+        ]
+    }
+    assert kept.stat().st_mtime_ns == before
+    assert not (output / "row0" / "seed0" / "samples.npz").exists()
+    more = drawn(pipeline, reference, output, seeds=[0, 7, 8])
+    assert [len(row["metrics"]["FD-color_edges"]["values"]) for row in more["rows"]] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 6}, r"measured\.json has num_samples 5, now it is 6"),
+        ({"rows": [Row(solver="euler")]}, r"measured\.json has settings"),
+        ({"seeds": []}, "0 seeds|seeds \\[\\]"),
+        ({"seeds": [1, 1]}, "seeds that differ|one seed or several that differ"),
+        ({"rows": []}, "0 rows"),
+    ],
+)
+def test_mistakes(changes, message, pipeline, reference, whole):
+    with pytest.raises(UserError, match=message):
+        drawn(pipeline, reference, whole, **changes)
+
+
+def test_reconstructed_rows(pipeline, reference, tmp_path):
+    rows = [Row(solver="euler", num_steps=3, paper={"FID": 2.35}), Row(groups=4)]
+    table("B", "reconstruct", rows, pipeline, reference, str(tmp_path), FEATURES, seeds=[3], batch_size=4, device="cpu")
+    tokenizer = DARPipeline.from_pretrained(pipeline).tokenizer
+    images = to_float(torch.stack([to_tensor(picture(i)) for i in range(6)]))
+    for number, options in enumerate([{"solver": "euler", "num_steps": 3}, {"groups": 4}]):
+        noise = tokenizer.draw_noise(6, [torch.Generator().manual_seed((3 << 32) + i) for i in range(6)])
+        decoded = to_uint8(tokenizer.detokenize(tokenizer.tokenize(images), noise, **options))
+        with np.load(tmp_path / f"row{number}" / "seed3" / "samples.npz") as arrays:
+            assert np.abs(arrays["arr_0"].astype(int) - decoded.permute(0, 2, 3, 1).numpy()).max() <= 1
+    found = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert {"FD-color_edges", "psnr", "ssim"} <= found[0]["metrics"].keys()
+    assert found[0]["metrics"]["psnr"]["std"] is None
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_table_of_the_paper_runs(config, pipeline, reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer(codebook_size=2 * CODES).save_pretrained(tmp_path / "runs" / "tokenizer_4096")
+    words = ["--config", config, "--pipeline", pipeline, "--reference", reference, "--output", tmp_path / "out"]
+    words += ["--features", FEATURES, "--device", "cpu"]
+    words += ["--num_samples", 4] if yaml.safe_load(config.read_text())["task"] == "generate" else []
+    main(["table", *map(str, words)])
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [row["paper"] for row in rows] == [row["paper"] for row in yaml.safe_load(config.read_text())["rows"]]
+    assert all(np.isfinite(row["metrics"]["FD-color_edges"]["mean"]) for row in rows)
+    values = [row["metrics"]["FD-color_edges"]["mean"] for row in rows]
+    assert len(set(values)) == len(values), "each row changes the images"
