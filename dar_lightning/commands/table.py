@@ -224,7 +224,8 @@ def _guidance_name(guidance: float | tuple[float, float]) -> str:
 def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
     protocol, seeds = results[0]["protocol"], results[0]["seeds"]
     samples, reference = protocol["samples"]["n"], protocol["reference"]["n"]
-    counted = f"{frechet}: {samples} images, {reference} reference images, seeds {', '.join(map(str, seeds))}"
+    models = ", ".join(dict.fromkeys(row["settings"]["pipeline"] for row in results))
+    counted = f"{frechet} of {models}: {samples} images, {reference} of reference, seeds {', '.join(map(str, seeds))}"
     if frechet == "FID" and samples == PAPER_COUNT:
         return f"{counted}."
     return f"Small scale: {counted}. This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
@@ -265,7 +266,8 @@ def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[
     places = range(len(results))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.errorbar(places, [m["mean"] for m in ours], [m["std"] or 0 for m in ours], fmt="o", capsize=4, color="C0")
+    spread = None if ours[0]["std"] is None else [one["std"] for one in ours]
+    left.errorbar(places, [one["mean"] for one in ours], spread, fmt="o", capsize=4, color="C0")
     left.set_title(f"here: {frechet}", fontsize=10)
     right.plot(places, [row["paper"].get("FID", float("nan")) for row in results], "s", color="C1")
     right.set_title("paper: FID", fontsize=10)
@@ -273,7 +275,7 @@ def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[
         axes.set_xticks(places, labels, fontsize=8)
         axes.set_xlabel(", ".join(varied), fontsize=8)
         axes.set_xlim(-0.5, len(results) - 0.5)
-        axes.margins(y=0.2)
+        axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(caveat, fontsize=7)

@@ -83,7 +83,7 @@ def test_the_paper_stands_beside(whole):
     assert text.splitlines()[-2].endswith("| 7.43 |  |")
     assert text.splitlines()[-1].startswith("| 1 to 3 | 2 of 8 |")
     assert text.splitlines()[-1].endswith("| 2.44 | 263 |")
-    assert "Small scale: FD-color_edges: 5 images, 6 reference images, seeds 0, 7." in text
+    assert "5 images, 6 of reference, seeds 0, 7. This is not the paper's FID" in text
     with Image.open(whole / "table.png") as image:
         assert min(image.size) > 300
         assert len(image.convert("RGB").getcolors(2**20)) > 20

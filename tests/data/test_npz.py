@@ -1,11 +1,7 @@
 """The ADM npz is numpy's own file, and is written without holding it."""
 
-import resource
-from pathlib import Path
-
 import numpy as np
 import pytest
-from killable import run
 
 from dar_lightning.data.npz import write_npz
 
@@ -39,20 +35,3 @@ def test_other_images_than_announced_leave_no_file(pieces, tmp_path):
     with pytest.raises(ValueError, match="need"):
         write_npz(tmp_path / "a.npz", pieces, (3, 4, 4, 3))
     assert list(tmp_path.iterdir()) == []
-
-
-def write_and_measure(path: Path, count: int) -> None:
-    """Peak of this process's resident memory, in kilobytes, beside the file."""
-    piece = np.full((100, 256, 256, 3), 7, np.uint8)  # 20 MB
-    write_npz(path, (piece for _ in range(count // 100)), (count, 256, 256, 3))
-    path.with_suffix(".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-
-
-@pytest.mark.slow
-def test_memory_is_flat_in_n(tmp_path):
-    peaks = {}
-    for count in (200, 1200):  # 39 and 236 MB
-        assert run(write_and_measure, tmp_path / "a.npz", count) == [0]
-        peaks[count] = int((tmp_path / "a.peak").read_text()) / 1024
-    assert (tmp_path / "a.npz").stat().st_size > 1200 * 256 * 256 * 3
-    assert peaks[1200] < peaks[200] + 10, f"MB at each n: {peaks}"

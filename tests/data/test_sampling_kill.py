@@ -1,14 +1,16 @@
 """`dar predict` that draws dies, in processes of its own, and is started again: the npz is that of an unbroken run."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from killable import run
-from tiny_models import make_pipeline
+from tiny_models import SIZE, make_pipeline
 
 from dar_lightning.cli import main
 from dar_lightning.lit import GenerationModule
@@ -114,3 +116,23 @@ def test_two_processes_of_a_user(pipeline, whole, tmp_path):
     assert process.stderr.count("dar predict: output: ") == 1
     assert "Traceback" not in process.stderr
     assert output.read_bytes() == whole
+
+
+def predict_and_measure(words: list[str], output: Path) -> None:
+    """Grey images instead of drawn ones; the peak of this process's resident memory, in kilobytes, beside the npz."""
+    GenerationModule.predict_step = lambda self, batch, _: torch.full((len(batch["index"]), 3, SIZE, SIZE), 7).byte()
+    main(words)
+    output.with_suffix(".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_n(pipeline, tmp_path):
+    peaks, output = {}, tmp_path / "x.npz"
+    sizes = ["--data.init_args.batch_size=500", "--data.init_args.piece_size=500"]
+    for count in (1000, 31_000):  # 3 and 95 MB
+        words = command(pipeline, output, 1, *sizes, f"--data.init_args.num_images={count}")
+        output.unlink(missing_ok=True)
+        assert run(predict_and_measure, words, output) == [0]
+        peaks[count] = int(output.with_suffix(".peak").read_text()) / 1024
+    assert output.stat().st_size > 31_000 * SIZE * SIZE * 3
+    assert peaks[31_000] < peaks[1000] + 30, f"MB at each n: {peaks}"
