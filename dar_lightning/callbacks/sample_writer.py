@@ -48,8 +48,8 @@ class SampleWriter(BasePredictionWriter):
         if not isinstance(self.data, LabelsDataModule):
             raise UserError("SampleWriter writes what GenerationModule draws for a LabelsDataModule: give it as data")
         trainer.predict_loop.return_predictions = False  # Lightning would keep all images
-        self.size = pl_module.protocol["image_size"]
         self.settings = pl_module.protocol | self.data.protocol
+        self.size = self.settings["image_size"]
         self.settings |= {
             "piece_size": self.data.piece_size,
             "device": trainer.strategy.root_device.type,
@@ -147,16 +147,23 @@ class SampleWriter(BasePredictionWriter):
             torch.distributed.barrier(patient)
         if not trainer.is_global_zero:
             return
-        count = len(self.data.dataset)
-        if self.parts.is_dir():
-            for name in (self.path.name, self.protocol_path.name):
-                for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
-                    part.unlink()
-            labels = np.array([self.data.dataset[number]["label"] for number in range(count)])
-            pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-            digest = write_npz(self.path, pieces, (count, self.size, self.size, 3), labels)
-            write_text(self.protocol_path, json.dumps(self.settings | {"arr_0_sha256": digest}, indent=2) + "\n")
-            for file in self.parts.iterdir():
-                file.unlink()
-            self.parts.rmdir()
-        print(f"{self.path}: {count} images; how they were drawn is in {self.protocol_path.name}")
+        if self.parts.is_dir() or not self.path.exists():
+            missing = sum(not self._is_whole(piece) for piece in self.data.pieces)
+            if missing:  # the Trainer was told to stop early
+                print(f"{self.path}: {missing} of {len(self.data.pieces)} pieces are missing; the same command goes on")
+                return
+            self._join()
+        print(f"{self.path}: {len(self.data.dataset)} images; how they were drawn is in {self.protocol_path.name}")
+
+    def _join(self) -> None:
+        for name in (self.path.name, self.protocol_path.name):
+            for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
+                part.unlink()
+        dataset = self.data.dataset
+        labels = np.array([dataset[number]["label"] for number in range(len(dataset))])
+        pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
+        digest = write_npz(self.path, pieces, (len(dataset), self.size, self.size, 3), labels)
+        write_text(self.protocol_path, json.dumps(self.settings | {"arr_0_sha256": digest}, indent=2) + "\n")
+        for file in self.parts.iterdir():
+            file.unlink()
+        self.parts.rmdir()

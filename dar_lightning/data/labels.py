@@ -77,7 +77,10 @@ class LabelsDataModule(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def setup(self, stage: str) -> None:
-        num_classes = self.trainer.lightning_module.num_classes
+        num_classes = getattr(self.trainer.lightning_module, "num_classes", None)
+        if num_classes is None:
+            name = type(self.trainer.lightning_module).__name__
+            raise UserError(f"model is {name}, which draws nothing: LabelsDataModule needs GenerationModule")
         classes = list(range(num_classes)) if self.classes is None else self.classes
         if not 0 <= min(classes) <= max(classes) < num_classes:
             raise UserError(f"classes is {classes}: this pipeline has 0 to {num_classes - 1}")

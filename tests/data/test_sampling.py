@@ -163,6 +163,21 @@ def test_other_data_is_refused(pipeline, tmp_path, capsys):
     assert "LabelsDataModule" in refusal(capsys, words)
 
 
+def test_another_model_than_one_that_draws_is_refused(pipeline, tmp_path, capsys):
+    words = command(pipeline, tmp_path / "x.npz", "--model=lightning.pytorch.demos.boring_classes.BoringModel")
+    words = [word for word in words if not word.startswith("--model.init_args")]
+    assert "model is BoringModel" in refusal(capsys, words)
+
+
+def test_a_trainer_that_stops_early(pipeline, whole, tmp_path, capsys):
+    output = tmp_path / "x.npz"
+    main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
+    assert "2 of 4 pieces are missing" in capsys.readouterr().out
+    assert not output.exists()
+    main(command(pipeline, output))
+    assert output.read_bytes() == whole.read_bytes()
+
+
 def test_per_class_and_fewer_classes():
     data = LabelsDataModule(per_class=2, classes=[3, 1])
     data.trainer = type("Trainer", (), {"lightning_module": type("Module", (), {"num_classes": 4})})
