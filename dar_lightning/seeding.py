@@ -18,10 +18,14 @@ def seed_batch(rank: int, batch: int) -> None:
 
 
 def image_generator(seed: int, number: int) -> torch.Generator:
-    """The generator of one image of a set, on the CPU: the image is a function of (seed, number) alone.
+    """What everything random about image `number` of a set is drawn from.
+
+    torch's CPU generator looks at the low 32 bits of its seed alone, so both must meet there; (seed << 32) + number
+    gives the same images for every seed. Within a seed no two numbers share a generator, nor do sets of up to 341,411
+    images whose seeds are below 10,000.
 
     Args:
-        seed: of the set, from 0 to 2**31 - 1.
-        number: of the image in it.
+        seed: of the set.
+        number: of the image, below 2^32.
     """
-    return torch.Generator().manual_seed((seed << 32) + number)
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)

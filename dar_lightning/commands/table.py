@@ -24,6 +24,7 @@ from dar_lightning.lit.generation import GenerationModule
 from dar_lightning.metrics.features import frechet_name
 from dar_lightning.metrics.images import ImageSet, open_images, with_progress
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -178,9 +179,7 @@ def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: in
         for images, _ in with_progress(originals, batch_size, str(output.parent)):
             numbers = range(start, start := start + len(images))
             codes = tokenizer.tokenize(to_float(images.to(place)))
-            noise = tokenizer.draw_noise(
-                len(images), [torch.Generator().manual_seed((seed << 32) + number) for number in numbers]
-            )
+            noise = tokenizer.draw_noise(len(images), [image_generator(seed, number) for number in numbers])
             decoded = tokenizer.detokenize(codes, noise, row.solver, row.groups, row.num_steps)
             yield to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -11,6 +11,7 @@ from dar_lightning.ar.sampling import Guidance
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.weights import fingerprint
 
@@ -103,7 +104,7 @@ class GenerationModule(LightningModule):
         rows = [members[0]] * self.rows
         for index, label in members:
             rows[index % self.rows] = (index, label)
-        generators = [torch.Generator().manual_seed((self.seed << 32) + index) for index, _ in rows]
+        generators = [image_generator(self.seed, index) for index, _ in rows]
         labels = torch.tensor([label for _, label in rows])
         images = to_uint8(self.pipeline.generate(labels, generator=generators, **self.options))
         return images[[index % self.rows for index, _ in members]]

@@ -18,6 +18,7 @@ from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.table import Row, table
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
+from dar_lightning.seeding import image_generator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 CONFIGS = [
@@ -64,7 +65,7 @@ def test_drawn_rows(pipeline, reference, whole, tmp_path):
         values = []
         for seed in (0, 7):
             samples = whole / f"row{number}" / f"seed{seed}" / "samples.npz"
-            generators = [torch.Generator().manual_seed((seed << 32) + i) for i in range(5)]
+            generators = [image_generator(seed, i) for i in range(5)]
             images = to_uint8(pipe.generate(torch.arange(5) % 4, generator=generators, **options))
             with np.load(samples) as arrays:
                 assert np.abs(arrays["arr_0"].astype(int) - images.permute(0, 2, 3, 1).numpy()).max() <= 1
@@ -72,6 +73,7 @@ def test_drawn_rows(pipeline, reference, whole, tmp_path):
             values.append(result["metrics"]["FD-color_edges"])
         figure = found["rows"][number]["metrics"]["FD-color_edges"]
         assert figure["values"] == pytest.approx(values)
+        assert values[0] != values[1]
         assert (figure["mean"], figure["std"]) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
     assert [row["settings"]["tokens"] for row in found["rows"]] == ["8 of 8", "2 of 8"]
 
@@ -130,7 +132,7 @@ def test_reconstructed_rows(pipeline, reference, tmp_path):
     tokenizer = DARPipeline.from_pretrained(pipeline).tokenizer
     images = to_float(torch.stack([to_tensor(picture(i)) for i in range(6)]))
     for number, options in enumerate([{"solver": "euler", "num_steps": 3}, {"groups": 4}]):
-        noise = tokenizer.draw_noise(6, [torch.Generator().manual_seed((3 << 32) + i) for i in range(6)])
+        noise = tokenizer.draw_noise(6, [image_generator(3, i) for i in range(6)])
         decoded = to_uint8(tokenizer.detokenize(tokenizer.tokenize(images), noise, **options))
         with np.load(tmp_path / f"row{number}" / "seed3" / "samples.npz") as arrays:
             assert np.abs(arrays["arr_0"].astype(int) - decoded.permute(0, 2, 3, 1).numpy()).max() <= 1

@@ -15,6 +15,7 @@ from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.lit import GenerationModule
+from dar_lightning.seeding import image_generator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CONFIG = Path(__file__).parents[2] / "experiments" / "evaluate" / "sample50k.yaml"
@@ -60,10 +61,20 @@ def test_images_are_those_of_the_pipeline(pipeline, whole):
         images, labels = found["arr_0"], found["labels"]
     assert labels.tolist() == [i % len(CLASSES) for i in range(COUNT)]
     for i, image in enumerate(images):
-        generator = torch.Generator().manual_seed((5 << 32) + i)
+        generator = image_generator(5, i)
         alone = to_uint8(pipe.generate(torch.tensor([i % 4]), guidance=(1.1, 8.0), generator=[generator]))
         assert np.abs(alone[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
     assert len({image.tobytes() for image in images}) == COUNT
+
+
+def test_every_seed_and_number_has_a_generator_of_its_own(pipeline):
+    first = [torch.rand(4, generator=image_generator(seed, i)) for seed in (0, 1, 2, 9999) for i in range(500)]
+    assert len({tuple(values.tolist()) for values in first}) == 2000
+    starts = sorted(image_generator(seed, 0).initial_seed() for seed in range(10_000))
+    assert min(b - a for a, b in zip(starts, [*starts[1:], starts[0] + 2**32], strict=True)) == 341_411
+    batch = {"index": torch.arange(4), "label": torch.arange(4)}
+    drawn = [GenerationModule(pipeline, seed, rows=4).predict_step(batch, 0) for seed in (0, 1)]
+    assert all(not torch.equal(*pair) for pair in zip(*drawn, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(1, 4), (3, 4), (64, 4), (5, 100), (2, 3)], ids=str)
@@ -194,7 +205,7 @@ def test_fewer_groups_are_a_preview_and_cost_less(pipeline, groups):
     module.ar.step, step = lambda *a: steps.append(1) or step(*a), module.ar.step
     batch = {"index": torch.arange(4), "label": torch.arange(4)}
     images = module.predict_step(batch, 0)
-    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    generators = [image_generator(0, i) for i in range(4)]
     previews = list(pipe.stream(torch.arange(4), generator=generators))
     assert torch.equal(images, to_uint8(previews[groups - 1].images))
     assert len(steps) == groups * 2 - 1, "2 tokens per group, the first from the class token"
