@@ -13,6 +13,7 @@ from dar_lightning.files import write_text
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
+from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -63,7 +64,7 @@ def reconstruct(
         images = images.to(place)
         indices = range(start, start := start + len(images))
         codes = model.tokenize(to_float(images))
-        generators = [torch.Generator().manual_seed((seed << 32) + index) for index in indices]
+        generators = [image_generator(seed, index) for index in indices]
         noise = model.draw_noise(len(images), generators)
         previews = to_uint8(model.previews(codes, noise, solver, num_steps))  # (B, K, 3, H, W)
         quality.update(previews[:, -1].float(), images.float())

@@ -12,6 +12,7 @@ from dar_lightning.commands.reconstruct import reconstruct
 from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid
+from dar_lightning.seeding import image_generator
 from dar_lightning.weights import fingerprint
 
 COUNT = 7
@@ -37,9 +38,7 @@ def by_hand() -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
     originals = np.stack([np.array(picture(number)) for number in range(COUNT)])
     images = torch.from_numpy(originals).permute(0, 3, 1, 2) / 127.5 - 1
     codes = tokenizer.tokenize(images)
-    noise = torch.stack(
-        [torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed((2 << 32) + i)) for i in range(COUNT)]
-    )
+    noise = torch.stack([torch.randn(3, SIZE, SIZE, generator=image_generator(2, i)) for i in range(COUNT)])
     previews = [tokenizer.detokenize(codes, noise, groups=m) for m in range(1, GROUPS + 1)]
     pixels = ((torch.stack(previews, dim=1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return originals, pixels.permute(0, 1, 3, 4, 2).numpy(), codes
