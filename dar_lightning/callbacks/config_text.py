@@ -5,7 +5,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class ConfigText(SaveConfigCallback):
-    """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that the run uses."""
+    """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that training uses."""
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if stage == "fit":  # what only reads a run must not replace the config that made it
+            super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer, pl_module, stage) -> None:
         text = self.parser.dump(self.config, skip_none=False)

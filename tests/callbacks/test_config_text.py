@@ -23,3 +23,11 @@ def test_the_config_is_text_beside_the_curves(images, tmp_path):
     assert found["model"]["init_args"]["optimizer"]["lr"] == 0.0123
     assert found["model"]["init_args"]["config"].items() >= TOKENIZER.items()
     assert found["model"]["init_args"]["time_sampling"] == "uniform"
+
+
+def test_what_only_reads_a_run_leaves_its_config_alone(images, tmp_path):
+    command = fit_tokenizer(*images, tmp_path / "run", max_steps=1, limit_val_batches=0)
+    main([str(word) for word in [*command, "--ckpt_path=null"]])
+    before = (tmp_path / "run" / "logs" / "config.yaml").read_bytes()
+    main([str(word) for word in ["validate", *command[1:], "--ckpt_path=null", "--trainer.limit_val_batches=1"]])
+    assert (tmp_path / "run" / "logs" / "config.yaml").read_bytes() == before
