@@ -26,6 +26,7 @@ from dar_lightning.metrics.images import ImageSet, open_images, with_progress
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -52,6 +53,10 @@ class Row:
     num_steps: int | None = None
     guidance: float | tuple[float, float] = 1.0
     groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise UserError(f"rows: solver is {self.solver!r}: choose from {', '.join(SOLVERS)}")
 
 
 def table(
@@ -91,11 +96,14 @@ def table(
     if importlib.util.find_spec("matplotlib") is None:  # before the hours of work, not after
         raise UserError("the plot needs matplotlib: pip install 'dar-lightning[notebooks]'")
     choose_device(device)
+    if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
+        raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
+    identities = {model: _identity(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
     torch.set_float32_matmul_precision("high")  # as `dar predict`, whose images fit in
     root, results = Path(output), []
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
-        config, hashes = _identity(model, task)
+        config, hashes = identities[model]
         measured = []
         for seed in seeds:
             place = root / f"row{number}" / f"seed{seed}"

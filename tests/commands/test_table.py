@@ -119,11 +119,20 @@ def test_it_goes_on(pipeline, reference, whole, tmp_path):
         ({"seeds": []}, "0 seeds|seeds \\[\\]"),
         ({"seeds": [1, 1]}, "seeds that differ|one seed or several that differ"),
         ({"rows": []}, "0 rows"),
+        ({"task": "reconstruct"}, "guidance is set"),
+        ({"rows": [Row(num_steps=3), Row(pipeline="./nowhere")]}, r"\./nowhere is not a folder"),
     ],
 )
 def test_mistakes(changes, message, pipeline, reference, whole):
+    before = sorted(whole.rglob("*"))
     with pytest.raises(UserError, match=message):
         drawn(pipeline, reference, whole, **changes)
+    assert sorted(whole.rglob("*")) == before, "found before anything is drawn"
+
+
+def test_a_solver_that_is_none():
+    with pytest.raises(UserError, match="solver is 'eular'"):
+        Row(solver="eular")
 
 
 def test_reconstructed_rows(pipeline, reference, tmp_path):
