@@ -218,6 +218,7 @@ def _summary(row: Row, model: str, config: TokenizerConfig, measured: list[dict[
         "paper": row.paper,
         "metrics": metrics,
         "seeds": [one["seed"] for one in measured],
+        "models": {name: value for name, value in measured[0].items() if name.endswith("_sha256")},
         "protocol": measured[0]["protocol"],
     }
 
@@ -282,7 +283,7 @@ def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[
         axes.set_xticks(places, labels, fontsize=8)
         axes.set_xlabel(", ".join(varied), fontsize=8)
         axes.set_xlim(-0.5, len(results) - 0.5)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(caveat, fontsize=7)
