@@ -56,7 +56,7 @@ def load_lpips(weights: str) -> FrozenNetwork:
     Raises:
         UserError: the file is no VGG16, or the download fails.
     """
-    return PerceptualLoss(weights_path=None if weights == "download" else weights).lpips
+    return PerceptualLoss(weights_path=None if weights == "download" else weights).distance
 
 
 def reconstruction_metrics(lpips: FrozenNetwork | None = None) -> MetricCollection:

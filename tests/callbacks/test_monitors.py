@@ -23,8 +23,8 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 BATCH, EVERY, STEPS = 4, 2, 6
-# An epoch is five batches: with two accumulated, its steps are of two, two and one. Loggers count steps from 0.
-BATCHES = {1: 4, 3: 3, 5: 3}  # step that is logged -> batches since the last one
+# An epoch of five batches has two whole steps of two. Loggers count steps from 0.
+BATCHES = {1: 4, 3: 4, 5: 4}  # step that is logged -> batches since the last one
 PEAK = 1e-4  # teraFLOP/s
 
 

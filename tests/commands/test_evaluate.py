@@ -197,7 +197,7 @@ def test_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     assert drawn[2].shape == (5, 3, 64, 64)
     assert (drawn[2].int() - drawn[5].int()).abs().max() <= 1  # matrix products round differently
     assert (drawn[2][0].int() - drawn[2][3].int()).abs().float().mean() > 1, "same class, but another image"
-    other = DrawnImages(pipeline, 5, seed=8, guidance=(1.0, 3.0), device=torch.device("cpu"))
+    other = DrawnImages(DARPipeline.from_pretrained(pipeline), 5, seed=8, guidance=(1.0, 3.0))
     assert (next(other.batches(5))[0].int() - drawn[5].int()).abs().float().mean() > 1, "another seed"
 
     reference = npz(tmp_path / "r.npz", pixels(8, 0, 64))

@@ -136,7 +136,7 @@ def test_lpips_is_the_mean_over_pairs(tmp_path):
     vgg = write_vgg(tmp_path / "vgg.pth")
     sets = npz(tmp_path / "a.npz", first), npz(tmp_path / "b.npz", second)
     found = evaluate(*sets, NETWORK, str(tmp_path / "o.json"), paired=True, lpips=str(vgg), batch_size=2)["metrics"]
-    network = PerceptualLoss(weights_path=str(vgg)).lpips.network
+    network = PerceptualLoss(weights_path=str(vgg)).distance.network
     pair = [torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1 for images in (first, second)]
     one_by_one = [network(a[None], b[None]).item() for a, b in zip(*pair, strict=True)]
     assert found["lpips"] == pytest.approx(np.mean(one_by_one), rel=1e-5)
