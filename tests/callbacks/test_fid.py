@@ -58,7 +58,8 @@ def reconstructed(tokenizer, count: int, seed: int, solver: str) -> np.ndarray:
     """One image at a time, noise from the documented seed."""
     images = []
     for number in range(count):
-        noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32))
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
+        noise = torch.randn(1, 3, SIZE, SIZE, generator=generator)
         pixels = torch.from_numpy(np.array(picture(number))).permute(2, 0, 1)[None].float()
         decoded = tokenizer.detokenize(tokenizer.tokenize(pixels / 127.5 - 1), noise, solver)
         images.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().numpy()[0].transpose(1, 2, 0))
