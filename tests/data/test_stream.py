@@ -441,14 +441,8 @@ def test_predict_has_every_sample_in_order(shards, workers):
 
 def test_training_without_validation_shards(shards, tmp_path):
     module = ImageNetDataModule(str(shards), image_size=16, batch_size=13)
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        max_epochs=1,
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **quiet)
     model = Recorder()
     trainer.fit(model, datamodule=module)
     assert len(model.seen) == 2
