@@ -177,9 +177,9 @@ def test_torchrun_on_two_machines(tokens, reference, machines, tmp_path):
     run_folder, died = tmp_path / "run", tmp_path / "died"
     dies = [f"--trainer.callbacks+={__name__}.DiesOnce", f"--trainer.callbacks.file={died}"]
     head = f"{machines[0][1]}:{free_port(29400)}"
-    nodes = []
+    nodes = []  # a rank that is back before the other listens may fail to connect, which costs a restart more
     for node, (before, address, variables) in enumerate(machines):
-        variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=1, **variables)
+        variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=3, **variables)
         command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
         nodes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
     errors = [node.communicate(timeout=SECONDS)[1] for node in nodes]
