@@ -64,7 +64,7 @@ class CodebookWarmup(Callback):
                 self._new_latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
             if ends_step:
                 self.latents, self._new_latents = self.latents + self._new_latents, []
-            if ends_step and step == self.warmup_steps and self.latents:
+            if ends_step and step == self.warmup_steps and any(len(rows) for rows in self.latents):
                 latents = torch.cat(self.latents).to(pl_module.device)
                 if trainer.is_global_zero:
                     quantizer.codebook.data.copy_(self._start(latents, len(quantizer.codebook)))
@@ -104,8 +104,9 @@ class CodebookWarmup(Callback):
 
     @staticmethod
     def _gather(pl_module, latents: Tensor) -> Tensor:
-        gathered = pl_module.all_gather(latents)
-        return gathered.flatten(0, -2)
+        """Those of all ranks (tokens, codebook_dim), without what a step that SkipBadSteps skips has made NaN."""
+        gathered = pl_module.all_gather(latents).flatten(0, -2)
+        return gathered[gathered.isfinite().all(dim=-1)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"latents": self.latents, "counts": self.counts}

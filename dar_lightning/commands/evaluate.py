@@ -18,7 +18,7 @@ from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
 from dar_lightning.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
-from dar_lightning.pretrained import read_json
+from dar_lightning.pretrained import SHIPPED_NAMES, read_json, resolve_folder
 
 
 def evaluate(
@@ -91,14 +91,15 @@ def evaluate(
         if wanted and reference_set is None:
             raise UserError(f"{option}: --reference {reference} has statistics only; give its images")
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
-    if (Path(samples) / PIPELINE_CONFIG).is_file():
+    folder = resolve_folder(samples) if samples in SHIPPED_NAMES else Path(samples)
+    if (folder / PIPELINE_CONFIG).is_file():
         if paired:
             raise UserError(f"--paired: {samples} is a pipeline, whose samples have no originals; give reconstructions")
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
         count = len(reference_set) if num_samples is None else num_samples
-        pipeline = DARPipeline.from_pretrained(samples).to(place)
-        noted = read_json(Path(samples) / EXPORTED) if (Path(samples) / EXPORTED).is_file() else {}
+        pipeline = DARPipeline.from_pretrained(folder).to(place)
+        noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
         sample_facts = {"pipeline": samples, "ema": "not noted by dar export"} | noted
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:

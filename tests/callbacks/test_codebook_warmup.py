@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from tiny_models import CODES, SIZE, TOKENIZER
 
-from dar_lightning.callbacks import CodebookWarmup
+from dar_lightning.callbacks import CodebookWarmup, SkipBadSteps
 from dar_lightning.callbacks.codebook import spherical_kmeans
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
@@ -79,13 +79,13 @@ class Watch(Callback):
         self.latents[step], self.codes[step] = outputs["latents"], outputs["codes"]
 
 
-def train(images, warmup: CodebookWarmup) -> tuple[Watch, Watch]:
+def train(images, warmup: CodebookWarmup, *more: Callback) -> tuple[Watch, Watch]:
     """What it was before and after the callback, step by step."""
     before, after = Watch(), Watch()
     torch.manual_seed(0)
     module = TokenizerModule(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    callbacks = [before, warmup, after]
+    callbacks = [before, warmup, after, *more]
     trainer = Trainer(accelerator="cpu", max_steps=STEPS, limit_val_batches=0, callbacks=callbacks, **quiet)
     trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
     return before, after
@@ -191,3 +191,34 @@ def test_accumulated_batches_are_collected_and_counted_and_act_once(images):
 def test_impossible_settings(warmup, collect):
     with pytest.raises(UserError, match=f"collect_steps is {collect}: it must be from 1 to warmup_steps, {warmup}"):
         CodebookWarmup(warmup, collect)
+
+
+class Poison(Callback):
+    """One image of each of these steps is not a number."""
+
+    def __init__(self, *steps: int):
+        self.steps = steps
+
+    def on_train_start(self, trainer, pl_module):
+        losses = pl_module.tokenizer.training_losses
+
+        def poisoned(images, u=None, noise=None):
+            if trainer.global_step + 1 in self.steps:
+                images = images.clone()
+                images[0] = float("nan")
+            return losses(images, u, noise)
+
+        pl_module.tokenizer.training_losses = poisoned
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of few loader workers
+@pytest.mark.parametrize("step", [WARMUP - 1, WARMUP, WARMUP + REVIVE_EVERY])
+def test_a_skipped_step_leaves_no_nan_in_the_codebook(images, step):
+    before, after = train(images, callback(), Poison(step), SkipBadSteps(3))
+    assert not before.latents[step].isfinite().all(), "the step was a bad one"
+    assert all(codebook.isfinite().all() for codebook in after.codebooks.values())
+    if step <= WARMUP:
+        kept = [after.latents[number].flatten(0, 1) for number in range(WARMUP - COLLECT + 1, WARMUP + 1)]
+        kept = torch.cat([rows[rows.isfinite().all(dim=-1)] for rows in kept])
+        assert len(kept) == (COLLECT * 4 - 1) * 8
+        assert torch.equal(after.codebooks[WARMUP], spherical_kmeans(kept, CODES, 10, seeded(WARMUP)))

@@ -327,3 +327,9 @@ def test_the_command_itself(tmp_path):
     assert right.returncode == 0, right.stderr
     metrics = json.loads((tmp_path / "out" / "o.json").read_text())["metrics"]
     assert metrics == {"FD-my_net.Mean": pytest.approx(0, abs=1e-6)}
+
+
+def test_the_shipped_pipeline_is_known_by_its_name(tmp_path):
+    reference = npz(tmp_path / "r.npz", pixels(4, 0, 64))
+    result = evaluate("fruit64", reference, NETWORK, str(tmp_path / "o.json"), num_samples=2, device="cpu")
+    assert result["protocol"]["samples"]["pipeline"] == "fruit64"
