@@ -41,3 +41,17 @@ def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> 
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
     function(*args)
+
+
+def signal_before(owner: object, function: str, rank: int, calls: int, number: int) -> None:
+    """Have this process, if it is that rank, send a signal to itself before the n-th call of a function."""
+    original = getattr(owner, function)
+
+    def deadly(*arguments, **options):
+        nonlocal calls
+        calls -= 1
+        if calls == 0 and os.environ.get("LOCAL_RANK", "0") == str(rank):
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(owner, function, deadly)

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from killable import run
+from killable import run, signal_before
 from tiny_models import make_tokenizer
 
 from dar_lightning import SequentialDiffusionTokenizer
@@ -29,16 +29,7 @@ def command(tokenizer: Path, shards: Path, output: Path, devices: int) -> list[s
 def extract(words: list[str], rank: int, function: str, calls: int, number: int) -> None:
     """`dar extract`, sending a signal to itself before the n-th call of a function, if it is that rank."""
     owner = {"replace": os, "tokenize": SequentialDiffusionTokenizer}[function]
-    original = getattr(owner, function)
-
-    def deadly(*arguments, **options):
-        nonlocal calls
-        calls -= 1
-        if calls == 0 and os.environ.get("LOCAL_RANK", "0") == str(rank):
-            os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    setattr(owner, function, deadly)
+    signal_before(owner, function, rank, calls, number)
     main(words)
 
 

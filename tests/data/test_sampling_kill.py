@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killable import run
+from killable import run, signal_before
 from tiny_models import SIZE, make_pipeline
 
 from dar_lightning.cli import main
@@ -31,16 +31,7 @@ def command(pipeline: Path, output: Path, devices: int = 1, *more: str) -> list[
 def predict(words: list[str], rank: int, function: str, calls: int, number: int) -> None:
     """`dar predict`, sending a signal to itself before the n-th call of a function, if it is that rank."""
     owner = {"replace": os, "predict_step": GenerationModule}[function]
-    original = getattr(owner, function)
-
-    def deadly(*arguments, **options):
-        nonlocal calls
-        calls -= 1
-        if calls == 0 and os.environ.get("LOCAL_RANK", "0") == str(rank):
-            os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    setattr(owner, function, deadly)
+    signal_before(owner, function, rank, calls, number)
     main(words)
 
 
