@@ -67,9 +67,10 @@ def test_workers_obey_only_the_run(tmp_path):
     data = ImageNetDataModule(write_images(tmp_path, 22), image_size=SIZE, batch_size=4, num_workers=1)
     data.setup("fit")
     loader = data.train_dataloader()
+    others = {*multiprocessing.active_children()}  # of loaders in other tests that nobody has collected yet
     batches = iter(loader)
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = {*multiprocessing.active_children()} - others
     for name in ("-TERM", "-INT"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)  # a process of its own, as a cluster's daemon
         time.sleep(0.2)
