@@ -43,7 +43,7 @@ class Drawn:
 
 
 def image_seed(seed: int, label: int, number: int) -> int:
-    """The seed of image `number` of a class: 63 bits, which is what torch takes."""
+    """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

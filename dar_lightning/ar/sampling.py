@@ -24,6 +24,21 @@ def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
     return [first + (last - first) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
 
 
+def read_guidance(guidance: Guidance | str) -> Guidance:
+    """Guidance as a number or a pair, from those or from the text "a,b", the way it is typed in a shell.
+
+    Raises:
+        UserError: the text is neither one number nor two.
+    """
+    if not isinstance(guidance, str):
+        return guidance
+    try:
+        first, last = (float(word) for word in guidance.split(","))
+    except ValueError as error:
+        raise UserError(f"guidance is {guidance!r}: give a number, or a,b for linear over the tokens") from error
+    return first, last
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf the logits (B, V) outside the k largest (ties are kept) and outside the nucleus of mass top_p."""
     if 0 < top_k < logits.shape[-1]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.distribution import distribution_figures
@@ -34,7 +35,7 @@ def evaluate(
     image_size: int | None = None,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: float | tuple[float, float] = 1.0,
+    guidance: Guidance | str = 1.0,
     solver: str = "adams2",
     num_steps: int | None = None,
     save_statistics: str | None = None,
@@ -62,7 +63,7 @@ def evaluate(
         num_samples: number of images that a pipeline draws; as many as the reference has when left out. Of other
             samples, the number that there must be.
         seed: seed of the images that a pipeline draws.
-        guidance: classifier-free guidance scale of the images that a pipeline draws; [a, b] is linear over the tokens.
+        guidance: classifier-free guidance scale of the images that a pipeline draws; "a,b" is linear over the tokens.
         solver: adams2, euler or adams2_variable, for a pipeline.
         num_steps: diffusion steps of a pipeline; left out, one per group of tokens.
         save_statistics: write the reference's statistics to this npz file, which is then a reference too.
@@ -78,6 +79,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    guidance = read_guidance(guidance)
     for option, path in (("--output", output), ("--save_statistics", save_statistics)):
         _check_output(option, path)
     if lpips is not None and not paired:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import choose_device
 from dar_lightning.drawing import Job, draw
@@ -33,7 +34,7 @@ def sample(
     classes: str = "all",
     per_class: int = 4,
     seed: int = 0,
-    guidance: float | tuple[float, float] = 1.0,
+    guidance: Guidance | str = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -62,7 +63,7 @@ def sample(
         classes: class names or numbers, separated by commas, or "all".
         per_class: images per class.
         seed: image i of a class is a function of (seed, class, i) alone, whatever the batch size.
-        guidance: scale of classifier-free guidance, or [a, b], linear over the tokens.
+        guidance: scale of classifier-free guidance, or "a,b", linear over the tokens.
         temperature: of the token distribution.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens with this much probability.
@@ -82,12 +83,14 @@ def sample(
     config = pipe.tokenizer.config
     names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
     labels = [pipe.label(name.strip()) for name in names]
+    if len({*labels}) < len(labels):
+        raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
     if min(per_class, batch_size, frames) < 1:
         raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
     shown = preview_numbers(num_previews, config.num_groups)
     lengths = _prefix_lengths(prefix, layout is not None, variations, config)
     options: dict[str, Any] = {
-        "guidance": guidance,
+        "guidance": read_guidance(guidance),
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

@@ -201,6 +201,17 @@ def test_the_animation_shows_every_preview_and_fades_in_between(pipeline, tmp_pa
     assert strip.shape == np.asarray(image_grid(blank, ["red"], ["group 2", "group 4"])).shape
 
 
+def test_guidance_is_typed_as_two_numbers(pipeline, tmp_path):
+    words = ["sample", "--pipeline", pipeline, "--per_class", "1"]
+    main([*words, "--guidance", "1.1,8", "--output", str(tmp_path / "typed")])
+    assert json.loads((tmp_path / "typed/samples.json").read_text())["guidance"] == [1.1, 8.0]
+    sample(str(tmp_path / "given"), pipeline, per_class=1, guidance=(1.1, 8.0))
+    sample(str(tmp_path / "constant"), pipeline, per_class=1, guidance=1.1)
+    typed, given, constant = (arrays(tmp_path / name)[0] for name in ("typed", "given", "constant"))
+    assert np.array_equal(typed, given)
+    assert not np.array_equal(typed, constant)
+
+
 def test_preview_numbers():
     assert preview_numbers(None, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert preview_numbers(1, 8) == [8]
@@ -223,6 +234,9 @@ def test_a_tokenizer_and_an_ar_model_of_their_own(pipeline, tmp_path):
         ({"classes": "violet"}, "class 'violet' is unknown: give 0 to 3 or one of red, green"),
         ({"classes": "0,4"}, "class '4' is unknown"),
         ({"classes": ""}, "class '' is unknown"),
+        ({"classes": "red,0"}, "classes is red,0: name each class once"),
+        ({"guidance": "1,2,3"}, "guidance is '1,2,3': give a number, or a,b"),
+        ({"guidance": "strong"}, "guidance is 'strong': give a number, or a,b"),
         ({"per_class": 0}, "per_class 0"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"prefix": 3}, "prefix is set without layout or variations"),

@@ -125,6 +125,12 @@ def test_in_a_browser(page, tmp_path):
             loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
             wait_for(lambda: tab.evaluate(loaded) == GROUPS)
             tab.screenshot(path=tmp_path / "page.png")
+            page.steps.clear()
+            tab.click("#draw")
+            wait_for(lambda: page.steps)
+            tab.click("#stop")
+            time.sleep(3 * 0.15 * TOKENS)  # in which a drawing would end
+            stopped = len(page.steps)
             chromium.close()
     finally:
         page.pipe.ar.step = original
@@ -132,6 +138,7 @@ def test_in_a_browser(page, tmp_path):
     assert states == sorted(states)
     assert states[-1] == TOKENS
     assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert stopped < TOKENS - 1, "the button stops the work"
 
 
 def watch(tab, sources: list, states: list) -> int:
