@@ -7,7 +7,7 @@ file systems; without root these rows are skipped.
 
     python benchmarks/faults.py [--kills 20] [--only SIGTERM disk] [--output benchmarks/results/faults.json]
 
-With --only, the other faults' rows in the file stay.
+Each row is in the file as soon as it is finished. With --only, the other faults' rows in the file stay.
 """
 
 import argparse
@@ -36,9 +36,10 @@ RANKS_LIMIT = 60  # seconds that a rank may outlive another
 class Bench:
     """Folders, the unbroken runs, and the table."""
 
-    def __init__(self, root: Path, steps: int, only: list[str]) -> None:
-        self.root, self.steps, self.only = root, steps, only
+    def __init__(self, root: Path, steps: int, only: list[str], output: Path) -> None:
+        self.root, self.steps, self.only, self.output = root, steps, only, output
         self.rows: list[dict] = []
+        self.before = json.loads(output.read_text())["rows"] if output.exists() else []
         write_data(root / "data")
         self.whole: dict[str, Path] = {}
 
@@ -83,12 +84,27 @@ class Bench:
         begin = time.perf_counter()
         try:
             outcome, passed = test(), True
-        except (AssertionError, OSError) as error:
-            outcome, passed = f"FAILED: {error}", False
+        except Exception as error:  # a broken run can break its inspection anywhere, and the other rows go on
+            outcome, passed = f"FAILED: {error!r}", False
         seconds = round(time.perf_counter() - begin, 1)
         row = {"fault": fault, "times": times, "outcome": outcome, "passed": passed, "seconds": seconds, "load": load}
         self.rows.append(row)
         print(f"{'ok' if passed else 'FAILED':6} {fault:52} x{times:<3} {seconds:6.1f} s  {outcome}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write the rows, and of those from before what was not done again."""
+        done = {row["fault"] for row in self.rows}
+        result = {
+            "what": "faults in training runs of the smallest models, and what became of the runs",
+            "processor": processor(),
+            "platform": platform.platform(terse=True),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "rows": [*(row for row in self.before if row["fault"] not in done), *self.rows],
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.output, json.dumps(result, indent=2) + "\n")
 
 
 POINTS = (
@@ -394,20 +410,8 @@ def main() -> None:
     # A kill goes at least one step further than the one before.
     steps = max(20, 2 * arguments.kills + 10)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), steps, arguments.only)
+        bench = Bench(Path(folder), steps, arguments.only, arguments.output)
         run_all(bench, arguments.kills)
-    done = {row["fault"] for row in bench.rows}
-    before = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    result = {
-        "what": "faults in training runs of the smallest models, and what became of the runs",
-        "processor": processor(),
-        "platform": platform.platform(terse=True),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "rows": [*(row for row in before if row["fault"] not in done), *bench.rows],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     sys.exit(0 if all(row["passed"] for row in bench.rows) else 1)
 
 

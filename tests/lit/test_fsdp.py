@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -53,6 +54,13 @@ class Unchanged(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         same = torch.equal(self.before, own_slice(pl_module.ar.head.weight))
         assert same == (trainer.global_step == 2)
+
+
+class Compiled(Callback):
+    """Fails unless something was."""
+
+    def on_train_end(self, trainer, pl_module):
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +173,21 @@ def test_mixed_precision(command, whole_run, tmp_path):
     assert {tensor.dtype for tensor in last(tmp_path)["current_model_state"].values()} == {torch.float32}
     one, two = (last(folder)["current_model_state"]["ar.head.weight"] for folder in (whole_run, tmp_path))
     assert 0 < float((one - two).norm() / one.norm()) < 0.1
+
+
+def test_recomputed_blocks(command, broken_run, tmp_path):
+    more = "--model.init_args.activation_checkpointing=true"
+    assert run(main, command(tmp_path, "fsdp", 4, more), world=2) == [0, 0]
+    assert largest_difference(tmp_path, broken_run) == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_compiled_blocks(command, broken_run, recompute, tmp_path):
+    more = ["--model.init_args.compile=true", f"--model.init_args.activation_checkpointing={recompute}"]
+    more += [f"--trainer.callbacks+={__name__}.Compiled"]
+    assert run(main, command(tmp_path, "fsdp", 4, *more), world=2) == [0, 0]
+    assert 0 < largest_difference(tmp_path, broken_run) < 1e-4
 
 
 def main_into(file: Path, arguments: list[str]) -> None:
