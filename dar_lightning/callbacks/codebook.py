@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from dar_lightning.errors import UserError
@@ -17,7 +18,8 @@ class CodebookWarmup(Callback):
     a few codes before the encoder has anything to say.
 
     A step is an optimizer step: with `accumulate_grad_batches`, all its batches are collected and counted. With several
-    devices, latents and counts are those of all of them, and rank 0 decides what the codebook becomes.
+    devices, latents and counts are those of all of them, and rank 0 decides what the codebook becomes. A moved code is
+    a new one: the moving average takes it as it is, and the optimizer's moments of it begin at zero.
 
     Args:
         warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
@@ -65,16 +67,16 @@ class CodebookWarmup(Callback):
             if ends_step:
                 self.latents, self._new_latents = self.latents + self._new_latents, []
             if ends_step and step == self.warmup_steps and any(len(rows) for rows in self.latents):
-                latents = torch.cat(self.latents).to(pl_module.device)
-                if trainer.is_global_zero:
-                    quantizer.codebook.data.copy_(self._start(latents, len(quantizer.codebook)))
-                self._share(trainer, quantizer.codebook)
+                latents, size = torch.cat(self.latents).to(pl_module.device), len(quantizer.codebook)
+                codes = self._start(latents, size) if trainer.is_global_zero else None
+                self._move(trainer, pl_module, torch.arange(size), codes)
                 quantizer.bypass = False
                 self.latents = []
             return
         if not self.revive_every or step > self.revive_until:
             return
-        counts = torch.bincount(outputs["codes"].flatten(), minlength=len(quantizer.codebook))
+        codes = outputs["codes"][outputs["latents"].isfinite().all(dim=-1)]  # a step that SkipBadSteps skips has NaN
+        counts = torch.bincount(codes, minlength=len(quantizer.codebook))
         self._new_counts = self._new_counts + trainer.strategy.reduce(counts, reduce_op="sum")
         if not ends_step:
             return
@@ -84,9 +86,7 @@ class CodebookWarmup(Callback):
             latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
             dead = (self.counts == 0).nonzero().flatten()
             chosen = torch.randperm(len(latents), generator=self._generator(step))[: len(dead)]
-            if trainer.is_global_zero:
-                quantizer.codebook.data[dead[: len(chosen)]] = latents[chosen.to(latents.device)].to(quantizer.codebook)
-            self._share(trainer, quantizer.codebook)
+            self._move(trainer, pl_module, dead[: len(chosen)], latents[chosen.to(latents.device)])
             pl_module.log("train/revived_codes", float(len(chosen)))
             self.counts = None
 
@@ -98,9 +98,17 @@ class CodebookWarmup(Callback):
         return torch.Generator().manual_seed(step)
 
     @staticmethod
-    def _share(trainer, codebook: Tensor) -> None:
-        """Rank 0's codebook for all: sums on a GPU round differently from rank to rank."""
-        codebook.data.copy_(trainer.strategy.broadcast(codebook.data.cpu()))
+    def _move(trainer, pl_module, rows: Tensor, codes: Tensor | None) -> None:
+        """Put codes (n, codebook_dim) into rows (n,) of the codebook; rank 0's, for sums on a GPU round differently."""
+        codes = trainer.strategy.broadcast(codes.cpu() if trainer.is_global_zero else None)
+        codebook = pl_module.tokenizer.quantizer.codebook
+        averages = [found._average_model.module for found in trainer.callbacks if isinstance(found, WeightAveraging)]
+        for target in (codebook, *(average.tokenizer.quantizer.codebook for average in averages)):
+            target.data[rows.to(target.device)] = codes.to(target)
+        for optimizer in trainer.optimizers:
+            for moment in optimizer.state.get(codebook, {}).values():
+                if moment.shape == codebook.shape:  # not the count of steps
+                    moment[rows.to(moment.device)] = 0.0
 
     @staticmethod
     def _gather(pl_module, latents: Tensor) -> Tensor:

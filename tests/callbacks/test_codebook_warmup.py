@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from tiny_models import CODES, SIZE, TOKENIZER
 
-from dar_lightning.callbacks import CodebookWarmup, SkipBadSteps
+from dar_lightning.callbacks import EMA, CodebookWarmup, SkipBadSteps
 from dar_lightning.callbacks.codebook import spherical_kmeans
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
@@ -149,6 +150,38 @@ def test_the_same_run_twice(images, watched):
     assert torch.equal(again.codebooks[STEPS], watched[1].codebooks[STEPS])
 
 
+class Surroundings(Callback):
+    """At the end of each step: the codebook's average, and the sizes of the optimizer's moments of its rows."""
+
+    def __init__(self):
+        self.averages, self.moments = {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        codebook, step = pl_module.tokenizer.quantizer.codebook, trainer.global_step
+        (ema,) = [found for found in trainer.callbacks if isinstance(found, WeightAveraging)]
+        self.averages[step] = ema._average_model.module.tokenizer.quantizer.codebook.detach().clone()
+        state = trainer.optimizers[0].state[codebook]
+        self.moments[step] = torch.cat([state["exp_avg"], state["exp_avg_sq"]], dim=1).abs().amax(dim=1)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of few loader workers
+@pytest.mark.parametrize("ema", [EMA, EMAWeightAveraging])
+def test_the_average_and_the_optimizer_take_moved_codes_as_new_ones(images, ema):
+    seen = Surroundings()
+    average = ema(0.9) if ema is EMA else ema(decay=0.9, use_buffers=False)
+    watched = train(images, callback(), average, seen)
+    after = watched[1]
+    torch.testing.assert_close(seen.averages[WARMUP], after.codebooks[WARMUP])
+    for step in (WARMUP + REVIVE_EVERY, WARMUP + 2 * REVIVE_EVERY):
+        moved = sorted(changed(watched, step))
+        assert moved, "a test of nothing"
+        torch.testing.assert_close(seen.averages[step][moved], after.codebooks[step][moved])
+        assert not seen.moments[step][moved].any()
+        others = sorted(set(range(CODES)) - set(moved))
+        assert not torch.allclose(seen.averages[step][others], after.codebooks[step][others])
+        assert seen.moments[step][others].any()
+
+
 class EveryBatch(Callback):
     """The codebook and what the model gave, batch by batch."""
 
@@ -209,6 +242,18 @@ class Poison(Callback):
             return losses(images, u, noise)
 
         pl_module.tokenizer.training_losses = poisoned
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_skipped_step_makes_no_code_a_used_one(images):
+    """The nearest code of what is not a number is the first one."""
+    warmup = CodebookWarmup(1, 1, revive_every=100, revive_until=200)
+    before, _ = train(images, warmup, Poison(3), SkipBadSteps(3))
+    latents = torch.cat([before.latents[step].flatten(0, 1) for step in range(2, STEPS + 1)])
+    codes = torch.cat([before.codes[step].flatten() for step in range(2, STEPS + 1)])
+    finite = latents.isfinite().all(dim=-1)
+    assert int((~finite).sum()) == 3 * 8
+    assert torch.equal(warmup.counts, torch.bincount(codes[finite], minlength=CODES))
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of few loader workers
