@@ -13,8 +13,9 @@ from dar_lightning.sharding import own_slice
 
 
 class SkipBadSteps(Callback):
-    """Leaves weights and optimizer as they were in a step whose loss or gradients are NaN or infinite on any rank.
+    """Leaves the model and the optimizer as they were in a step whose loss or gradients are not finite on any rank.
 
+    Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step.
     Everything else goes on as if the step had been made: the data, the count of steps, the learning rate, and the
     moving average, which takes in the unchanged weights once more. Hence a run with a skipped step ends where it would
     have ended without it. With gradient accumulation, one bad batch costs the whole step.
@@ -23,6 +24,9 @@ class SkipBadSteps(Callback):
     which is how PyTorch's gradient scaler uses it. The price is one more reading of the gradients and, with several
     ranks, one reduction of a single number per step. The host reads the count one step late on a GPU, so a run ends
     after `max_in_a_row` bad steps or one more.
+
+    With `precision: 16-mixed`, gradients that are not finite although the loss is are what the loss scale finds its
+    size by: PyTorch's gradient scaler skips such a step, and it counts as no bad one.
 
     Logs `train/skipped_steps`, the number of steps skipped since the start of training.
 
@@ -36,6 +40,7 @@ class SkipBadSteps(Callback):
         self.max_in_a_row = max_in_a_row
         self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
         self._bad_loss: Tensor | None = None  # () bool, of the batches of this step
+        self._buffers: list[Tensor] | None = None  # before the first of them
         self._steps_done = 0
         self._read: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # copies of the counts on their way here
 
@@ -44,8 +49,12 @@ class SkipBadSteps(Callback):
             if not optimizer.defaults.get("fused"):
                 raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
         self.counts = self.counts.to(pl_module.device)
-        self._bad_loss, self._steps_done = None, trainer.global_step
+        self._bad_loss, self._buffers, self._steps_done = None, None, trainer.global_step
         self._read.clear()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self._buffers is None:
+            self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         bad = ~loss.detach().isfinite()
@@ -55,12 +64,16 @@ class SkipBadSteps(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [own for p in parameters if (own := own_slice(p.grad)).numel()]
         largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-        bad = (self._bad_loss | ~largest.isfinite()).float()
+        bad = self._bad_loss | ~largest.isfinite()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        flags = torch.stack([bad, self._bad_loss if scaled else bad]).float()  # what to skip, and what to count
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        optimizer.found_inf = bad
-        self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
-        self._bad_loss = None
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        optimizer.found_inf, counted = flags
+        for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
+            buffer.copy_(torch.where(optimizer.found_inf > 0, before, buffer))
+        self.counts = torch.stack([self.counts[0] + counted, (self.counts[1] + 1) * counted])
+        self._bad_loss, self._buffers = None, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._steps_done:  # gradients were only accumulated

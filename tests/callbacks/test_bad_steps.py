@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 
 from dar_lightning.callbacks import SkipBadSteps
 from dar_lightning.errors import UserError
@@ -83,6 +84,50 @@ def test_one_bad_batch_of_an_accumulated_step():
     assert torch.equal(module.weights[3], module.weights[1])
     assert not torch.equal(module.weights[5], module.weights[3])
     assert trainer.global_step == 3
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+
+
+class Normed(Line):
+    """With running statistics, and what they are after every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3, affine=False)
+        self.statistics: list[list[torch.Tensor]] = []
+
+    def training_step(self, batch, batch_idx):
+        inputs, poison = batch
+        return super().training_step((self.norm(inputs * poison[:, None]), poison), batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.statistics.append([buffer.clone() for buffer in self.buffers()])
+
+
+@pytest.mark.parametrize("bad", [2, 3])  # the first or the second batch of a step
+def test_a_skipped_step_leaves_running_statistics_as_they_were(bad, monkeypatch):
+    monkeypatch.setitem(globals(), "Line", Normed)
+    poison = [1.0] * 6
+    poison[bad] = float("nan")
+    module, _ = fit(poison, accumulate_grad_batches=2)
+    assert not all(statistic.isfinite().all() for statistic in module.statistics[2]) or bad == 3
+    assert all(torch.equal(*pair) for pair in zip(module.statistics[3], module.statistics[1], strict=True))
+    assert int(module.norm.num_batches_tracked) == 4
+    assert not torch.equal(module.norm.running_mean, module.statistics[3][0])
+    assert module.norm.running_mean.isfinite().all()
+
+
+def test_an_overflow_of_float16_is_the_gradient_scalers_business():
+    """Its scale finds its size in more steps than may be bad in a row; a loss that is no number counts."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    module, trainer = fit([1] * 60 + [float("nan")] + [1], plugins=plugin)
+    still = [torch.equal(*pair) for pair in itertools.pairwise(module.weights[:60])]
+    assert sum(still) > 3, "a test of nothing"
+    assert scaler.get_scale() < 2.0**60
+    assert not torch.equal(module.weights[-1], module.weights[-2])
+    assert torch.equal(module.weights[-2], module.weights[-3])
+    assert module.layer.weight.isfinite().all()
     assert trainer.callback_metrics["train/skipped_steps"] == 1
 
 
