@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback
 
-from dar_lightning.callbacks.log_step import is_log_step
+from dar_lightning.log_step import is_log_step
 from dar_lightning.metrics.codebook import CodebookUse
 
 

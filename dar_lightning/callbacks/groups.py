@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback
 
-from dar_lightning.callbacks.log_step import is_log_step, log_bins
+from dar_lightning.log_step import is_log_step, log_bins
 from dar_lightning.metrics.binned import BinnedMean
 
 

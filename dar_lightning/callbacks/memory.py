@@ -6,7 +6,7 @@ import sys
 import torch
 from lightning.pytorch import Callback
 
-from dar_lightning.callbacks.log_step import is_log_step
+from dar_lightning.log_step import is_log_step
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from dar_lightning.callbacks.log_step import is_log_step
+from dar_lightning.log_step import is_log_step
 
 
 class OptimizerMonitor(Callback):

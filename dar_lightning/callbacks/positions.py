@@ -5,10 +5,10 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from dar_lightning.callbacks.log_step import is_log_step, log_bins
 from dar_lightning.callbacks.pictures import draw, draws
 from dar_lightning.charts import line_chart
 from dar_lightning.errors import UserError
+from dar_lightning.log_step import is_log_step, log_bins
 from dar_lightning.metrics.binned import BinnedMean
 
 

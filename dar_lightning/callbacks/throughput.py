@@ -6,9 +6,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback
 
-from dar_lightning.callbacks.log_step import is_log_step
 from dar_lightning.errors import UserError
 from dar_lightning.flops import step_flops
+from dar_lightning.log_step import is_log_step
 
 
 class Throughput(Callback):

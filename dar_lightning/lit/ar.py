@@ -12,6 +12,7 @@ from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.lit.curves import StepMeans
 from dar_lightning.optim import OptimizerConfig, configure_adamw
 from dar_lightning.plan import TrainingPlan
 from dar_lightning.pretrained import build_config
@@ -51,6 +52,7 @@ class ARModule(LightningModule):
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
         self.optimizer = optimizer
+        self.step_means = StepMeans()
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
@@ -94,8 +96,10 @@ class ARModule(LightningModule):
         logits = self.ar(batch["label"], codes)  # (B, N, V)
         token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
         loss = token_loss.mean()
-        self.log("train/loss", loss.detach(), batch_size=len(codes))
         return {"loss": loss, "token_loss": token_loss.detach().view_as(codes)}
+
+    def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
+        self.step_means.add(self, {"loss": outputs["loss"]})
 
     def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
         return self._evaluate(batch, "val")

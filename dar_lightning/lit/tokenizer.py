@@ -13,6 +13,7 @@ from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
 from dar_lightning.finetune import init_from_pretrained
+from dar_lightning.lit.curves import StepMeans
 from dar_lightning.losses import AdversarialLoss, PerceptualLoss, RepaLoss
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.optim import OptimizerConfig, configure_adamw
@@ -72,6 +73,7 @@ class TokenizerModule(LightningModule):
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
         self.optimizer = optimizer
         self.time_sampling = time_sampling
+        self.step_means = StepMeans()
         if init_from is not None:
             init_from_pretrained(self.tokenizer, init_from)
         self.codebook_use = CodebookUse(config.codebook_size)
@@ -92,8 +94,12 @@ class TokenizerModule(LightningModule):
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
         losses = self.tokenizer.training_losses(images, u)
         loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(images))
-        return {"loss": loss} | {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
+        return {"loss": loss, "parts": parts} | {
+            name: losses[name] for name in ("latents", "codes", "flow_each", "group")
+        }
+
+    def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
+        self.step_means.add(self, outputs["parts"])
 
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
@@ -108,8 +114,8 @@ class TokenizerModule(LightningModule):
         Returns:
             The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
         """
-        parts = {name: losses[name] for name in ("flow", "vq", "commit")}
-        loss = losses["flow"] + codebook_factor * (losses["vq"] + losses["commit"])
+        parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
+        loss = parts["flow"] + parts["vq"] + parts["commit"]
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
             parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
             loss = loss + self.perceptual.weight * parts["perceptual"]

@@ -94,6 +94,15 @@ def windows(spy: Spy) -> dict[int, list]:
     return {step: [next(left) for _ in range(count)] for step, count in BATCHES.items()}
 
 
+def test_losses_are_of_all_batches_of_a_step(run):
+    logged, spy = run
+    assert list(logged["train/flow"]) == list(logged["train/loss"]) == list(BATCHES)
+    for step, batches in windows(spy).items():
+        first, second = (flow for *_, flow in batches[-2:])  # those of the step itself
+        assert first != second
+        assert logged["train/flow"][step] == pytest.approx((first + second) / 2, rel=1e-5)
+
+
 def group_of(u: float) -> int:
     return min(math.floor(u * GROUPS + 0.5), GROUPS - 1)
 

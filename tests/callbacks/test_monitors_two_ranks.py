@@ -81,6 +81,8 @@ def test_curves_are_of_both_ranks(images, tmp_path):
     both = {name: torch.cat([rank[name] for rank in ranks]) for name in ranks[0]}
     assert not torch.equal(ranks[0]["codes"], ranks[1]["codes"])
     assert logged["codebook/dead"][2] == pytest.approx(CODES - len(both["codes"].unique()), abs=1e-4)
+    step = [rank["flow_each"][-3:] for rank in ranks]  # a batch of three on each
+    assert logged["train/flow"][2] == pytest.approx(float(torch.cat(step).mean()), rel=1e-5)
     for group in both["group"].unique().tolist():
         expected = float(both["flow_each"][both["group"] == group].mean())
         assert logged[f"groups/train_flow_{group}"][2] == pytest.approx(expected, rel=1e-5)

@@ -37,7 +37,6 @@ def test_an_ar_step_runs_where_nothing_can_be_read(recompute):
 
 def check(module, batch: dict) -> None:
     """Tensors without data: every reading, and every shape that depends on values, is an error."""
-    module.log = module.log_dict = lambda *_, **__: None
     output = module.training_step(batch, 0)
     loss = output["loss"] if isinstance(output, dict) else output
     loss.backward()

@@ -99,7 +99,8 @@ def test_the_tokenizer_feels_it_from_start_step_on_and_gradients_are_clipped_apa
     module.log_dict = lambda values, **_: logged.append({name: float(value) for name, value in values.items()})
     before = copy.deepcopy(module.adversarial.state_dict())
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(accelerator="cpu", max_steps=4, gradient_clip_val=1e-3, limit_val_batches=0, **quiet)
+    quiet |= dict(limit_val_batches=0, log_every_n_steps=1)
+    trainer = Trainer(accelerator="cpu", max_steps=4, gradient_clip_val=1e-3, **quiet)
     trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
     for number, values in enumerate(logged):
         parts = values["train/flow"] + values["train/vq"] + values["train/commit"]

@@ -136,18 +136,18 @@ def test_losses_start_when_told(vgg_file, teacher):
     seen = {}
     for done in (2, 3, 4, 5):
         module._trainer = SimpleNamespace(global_step=done)
-        module.log_dict = lambda values, done=done, **_: seen.update({done: values})
         module.zero_grad()
         batch = {"image": torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)}
-        module.training_step(batch, 0)["loss"].backward()
+        output = module.training_step(batch, 0)
+        output["loss"].backward()
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
         assert bool(head.grad.any()) == (done == 5)
-        values = {name.removeprefix("train/"): float(value) for name, value in seen[done].items()}
+        values = seen[done] = {name: float(value) for name, value in output["parts"].items()}
         named = values["flow"] + values["vq"] + values["commit"]
         further = 0.5 * values.get("perceptual", 0) + 0.5 * values.get("repa", 0)
         assert values["loss"] == pytest.approx(named + further, rel=1e-5)
-    assert ["train/perceptual" in seen[done] for done in (2, 3, 4, 5)] == [False, True, True, True]
-    assert ["train/repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
+    assert ["perceptual" in seen[done] for done in (2, 3, 4, 5)] == [False, True, True, True]
+    assert ["repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -163,7 +163,8 @@ def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_pa
     batch = {"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
     before = module.tokenizer.decoder.repa_head[0].weight.detach().clone()
     ema = EMAWeightAveraging(decay=0.5, use_buffers=False)
-    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[ema])
+    options = dict(logger=False, enable_checkpointing=False, log_every_n_steps=1)
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[ema], **options)
     trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
     assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
     assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
