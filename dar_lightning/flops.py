@@ -4,10 +4,12 @@ import copy
 import warnings
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dar_lightning.data.transforms import to_float
@@ -20,8 +22,9 @@ def step_flops(module: LightningModule, batch: dict) -> int:
     """Operations of matrix products, convolutions and attention in one forward and backward pass over a batch.
 
     The loss networks count, with every loss as if it had started; the optimizer, and what activation checkpointing
-    computes twice, do not. A multiplication and an addition are two operations; causal attention counts in full. The
-    module, its networks and the state of the random numbers stay as they are.
+    computes twice, do not. A multiplication and an addition are two operations; the AR model's causal
+    attention counts half, as its queries see half of the keys on average and kernels leave out the others. The module,
+    its networks and the state of the random numbers stay as they are.
 
     Args:
         module: a TokenizerModule or ARModule.
@@ -35,9 +38,20 @@ def step_flops(module: LightningModule, batch: dict) -> int:
         inputs = {name: shapes.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
         with shapes, torch.device(module.device):
             twin = _twin(module)
-        with counter:
+        with counter, _HalfOfTheKeys():
             _loss(twin, inputs).backward()
     return counter.get_total_flops()
+
+
+class _HalfOfTheKeys(TorchFunctionMode):
+    """Turns causal attention into attention to the first half of the keys: the shapes are those of what it costs."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and kwargs.pop("is_causal", False):
+            query, *keys_and_values = args
+            args = (query, *(tensor[..., : tensor.shape[-2] // 2, :] for tensor in keys_and_values))
+        return func(*args, **kwargs)
 
 
 def _loss(twin: LightningModule, batch: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, write_vgg
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.flops import step_flops
@@ -19,12 +20,41 @@ def vgg_file(tmp_path_factory):
 
 
 def test_the_ar_model_in_closed_form():
-    """Per layer and token 2 per weight, and 4 N D for attention; the backward pass is twice that."""
+    """Per layer and token 2 per weight, and 4 D for each of N / 2 keys; the backward pass is twice that."""
     module = ARModule(ARConfig(**AR))
     dim, depth, ffn = AR["dim"], AR["depth"], module.ar.config.ffn_dim
-    per_token = depth * (2 * (4 * dim**2 + 3 * dim * ffn) + 4 * TOKENS * dim) + 2 * dim * CODES
+    per_token = depth * (2 * (4 * dim**2 + 3 * dim * ffn) + 4 * TOKENS // 2 * dim) + 2 * dim * CODES
     batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
     assert step_flops(module, batch) == 3 * 5 * TOKENS * per_token
+
+
+class Aligned:
+    """In the place of REPA: its projection is computed, and no teacher."""
+
+    weight, start_step, grid = 0.5, 0, 16
+
+    def has_started(self, step: int) -> bool:
+        return True
+
+    def __call__(self, projected, images, t):
+        return projected.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155), ("light", 457), ("v1", 1294)]
+)
+def test_the_sizes_of_the_paper(size, gflop):
+    """What docs and recipes say, of one image or sequence."""
+    image = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+    tokens = {"codes": torch.zeros(1, 256, dtype=torch.long), "label": torch.zeros(1, dtype=torch.long)}
+    with FakeTensorMode():
+        if size in ("light", "v1"):
+            module, batch = TokenizerModule(preset=size), image
+            module.repa = Aligned()
+        else:
+            module, batch = ARModule(preset=size), tokens
+    assert step_flops(module, batch) / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 def test_lpips_in_closed_form(vgg_file):
