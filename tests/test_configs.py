@@ -1,11 +1,14 @@
 """Every YAML under experiments/ parses against the code's signatures; every training config takes its first step."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import timm
 import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import Strategy
 from tiny_models import make_tokenizer, write_tokens, write_vgg
 
 from dar_lightning import ARConfig, TokenizerConfig
@@ -241,6 +244,16 @@ def test_recipes_on_machines(name, machine, capsys):
     if "light" in name and devices == 16:
         sizes = recipe["global_batch"], 16  # as its first lines say
     assert accumulation(*sizes, devices) >= 1
+
+
+def test_how_long_sharded_devices_wait():
+    """Unquoted, YAML 1.1 reads the time as a number."""
+    given = yaml.safe_load(CONFIGS[FSDP].read_text())["trainer"]
+    assert given["strategy"]["init_args"]["timeout"] == "0:30:00"
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Strategy, "strategy")
+    strategy = parser.instantiate_classes(parser.parse_object(given)).strategy
+    assert strategy._timeout == timedelta(minutes=30)
 
 
 def test_recipes_are_the_presets():

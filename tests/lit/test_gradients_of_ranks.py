@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from killable import run
 from lightning.pytorch import Callback, Trainer
-from tiny_models import AR, SIZE, TOKENIZER
+from tiny_models import AR, SIZE, TOKENIZER, fit_tokenizer
 
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.cli import main
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import ARModule, FSDP2Strategy, TokenizerModule
@@ -61,6 +62,14 @@ class Gradients(Callback):
         self.steps.append({name: whole(parameter.grad).clone() for name, parameter in named})
 
 
+class InBuckets(Callback):
+    """Fails where gradients have memory of their own beside DDP's buckets."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = [parameter.grad for parameter in pl_module.parameters()]
+        assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) < len(gradients) / 4
+
+
 def train(model: str, data: tuple[str, str], strategy: str, world: int, out: Path) -> None:
     torch.manual_seed(world)  # the ranks must agree on rank 0's weights, not on the seed
     if model == "ar":
@@ -107,3 +116,17 @@ def test_gradients(model, images, tokens, tmp_path):
                 size = max(float(gradient.abs().max()), 1e-4 * largest)
                 error = float((step[name] - gradient).abs().max()) / size
                 assert error < 1e-5, (strategy, name, error)
+
+
+def test_eight_gpus_keep_no_second_copy_of_gradients(images, tmp_path):
+    """Their layer on two ranks; accumulated gradients too."""
+    layer = Path(__file__).parents[2] / "experiments" / "trainer" / "8gpu.yaml"
+    words = [*fit_tokenizer(*images, tmp_path), f"--config={layer}", f"--trainer.callbacks+={__name__}.InBuckets"]
+    words += [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.max_steps=3",
+        "--trainer.limit_val_batches=0",
+    ]
+    words += ["--data.init_args.batch_size=2", "--global_batch=8"]
+    assert run(main, [str(word) for word in words], world=2) == [0, 0]
