@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+ROWS = """
+import os, signal, sys
+from pathlib import Path
+from faults import Bench
+
+folder = Path(sys.argv[1])
+first = Bench(folder / "one", 20, [""], folder / "faults.json")
+first.row("survived", 1, lambda: "well")
+first.row("broken", 1, lambda: {}["nothing"])
+second = Bench(folder / "two", 20, [""], folder / "faults.json")
+second.row("broken", 1, lambda: "mended")
+second.row("cut", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_benchmark_that_is_cut_keeps_its_finished_rows(tmp_path):
+    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, "-c", ROWS, tmp_path]
+    run = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=120, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert [(row["fault"], row["outcome"], row["passed"]) for row in rows] == [
+        ("survived", "well", True),
+        ("broken", "mended", True),
+    ]
+    assert "KeyError" in run.stdout.decode()
 
 
 @pytest.mark.slow
