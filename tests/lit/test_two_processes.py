@@ -14,7 +14,7 @@ import json, sys
 import torch
 from lightning.pytorch import Trainer
 from tiny_models import SIZE, TOKENIZER
-from dar_lightning.callbacks import CodebookWarmup, Reconstructions
+from dar_lightning.callbacks import EMA, CodebookWarmup, Reconstructions
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import TokenizerModule
 from dar_lightning.losses import AdversarialLoss
@@ -24,10 +24,10 @@ train, val, out, world = *sys.argv[1:4], int(sys.argv[4])
 torch.manual_seed(0)
 adversarial = AdversarialLoss(start_step=2, channels=4, depth=2)
 module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}), adversarial=adversarial)
-warmup = CodebookWarmup(2, 2, revive_every=2, revive_until=6)
+warmup, ema = CodebookWarmup(2, 2, revive_every=2, revive_until=6), EMA(0.5)
 options = dict(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", logger=False)
 options |= dict(enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0)
-trainer = Trainer(max_steps=5, callbacks=[warmup, Reconstructions()], **options)
+trainer = Trainer(max_steps=5, callbacks=[warmup, ema, Reconstructions()], **options)
 data = ImageNetDataModule(train, val, image_size=SIZE, batch_size=3)  # 7 images: rank 1 ends with padding alone
 drawn, original = [], module.tokenizer.training_losses
 
@@ -43,7 +43,9 @@ def spy(images, u=None, noise=None):
 before = trainer.validate(module, datamodule=data)[0]
 module.tokenizer.training_losses = spy
 trainer.fit(module, datamodule=data)
-shared = [module.tokenizer.quantizer.codebook.data, *adversarial.state_dict().values()]
+codebook = module.tokenizer.quantizer.codebook
+shared = [codebook.data, *trainer.optimizers[0].state[codebook].values(), *adversarial.state_dict().values()]
+shared += ema._average_model.state_dict().values()
 torch.save(shared, f"{out}.{trainer.global_rank}.pt")
 torch.save(warmup.state_dict(), f"{out}.{trainer.global_rank}.state.pt")
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
