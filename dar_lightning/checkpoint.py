@@ -78,20 +78,28 @@ def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bo
     Raises:
         UserError: if the file has no such weights.
     """
-    raw = next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
-    ema = "ema" if isinstance(checkpoint.get("ema"), Mapping) else None
-    if weights == "ema" and ema is None:
+    raw, ema = _raw_key(checkpoint), isinstance(checkpoint.get("ema"), Mapping)
+    if weights == "ema" and not ema:
         names = ", ".join(str(name) for name in checkpoint)[:200]
         raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {names}")
-    if weights == "ema" or (weights == "auto" and ema and (prefer_ema or raw is None)):
-        state = checkpoint[ema]
-    elif raw is not None:
-        state = checkpoint[raw]
-    elif ema is not None:
+    if weights == "raw" and ema and raw is None:
         raise UserError(f"{origin} holds only EMA weights: weights is 'raw'")
+    if takes_ema(checkpoint, weights, prefer_ema):
+        state = checkpoint["ema"]
     else:
-        state = checkpoint
+        state = checkpoint if raw is None else checkpoint[raw]
     return {_plain_name(name): tensor for name, tensor in state.items()}
+
+
+def takes_ema(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool) -> bool | None:
+    """Whether pick_weights takes EMA weights; None where the file does not tell what its only weights are."""
+    if not isinstance(checkpoint.get("ema"), Mapping):
+        return None
+    return weights == "ema" or (weights == "auto" and (prefer_ema or _raw_key(checkpoint) is None))
+
+
+def _raw_key(checkpoint: Mapping[str, Any]) -> str | None:
+    return next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
 
 
 def _plain_name(name: str) -> str:

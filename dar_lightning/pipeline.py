@@ -138,6 +138,11 @@ class DARPipeline:
         raise UserError(f"class {text!r} is unknown: give 0 to {self.ar.config.num_classes - 1}{names}")
 
     @property
+    def averaged(self) -> dict[str, bool | None]:
+        """Whether each model's weights are an average over training steps (EMA); None where nobody has noted it."""
+        return {"tokenizer": self.tokenizer.averaged, "ar": self.ar.averaged}
+
+    @property
     def device(self) -> torch.device:
         """Where the models are."""
         return self.ar.head.weight.device

@@ -46,11 +46,13 @@ class PretrainedMixin(
     """save_pretrained, from_pretrained and push_to_hub for a module that is built from one plain config dataclass.
 
     A subclass names that dataclass in `config_class` and keeps it in `self.config`, and names its folder within a
-    pipeline's in `pipeline_part`.
+    pipeline's in `pipeline_part`. `averaged` says whether the weights are an average over training steps (EMA), None if
+    nobody has noted it; it is saved with them.
     """
 
     config_class: type
     pipeline_part: str
+    averaged: bool | None = None
 
     def tables(self) -> dict[str, Tensor]:
         """Non-persistent buffers by name: no weights, but numbers that follow from the config."""
@@ -78,6 +80,7 @@ class PretrainedMixin(
         with atomic_path(save_directory / WEIGHTS_NAME) as part:
             save_file(tensors, part, metadata={"format": "pt"})
         header = {"model_type": type(self).__name__, "format_version": FORMAT_VERSION}
+        header |= {} if self.averaged is None else {"ema": self.averaged}
         text = json.dumps(header | self.config.to_dict(), indent=2) + "\n"
         write_text(save_directory / CONFIG_NAME, text)
 
@@ -129,10 +132,14 @@ class PretrainedMixin(
             raise UserError(
                 f"{folder / CONFIG_NAME} has format_version {version}: this dar_lightning reads {FORMAT_VERSION}"
             )
+        averaged = values.pop("ema", None)
+        if not isinstance(averaged, bool | None):
+            raise UserError(f"{folder / CONFIG_NAME}: ema is {averaged!r}, need true or false")
         config = build_config(cls.config_class, values, folder / CONFIG_NAME)
         tensors = read_safetensors(folder / WEIGHTS_NAME)
         model = outline(cls, config, tensors, folder / CONFIG_NAME)
         load_tensors(model, tensors, folder / WEIGHTS_NAME)
+        model.averaged = averaged
         return model.eval()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
-from dar_lightning.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint
+from dar_lightning.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint, takes_ema
 from dar_lightning.errors import UserError
 from dar_lightning.official import (
     AR_NAMES,
@@ -60,7 +60,9 @@ def load_official_tokenizer(
         raise UserError(f"{origin} carries a config that differs from the given one: pass none to use the file's")
     if not has_repa_head:
         warnings.warn(f"{origin} has no REPA head: the tokenizer is built without one", stacklevel=2)
-    return _convert(SequentialDiffusionTokenizer, ours, state, TOKENIZER_NAMES, origin)
+    model = _convert(SequentialDiffusionTokenizer, ours, state, TOKENIZER_NAMES, origin)
+    model.averaged = takes_ema(checkpoint, weights, prefer_ema=True)
+    return model
 
 
 def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto") -> ARModel:
@@ -80,7 +82,9 @@ def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, we
     """
     checkpoint, origin = _read(source)
     state = pick_weights(checkpoint, weights, prefer_ema=False, origin=origin)
-    return _convert(ARModel, ar_config(config, state), state, AR_NAMES, origin)
+    model = _convert(ARModel, ar_config(config, state), state, AR_NAMES, origin)
+    model.averaged = takes_ema(checkpoint, weights, prefer_ema=False)
+    return model
 
 
 def _read(source: Source) -> tuple[Mapping[str, Any], str]:
@@ -127,7 +131,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
             and had begun to average.
 
     Returns:
-        The model in evaluation mode; its attribute `averaged` says whether these are EMA weights.
+        The model in evaluation mode; its `averaged` says whether these are EMA weights.
 
     Raises:
         UserError: if the file cannot be read safely, is no such checkpoint, or has no such weights.

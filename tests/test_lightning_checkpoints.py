@@ -86,6 +86,7 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
         noted = json.loads((tmp_path / weights / "export.json").read_text())
         assert noted == {"checkpoint": str(path), "ema": weights != "raw"}
         again = ARModel.from_pretrained(tmp_path / weights)
+        assert again.averaged is (weights != "raw")
         assert again.config == CONFIG
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 

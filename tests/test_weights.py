@@ -100,7 +100,10 @@ def test_ema_or_raw_weights(official_state, official_config):
     raw, config = official_state("ar_a"), official_config("ar_a")["model"]
     ema = raw | {"norm.weight": raw["norm.weight"] + 1}
     both = {"model": raw, "ema": ema}
-    norms = {w: load_official_ar(both, config, weights=w).norm.weight for w in ("auto", "raw", "ema")}
+    loaded = {w: load_official_ar(both, config, weights=w) for w in ("auto", "raw", "ema")}
+    assert {w: model.averaged for w, model in loaded.items()} == {"auto": False, "raw": False, "ema": True}
+    assert load_official_ar({"model": raw}, config).averaged is None, "the file does not tell"
+    norms = {w: model.norm.weight for w, model in loaded.items()}
     assert torch.equal(norms["raw"], raw["norm.weight"])
     assert torch.equal(norms["ema"], ema["norm.weight"])
     assert torch.equal(norms["auto"], norms["raw"]), "the official AR sampler reads 'model'"

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 from dar_lightning.pipeline import EXPORTED, DARPipeline
-from dar_lightning.pretrained import read_json
+from dar_lightning.pretrained import PretrainedMixin, read_json
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint, load_lightning_checkpoint
 
@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
-    `export.json` in the folder says which checkpoint and which weights these are.
+    `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
@@ -36,17 +36,18 @@ def export(
         if shards is not None:
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
         model.save_pretrained(output)
-        _note(output, ckpt, model.averaged)
+        _note(output, ckpt, model)
         print(f"{output}: {type(model).__name__}, fingerprint {fingerprint(model)[:12]}")
         return
     if not isinstance(model, ARModel):
         raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
     classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
-    pipeline = DARPipeline(SequentialDiffusionTokenizer.from_pretrained(tokenizer), model, tuple(classes))
-    pipeline.save_pretrained(output)
-    _note(output, ckpt, model.averaged)
+    decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
+    DARPipeline(decoder, model, tuple(classes)).save_pretrained(output)
+    _note(output, ckpt, model, tokenizer=tokenizer, tokenizer_ema=decoder.averaged)
     print(f"{output}: pipeline of {model.config.num_classes} classes")
 
 
-def _note(output: Path, ckpt: Path, averaged: bool) -> None:
-    write_text(output / EXPORTED, json.dumps({"checkpoint": str(ckpt), "ema": averaged}, indent=2) + "\n")
+def _note(output: Path, ckpt: Path, model: PretrainedMixin, **beside: Any) -> None:
+    facts = {"checkpoint": str(ckpt), "ema": model.averaged, **beside}
+    write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
