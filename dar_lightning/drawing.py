@@ -1,4 +1,4 @@
-"""Images by (seed, class, number): each its own noise and tokens, whatever it is drawn beside."""
+"""Images by seed and number, or by seed, class and number: each its own noise and tokens, whatever is drawn beside."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.seeding import image_generator
+
+ROWS = 32  # images per forward pass, unless somebody wants another number
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,34 @@ def image_seed(seed: int, label: int, number: int) -> int:
     """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def draw_rows(
+    pipe: DARPipeline, members: Sequence[tuple[int, int]], seed: int, rows: int, options: dict[str, Any]
+) -> Tensor:
+    """Images of (number, label) pairs in one forward pass, each a function of (seed, number, label), bit by bit.
+
+    Matrix products round differently for batches of different sizes, in bfloat16 visibly. So the pass always has
+    `rows` rows, of which image i takes number i mod rows; the others repeat one of the images.
+
+    Args:
+        pipe: the pipeline.
+        members: at most one per row.
+        seed: with its number it seeds an image's generator.
+        rows: another number gives the same images up to rounding, and now and then another token.
+        options: of DARPipeline.generate.
+
+    Returns:
+        (n, 3, H, W) uint8, where the pipeline is.
+    """
+    filled = [members[0]] * rows
+    for number, label in members:
+        filled[number % rows] = (number, label)
+    generators = [image_generator(seed, number) for number, _ in filled]
+    labels = torch.tensor([label for _, label in filled])
+    images = to_uint8(pipe.generate(labels, generator=generators, **options))
+    return images[[number % rows for number, _ in members]]
 
 
 def draw(

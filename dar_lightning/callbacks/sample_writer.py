@@ -1,7 +1,9 @@
 """Drawn images into one npz, by any number of processes, which may be killed and started again."""
 
 import glob
+import hashlib
 import json
+import platform
 import signal
 from datetime import timedelta
 from importlib.metadata import version
@@ -19,9 +21,11 @@ from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.npz import write_npz
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
+from dar_lightning.metrics.drawn import PIXELS
 
 SETTINGS = "settings.json"
-FREE = ("pipeline", "versions")  # the same images may be drawn from a folder that has moved, by a later version
+FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that has moved, or that now says more
+RUNS = "drawn_by-*.json"  # in the folder of pieces: each machine and set of versions that drew some
 
 
 class SampleWriter(BasePredictionWriter):
@@ -29,7 +33,8 @@ class SampleWriter(BasePredictionWriter):
 
     Until all are drawn, the pieces of `data.LabelsDataModule` lie in `NAME.parts/`, each written whole or not at all,
     with the settings they were drawn with. The same command, started again, draws what is missing; with other settings
-    it is refused. A piece is in memory at a time, however many there are.
+    it is refused. A piece is in memory at a time, however many there are. The protocol lists every kind of device and
+    version that drew a piece.
 
     Args:
         output: the .npz file.
@@ -56,7 +61,10 @@ class SampleWriter(BasePredictionWriter):
             "precision": trainer.precision,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
-        self.settings["versions"] = {"dar_lightning": __version__, "torch": version("torch")}
+        self.drawn_by = {
+            "versions": {"dar_lightning": __version__, "torch": version("torch")},
+            "device": _device_name(trainer.strategy.root_device),
+        }
         self.open: dict[int, np.ndarray] = {}  # pieces that are being drawn, by their first number
         mistake, missing = None, []
         if trainer.is_global_zero:
@@ -76,15 +84,19 @@ class SampleWriter(BasePredictionWriter):
         Raises:
             UserError: what is there already was drawn with other settings.
         """
+        if self._done():
+            self._compare(self.protocol_path)
+            return []
         if (self.parts / SETTINGS).is_file():
             self._compare(self.parts / SETTINGS)
             return [piece for piece in self.data.pieces if not self._is_whole(piece)]
-        if not self.path.exists():
-            return self.data.pieces
-        if not self.protocol_path.is_file():
+        if self.path.exists():
             raise UserError(f"output: {self.path} is there, without its {self.protocol_path.name}; delete it or rename")
-        self._compare(self.protocol_path)
-        return []
+        return self.data.pieces
+
+    def _done(self) -> bool:
+        """The protocol is written last; pieces that lie there still were about to be deleted."""
+        return self.path.exists() and self.protocol_path.is_file()
 
     def _compare(self, path: Path) -> None:
         try:
@@ -104,7 +116,7 @@ class SampleWriter(BasePredictionWriter):
     def _is_whole(self, piece: range) -> bool:
         try:
             return np.load(self._file(piece), mmap_mode="r").shape == (len(piece), self.size, self.size, 3)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, EOFError):  # missing, cut, empty
             return False
 
     def write_on_batch_end(
@@ -131,6 +143,10 @@ class SampleWriter(BasePredictionWriter):
         # Not before: settings that no image can be drawn with would stand in the way of the right ones.
         if not (self.parts / SETTINGS).is_file():
             write_text(self.parts / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
+        text = json.dumps(self.drawn_by)
+        run = self.parts / RUNS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
+        if not run.is_file():  # a file for each kind, so that ranks need not agree who writes
+            write_text(run, text + "\n")
         with atomic_path(self._file(piece)) as part, open(part, "wb") as file:
             np.save(file, images)
 
@@ -147,12 +163,16 @@ class SampleWriter(BasePredictionWriter):
             torch.distributed.barrier(patient)
         if not trainer.is_global_zero:
             return
-        if self.parts.is_dir() or not self.path.exists():
+        if not self._done():
             missing = sum(not self._is_whole(piece) for piece in self.data.pieces)
             if missing:  # the Trainer was told to stop early
                 print(f"{self.path}: {missing} of {len(self.data.pieces)} pieces are missing; the same command goes on")
                 return
             self._join()
+        if self.parts.is_dir():
+            for file in self.parts.iterdir():
+                file.unlink()
+            self.parts.rmdir()
         print(f"{self.path}: {len(self.data.dataset)} images; how they were drawn is in {self.protocol_path.name}")
 
     def _join(self) -> None:
@@ -163,7 +183,11 @@ class SampleWriter(BasePredictionWriter):
         labels = np.array([dataset[number]["label"] for number in range(len(dataset))])
         pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
         digest = write_npz(self.path, pieces, (len(dataset), self.size, self.size, 3), labels)
-        write_text(self.protocol_path, json.dumps(self.settings | {"arr_0_sha256": digest}, indent=2) + "\n")
-        for file in self.parts.iterdir():
-            file.unlink()
-        self.parts.rmdir()
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
+        record = self.settings | {"drawn_by": runs, PIXELS: digest}
+        write_text(self.protocol_path, json.dumps(record, indent=2) + "\n")
+
+
+def _device_name(device: torch.device) -> str:
+    """What computes, by the maker's name where there is one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"

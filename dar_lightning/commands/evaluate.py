@@ -10,13 +10,14 @@ from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.distribution import distribution_figures
+from dar_lightning.metrics.drawn import drawn_facts, read_drawn
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import LinearProbe
 from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
-from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, load_lpips, reconstruction_metrics
+from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
 from dar_lightning.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
 from dar_lightning.pretrained import SHIPPED_NAMES, read_json, resolve_folder
@@ -47,7 +48,8 @@ def evaluate(
 
     Args:
         samples: an npz (`arr_0` uint8 (n, H, W, 3), optionally `labels`), a folder of images, a folder of WebDataset
-            shards, or a pipeline folder, which then draws class-balanced samples.
+            shards, or a pipeline folder, which then draws class-balanced samples. How an npz was drawn is read from the
+            JSON that `dar predict` and `dar sample` write beside it.
         reference: an npz, a folder of images or a folder of shards; or an npz of statistics (`mu`, `sigma`), such as
             ADM's reference batches, whose statistics are used as they are.
         features: the feature network: inception (FID), or mobilenet_v2, color_edges, a timm model or the import path of
@@ -68,7 +70,8 @@ def evaluate(
         num_steps: diffusion steps of a pipeline; left out, one per group of tokens.
         save_statistics: write the reference's statistics to this npz file, which is then a reference too.
         allow_duplicates: take samples that have an image twice.
-        batch_size: images at a time; the figures do not depend on it.
+        batch_size: images at a time, but for those that a pipeline draws; the figures depend on it no more than the
+            network's features do, by rounding.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Returns:
@@ -93,6 +96,7 @@ def evaluate(
         if wanted and reference_set is None:
             raise UserError(f"{option}: --reference {reference} has statistics only; give its images")
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
+    drawn = None
     folder = resolve_folder(samples) if samples in SHIPPED_NAMES else Path(samples)
     if (folder / PIPELINE_CONFIG).is_file():
         if paired:
@@ -102,10 +106,11 @@ def evaluate(
         count = len(reference_set) if num_samples is None else num_samples
         pipeline = DARPipeline.from_pretrained(folder).to(place)
         noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
-        sample_facts = {"pipeline": samples, "ema": "not noted by dar export"} | noted
+        sample_facts = {"pipeline": samples} | {name: noted[name] for name in ("checkpoint",) if name in noted}
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
         sample_set, sample_facts = open_images(samples, "--samples", image_size), {}
+        drawn = read_drawn(Path(samples))
         if num_samples not in (None, len(sample_set)):
             raise UserError(f"--num_samples {num_samples}: {samples} has {len(sample_set)} images")
     if paired and len(sample_set) != len(reference_set):
@@ -134,6 +139,8 @@ def evaluate(
         real = measured(reference_set, "--reference", None)
     size = real.size if real else reference_set.size if isinstance(reference_set, NpzImages) else None
     fake = measured(sample_set, "--samples", size, unique=not (allow_duplicates or paired))
+    if drawn is not None:
+        sample_facts = drawn_facts(drawn, Path(samples), "--samples", fake.sha256)
     gaussian = stored.statistics if use_stored else real.statistics
     reference_facts = {"npz": reference} if reference_set is None else dict(reference_set.protocol)
     reference_facts["n"] = gaussian.count
@@ -163,7 +170,7 @@ def evaluate(
         }
     if paired:
         metrics |= _reconstruction(sample_set, reference_set, batch_size, place, perceptual)
-        protocol["reconstruction"] = RECONSTRUCTION_PROTOCOL
+        protocol["reconstruction"] = reconstruction_protocol(perceptual)
     protocol["versions"] = versions()
     if save_statistics is not None:
         facts = {"features_sha256": feature_facts["sha256"], "image_size": list(fake.size)}
@@ -194,8 +201,7 @@ def _reconstruction(
     originals = with_progress(reference, batch_size, "pairs")
     for (reconstructed, _), (original, _) in zip(samples.batches(batch_size), originals, strict=True):
         metrics.update(reconstructed.to(device).float(), original.to(device).float())
-    # Identical images have an infinite PSNR, which JSON cannot hold.
-    return {name: value.item() if value.isfinite() else None for name, value in metrics.compute().items()}
+    return as_figures(metrics.compute())
 
 
 def _check_output(option: str, output: str | None) -> None:

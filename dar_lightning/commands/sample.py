@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from dar_lightning.ar.sampling import Guidance, read_guidance
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import choose_device
 from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
 from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
 from dar_lightning.files import atomic_path, write_text
+from dar_lightning.metrics.drawn import PIXELS
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.weights import fingerprint
@@ -140,17 +142,20 @@ def sample(
         whole = torch.cat([first[:, None], grid], dim=1)
         name = "layout.png" if layout is not None else "variations.png"
         save_png(image_grid(whole, rows, [title, *columns]), folder / name)
-    _save_arrays(torch.stack(images), torch.tensor([job.label for job in jobs]), folder)
+    pixels = _save_arrays(torch.stack(images), torch.tensor([job.label for job in jobs]), folder)
     given = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar, "classes": ",".join(map(str, labels))}
     given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
     given |= {"layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
     record = given | {
         "weights": weights,
+        "ema": pipe.averaged,
+        "steps": config.num_groups if num_steps is None else num_steps,
         "classes": rows,
         "command": command_line("sample", given | {"output": output}),
     }
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
+    record[PIXELS] = pixels
     write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
@@ -223,7 +228,10 @@ def _save_strips(strips: Tensor, rows: list[str], shown: list[int], frames: int,
     save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
 
 
-def _save_arrays(images: Tensor, labels: Tensor, folder: Path) -> None:
+def _save_arrays(images: Tensor, labels: Tensor, folder: Path) -> str:
+    """Write images (n, 3, H, W); returns what identifies them."""
+    pixels = images.permute(0, 2, 3, 1).numpy()
     # A file object, since savez would add .npz to a name.
     with atomic_path(folder / "samples.npz") as part, open(part, "wb") as file:
-        np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        np.savez_compressed(file, arr_0=pixels, labels=labels.numpy())
+    return set_sha256(image_digests(pixels))

@@ -1,12 +1,12 @@
 """The ADM sample format, written piece by piece: one array of images, larger than memory if need be."""
 
-import hashlib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.files import atomic_path
 
 
@@ -24,12 +24,12 @@ def write_npz(
         labels: (n,) integers.
 
     Returns:
-        SHA-256 of the array's bytes, in hexadecimal.
+        What identifies the images, see `data.pixels.set_sha256`.
 
     Raises:
         ValueError: if the pieces do not add up to the shape.
     """
-    digest, count = hashlib.sha256(), 0
+    digests = []
     with atomic_path(path) as part, zipfile.ZipFile(part, "w") as archive:
         # A ZipInfo of its own has a fixed date; numpy, too, asks for the format of members above 4 GB.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
@@ -38,13 +38,11 @@ def write_npz(
             for piece in pieces:
                 if piece.dtype != np.uint8 or piece.shape[1:] != tuple(shape[1:]):
                     raise ValueError(f"a piece is {piece.dtype} {piece.shape}: need uint8 (m, {shape[1:]})")
-                content = np.ascontiguousarray(piece).data
-                digest.update(content)
-                member.write(content)
-                count += len(piece)
-        if count != shape[0]:
-            raise ValueError(f"the pieces hold {count} images: need {shape[0]}")
+                member.write(np.ascontiguousarray(piece).data)
+                digests += image_digests(piece)
+        if len(digests) != shape[0]:
+            raise ValueError(f"the pieces hold {len(digests)} images: need {shape[0]}")
         if labels is not None:
             with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(labels, np.int64))
-    return digest.hexdigest()
+    return set_sha256(digests)

@@ -8,10 +8,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dar_lightning.ar.sampling import Guidance
-from dar_lightning.data.transforms import to_uint8
+from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
-from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.weights import fingerprint
 
@@ -19,9 +18,8 @@ from dar_lightning.weights import fingerprint
 class GenerationModule(LightningModule):
     """Draws images by number: each is a function of (seed, number, label), whatever the batch or the rank.
 
-    Matrix products round differently for batches of different sizes, in bfloat16 visibly. So every forward pass has
-    `rows` rows, of which image i takes number i mod rows; where a batch has fewer, the others repeat one of it. Numbers
-    that start and end at multiples of `rows` waste nothing.
+    Every forward pass has `rows` rows, see `drawing.draw_rows`. Numbers that start and end at multiples of `rows` waste
+    nothing.
 
     Args:
         pipeline: folder or Hugging Face repository of a pipeline.
@@ -47,7 +45,7 @@ class GenerationModule(LightningModule):
         solver: str = "adams2",
         num_steps: int | None = None,
         groups: int | None = None,
-        rows: int = 32,
+        rows: int = ROWS,
     ) -> None:
         super().__init__()
         if not 0 <= seed < 2**31:
@@ -84,6 +82,7 @@ class GenerationModule(LightningModule):
             "pipeline": self.path,
             "tokenizer_sha256": fingerprint(self.tokenizer),
             "ar_sha256": fingerprint(self.ar),
+            "ema": self.pipeline.averaged,
             "image_size": self.tokenizer.config.image_size,
             "seed": self.seed,
             "guidance": list(guidance) if isinstance(guidance, tuple | list) else guidance,
@@ -97,14 +96,6 @@ class GenerationModule(LightningModule):
         """{"index": (B,), "label": (B,)} -> uint8 images (B, 3, H, W)."""
         members = zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
         blocks = groupby(members, key=lambda member: member[0] // self.rows)
-        return torch.cat([self._draw(list(block)) for _, block in blocks])
-
-    def _draw(self, members: list[tuple[int, int]]) -> Tensor:
-        """Images of (number, label) pairs that belong into one forward pass."""
-        rows = [members[0]] * self.rows
-        for index, label in members:
-            rows[index % self.rows] = (index, label)
-        generators = [image_generator(self.seed, index) for index, _ in rows]
-        labels = torch.tensor([label for _, label in rows])
-        images = to_uint8(self.pipeline.generate(labels, generator=generators, **self.options))
-        return images[[index % self.rows for index, _ in members]]
+        return torch.cat(
+            [draw_rows(self.pipeline, list(block), self.seed, self.rows, self.options) for _, block in blocks]
+        )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import InceptionFeatures
 
-SUBSETS, SUBSET_SIZE, NEIGHBORS, SPLITS, SEED = 100, 1000, 3, 10, 2020  # torch-fidelity's defaults, ADM's too
+SUBSETS, SUBSET_SIZE, NEIGHBORS, SPLITS, SEED = 100, 1000, 3, 10, 2020  # torch-fidelity's defaults
 
 
 def distribution_figures(
@@ -51,12 +51,14 @@ def distribution_figures(
     kernel, suffix = ("KID", "") if name == "inception" else (f"KD-{name}", f"-{name}")
     figures = {
         kernel: kid["kernel_inception_distance_mean"],
-        f"{kernel}_std": kid["kernel_inception_distance_std"],
+        # subsets that are all of a set do not spread as draws from it would
+        **({f"{kernel}_std": kid["kernel_inception_distance_std"]} if size < fewest else {}),
         f"precision{suffix}": prc["precision"],
         f"recall{suffix}": prc["recall"],
     }
+    spread = " and std" if size < fewest else ""
     protocol = {
-        "kernel_distance": f"cubic kernel, unbiased, mean and std over {SUBSETS} subsets of {size}, seed {SEED}",
+        "kernel_distance": f"cubic kernel, unbiased, mean{spread} over {SUBSETS} subsets of {size}, seed {SEED}",
         "precision_recall": f"Kynkaanniemi et al., {NEIGHBORS} nearest neighbours, all images on both sides",
     }
     if isinstance(network, InceptionFeatures):

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.imagenet import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
-from dar_lightning.data.transforms import center_crop, to_tensor, to_uint8
+from dar_lightning.data.transforms import center_crop, to_tensor
+from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
-from dar_lightning.seeding import image_generator
 from dar_lightning.weights import fingerprint
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
@@ -42,7 +42,10 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Reads the set once, in order: of `world_size` ranks, this one gets images rank, rank + world_size, ..."""
+        """Reads the set once, in order: of `world_size` ranks, this one gets images rank, rank + world_size, ...
+
+        Where images are drawn, ranks take turns in whole batches.
+        """
 
 
 class NpzImages:
@@ -160,17 +163,24 @@ class DrawnImages:
     Args:
         pipeline: what draws, where it is.
         count: number of images.
-        seed: with i it seeds the generator of image i, so that batch size and order do not matter.
+        seed: with i it seeds the generator of image i, so that order and ranks do not matter.
         num_steps: diffusion steps; None is one per group of tokens.
+        rows: images per forward pass, and per batch, whatever batch size is asked for: it changes the rounding.
         options: of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
     """
 
     labelled = True
 
     def __init__(
-        self, pipeline: DARPipeline, count: int, seed: int, num_steps: int | None = None, **options: Any
+        self,
+        pipeline: DARPipeline,
+        count: int,
+        seed: int,
+        num_steps: int | None = None,
+        rows: int = ROWS,
+        **options: Any,
     ) -> None:
-        self.pipeline, self.count, self.seed = pipeline, count, seed
+        self.pipeline, self.count, self.seed, self.rows = pipeline, count, seed, rows
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         # What `generate` does without these is said in the protocol, too.
         defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"}
@@ -181,21 +191,22 @@ class DrawnImages:
         return {
             "tokenizer_sha256": fingerprint(self.pipeline.tokenizer),
             "ar_sha256": fingerprint(self.pipeline.ar),
+            "ema": self.pipeline.averaged,
             "classes": "balanced: image i is of class i mod num_classes",
             "seed": self.seed,
             "steps": self.num_steps,
+            "rows": self.rows,
         } | self.options
 
     def __len__(self) -> int:
         return self.count
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        mine = torch.arange(rank, self.count, world_size)
-        for numbers in mine.split(batch_size) if len(mine) else ():
+        options = self.options | {"num_steps": self.num_steps}
+        for numbers in torch.arange(self.count).split(self.rows)[rank::world_size]:
             labels = numbers % self.pipeline.ar.config.num_classes
-            generators = [image_generator(self.seed, number) for number in numbers.tolist()]
-            images = self.pipeline.generate(labels, num_steps=self.num_steps, generator=generators, **self.options)
-            yield to_uint8(images).cpu(), labels
+            members = list(zip(numbers.tolist(), labels.tolist(), strict=True))
+            yield draw_rows(self.pipeline, members, self.seed, self.rows, options).cpu(), labels
 
 
 def open_images(source: str, option: str, image_size: int | None) -> ImageSet:

@@ -1,11 +1,11 @@
 """One pass over a set of images: statistics of their features, and whether the set is what it should be."""
 
-import hashlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.images import ImageSet, with_progress
@@ -17,7 +17,7 @@ class Measured(NamedTuple):
     Attributes:
         statistics: of the features.
         size: of the images, (H, W).
-        sha256: of all pixels, in order: equal for equal sets, wherever they lie.
+        sha256: of all pixels, in order (`data.pixels.set_sha256`): equal for equal sets, wherever they lie.
         features: (n, D) float32, if they were to be kept.
         labels: (n,) int64, if features are kept and the set has labels.
     """
@@ -59,7 +59,7 @@ def measure(
     if len(images) < 2:
         raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
     statistics, brightest, kept, all_labels = None, 0, [], []
-    digest, places, number = hashlib.sha256(), {}, 0
+    digests, places = [], {}
     for pixels, labels in with_progress(images, batch_size, option):
         size = size or tuple(pixels.shape[2:])
         if tuple(pixels.shape[2:]) != size:
@@ -68,15 +68,14 @@ def measure(
                 f"{size[0]}x{size[1]}; bring them to one size"
             )
         brightest = max(brightest, int(pixels.max()))
-        for image in pixels:
-            name = hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
-            digest.update(name)
-            if unique and (first := places.setdefault(name, number)) < number:
+        for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()):
+            number = len(digests)
+            if unique and (first := places.setdefault(digest, number)) < number:
                 raise UserError(
                     f"{option}: has an image twice, numbers {first} and {number}; were samples of one seed put "
                     "together? --allow_duplicates takes them as they are"
                 )
-            number += 1
+            digests.append(digest)
         values = network(pixels.to(device))
         if values.shape[:-1] != pixels.shape[:1]:
             raise UserError(
@@ -95,7 +94,7 @@ def measure(
     return Measured(
         Gaussian(gaussian.mean.cpu(), gaussian.covariance.cpu(), gaussian.count),
         size,
-        digest.hexdigest(),
+        set_sha256(digests),
         torch.cat(kept) if keep else None,
         torch.cat(all_labels) if labelled else None,
     )

@@ -1,5 +1,7 @@
 """PSNR, SSIM and LPIPS of reconstructions, on the 8-bit images that a viewer would see."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -8,6 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from dar_lightning.data.transforms import to_float
 from dar_lightning.losses import PerceptualLoss
 from dar_lightning.losses.frozen import FrozenNetwork
+from dar_lightning.metrics.features import fingerprint
 
 # Recorded beside every value: the figures change with each of these choices.
 RECONSTRUCTION_PROTOCOL = {
@@ -15,8 +18,8 @@ RECONSTRUCTION_PROTOCOL = {
     "data_range": 255,
     "psnr": "mean over images, each over all pixels and channels",
     "ssim": "mean over images, Gaussian window 11x11, sigma 1.5, each RGB channel, borders reflected and counted",
-    "lpips": "where it is there: VGG16, version 0.1 heads, images in [-1, 1] at their own size, mean over images",
 }
+LPIPS_PROTOCOL = "VGG16, version 0.1 heads, images in [-1, 1] at their own size, mean over images"
 
 
 class Lpips(Metric):
@@ -57,6 +60,18 @@ def load_lpips(weights: str) -> FrozenNetwork:
         UserError: the file is no VGG16, or the download fails.
     """
     return PerceptualLoss(weights_path=None if weights == "download" else weights).distance
+
+
+def reconstruction_protocol(lpips: FrozenNetwork | None = None) -> dict[str, Any]:
+    """What the figures of reconstruction_metrics(lpips) depend on, for JSON."""
+    if lpips is None:
+        return dict(RECONSTRUCTION_PROTOCOL)
+    return RECONSTRUCTION_PROTOCOL | {"lpips": LPIPS_PROTOCOL, "lpips_sha256": fingerprint(lpips.network)}
+
+
+def as_figures(values: dict[str, Tensor]) -> dict[str, float | None]:
+    """Scalars for JSON, which cannot hold the infinite PSNR of identical images: None."""
+    return {name: value.item() if value.isfinite() else None for name, value in values.items()}
 
 
 def reconstruction_metrics(lpips: FrozenNetwork | None = None) -> MetricCollection:

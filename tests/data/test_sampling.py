@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from tiny_models import CLASSES, GROUPS, SIZE, make_pipeline
 
 from dar_lightning import DARPipeline
+from dar_lightning.callbacks import sample_writer
 from dar_lightning.cli import main
 from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.transforms import to_uint8
@@ -102,7 +104,8 @@ def test_the_protocol_lies_beside(whole):
     expected |= {"groups": GROUPS, "num_tokens": 8, "image_size": SIZE, "dtype": "float32", "device": "cpu"}
     assert expected.items() <= protocol.items()
     with np.load(whole) as found:
-        assert hashlib.sha256(found["arr_0"].tobytes()).hexdigest() == protocol["arr_0_sha256"]
+        digests = b"".join(hashlib.sha256(image.tobytes()).digest() for image in found["arr_0"])
+    assert hashlib.sha256(digests).hexdigest() == protocol["pixels_sha256"]
 
 
 def test_a_finished_one_is_left_alone(pipeline, whole, capsys):
@@ -187,6 +190,31 @@ def test_a_trainer_that_stops_early(pipeline, whole, tmp_path, capsys):
     assert not output.exists()
     main(command(pipeline, output))
     assert output.read_bytes() == whole.read_bytes()
+
+
+def test_every_kind_of_machine_that_drew_is_named(pipeline, whole, tmp_path, monkeypatch):
+    """A run goes on elsewhere; of a piece that was cut to nothing, nothing is left but its name."""
+    output = tmp_path / "x.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_writer, "_device_name", lambda device: "another machine")
+        main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
+    (tmp_path / "x.parts/0000000.npy").write_bytes(b"")
+    main(command(pipeline, output))
+    assert output.read_bytes() == whole.read_bytes()
+    runs = json.loads(output.with_suffix(".json").read_text())["drawn_by"]
+    here = sample_writer._device_name(torch.device("cpu"))
+    assert sorted(run["device"] for run in runs) == sorted(["another machine", here])
+    assert all(run["versions"]["torch"] for run in runs)
+
+
+def test_pieces_that_a_kill_left_behind_are_cleared_away(pipeline, whole, tmp_path):
+    for suffix in (".npz", ".json"):
+        shutil.copy(whole.with_suffix(suffix), tmp_path / f"x{suffix}")
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts/settings.json").write_text(whole.with_suffix(".json").read_text())
+    main(command(pipeline, tmp_path / "x.npz"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
+    assert (tmp_path / "x.npz").read_bytes() == whole.read_bytes()
 
 
 def test_per_class_and_fewer_classes():

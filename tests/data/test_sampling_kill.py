@@ -59,11 +59,11 @@ def left(output: Path) -> list[str]:
     [
         # before the settings have their name, before the second piece has, then in the first batch of the third
         (
-            [("replace", 1, signal.SIGKILL), ("replace", 3, signal.SIGKILL), ("predict_step", 3, signal.SIGKILL)],
+            [("replace", 1, signal.SIGKILL), ("replace", 4, signal.SIGKILL), ("predict_step", 3, signal.SIGKILL)],
             [0, 1, 2],
         ),
         # all pieces are there; neither npz nor protocol has its name yet; then the npz has
-        ([("replace", 7, signal.SIGKILL), ("replace", 2, signal.SIGKILL)], [5, 5]),
+        ([("replace", 8, signal.SIGKILL), ("replace", 2, signal.SIGKILL)], [5, 5]),
         # asked to end, as by a batch system: after the batch
         ([("predict_step", 4, signal.SIGTERM)], [2]),
     ],

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("torch_fidelity")
 
 from dar_lightning.errors import UserError
+from dar_lightning.metrics import distribution
 from dar_lightning.metrics.color_edges import ColorEdges
 from dar_lightning.metrics.distribution import distribution_figures
 
@@ -55,7 +56,16 @@ def test_kernel_distance_by_its_definition():
     expected = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
     found, protocol = distribution_figures(torch.from_numpy(x), torch.from_numpy(y), "color_edges", ColorEdges(), CPU)
     assert found["KD-color_edges"] == pytest.approx(expected, rel=1e-6)
-    assert "100 subsets of 12" in protocol["kernel_distance"]
+    assert "mean over 100 subsets of 12" in protocol["kernel_distance"]
+    assert "KD-color_edges_std" not in found, "a hundred times the same subset"
+
+
+def test_subsets_that_differ_have_a_deviation(monkeypatch):
+    monkeypatch.setattr(distribution, "SUBSET_SIZE", 20)
+    samples, reference = two_modes(30, 6) / 50, two_modes(40, 7) / 50
+    found, protocol = distribution_figures(samples, reference, "color_edges", ColorEdges(), CPU)
+    assert found["KD-color_edges_std"] > 0
+    assert "mean and std over 100 subsets of 20" in protocol["kernel_distance"]
 
 
 def test_too_few_images_are_one_line():
