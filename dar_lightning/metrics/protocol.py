@@ -1,4 +1,4 @@
-"""The protocol that stands beside every figure, and whether two figures have the same one."""
+"""The protocol that stands beside every figure, in JSON."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,6 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
 FRECHET = "float64, unbiased covariances"
-PLACES = ("npz", "folder", "shards", "statistics_of")  # of a set that a hash identifies
 
 
 def versions() -> dict[str, str]:
@@ -44,33 +43,3 @@ def read_figures(path: str | Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"--files: {path} has no metrics and protocol; give files that dar evaluate wrote")
     return result
-
-
-def first_difference(protocol: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """What makes figures of two protocols incomparable: "field: value, other value", or None if nothing does.
-
-    How the samples were made is what figures compare: of them, only the number must be equal. Sets with hashes may lie
-    anywhere. Versions may differ; they are kept to explain what nothing else does.
-    """
-    mine, theirs = _comparable(protocol), _comparable(other)
-    for field in sorted(mine.keys() | theirs.keys()):
-        if mine.get(field) != theirs.get(field):
-            return f"{field}: {mine.get(field)}, {theirs.get(field)}"
-    return None
-
-
-def _comparable(protocol: dict[str, Any]) -> dict[str, Any]:
-    samples = {"n": protocol.get("samples", {}).get("n")}
-    rest = {name: value for name, value in protocol.items() if name not in ("samples", "versions")}
-    return dict(_flat({"samples": samples} | rest, ""))
-
-
-def _flat(values: dict[str, Any], prefix: str):
-    identified = "sha256" in values or "statistics_sha256" in values
-    for name, value in values.items():
-        if identified and name in PLACES:
-            continue
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

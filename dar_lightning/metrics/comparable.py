@@ -1,0 +1,96 @@
+"""Which parts of a protocol a figure depends on, and so when two figures can be compared.
+
+How the samples were made is what figures compare: of them, only the number must be equal. Sets are the same if their
+pixels are, wherever they lie and however they were cropped. Versions are kept to explain what nothing else does.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# kind of figure -> parts of the protocol, and what of the reference
+DEPENDS = {
+    "FD": (("features", "frechet"), "statistics"),
+    "KD": (("features", "kernel_distance"), "images"),
+    "precision": (("features", "precision_recall"), "images"),
+    "recall": (("features", "precision_recall"), "images"),
+    "IS": (("features", "IS"), None),
+    "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), "images"),
+    "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), "images"),
+    "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), "images"),
+    "probe_accuracy_samples": (("features", "probe"), None),
+    "probe_accuracy_reference": (("features", "probe"), "images"),
+}
+SET = ("n", "sha256")  # what identifies a set of images
+
+
+def common_name(name: str, protocol: dict[str, Any]) -> str:
+    """A figure's name without its network's and without the callbacks' r or g: FD for FID, rFID and gFD-<name>."""
+    network = protocol.get("features", {}).get("name")
+    name = name if network is None else name.replace(f"-{network}", "")
+    name = re.sub(r"^[rg]?(FID|FD)$", "FD", name)
+    name = re.sub(r"^KID", "KD", name)
+    return name[1:].lower() if name in ("rPSNR", "rSSIM", "rLPIPS") else name
+
+
+def differences(name: str, protocol: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+    """What makes a figure incomparable under two protocols: {field: "value, other value"}, empty if nothing does.
+
+    Args:
+        name: its common name; one that is not known here depends on everything but the samples and the versions.
+        protocol: of one file.
+        other: of the other.
+    """
+    mine, theirs = (dict(_facts(name, one)) for one in (protocol, other))
+    found = {
+        field: f"{_shown(mine.get(field))}, {_shown(theirs.get(field))}"
+        for field in sorted(mine.keys() | theirs.keys())
+        if mine.get(field) != theirs.get(field) and (field != "reference.n" or (field in mine and field in theirs))
+    }
+    for field in ("reference.sha256", "probe.train.sha256"):
+        if field in mine and mine[field] is None and theirs.get(field) is None:
+            found[field] = "written down in neither"
+    return found
+
+
+def _facts(name: str, protocol: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    parts, of_reference = DEPENDS.get(name.removesuffix("_std"), (None, "images"))
+    if parts is None:
+        parts = [part for part in protocol if part not in ("samples", "reference", "versions", "image_size")]
+    if name != "probe_accuracy_reference":
+        yield "samples.n", protocol.get("samples", {}).get("n")
+    yield "image_size", protocol.get("image_size")
+    for part in parts:
+        value = protocol
+        for step in part.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+        yield from _flat(value, part)
+    if of_reference is not None:
+        yield from _reference(protocol.get("reference", {}), of_reference == "statistics")
+
+
+def _reference(reference: dict[str, Any], statistics: bool) -> Iterator[tuple[str, Any]]:
+    """What identifies it: pixels, or for a Frechet distance stored statistics, where their pixels are not known."""
+    while statistics and "statistics_of" in reference:
+        reference = reference["statistics_of"]
+    if statistics and "statistics" in reference:
+        yield "reference.statistics_sha256", reference.get("statistics_sha256")
+        return
+    if "statistics" not in reference:  # whose n is another set's
+        yield "reference.n", reference.get("n")
+    yield "reference.sha256", reference.get("sha256")
+
+
+def _flat(value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield field, value
+        return
+    is_set = "n" in value and "sha256" in value
+    for name, inner in value.items():
+        if not is_set or name in SET:
+            yield from _flat(inner, f"{field}.{name}")
+
+
+def _shown(value: Any) -> str:
+    """Hashes by their first digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
