@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from dar_lightning.data.pixels import set_sha256
 from dar_lightning.errors import UserError
 from dar_lightning.losses.frozen import FrozenNetwork
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.measure import float64_device
 from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
 
@@ -23,14 +25,18 @@ class FrechetCallback(Callback):
     wherever it stands in the list of callbacks. The feature network and the statistics belong to the callback, so
     checkpoints and EMA copies do not have them.
 
-    Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it.
+    Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
+    file of `dar validate`, whose steps are not those of training, replaces none that is there.
 
     Args:
         prefix: of the name: "r" gives val/rFID, and val/rFD-<name> with any other network than Inception.
         features: a feature network's name, see `metrics.features.load_features`.
         features_weights: a local file of its weights; None downloads them.
-        every_n_steps: measure in validations at multiples of so many training steps, whenever the run was resumed.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps, whenever the
+            run was resumed; `dar validate` always measures.
     """
+
+    due = False  # whether the validation at hand is to be measured
 
     def __init__(self, prefix: str, features: str, features_weights: str | None, every_n_steps: int):
         if every_n_steps < 1:
@@ -41,6 +47,8 @@ class FrechetCallback(Callback):
         self.features, self.features_weights = features, features_weights
         self.every_n_steps = every_n_steps
         self.reference: Gaussian | None = None  # measured once
+        self._measured_at = 0  # training step of the last measurement
+        self._checkpoint_averaged: bool | None = None
         self._network: FrozenNetwork | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,9 +56,27 @@ class FrechetCallback(Callback):
             option = f"{type(self).__name__}: features"
             self._network = FrozenNetwork(load_features(self.features, self.features_weights, option))
 
-    def due(self, trainer: Trainer) -> bool:
-        """Whether this validation is to be measured."""
-        return not trainer.sanity_checking and trainer.global_step % self.every_n_steps == 0
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"measured_at": self._measured_at}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._measured_at = state_dict["measured_at"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Outside of training, what a checkpoint calls "state_dict" is used: the average, if it has one.
+        self._checkpoint_averaged = "current_model_state" in checkpoint
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        passed = trainer.global_step // self.every_n_steps > self._measured_at // self.every_n_steps
+        self.due = not trainer.sanity_checking and (passed or not _training(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.due and _training(trainer):
+            self._measured_at = trainer.global_step
 
     def measured(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) -> features (B, D)."""
@@ -72,23 +98,48 @@ class FrechetCallback(Callback):
         except ValueError as error:
             raise UserError(f"{type(self).__name__}: {error}; validate on more images") from error
 
-    def report(self, trainer: Trainer, samples: Gaussian, protocol: dict[str, Any]) -> float:
-        """The distance to the reference; rank 0 writes it down."""
-        value = frechet_distance(samples, self.reference)
-        if trainer.is_global_zero:
-            averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-            facts = {
-                "step": trainer.global_step,
-                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-                "ema": averaged,
-                "n": samples.count,
-            }
-            path = Path(trainer.default_root_dir) / "evaluation" / f"{self.name}-{trainer.global_step:07d}.json"
-            network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
-            common = {"features": network, "frechet": FRECHET, "versions": versions()}
-            write_figures(path, {self.name: value}, protocol | common | {"samples": facts | protocol["samples"]})
-        return value
+    @staticmethod
+    def pixels_of_ranks(trainer: Trainer, digests: dict[int, bytes]) -> str:
+        """What identifies a set (`data.pixels`), of whose images this rank has digests by number."""
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, digests)
+            digests = {number: digest for part in parts for number, digest in part.items()}
+        return set_sha256(digest for _, digest in sorted(digests.items()))
+
+    def averaged(self, trainer: Trainer) -> bool | None:
+        """Whether the weights that are measured are an average over training steps; None where nothing tells."""
+        if _training(trainer):
+            return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        return self._checkpoint_averaged
+
+    def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:
+        """Rank 0 writes down the distance, other figures, and what they depend on."""
+        if not trainer.is_global_zero:
+            return
+        facts = {
+            "step": trainer.global_step if _training(trainer) else None,
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "precision": trainer.precision,
+            "n": samples.count,
+        }
+        network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
+        common = {"features": network, "frechet": FRECHET, "versions": versions()}
+        protocol = protocol | common | {"samples": facts | protocol["samples"]}
+        write_figures(self._file(trainer), {self.name: value} | others, protocol)
+
+    def _file(self, trainer: Trainer) -> Path:
+        stem = f"{self.name}-{trainer.global_step:07d}"
+        path, number = Path(trainer.default_root_dir) / "evaluation" / f"{stem}.json", 1
+        while path.exists() and not _training(trainer):
+            number += 1
+            path = path.with_name(f"{stem}-{number}.json")
+        return path
 
     def log_distance(self, pl_module: LightningModule, value: float) -> None:
         """Log under `val/`; every rank has the same value."""
         pl_module.log(f"val/{self.name}", torch.tensor(value, dtype=torch.float32), sync_dist=True)
+
+
+def _training(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING

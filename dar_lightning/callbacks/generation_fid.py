@@ -6,9 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from dar_lightning.callbacks.frechet import FrechetCallback
+from dar_lightning.data.pixels import image_digests
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import feature_protocol
-from dar_lightning.metrics.frechet import Gaussian
+from dar_lightning.metrics.frechet import Gaussian, frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of
 from dar_lightning.pipeline import DARPipeline
@@ -25,7 +26,7 @@ class GenerationFID(FrechetCallback):
     Args:
         tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
         reference: shards, a folder of images or an npz; or an npz of statistics, such as ADM's reference batches.
-        num_samples: images to draw in all, 2 or more and one per rank at least. Papers draw 50,000.
+        num_samples: images to draw in all, 2 or more. Papers draw 50,000.
         features: feature network: inception, mobilenet_v2, color_edges, a timm model or a class path.
         features_weights: a local file of its weights; None downloads them.
         seed: of the images.
@@ -35,8 +36,9 @@ class GenerationFID(FrechetCallback):
         top_p: keep the most likely tokens with this much probability.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        batch_size: images at a time and per rank.
-        every_n_steps: measure in validations at multiples of so many training steps; 1 measures in all.
+        batch_size: images at a time and per rank. Another number changes those that are drawn by rounding.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
+            in all.
     """
 
     def __init__(
@@ -74,33 +76,35 @@ class GenerationFID(FrechetCallback):
             return
         if not hasattr(pl_module, "ar"):
             raise UserError(f"GenerationFID: {type(pl_module).__name__} has no AR model; ReconstructionFID is for it")
-        if self.num_samples < max(2, trainer.world_size):
-            raise UserError(
-                f"GenerationFID: num_samples is {self.num_samples}, need {max(2, trainer.world_size)} or more"
-            )
+        if self.num_samples < 2:
+            raise UserError(f"GenerationFID: num_samples is {self.num_samples}, need 2 or more")
         self._tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer_path).requires_grad_(False)
         DARPipeline(self._tokenizer, pl_module.ar)  # says so if they do not belong together
         self._images = self._open_reference(trainer.world_size)
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if batch_idx or dataloader_idx or not self.due(trainer):
+        if batch_idx or dataloader_idx or not self.due:
             return
         if self.reference is None:
-            self.reference = self._statistics(self._images, trainer, pl_module)
-            self._reference_facts["n"] = self.reference.count
+            digests: dict[int, bytes] = {}
+            self.reference = self._statistics(self._images, trainer, pl_module, digests)
+            self._reference_facts |= {"n": self.reference.count, "sha256": self.pixels_of_ranks(trainer, digests)}
         pipeline = DARPipeline(self._tokenizer.to(pl_module.device), pl_module.ar)
-        drawn = DrawnImages(pipeline, self.num_samples, self.seed, **self.options)
+        drawn = DrawnImages(pipeline, self.num_samples, self.seed, rows=self.batch_size, **self.options)
         size = self._tokenizer.config.image_size
+        ema = {"tokenizer": self._tokenizer.averaged, "ar": self.averaged(trainer)}
         protocol = {
-            "samples": drawn.protocol if trainer.is_global_zero else {},
+            "samples": drawn.protocol | {"ema": ema} if trainer.is_global_zero else {},
             "reference": self._reference_facts,
             "image_size": [size, size],
         }
-        self._value = self.report(trainer, self._statistics(drawn, trainer, pl_module), protocol)
+        samples = self._statistics(drawn, trainer, pl_module)
+        self._value = frechet_distance(samples, self.reference)
+        self.report(trainer, self._value, samples, {}, protocol)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.due(trainer):
+        if self.due:
             self.log_distance(pl_module, self._value)
 
     def _open_reference(self, world_size: int) -> ImageSet | None:
@@ -112,6 +116,7 @@ class GenerationFID(FrechetCallback):
             if check_fits(stored, self.source, self.features, sha256):
                 self.reference = stored.statistics
                 facts = {"statistics": "mu and sigma as stored", "statistics_sha256": sha256_of(stored.statistics)}
+                facts |= {} if stored.protocol is None else {"statistics_of": stored.protocol}
                 self._reference_facts = {"npz": self.source, "n": stored.statistics.count} | facts
                 return None
         images = open_images(self.source, option, size)
@@ -120,8 +125,14 @@ class GenerationFID(FrechetCallback):
         self._reference_facts = dict(images.protocol)
         return images
 
-    def _statistics(self, images: ImageSet, trainer: Trainer, pl_module: LightningModule) -> Gaussian:
-        """Of a set of which every rank measures its share."""
+    def _statistics(
+        self,
+        images: ImageSet,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        digests: dict[int, bytes] | None = None,
+    ) -> Gaussian:
+        """Of a set of which every rank measures its share; `digests` of images, by number, are added where given."""
         statistics, size = None, self._tokenizer.config.image_size
         for pixels, _ in images.batches(self.batch_size, trainer.global_rank, trainer.world_size):
             if pixels.shape[2:] != (size, size):
@@ -130,4 +141,9 @@ class GenerationFID(FrechetCallback):
                     f"makes {size}x{size}"
                 )
             statistics = self.added(statistics, self.measured(pixels.to(pl_module.device)))
+            if digests is not None:
+                for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()):
+                    digests[trainer.global_rank + len(digests) * trainer.world_size] = digest
+        if statistics is None:  # more ranks than batches
+            statistics = self.added(None, torch.zeros(0, len(self.reference.mean), device=pl_module.device))
         return self.gathered(statistics)

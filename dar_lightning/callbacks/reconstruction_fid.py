@@ -6,10 +6,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from dar_lightning.callbacks.frechet import FrechetCallback
+from dar_lightning.data.pixels import image_digests
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
-from dar_lightning.metrics.frechet import FeatureStatistics
-from dar_lightning.metrics.reconstruction import load_lpips, reconstruction_metrics
+from dar_lightning.metrics.frechet import FeatureStatistics, frechet_distance
+from dar_lightning.metrics.measure import float64_device
+from dar_lightning.metrics.reconstruction import (
+    as_figures,
+    load_lpips,
+    reconstruction_metrics,
+    reconstruction_protocol,
+)
 from dar_lightning.seeding import image_generator
 
 
@@ -28,7 +35,8 @@ class ReconstructionFID(FrechetCallback):
         seed: with an image's number in the shards it seeds the noise that its decoding starts from.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        every_n_steps: measure in validations at multiples of so many training steps; 1 measures in all.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
+            in all.
     """
 
     def __init__(
@@ -47,16 +55,21 @@ class ReconstructionFID(FrechetCallback):
             raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
         self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
         self._lpips = None if lpips is None else load_lpips(lpips)
+        self._metrics = reconstruction_metrics(self._lpips)
+        self._scores = torch.zeros(0)  # (metrics + 1,): a sum over images for each, and their number
+        self._pixels: dict[int, bytes] = {}  # digests of originals, by number
         self._originals: FeatureStatistics | None = None
         self._reconstructions: FeatureStatistics | None = None
         self._size: list[int] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._originals = self._reconstructions = None  # of a validation that did not come to its end
+        device = float64_device(pl_module.device)
+        self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if not self.due(trainer) or dataloader_idx:
+        if not self.due or dataloader_idx:
             return
         kept = batch["valid"].clone()  # (B,)
         if self.num_samples is not None:
@@ -77,29 +90,41 @@ class ReconstructionFID(FrechetCallback):
         self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
         if self.reference is None:
             self._originals = self.added(self._originals, self.measured(images)[:count])
+            digests = image_digests(images[:count].permute(0, 2, 3, 1).cpu().numpy())
+            self._pixels |= zip(numbers[:count], digests, strict=True)
         self._size = list(images.shape[2:])
-        scores = reconstruction_metrics(self._lpips).to(images.device)(reconstructions.float(), images.float())
-        scores = {f"val/r{name.upper()}": value.float() for name, value in scores.items()}
-        pl_module.log_dict(scores, batch_size=count, sync_dist=True)
+        if count:
+            scores = self._metrics.to(images.device)(reconstructions.float(), images.float())
+            sums = [count * value.to(self._scores) for value in scores.values()]
+            self._scores += torch.stack([*sums, torch.full_like(sums[0], count)])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.due(trainer):
-            if self.reference is None:
-                self.reference = self.gathered(self._originals)
-            value = self.report(trainer, self.gathered(self._reconstructions), self._protocol(pl_module))
-            self.log_distance(pl_module, value)
+        if not self.due:
+            return
+        if self.reference is None:
+            self.reference = self.gathered(self._originals)
+            self._sha256 = self.pixels_of_ranks(trainer, self._pixels)
+        samples = self.gathered(self._reconstructions)
+        value = frechet_distance(samples, self.reference)
+        *sums, count = trainer.strategy.reduce(self._scores, reduce_op="sum")
+        scores = {f"r{name.upper()}": total / count for name, total in zip(self._metrics, sums, strict=True)}
+        self.report(trainer, value, samples, as_figures(scores), self._protocol(trainer))
+        self.log_distance(pl_module, value)
+        pl_module.log_dict({f"val/{name}": score.float() for name, score in scores.items()}, sync_dist=True)
 
-    def _protocol(self, pl_module: LightningModule) -> dict[str, Any]:
-        data = pl_module.trainer.datamodule
-        steps = pl_module.tokenizer.config.num_groups if self.num_steps is None else self.num_steps
+    def _protocol(self, trainer: Trainer) -> dict[str, Any]:
+        data = trainer.datamodule
+        steps = trainer.lightning_module.tokenizer.config.num_groups if self.num_steps is None else self.num_steps
         reference = {"shards": getattr(data, "val", None), "crop": f"ADM centre crop to {self._size[0]}"}
         return {
             "samples": {
                 "reconstructions": "of the reference",
+                "ema": {"tokenizer": self.averaged(trainer)},
                 "seed": self.seed,
                 "solver": self.solver,
                 "steps": steps,
             },
-            "reference": reference | {"n": self.reference.count},
+            "reference": reference | {"n": self.reference.count, "sha256": self._sha256},
             "image_size": self._size,
+            "reconstruction": reconstruction_protocol(self._lpips),
         }

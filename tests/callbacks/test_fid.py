@@ -17,9 +17,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dar_lightning import DARPipeline
 from dar_lightning.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID
+from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.errors import UserError
 from dar_lightning.lit import ARModule, TokenizerModule
 from dar_lightning.optim import OptimizerConfig
@@ -94,10 +96,26 @@ def test_reconstruction_fid_is_numpys(images, tmp_path, num_samples):
     (written,) = (tmp_path / "evaluation").iterdir()
     result = json.loads(written.read_text())
     assert written.name == f"rFD-{NETWORK}-0000000.json"
-    assert result["metrics"] == {f"rFD-{NETWORK}": pytest.approx(logged[f"val/rFD-{NETWORK}"], rel=1e-6)}
+    figures = (f"rFD-{NETWORK}", "rPSNR", "rSSIM")
+    assert result["metrics"] == {name: pytest.approx(logged[f"val/{name}"], rel=1e-6) for name in figures}
     samples, reference = result["protocol"]["samples"], result["protocol"]["reference"]
     assert (samples["n"], samples["seed"], samples["solver"], samples["steps"]) == (count, 3, "euler", 4)
+    assert reference.pop("sha256") == set_sha256(image_digests(originals(count)))
     assert reference == {"shards": images[1], "crop": f"ADM centre crop to {SIZE}", "n": count}
+
+
+def test_figures_of_a_callback_and_of_dar_evaluate_stand_side_by_side(images, tmp_path, capsys):
+    module = TokenizerModule(make_tokenizer().config)
+    callback = ReconstructionFID(None, NETWORK)
+    make_trainer(tmp_path, callbacks=[callback]).validate(module, datamodule=image_data(images), verbose=False)
+    np.savez(tmp_path / "same.npz", arr_0=reconstructed(module.tokenizer, 7, 0, "adams2").astype(np.uint8))
+    evaluate(str(tmp_path / "same.npz"), images[1], NETWORK, str(tmp_path / "o.json"), paired=True)
+    capsys.readouterr()
+    compare(f"{tmp_path}/o.json,{tmp_path}/evaluation/rFD-{NETWORK}-0000000.json")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == [f"FD-{NETWORK}", "psnr", "ssim"]
+    one, two = (np.array(line.split()[1:], float) for line in lines)
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 def test_ema_weights_are_measured_and_checkpoints_stay_small(images, tmp_path):
@@ -123,11 +141,32 @@ def test_ema_weights_are_measured_and_checkpoints_stay_small(images, tmp_path):
     assert logged == pytest.approx(2 * [of["ema"]], rel=1e-4)
     assert abs(of["raw"] / of["ema"] - 1) > 0.003
     written = list((tmp_path / "evaluation").iterdir())
-    assert [json.loads(path.read_text())["protocol"]["samples"]["ema"] for path in written] == [True, True]
+    notes = [json.loads(path.read_text())["protocol"]["samples"]["ema"] for path in written]
+    assert notes == 2 * [{"tokenizer": True}]
 
     kept = torch.load(last, weights_only=True)
     assert {name.split(".")[0] for name in kept["state_dict"]} == {"tokenizer"}
-    assert "ReconstructionFID" not in kept["callbacks"]
+    assert [state for key, state in kept["callbacks"].items() if "ReconstructionFID" in key] == 2 * [{"measured_at": 0}]
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_validating_a_checkpoint_says_whose_weights_it_holds(images, tmp_path, ema):
+    """Lightning puts the average into "state_dict": EMA, whether or not the callback is there again."""
+    averaging = [EMAWeightAveraging(decay=0.5, use_buffers=False)] if ema else []
+    checkpoint = LastStepCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=0)
+    fit = make_trainer(tmp_path, callbacks=[*averaging, checkpoint], enable_checkpointing=True, max_steps=1)
+    fit.fit(TokenizerModule(make_tokenizer().config), datamodule=image_data(images))
+    for _ in range(2):
+        callback = ReconstructionFID(None, NETWORK, every_n_steps=1000)
+        trainer = make_trainer(tmp_path, callbacks=[callback])
+        module = TokenizerModule(make_tokenizer().config)
+        trainer.validate(module, image_data(images), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    found = sorted((tmp_path / "evaluation").iterdir())
+    assert len(found) == 2, "the second replaces nothing"
+    for path in found:
+        samples = json.loads(path.read_text())["protocol"]["samples"]
+        assert samples["ema"] == {"tokenizer": ema}
+        assert (samples["step"], samples["checkpoint"]) == (None, str(tmp_path / "last.ckpt"))
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +192,12 @@ def test_generation_fid_is_that_of_dar_evaluate(images, tokens, tokenizer_folder
     del options["batch_size"]
     result = evaluate(str(tmp_path / "pipeline"), images[1], NETWORK, str(tmp_path / "o.json"), batch_size=9, **options)
     assert logged == pytest.approx(result["metrics"][f"FD-{NETWORK}"], rel=1e-3)
+    compare(f"{tmp_path}/o.json,{tmp_path}/evaluation/gFD-{NETWORK}-0000004.json")
     first, last = sorted((tmp_path / "evaluation").iterdir())
     first, last = json.loads(first.read_text()), json.loads(last.read_text())
     mine, other = last["protocol"]["samples"], result["protocol"]["samples"]
+    assert mine["ema"] == {"tokenizer": None, "ar": True}
+    assert other["ema"] == {"tokenizer": None, "ar": True}, "saved with the weights"
     assert mine["ar_sha256"] == other["ar_sha256"] != first["protocol"]["samples"]["ar_sha256"]
     assert {name: mine[name] for name in ("n", "seed", "guidance", "solver", "steps")} == {
         "n": 9,
@@ -186,6 +228,30 @@ def test_at_multiples_of_steps_and_not_in_the_sanity_check(images, tmp_path):
     trainer.fit(TokenizerModule(make_tokenizer().config), datamodule=image_data(images))
     steps = sorted(path.stem.rpartition("-")[2] for path in (tmp_path / "evaluation").iterdir())
     assert steps == ["0000002"]
+
+
+@pytest.mark.parametrize(
+    ("every", "parts", "steps"),
+    [
+        (3, [6], [4, 6]),
+        (4, [6], [4]),
+        (5, [4, 6], [6]),
+        # the checkpoint of step 4 was written before the validation: what it does not know of is measured again
+        (4, [4, 6], [4, 6]),
+        (3, [2, 4, 6], [4, 6]),
+    ],
+)
+def test_validations_at_no_multiple_are_measured_all_the_same(images, tmp_path, every, parts, steps):
+    """The first one at or after each multiple of `every`; training validates at steps 2, 4 and 6."""
+    checkpoint = None
+    for last in parts:
+        callback = ReconstructionFID(2, NETWORK, every_n_steps=every)
+        saver = LastStepCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=0)
+        options = dict(enable_checkpointing=True, val_check_interval=2, max_steps=last, check_val_every_n_epoch=None)
+        trainer = make_trainer(tmp_path, callbacks=[callback, saver], **options)
+        trainer.fit(TokenizerModule(make_tokenizer().config), image_data(images), ckpt_path=checkpoint)
+        checkpoint = tmp_path / "last.ckpt"
+    assert [int(path.stem.rpartition("-")[2]) for path in sorted((tmp_path / "evaluation").iterdir())] == steps
 
 
 def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path):
@@ -230,6 +296,10 @@ module = ARModule(make_ar().config)
 module.ar.load_state_dict(make_ar().state_dict())
 trainer = Trainer(callbacks=[GenerationFID(tokenizer, images, 9, "color_edges", batch_size=2)], **options)
 values |= trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_size=2))[0]
+
+options["default_root_dir"] = f"{out}-b"  # one batch: with two ranks, none for the second
+trainer = Trainer(callbacks=[GenerationFID(tokenizer, images, 9, "color_edges", batch_size=16)], **options)
+values["one batch"] = trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_size=2))[0]
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(values, file)
 """
@@ -247,5 +317,9 @@ def test_two_ranks_measure_what_one_does(images, tokens, tokenizer_folder, tmp_p
 
     (one,), two = run(1), run(2)
     assert two[0] == two[1]
+    assert two[0].pop("one batch") == pytest.approx(one.pop("one batch"), rel=1e-4)
+    for name in ("rFD-color_edges-0000000.json", "gFD-color_edges-0000000.json"):
+        files = [json.loads((tmp_path / f"of{world}" / "evaluation" / name).read_text()) for world in (1, 2)]
+        assert files[0]["protocol"] == files[1]["protocol"], "the hash of the reference's pixels, too"
     names = ["val/rFD-color_edges", "val/gFD-color_edges", "val/rPSNR", "val/rSSIM"]
     assert {name: two[0][name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
