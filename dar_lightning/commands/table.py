@@ -3,7 +3,9 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -12,17 +14,21 @@ import lightning as L
 import numpy as np
 import torch
 
+from dar_lightning import __version__
 from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.npz import write_npz
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.lit.generation import GenerationModule
-from dar_lightning.metrics.features import frechet_name
+from dar_lightning.metrics.drawn import PIXELS, read_drawn
+from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.images import ImageSet, open_images, with_progress
+from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -67,6 +73,8 @@ def table(
     reference: str,
     output: str,
     features: str = "inception",
+    features_weights: str | None = None,
+    full: bool = False,
     num_samples: int = PAPER_COUNT,
     seeds: list[int] = [0],  # noqa: B006  (jsonargparse shows it)
     batch_size: int = 64,
@@ -74,9 +82,10 @@ def table(
 ) -> None:
     """Measure each row and write `table.json`, `table.md` and `table.png`.
 
-    What is measured is kept, in `rowR/seedS/`, and must have the same settings when the command is started again: it
-    goes on with what is missing, and drawing goes on within a row. `samples.npz` there is what `dar predict` writes, so
-    several GPUs may draw it beforehand; it may be deleted once `measured.json` is beside it.
+    What is measured is kept, in `rowR/seedS/`, and must be of the same models, settings, reference images and feature
+    network when the command is started again: it goes on with what is missing, and drawing goes on within a row.
+    `samples.npz` there is what `dar predict` writes, so several GPUs may draw it beforehand; it may be deleted once
+    `measured.json` is beside it, and is measured anew if its record tells of other images.
 
     Args:
         title: heading of the table.
@@ -86,6 +95,8 @@ def table(
         reference: an npz, a folder of images or of shards; "reconstruct" takes its images from here.
         output: folder to write to.
         features: the feature network, as for `dar evaluate`: inception gives FID, others FD-<name>.
+        features_weights: a local file of the network's weights; left out, they are downloaded.
+        full: adds KID, precision and recall, and for inception the Inception Score. Needs torch-fidelity.
         num_samples: images drawn per row and seed; for "reconstruct" as many as the reference has.
         seeds: each row is measured with each; two and more give a standard deviation.
         batch_size: images at a time.
@@ -99,7 +110,13 @@ def table(
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
         raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
     identities = {model: _identity(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
-    torch.set_float32_matmul_precision("high")  # as `dar predict`, whose images fit in
+    network = load_features(features, features_weights)
+    common = {"task": task, "features": features, "features_sha256": feature_protocol(features, network)["sha256"]}
+    common |= {"full": full} | ({"num_samples": num_samples} if task == "generate" else {})
+    references = {
+        size: _reference_identity(reference, size, batch_size, full)
+        for size in dict.fromkeys(config.image_size for config, _ in identities.values())
+    }
     root, results = Path(output), []
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
@@ -108,27 +125,25 @@ def table(
         for seed in seeds:
             place = root / f"row{number}" / f"seed{seed}"
             settings = {name: value for name, value in asdict(row).items() if name != "paper"}
-            asked = {"task": task, "settings": settings, "seed": seed, "reference": reference, "features": features}
-            asked |= {"num_samples": num_samples} if task == "generate" else {}
-            found = _read(place / MEASURED, json.loads(json.dumps(asked | hashes)))
+            asked = common | {"settings": settings, "seed": seed} | hashes | references[config.image_size]
+            found = _read(place, json.loads(json.dumps(asked)))
             if found is None:
-                if task == "generate":
-                    _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
-                else:
-                    _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
-                found = (
-                    asked
-                    | hashes
-                    | evaluate(
-                        samples=str(place / SAMPLES),
-                        reference=reference,
-                        features=features,
-                        output=str(place / "evaluation.json"),
-                        paired=task == "reconstruct",
-                        image_size=config.image_size,
-                        batch_size=batch_size,
-                        device=device,
-                    )
+                with _matmul_precision("high"):  # as `dar predict`, whose images fit in
+                    if task == "generate":
+                        _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
+                    else:
+                        _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
+                found = asked | evaluate(
+                    samples=str(place / SAMPLES),
+                    reference=reference,
+                    features=features,
+                    features_weights=features_weights,
+                    full=full,
+                    output=str(place / "evaluation.json"),
+                    paired=task == "reconstruct",
+                    image_size=config.image_size,
+                    batch_size=batch_size,
+                    device=device,
                 )
                 write_text(place / MEASURED, json.dumps(found, indent=2) + "\n")
             measured.append(found)
@@ -150,14 +165,40 @@ def _identity(model: str, task: str) -> tuple[TokenizerConfig, dict[str, str]]:
     return pipe.tokenizer.config, {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
 
 
-def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _reference_identity(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
+    """Hashes of what a reference holds, wherever it lies: statistics, images, or both."""
+    stored = read_statistics(reference, "--reference")
+    known = {} if stored is None else {"reference_statistics_sha256": sha256_of(stored.statistics)}
+    if stored is not None and not stored.has_images:
+        if full:
+            raise UserError(f"--full: --reference {reference} has statistics only; give its images")
+        return known
+    batches = with_progress(open_images(reference, "--reference", size), batch_size, "--reference")
+    digests = (digest for pixels, _ in batches for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()))
+    return known | {"reference_sha256": set_sha256(digests)}
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _read(place: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured; None where nothing was, or of other images than lie beside it now."""
+    path = place / MEASURED
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     for name, value in asked.items():
         if found.get(name) != value:
             raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
-    return found
+    record = read_drawn(place / SAMPLES)
+    return found if record is None or record[PIXELS] == found["protocol"]["samples"]["sha256"] else None
 
 
 def _generate(model: str, row: Row, seed: int, num_samples: int, batch_size: int, device: str, output: Path) -> None:
@@ -191,7 +232,20 @@ def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: in
             decoded = tokenizer.detokenize(codes, noise, row.solver, row.groups, row.num_steps)
             yield to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
 
-    write_npz(output, pieces(originals), (len(originals), size, size, 3))
+    pixels = write_npz(output, pieces(originals), (len(originals), size, size, 3))
+    record = {
+        "reconstructions": originals.protocol,
+        "tokenizer_sha256": fingerprint(tokenizer),
+        "ema": {"tokenizer": tokenizer.averaged},
+        "seed": seed,
+        "solver": row.solver,
+        "steps": row.num_steps or tokenizer.config.num_groups,
+        "groups": row.groups or tokenizer.config.num_groups,
+        "batch_size": batch_size,
+        "device": place.type,
+        "versions": {"dar_lightning": __version__, "torch": version("torch")},
+    }
+    write_text(output.with_suffix(".json"), json.dumps(record | {PIXELS: pixels}, indent=2) + "\n")
 
 
 # ---- the table
@@ -218,7 +272,7 @@ def _summary(row: Row, model: str, config: TokenizerConfig, measured: list[dict[
         "paper": row.paper,
         "metrics": metrics,
         "seeds": [one["seed"] for one in measured],
-        "models": {name: value for name, value in measured[0].items() if name.endswith("_sha256")},
+        "models": {name: measured[0][name] for name in ("tokenizer_sha256", "ar_sha256") if name in measured[0]},
         "protocol": measured[0]["protocol"],
     }
 
@@ -231,9 +285,10 @@ def _guidance_name(guidance: float | tuple[float, float]) -> str:
 
 def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
     protocol, seeds = results[0]["protocol"], results[0]["seeds"]
-    samples, reference = protocol["samples"]["n"], protocol["reference"]["n"]
+    samples, reference = protocol["samples"]["n"], protocol["reference"]
+    real = "the reference's stored statistics" if "statistics" in reference else f"{reference['n']} of reference"
     models = ", ".join(dict.fromkeys(row["settings"]["pipeline"] for row in results))
-    counted = f"{frechet} of {models}: {samples} images, {reference} of reference, seeds {', '.join(map(str, seeds))}"
+    counted = f"{frechet} of {models}: {samples} images, {real}, seeds {', '.join(map(str, seeds))}"
     if frechet == "FID" and samples == PAPER_COUNT:
         return f"{counted}."
     return f"Small scale: {counted}. This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."

@@ -16,6 +16,7 @@ from dar_lightning import DARPipeline
 from dar_lightning.cli import main
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.table import Row, table
+from dar_lightning.data.npz import write_npz
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.seeding import image_generator
@@ -111,9 +112,54 @@ def test_it_goes_on(pipeline, reference, whole, tmp_path):
     assert [len(row["metrics"]["FD-color_edges"]["values"]) for row in more["rows"]] == [3, 3]
 
 
+def test_other_images_at_the_same_places_are_not_taken_for_those_that_were_measured(pipeline, whole, tmp_path):
+    """The table is moved, and so is the reference: the same images elsewhere are the same reference."""
+    output, place = tmp_path / "x", tmp_path / "reference"
+    shutil.copytree(whole, output)
+    write_images(place, 6)
+    before = json.loads((output / "row0/seed0/measured.json").read_text())
+    drawn(pipeline, str(place), output)
+    assert json.loads((output / "row0/seed0/measured.json").read_text()) == before
+
+    images = np.load(output / "row0/seed0/samples.npz")["arr_0"].copy()
+    digest = write_npz(output / "row0/seed0/samples.npz", [images[::-1]], images.shape)
+    record = output / "row0/seed0/samples.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"pixels_sha256": digest}))
+    drawn(pipeline, str(place), output)
+    again = json.loads((output / "row0/seed0/measured.json").read_text())
+    assert again["protocol"]["samples"]["sha256"] == digest != before["protocol"]["samples"]["sha256"]
+
+    shutil.rmtree(place)
+    write_images(place, 7)
+    with pytest.raises(UserError, match=r"measured\.json has reference_sha256 [0-9a-f]{64}, now it is"):
+        drawn(pipeline, str(place), output)
+
+
+def test_stored_statistics_and_more_figures(pipeline, reference, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    rows, statistics = [Row(paper={"FID": 7.43})], str(tmp_path / "statistics.npz")
+    assert (
+        "precision-color_edges"
+        in drawn(pipeline, reference, tmp_path / "a", rows=rows, full=True)["rows"][0]["metrics"]
+    )
+    samples = tmp_path / "a/row0/seed0/samples.npz"
+    evaluate(str(samples), reference, FEATURES, str(tmp_path / "o.json"), save_statistics=statistics)
+    before = torch.get_float32_matmul_precision()
+    found = drawn(pipeline, statistics, tmp_path / "b", rows=rows)
+    assert torch.get_float32_matmul_precision() == before, "a setting of the whole process"
+    assert "5 images, the reference's stored statistics, seeds 0, 7." in found["caveat"]
+    sampling = found["rows"][0]["protocol"]["samples"]
+    assert (sampling["seed"], sampling["ema"]) == (0, {"tokenizer": None, "ar": None})
+    with pytest.raises(UserError, match=r"^--full: .* has statistics only"):
+        drawn(pipeline, statistics, tmp_path / "c", rows=rows, full=True)
+    assert not (tmp_path / "c").exists(), "found before anything is drawn"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"features": "mobilenet_v2", "features_weights": "none.pt"}, "features_weights none.pt|none.pt is missing"),
+        ({"full": True}, r"measured\.json has full False, now it is True"),
         ({"num_samples": 6}, r"measured\.json has num_samples 5, now it is 6"),
         ({"rows": [Row(solver="euler")]}, r"measured\.json has settings"),
         ({"seeds": []}, "0 seeds|seeds \\[\\]"),
@@ -153,7 +199,8 @@ def test_reconstructed_rows(pipeline, reference, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_table_of_the_paper_runs(config, pipeline, reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_tokenizer(codebook_size=2 * CODES).save_pretrained(tmp_path / "runs" / "tokenizer_4096")
+    for name in ("tokenizer_4096", "fruit64_codes256"):
+        make_tokenizer(codebook_size=2 * CODES).save_pretrained(tmp_path / "runs" / name)
     words = ["--config", config, "--pipeline", pipeline, "--reference", reference, "--output", tmp_path / "out"]
     words += ["--features", FEATURES, "--device", "cpu"]
     words += ["--num_samples", 4] if yaml.safe_load(config.read_text())["task"] == "generate" else []
