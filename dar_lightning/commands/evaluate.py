@@ -135,7 +135,7 @@ def evaluate(
 
     use_stored = stored is not None and check_fits(stored, reference, features, feature_facts["sha256"])
     real = None
-    if not use_stored or keep:
+    if not use_stored or keep or paired:  # whatever compares with images says which
         real = measured(reference_set, "--reference", None)
     size = real.size if real else reference_set.size if isinstance(reference_set, NpzImages) else None
     fake = measured(sample_set, "--samples", size, unique=not (allow_duplicates or paired))

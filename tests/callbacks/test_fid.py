@@ -299,7 +299,8 @@ values |= trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_
 
 options["default_root_dir"] = f"{out}-b"  # one batch: with two ranks, none for the second
 trainer = Trainer(callbacks=[GenerationFID(tokenizer, images, 9, "color_edges", batch_size=16)], **options)
-values["one batch"] = trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_size=2))[0]
+logged = trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_size=2))[0]
+values["one batch"] = logged["val/gFD-color_edges"]
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(values, file)
 """

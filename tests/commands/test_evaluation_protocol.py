@@ -10,6 +10,7 @@ from tiny_models import write_vgg
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.errors import UserError
 from dar_lightning.losses import PerceptualLoss
 from dar_lightning.metrics import features, statistics_file
@@ -86,6 +87,10 @@ def test_statistics_as_adm_stores_them(sets, tmp_path, monkeypatch):
     assert result["metrics"] == {"FID": pytest.approx(expected, rel=1e-6)}
     reference = result["protocol"]["reference"]
     assert (reference["n"], reference["statistics"]) == (None, "mu and sigma as stored")
+    pairs = npz(tmp_path / "nine.npz", pixels(9, 4))
+    reference = evaluate(pairs, adm, "inception", output, paired=True)["protocol"]["reference"]
+    assert reference["sha256"] == set_sha256(image_digests(pixels(9, 3))), "PSNR is of images"
+    assert reference["statistics"] == "mu and sigma as stored"
     # any other network cannot use them, and measures the images instead
     result = evaluate(samples, adm, NETWORK, output)
     assert result["protocol"]["reference"]["n"] == 9
