@@ -21,9 +21,12 @@ VERBS = {
     "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
     "compare": ("dar_lightning.commands.compare", "compare"),
     "table": ("dar_lightning.commands.table", "table"),
+    "sweep": ("dar_lightning.commands.sweep", "sweep"),
     "export": ("dar_lightning.commands.export", "export"),
     "convert": ("dar_lightning.commands.convert", "convert"),
 }
+
+POSITIONAL = {"sweep": "config"}  # verb -> the option that its first word is, where that has no name
 
 USAGE = """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
 
@@ -42,6 +45,7 @@ tools:
   evaluate      Frechet distance and linear probe of samples
   compare       figures of several evaluations, if their protocols are the same
   table         one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml
+  sweep         an ablation's grid: dar sweep experiments/sweeps/small/order.yaml
   export        Lightning checkpoint -> folder with config.json and model.safetensors
   convert       official D-AR weights -> such a folder"""
 
@@ -85,6 +89,8 @@ def run_function(verb: str, options: list[str]) -> None:
     module, name = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
     parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
+    if verb in POSITIONAL and options and not options[0].startswith("-"):
+        options = [f"--{POSITIONAL[verb]}={options[0]}", *options[1:]]
     options = spell_out_flags(function, options)
     auto_cli(function, args=options, as_positional=False, prog=f"dar {verb}", parser_class=parser_class)
 

@@ -56,7 +56,7 @@ class _HalfOfTheKeys(TorchFunctionMode):
 
 def _loss(twin: LightningModule, batch: dict[str, Tensor]) -> Tensor:
     if isinstance(twin, ARModule):
-        return twin.ar(batch["label"], batch["codes"]).float().mean()
+        return twin.ar(batch["label"], *twin.arrange(batch["codes"])).float().mean()
     images = to_float(batch["image"])
     loss, _ = twin.total_loss(twin.tokenizer.training_losses(images), images)
     return loss
@@ -65,7 +65,7 @@ def _loss(twin: LightningModule, batch: dict[str, Tensor]) -> Tensor:
 def _twin(module: LightningModule) -> LightningModule:
     """A module of the same structure, newly built: neither compiled, nor wrapped, nor sharded."""
     if isinstance(module, ARModule):
-        return ARModule(module.ar.config)
+        return type(module)(module.ar.config)
     losses = {name: copy.copy(getattr(module, name)) for name in ("perceptual", "repa")}
     if (adversarial := module.adversarial) is not None:
         losses["adversarial"] = AdversarialLoss(channels=adversarial.channels, depth=adversarial.depth)

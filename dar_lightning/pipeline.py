@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dar_lightning.ahead import run_ahead
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import placed
 from dar_lightning.ar.sampling import Generators, Guidance, stream_tokens
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
@@ -43,17 +44,23 @@ class DARPipeline:
 
     Args:
         tokenizer: decodes tokens.
-        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer.
+        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer; or it has the tokens of the
+            first groups only, after which the preview is the image.
         classes: names of the classes, in the order of the labels; empty if they have none.
     """
 
     def __init__(self, tokenizer: SequentialDiffusionTokenizer, ar: ARModel, classes: tuple[str, ...] = ()):
-        for name, theirs, ours in (
-            ("vocab_size", ar.config.vocab_size, tokenizer.config.codebook_size),
-            ("num_tokens", ar.config.num_tokens, tokenizer.config.num_tokens),
-        ):
-            if theirs != ours:
-                raise UserError(f"the AR model has {name} {theirs}, the tokenizer {ours}: they are of different runs")
+        theirs, ours = ar.config.vocab_size, tokenizer.config.codebook_size
+        if theirs != ours:
+            raise UserError(f"the AR model has vocab_size {theirs}, the tokenizer {ours}: they are of different runs")
+        schedule, tokens = tokenizer.schedule, ar.config.num_tokens
+        counts = {schedule.tokens_for_groups(m): m for m in range(1, schedule.num_groups + 1)}
+        if tokens not in counts:
+            raise UserError(
+                f"the AR model has num_tokens {tokens}, the tokenizer {schedule.num_tokens}: they are of different "
+                f"runs, or that is no whole number of groups ({', '.join(map(str, counts))})"
+            )
+        self.num_groups = counts[tokens]  # that the tokens of the AR model give
         if classes and len(classes) != ar.config.num_classes:
             raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
@@ -75,8 +82,9 @@ class DARPipeline:
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
-        The first preview is there when the first group is: 1/K of the tokens and one diffusion step. Closing the
-        returned generator (or leaving a loop over it) stops the work.
+        The first preview is there when the first group is: 1/K of the tokens and one diffusion step. An AR model with
+        another order than coarse to fine has to write all tokens first. Closing the returned generator (or leaving a
+        loop over it) stops the work.
 
         Args:
             labels: (B,) int64 classes.
@@ -93,12 +101,16 @@ class DARPipeline:
                 are the same. None does so on CUDA, where neither fills the device alone.
 
         Yields:
-            K previews; the last one is what `generate` returns for the same arguments.
+            K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
         """
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         codes: list[Tensor] = []
-        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, prefix=prefix, generator=generator)
+        order = self.ar.draw_order(len(labels), generator)
+        drawing = {"prefix": prefix, "generator": generator, "order": order}
+        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, **drawing)
+        if self.ar.config.order != "coarse_to_fine":
+            tokens = self._in_place(tokens, order)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
@@ -111,12 +123,17 @@ class DARPipeline:
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
 
+    @staticmethod
+    def _in_place(tokens: Iterator[Tensor], order: Tensor) -> Iterator[Tensor]:
+        """The tokens (B,) of a sequence that is written in another order, coarse to fine, once all are written."""
+        yield from placed(torch.stack(list(tokens), dim=1), order).unbind(1)
+
     def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
         """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
 
         With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
         """
-        count = self.tokenizer.config.num_groups
+        count = self.num_groups
         if groups is not None and not 1 <= groups <= count:
             raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}")
         for preview in islice(self.stream(labels, **options), groups):  # noqa: B007

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dar_lightning.ar.order import ORDERS, OrderName
 from dar_lightning.errors import UserError
 
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
@@ -28,6 +29,11 @@ class ARConfig:
         token_dropout: dropout on token embeddings.
         residual_dropout: dropout on the attention branch's output.
         ffn_dropout: dropout on the feed-forward branch's output.
+        order: in which order tokens are written: "coarse_to_fine" (the paper), or for ablations "reversed", "random"
+            (one permutation), "interleaved" (across groups) or "random_per_sample", whose model is told by a learned
+            embedding where the next token belongs. lit.AblationModule trains the others.
+        order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to.
+        order_seed: of "random".
     """
 
     vocab_size: int = 16384
@@ -44,6 +50,9 @@ class ARConfig:
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     ffn_dropout: float = 0.1
+    order: OrderName = "coarse_to_fine"
+    order_groups: int = 8
+    order_seed: int = 0
 
     def __post_init__(self):
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
@@ -61,6 +70,12 @@ class ARConfig:
         for name in ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        if self.order not in ORDERS:
+            raise UserError(f"order is {self.order!r}: choose from {', '.join(ORDERS)}")
+        if self.order_groups < 1 or (self.order == "interleaved" and self.num_tokens % self.order_groups):
+            raise UserError(f"order_groups is {self.order_groups}: it must divide num_tokens, {self.num_tokens}")
+        if not 0 <= self.order_seed < 2**31:
+            raise UserError(f"order_seed is {self.order_seed}: it must be from 0 to {2**31 - 1}")
 
     @property
     def kv_heads(self) -> int:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.order import Generators, fixed_order, random_orders
 from dar_lightning.errors import UserError
 from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.recompute import run_block
@@ -30,12 +31,14 @@ class KVCache:
     Args:
         config: the model's hyperparameters.
         batch: number of sequences.
+        order: (batch, N) int64, the place of each token that is written; for a model that embeds it.
     """
 
-    def __init__(self, config: ARConfig, batch: int, device=None, dtype=None):
+    def __init__(self, config: ARConfig, batch: int, device=None, dtype=None, order: Tensor | None = None):
         shape = (config.depth, 2, batch, config.kv_heads, config.num_tokens, config.dim // config.num_heads)
         self.buffer = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.order = order
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, kv_heads, n, head_dim) after `length`; return views of all (B, kv_heads, m, .)."""
@@ -115,6 +118,8 @@ class ARModel(nn.Module, PretrainedMixin):
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
+        varies = config.order == "random_per_sample"
+        self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if varies else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -126,23 +131,36 @@ class ARModel(nn.Module, PretrainedMixin):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """The RoPE of all positions."""
+        """The RoPE of all positions, and the order of a model that has one order (N,)."""
         config = self.config
-        return {"rotary": rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)}
+        tables = {"rotary": rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)}
+        if config.order != "random_per_sample":
+            tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
+        return tables
 
     @property
     def null_class(self) -> int:
         """The label that means "no class"."""
         return self.config.num_classes
 
-    def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
+    def draw_order(self, batch: int, generator: Generators = None) -> Tensor:
+        """For each of `batch` samples, the places of its tokens in the order they are written: (batch, N) int64.
+
+        One of `ar.order`'s, the same for all samples, or with "random_per_sample" drawn for each.
+        """
+        if self.place_embedding is None:
+            return self.order.expand(batch, -1)
+        return random_orders(batch, self.config.num_tokens, generator, self.head.weight.device)
+
+    def forward(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits of tokens 1..N under teacher forcing.
 
         In training mode labels are dropped to "no class" with probability class_dropout.
 
         Args:
             labels: (B,) int64, 0..num_classes - 1, or null_class.
-            codes: (B, N) int64. The last one is a target only, it is not read.
+            codes: (B, N) int64 as they are written. The last one is a target only, it is not read.
+            order: (B, N) int64, the codes' places; read by a model of order "random_per_sample" alone, which needs it.
 
         Returns:
             (B, N, vocab_size).
@@ -153,14 +171,17 @@ class ARModel(nn.Module, PretrainedMixin):
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
             labels = torch.where(dropped, self.null_class, labels)
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes[:, :-1])], dim=1)
-        return self._run(x, cache=None)
+        return self._run(x, cache=None, order=order)
 
-    def make_cache(self, batch: int) -> KVCache:
-        """An empty cache for `batch` sequences, on the model's device and in its dtype (autocast's, where it is on)."""
+    def make_cache(self, batch: int, order: Tensor | None = None) -> KVCache:
+        """An empty cache for `batch` sequences, on the model's device and in its dtype (autocast's, where it is on).
+
+        `order` as in `forward`.
+        """
         weight = self.head.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return KVCache(self.config, batch, weight.device, dtype)
+        return KVCache(self.config, batch, weight.device, dtype, order)
 
     def start(self, labels: Tensor, codes: Tensor, cache: KVCache) -> Tensor:
         """Fill an empty cache with the class token and the first tokens; logits of the next one.
@@ -174,19 +195,21 @@ class ARModel(nn.Module, PretrainedMixin):
             (B, vocab_size) logits of token m + 1.
         """
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes)], dim=1)
-        return self._run(x, cache, last_only=True)[:, 0]
+        return self._run(x, cache, cache.order, last_only=True)[:, 0]
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
-        return self._run(self.token_embedding(tokens)[:, None], cache, last_only=True)[:, 0]
+        return self._run(self.token_embedding(tokens)[:, None], cache, cache.order, last_only=True)[:, 0]
 
-    def _run(self, x: Tensor, cache: KVCache | None, last_only: bool = False) -> Tensor:
+    def _run(self, x: Tensor, cache: KVCache | None, order: Tensor | None, last_only: bool = False) -> Tensor:
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         # One new token looks at everything in the cache; several need the causal mask, shifted by what is cached.
         several = cache is not None and x.shape[1] > 1
         mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start) if several else None
         x = self.token_dropout(x)
+        if self.place_embedding is not None:
+            x = x + self.place_embedding(order[:, start:end])  # of the token that comes next
         for layer, block in enumerate(self.blocks):
             x = run_block(block, x, self.rotary[start:end], mask, cache, layer, recompute=self.recompute)
         if cache is not None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import Generators, placed
 from dar_lightning.errors import UserError
 
 Guidance = float | tuple[float, float]
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
@@ -83,8 +83,9 @@ def stream_tokens(
     prefix: Tensor | None = None,
     generator: Generators = None,
     num_tokens: int | None = None,
+    order: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the tokens of a batch as they are drawn, first those of the prefix, then one (B,) tensor per step.
+    """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor per step.
 
     Args:
         ar: the model; it is put into evaluation mode while it draws and back afterwards.
@@ -96,6 +97,7 @@ def stream_tokens(
         prefix: (B, m) int64 tokens that are kept as they are (layout control), m < num_tokens.
         generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
         num_tokens: how many tokens to draw in all; None is all N.
+        order: from `ar.draw_order`, for who wants to know where the tokens belong; None draws it.
 
     Raises:
         UserError: for a value outside the ranges above.
@@ -105,6 +107,7 @@ def stream_tokens(
     _check(ar, labels, temperature, top_k, top_p, prefix, generator, count)
     scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
     guided = any(scale != 1.0 for scale in scales)
+    order = ar.draw_order(len(labels), generator) if order is None else order
 
     was_training = ar.training
     ar.eval()
@@ -112,7 +115,7 @@ def stream_tokens(
         yield from prefix.unbind(1)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
-        cache = ar.make_cache(len(labels))
+        cache = ar.make_cache(len(labels), order.repeat(2, 1) if guided else order)
         logits = ar.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if guided else logits
@@ -131,8 +134,13 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
-    """Draw all tokens of a batch: (B, num_tokens) int64. Arguments as in stream_tokens."""
-    return torch.stack(list(stream_tokens(ar, labels, **options)), dim=1)
+    """Draw all tokens of a batch: (B, num_tokens) int64, each at its place. Arguments as in stream_tokens.
+
+    With `num_tokens`, what a model of another order than coarse to fine has written so far stays as it was written.
+    """
+    order = ar.draw_order(len(labels), options.get("generator"))
+    tokens = torch.stack(list(stream_tokens(ar, labels, order=order, **options)), dim=1)
+    return placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens
 
 
 def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> None:
@@ -146,6 +154,8 @@ def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> N
         raise UserError(f"top_k is {top_k}: it must be 0 (off) or positive")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: it must be in (0, 1]")
+    if prefix.shape[1] and ar.config.order != "coarse_to_fine":
+        raise UserError(f"prefix: this model's order is {ar.config.order}, which does not write the first tokens first")
     if len(prefix) != len(labels) or prefix.shape[1] >= count:
         raise UserError(f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
     low, high = prefix.aminmax() if prefix.numel() else (0, 0)

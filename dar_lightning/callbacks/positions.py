@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from dar_lightning.ar.order import written
 from dar_lightning.callbacks.pictures import draw, draws
 from dar_lightning.charts import line_chart
 from dar_lightning.errors import UserError
@@ -20,6 +21,10 @@ class PositionLoss(Callback):
     0: `groups/train_loss_k`, since it was last logged, every `trainer.log_every_n_steps` steps, and
     `groups/val_loss_k`, `groups/val_accuracy_k`.
 
+    Under AblationModule, a token's place is the tokenizer's, in whatever order tokens are written. It adds
+    `groups/val_entropy_k` (nats, of the predicted distributions), and by the order of writing the chart
+    `loss_by_written_position` and `written/val_loss_k`, of the k-th part of the written sequence.
+
     Args:
         num_groups: groups of tokens, as many as the tokenizer has; a divisor of the number of tokens.
     """
@@ -32,7 +37,8 @@ class PositionLoss(Callback):
         tokens = pl_module.ar.config.num_tokens
         if self.num_groups < 1 or tokens % self.num_groups:
             raise UserError(f"PositionLoss: num_groups is {self.num_groups}: it must divide the {tokens} tokens")
-        self._train, self._loss, self._hit = (BinnedMean(tokens) for _ in range(3))
+        metrics = (BinnedMean(tokens) for _ in range(5))
+        self._train, self._loss, self._hit, self._entropy, self._written = metrics
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._add(self._train.to(pl_module.device), outputs["token_loss"])
@@ -42,22 +48,31 @@ class PositionLoss(Callback):
             self._train.reset()
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        for mean in (self._loss, self._hit):
+        for mean in (self._loss, self._hit, self._entropy, self._written):
             mean.to(pl_module.device).reset()
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if outputs is not None:  # not of padding alone
             self._add(self._loss, outputs["token_loss"])
             self._add(self._hit, outputs["hit"])
+            if "entropy" in outputs:
+                self._add(self._entropy, outputs["entropy"])
+                self._add(self._written, written(outputs["token_loss"], outputs["order"]))
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         loss, hit = self._loss.compute().cpu(), self._hit.compute().cpu()  # (N,)
         log_bins(pl_module, "groups/val_loss", self._by_group(loss))
         log_bins(pl_module, "groups/val_accuracy", self._by_group(hit))
+        entropy, by_writing = self._entropy.compute().cpu(), self._written.compute().cpu()  # NaN without an order
+        log_bins(pl_module, "groups/val_entropy", self._by_group(entropy))
+        log_bins(pl_module, "written/val_loss", self._by_group(by_writing))
         if trainer.sanity_checking or not draws(trainer):
             return
         curves = {"validation": loss} | ({} if self._last_train is None else {"train": self._last_train})
-        for name, lines in (("loss_by_position", curves), ("accuracy_by_position", {"validation": hit})):
+        charts = {"loss_by_position": curves, "accuracy_by_position": {"validation": hit}}
+        if not by_writing.isnan().any():
+            charts["loss_by_written_position"] = {"validation": by_writing}
+        for name, lines in charts.items():
             chart = line_chart({label: values.tolist() for label, values in lines.items()}, x_label="token")
             draw(trainer, name, torch.from_numpy(np.array(chart)).permute(2, 0, 1))
 

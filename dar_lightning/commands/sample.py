@@ -89,7 +89,7 @@ def sample(
         raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
     if min(per_class, batch_size, frames) < 1:
         raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
-    shown = preview_numbers(num_previews, config.num_groups)
+    shown = preview_numbers(num_previews, pipe.num_groups)
     lengths = _prefix_lengths(prefix, layout is not None, variations, config)
     options: dict[str, Any] = {
         "guidance": read_guidance(guidance),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -33,6 +34,8 @@ class ARModule(LightningModule):
             keeping them: less memory, one more forward pass, the same gradients.
     """
 
+    orders: tuple[str, ...] = ("coarse_to_fine",)  # that `config.order` may name
+
     def __init__(
         self,
         config: ARConfig = ARConfig(),  # noqa: B008  (frozen)
@@ -49,6 +52,11 @@ class ARModule(LightningModule):
             config = ARConfig.preset(preset)
         elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(ARConfig, config, "config")
+        if config.order not in self.orders:
+            raise UserError(
+                f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine, "
+                "dar_lightning.lit.AblationModule the others"
+            )
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
         self.optimizer = optimizer
@@ -66,10 +74,7 @@ class ARModule(LightningModule):
             UserError: naming the first value of the config that does not fit.
         """
         config = self.ar.config
-        if config.num_tokens != data.num_tokens:
-            raise UserError(
-                f"num_tokens is {config.num_tokens} in the config: the data has {data.num_tokens} per image"
-            )
+        self.check_num_tokens(data)
         for name, mine, needed in (
             ("vocab_size", config.vocab_size, data.codebook_size),
             ("num_classes", config.num_classes, data.num_classes),
@@ -79,6 +84,12 @@ class ARModule(LightningModule):
         for split in ("train", "val"):
             if getattr(data, split) is not None:
                 data.index(split).check_labels(config.num_classes)
+
+    def check_num_tokens(self, data: CodesDataModule) -> None:
+        if self.ar.config.num_tokens != data.num_tokens:
+            raise UserError(
+                f"num_tokens is {self.ar.config.num_tokens} in the config: the data has {data.num_tokens} per image"
+            )
 
     def setup(self, stage: str) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
@@ -91,23 +102,27 @@ class ARModule(LightningModule):
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
-    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        codes = batch["codes"]
-        logits = self.ar(batch["label"], codes)  # (B, N, V)
+    def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N) of the data as the model writes them, and their places (B, N), or None for their own."""
+        return codes, None
+
+    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor | None]:
+        codes, order = self.arrange(batch["codes"])
+        logits = self.ar(batch["label"], codes, order)  # (B, N, V)
         token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
         loss = token_loss.mean()
-        return {"loss": loss, "token_loss": token_loss.detach().view_as(codes)}
+        return {"loss": loss, "token_loss": token_loss.detach().view_as(codes), "order": order}
 
     def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
         self.step_means.add(self, {"loss": outputs["loss"]})
 
     def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate(batch, "val")
+        return self._evaluate(batch, "val", batch_idx)
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", batch_idx)
 
-    def _evaluate(self, batch: dict, stage: str) -> dict[str, Tensor] | None:
+    def _evaluate(self, batch: dict, stage: str, batch_idx: int) -> dict[str, Tensor] | None:
         """Logs means; returns loss and hit of each valid token (b, N), or None where there is none."""
         codes, valid = batch["codes"], batch["valid"]
         count = int(valid.sum())

@@ -65,7 +65,7 @@ class GenerationModule(LightningModule):
             "top_p": top_p,
             "solver": solver,
             "num_steps": num_groups if num_steps is None else num_steps,
-            "groups": num_groups if groups is None else groups,
+            "groups": self.pipeline.num_groups if groups is None else groups,
         }
 
     @property

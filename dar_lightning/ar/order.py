@@ -1,0 +1,52 @@
+"""In which order a model writes an image's tokens: a permutation, and the way back. Plain index arithmetic."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+
+OrderName = Literal["coarse_to_fine", "reversed", "random", "interleaved", "random_per_sample"]
+ORDERS: tuple[str, ...] = OrderName.__args__
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def fixed_order(name: str, num_tokens: int, num_groups: int, seed: int) -> Tensor:
+    """Place, in the tokenizer's sequence, of the token that is written i-th: (num_tokens,) int64.
+
+    Args:
+        name: "coarse_to_fine", the tokenizer's own; "reversed"; "random", one permutation drawn from `seed`; or
+            "interleaved": the first token of every group, then the second of every group, and so on.
+        num_tokens: how many.
+        num_groups: groups that "interleaved" goes over; it divides num_tokens.
+        seed: of "random".
+    """
+    places = torch.arange(num_tokens, device="cpu")
+    if name == "reversed":
+        return places.flip(0)
+    if name == "random":
+        return torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed), device="cpu")
+    if name == "interleaved":
+        return places.view(num_groups, -1).T.flatten()
+    if name != "coarse_to_fine":
+        raise UserError(f"order is {name!r}: choose from {', '.join(ORDERS)}")
+    return places
+
+
+def random_orders(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
+    """One order per sample: (count, num_tokens) int64. With a list of generators a row does not depend on the batch."""
+    if isinstance(generator, list):
+        return torch.cat([random_orders(1, num_tokens, one, device) for one in generator])
+    source = device if generator is None else generator.device
+    return torch.rand(count, num_tokens, generator=generator, device=source).argsort(dim=1).to(device)
+
+
+def written(values: Tensor, order: Tensor) -> Tensor:
+    """What is kept by place, as it is written: values (B, N), order (B, N) -> (B, N)."""
+    return values.gather(1, order)
+
+
+def placed(values: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `written`: what was written i-th goes to its place."""
+    return torch.empty_like(values).scatter_(1, order, values)

@@ -1,0 +1,243 @@
+"""`dar sweep`: an ablation's grid, cell by cell, by the verbs that single runs use."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dar_lightning.commands.quickstart import last_scalars
+from dar_lightning.errors import UserError
+from dar_lightning.files import LOCK, write_text
+from dar_lightning.pretrained import read_json
+from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
+
+DONE, LOG = "done.json", "log.txt"
+SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
+REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
+PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
+
+SCRIPT = """#!/usr/bin/env bash
+# One task per cell and seed. What several cells need is made by one of them; the others wait for it.
+# Run: sbatch --gpus-per-node=8 --cpus-per-task=96 --time=24:00:00 {path}
+# Again after a time limit or a failure: what is done is not done again.
+#SBATCH --job-name=dar-{name}
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --output={root}/slurm-%A_%a.log
+unset SLURM_NTASKS SLURM_JOB_NAME # Lightning then starts one process per GPU itself
+exec {python} -m dar_lightning sweep {root}/sweep.yaml --output {root} --only "[$SLURM_ARRAY_TASK_ID]"
+"""
+
+
+def sweep(
+    name: str,
+    stages: dict[str, Stage],
+    grid: dict[str, list | dict],
+    title: str = "",
+    budget: str = "",
+    seeds: list[int] = [0],  # noqa: B006  (jsonargparse shows it)
+    x_axis: str | None = None,
+    figures: list[str] = [],  # noqa: B006
+    paper: list[dict[str, Any]] = [],  # noqa: B006
+    output: str | None = None,
+    only: list[int] | None = None,
+    dry_run: bool = False,
+    slurm: bool = False,
+) -> None:
+    """Run the stages of every cell of a grid, with every seed.
+
+    A stage whose command, config files and earlier stages are the same in several cells is done once. What is done is
+    not done again; what has changed since is, in a new folder, and a line says so. A stage that fails ends its cell,
+    not the sweep: the exit code is then 1. An interrupted training goes on from its last checkpoint.
+
+    Writes `sweep.json`, `shared/STAGE-HASH/` (results, `log.txt`, `config.yaml`) and, for every cell and seed,
+    `cells/CELL/seedS/` with `cell.json` (stages, commands, state), `metrics.json` and `samples.png`.
+
+    Args:
+        name: of the sweep.
+        stages: by name and in order, the commands of every cell: verb, config files and options. See sweep.Stage.
+        grid: axis -> its values: a list, or {name: {placeholder: value, ...}} where a value stands for several options;
+            with one such axis, the grid is a list of overrides. Cells are all combinations.
+        title: for the report.
+        budget: for the report, what each cell is given, in words.
+        seeds: every cell is run with each. Stages without {seed} are the same for all.
+        x_axis: the axis that plots have below; the first one when left out.
+        figures: names in metrics.json that the report shows.
+        paper: the paper's figures: {axis: value, ..., figure: number}, for the cells with these values.
+        output: folder to write to; runs/sweeps/NAME when left out.
+        only: run these cells alone, by number from 0, in the order of --dry_run.
+        dry_run: print the commands, and run nothing.
+        slurm: write a SLURM script, an array with a task per cell and seed, and run nothing.
+    """
+    plan = Sweep(name, stages, grid, title, budget, seeds, x_axis, figures, paper)
+    root = Path(output or f"runs/sweeps/{name}")
+    runs = list(plan.runs())
+    chosen = list(range(len(runs))) if only is None else only
+    if not set(chosen) <= set(range(len(runs))):
+        raise UserError(f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
+    if dry_run:
+        _print_commands(plan, root, chosen)
+        return
+    _prepare(plan, root)
+    if slurm:
+        path = root / "sweep.sbatch"
+        facts = {"name": name, "last": len(runs) - 1, "root": root, "python": sys.executable, "path": path}
+        write_text(path, SCRIPT.format(**facts))
+        print(f"{path}: an array of {len(runs)} tasks; sbatch {path}")
+        return
+    failed: set[str] = set()  # hashes; a cell with the same work does not try again
+    states = []
+    for turn, number in enumerate(chosen, start=1):
+        cell, seed = runs[number]
+        print(f"[{turn}/{len(chosen)}] {cell.name} seed {seed}", flush=True)
+        states.append(_run_cell(plan, cell, seed, root, failed))
+    _print_states([runs[number] for number in chosen], states)
+    if any(state["status"] == "failed" for state in states):
+        sys.exit(1)
+
+
+def _print_commands(plan: Sweep, root: Path, chosen: list[int]) -> None:
+    seen: set[str] = set()
+    for number, (cell, seed) in enumerate(plan.runs()):
+        if number not in chosen:
+            continue
+        print(f"# {number}: {cell.name} seed {seed}")
+        for work in plan.work(cell, seed).values():
+            if work.hash in seen:
+                print(f"# {work.stage}: as above, {work.folder}")
+            else:
+                print(shown(work.command(root)) + ("  # done" if (root / work.folder / DONE).exists() else ""))
+            seen.add(work.hash)
+
+
+def _prepare(plan: Sweep, root: Path) -> None:
+    """Make the folder, or go on in one of the same sweep."""
+    mark = root / "sweep.json"
+    if root.exists() and any(root.iterdir()):
+        if not mark.exists():
+            raise UserError(f"output: {root} holds other files, give a new folder")
+        if read_json(mark).get("name") != plan.name:
+            raise UserError(f"output: {root} is of the sweep {read_json(mark).get('name')}, give another folder")
+    write_text(mark, json.dumps(plan.summary(), indent=2) + "\n")
+    settings = {key: value for key, value in vars(plan).items() if key != "stages"}
+    settings["stages"] = {name: vars(stage) for name, stage in plan.stages.items()}
+    write_text(root / "sweep.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
+    for cell, seed in plan.runs():
+        if not (_folder(root, cell, seed) / "cell.json").exists():
+            _record(plan, root, cell, seed, {})
+
+
+def _folder(root: Path, cell: Cell, seed: int) -> Path:
+    return root / "cells" / cell.name / f"seed{seed}"
+
+
+def _record(plan: Sweep, root: Path, cell: Cell, seed: int, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write cell.json; `done` is state and seconds of stages by name, others are pending."""
+    stages = [
+        {"name": name, "folder": work.folder, "command": ["dar", *work.command(root)], "hash": work.hash}
+        | done.get(name, {"status": "pending", "seconds": None})
+        for name, work in plan.work(cell, seed).items()
+    ]
+    found = {stage["status"] for stage in stages}
+    status = "failed" if "failed" in found else "pending" if "pending" in found else "done"
+    state = {"cell": cell.name, "seed": seed, "values": cell.values, "status": status, "stages": stages}
+    write_text(_folder(root, cell, seed) / "cell.json", json.dumps(state, indent=2) + "\n")
+    return state
+
+
+def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) -> dict[str, Any]:
+    works = plan.work(cell, seed)
+    before = {stage["name"]: stage for stage in read_json(_folder(root, cell, seed) / "cell.json")["stages"]}
+    for name, work in works.items():
+        old = before.get(name)
+        if old is not None and old["status"] == "done" and old["hash"] != work.hash:
+            print(f"  {name} has changed since it was done in {old['folder']}: it is done again", flush=True)
+            break
+    done: dict[str, dict[str, Any]] = {}
+    for name, work in works.items():
+        done[name] = _run_work(work, root, failed)
+        state = _record(plan, root, cell, seed, done)
+        if done[name]["status"] == "failed":
+            return state
+    _collect(list(works.values()), root, _folder(root, cell, seed))
+    return state
+
+
+def _run_work(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
+    """Do a stage, unless it is done; other processes that need the same wait."""
+    folder = root / work.folder
+    if work.hash in failed:
+        print(f"  {work.stage}  failed before: {folder / LOG}", flush=True)
+        return {"status": "failed", "seconds": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"  {work.stage}  waits for another process, which does {work.folder}", flush=True)
+        lock.acquire()
+    with lock:
+        lock.release()  # `with` has counted it a second time
+        if (folder / DONE).exists():
+            seconds = read_json(folder / DONE)["seconds"]
+            print(f"  {work.stage}  done already: {folder}", flush=True)
+            return {"status": "done", "seconds": seconds}
+        return _execute(work, root, failed)
+
+
+def _execute(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
+    folder, command = root / work.folder, work.command(root)
+    write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
+    start = time.monotonic()
+    with open(folder / LOG, "a", encoding="utf-8") as log:
+        print(f"$ {shown(command)}", file=log, flush=True)
+        words = [sys.executable, "-m", "dar_lightning", *command]
+        status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+    seconds = round(time.monotonic() - start, 1)
+    if status:
+        failed.add(work.hash)
+        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+        print(f"  {work.stage}  failed with status {status}: {last} ({folder / LOG})", flush=True)
+        return {"status": "failed", "seconds": seconds}
+    if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
+        shutil.copyfile(resolved, folder / "config.yaml")
+    write_text(folder / DONE, json.dumps({"hash": work.hash, "command": command, "seconds": seconds}) + "\n")
+    print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
+    return {"status": "done", "seconds": seconds}
+
+
+def _collect(works: list[Work], root: Path, folder: Path) -> None:
+    """metrics.json and samples.png of a cell whose stages are done; later stages take the place of earlier ones."""
+    figures: dict[str, float | None] = {}
+    protocol: dict[str, Any] = {}
+    for work in works:
+        place = root / work.folder
+        if work.verb == "fit":
+            figures |= last_scalars(place / "tensorboard", SCALARS)
+        elif work.verb in REPORTS:
+            report = read_json(place / REPORTS[work.verb])
+            figures |= report["metrics"]
+            protocol[work.stage] = report["protocol"]
+        elif work.verb == "table":
+            row = read_json(place / "table.json")["rows"][0]
+            figures |= {name: metric["mean"] for name, metric in row["metrics"].items()}
+            protocol[work.stage] = row["protocol"]
+        if work.verb in PICTURES:
+            shutil.copyfile(place / PICTURES[work.verb], folder / "samples.png")
+    write_text(folder / "metrics.json", json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
+
+
+def _print_states(runs: list[tuple[Cell, int]], states: list[dict[str, Any]]) -> None:
+    width = max(len(cell.name) for cell, _ in runs)
+    print(f"\n{'cell':<{width}}  seed  state   minutes")
+    for (cell, seed), state in zip(runs, states, strict=True):
+        minutes = sum(stage["seconds"] or 0 for stage in state["stages"]) / 60
+        failed = next((f"  {stage['name']}" for stage in state["stages"] if stage["status"] == "failed"), "")
+        print(f"{cell.name:<{width}}  {seed:<4}  {state['status']:<6}  {minutes:.1f}{failed}")
