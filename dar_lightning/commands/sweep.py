@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 
 from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
-from dar_lightning.files import LOCK, write_text
+from dar_lightning.files import write_text
 from dar_lightning.pretrained import read_json
 from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
-DONE, LOG = "done.json", "log.txt"
+DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock the folder themselves
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
 PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
