@@ -52,6 +52,13 @@ class CodebookWarmup(Callback):
         self._new_counts: Tensor | int = 0
         self._steps_done = 0
 
+    def setup(self, trainer, pl_module, stage) -> None:
+        quantizer = pl_module.tokenizer.config.quantizer
+        if quantizer != "vq":
+            raise UserError(
+                f"CodebookWarmup: quantizer is {quantizer!r}, whose codes are fixed; leave the callback out"
+            )
+
     def on_train_start(self, trainer, pl_module) -> None:
         self._steps_done = trainer.global_step
         pl_module.tokenizer.quantizer.bypass = trainer.global_step < self.warmup_steps

@@ -57,6 +57,8 @@ class TokenizerConfig:
             projection has a spread of 0.2, until training has raised it.
         input_init_scale: factor on the initial weights through which noisy pixels enter the decoder. At 1 (official)
             the noise drowns positions and tokens at first; 0.02 lets the decoder learn what the tokens mean, first.
+        quantizer: "vq" (the paper), or for ablations "fsq" or "lfq" (tokenizer.scalar_quantizer); their codebook_size
+            is a number of levels, for "lfq" 2, to the power of codebook_dim.
     """
 
     image_size: int = 256
@@ -86,6 +88,7 @@ class TokenizerConfig:
     modulation_init_std: float = 0.0
     position_init_std: float = 1.0
     input_init_scale: float = 1.0
+    quantizer: Literal["vq", "fsq", "lfq"] = "vq"
 
     def __post_init__(self):
         for name in POSITIVE:
@@ -121,6 +124,24 @@ class TokenizerConfig:
             raise UserError(f"latent_norm is {self.latent_norm!r}: it must be 'none' or 'batch'")
         if self.prediction not in ("velocity", "image"):
             raise UserError(f"prediction is {self.prediction!r}: it must be 'velocity' or 'image'")
+
+        if self.quantizer not in ("vq", "fsq", "lfq"):
+            raise UserError(f"quantizer is {self.quantizer!r}: it must be 'vq', 'fsq' or 'lfq'")
+        if self.quantizer != "vq":
+            if self.levels < 2 or self.levels**self.codebook_dim != self.codebook_size:
+                raise UserError(
+                    f"codebook_size is {self.codebook_size}: {self.quantizer} needs a number of levels to the power of "
+                    f"codebook_dim, {self.codebook_dim}"
+                )
+            if self.quantizer == "lfq" and self.levels != 2:
+                raise UserError(
+                    f"codebook_size is {self.codebook_size}: lfq needs 2^codebook_dim, {2**self.codebook_dim}"
+                )
+
+    @property
+    def levels(self) -> int:
+        """Values that a channel of "fsq" and "lfq" takes: the codebook_dim-th root of codebook_size."""
+        return round(self.codebook_size ** (1 / self.codebook_dim))
 
     @property
     def window(self) -> int:

@@ -14,6 +14,7 @@ from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
 from dar_lightning.tokenizer.quantizer import VectorQuantizer
+from dar_lightning.tokenizer.scalar_quantizer import ScalarQuantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -37,7 +38,10 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
+        if config.quantizer == "vq":
+            self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
+        else:
+            self.quantizer = ScalarQuantizer(config)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
 
