@@ -11,5 +11,7 @@ def is_log_step(trainer: Trainer) -> bool:
 
 def log_bins(module: LightningModule, name: str, values: Tensor) -> None:
     """Log values (bins,) as name_0, name_1 and so on, without those that are NaN, which had nothing to measure."""
-    values = values.cpu()  # Lightning puts Python's numbers on the GPU and waits for them there
+    # Flat, for torchmetrics makes a scalar of one bin. On the CPU, for Lightning puts Python's numbers on the GPU and
+    # waits for them there.
+    values = values.flatten().cpu()
     module.log_dict({f"{name}_{i}": value for i, value in enumerate(values) if not value.isnan()})

@@ -37,8 +37,8 @@ class Stage:
         verb: of `dar`: fit, extract, export, reconstruct, sample, table or evaluate.
         config: its config files, in order.
         options: its other options by name. In their values, {axis} and the names that an axis gives stand for the
-            cell's values, {seed} for its seed, and the name of an earlier stage for that one's folder. Where each of
-            these verbs writes to is not theirs to say.
+            cell's values, {seed} for its seed, and {stage}, the name of an earlier stage, for that one's folder. All
+            but the last also in the names of config files. Where a verb writes to is not said here.
     """
 
     verb: str
@@ -133,7 +133,8 @@ class Sweep:
                     raise UserError(f"paper: {axis} is {entry[axis]!r}, which the grid does not have")
         known = {*self.cells[0].variables, "seed"}
         for name, stage in self.stages.items():
-            wrong = [word for word in _places(stage.options) if word not in known]
+            places = _places([stage.options, stage.config])
+            wrong = [word for word in places if word not in known]
             if wrong:
                 raise UserError(f"stages: {name} has {{{wrong[0]}}}, which is no axis, no name that it gives, and no "
                                 "earlier stage")  # fmt: skip
@@ -159,12 +160,14 @@ class Sweep:
         """The stages of a cell, by name and in order."""
         done: dict[str, Work] = {}
         for name, stage in self.stages.items():
-            words = [f"--config={path}" for path in stage.config]
+            given = cell.variables | {"seed": seed}
+            configs = [_text(_filled(path, given)) for path in stage.config]
+            words = [f"--config={path}" for path in configs]
             for option, value in stage.options.items():
-                words.append(f"--{option}={_text(_filled(value, cell.variables | {'seed': seed}))}")
+                words.append(f"--{option}={_text(_filled(value, given))}")
             needs = {place: done[place] for place in _places(stage.options) if place in done}
             facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}]
-            facts.append([_config_text(path) for path in stage.config])
+            facts.append([_config_text(path) for path in configs])
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
             done[name] = Work(name, stage.verb, tuple(words), needs, digest)
         return done

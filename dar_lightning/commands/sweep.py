@@ -227,7 +227,11 @@ def _collect(works: list[Work], root: Path, folder: Path) -> None:
             protocol[work.stage] = report["protocol"]
         elif work.verb == "table":
             row = read_json(place / "table.json")["rows"][0]
-            figures |= {name: metric["mean"] for name, metric in row["metrics"].items()}
+            prefix = "r" if "--task=reconstruct" in work.words else "g"  # rFID and gFID may both be of one cell
+            figures |= {
+                f"{prefix}{name}" if name.startswith("F") else name: metric["mean"]
+                for name, metric in row["metrics"].items()
+            }
             protocol[work.stage] = row["protocol"]
         if work.verb in PICTURES:
             shutil.copyfile(place / PICTURES[work.verb], folder / "samples.png")
