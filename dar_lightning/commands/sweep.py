@@ -82,6 +82,8 @@ def sweep(
     chosen = list(range(len(runs))) if only is None else only
     if not set(chosen) <= set(range(len(runs))):
         raise UserError(f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
+    for cell, seed in runs:  # a mistake in any cell is found before the first one begins
+        plan.work(cell, seed)
     if dry_run:
         _print_commands(plan, root, chosen)
         return

@@ -1,0 +1,291 @@
+"""dar sweep: equal commands are one piece of work, finished work is left alone, a failure ends its cell only."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+from tiny_models import AR, CLASSES, GROUPS, make_tokenizer, write_images, write_tokens
+
+from dar_lightning.cli import main
+from dar_lightning.commands import sweep as command
+from dar_lightning.errors import UserError
+from dar_lightning.sweep import Stage, Sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+
+
+def plan(**changes) -> dict:
+    """A sweep of two stages; what `weights` does depends on the axis, what `train` does on nothing."""
+    return {
+        "name": "study",
+        "seeds": [0, 1],
+        "grid": {"K": [1, 2], "size": {"S": {"width": 8}, "L": {"width": 16}}},
+        "stages": {
+            "train": {"verb": "extract", "options": {"tokenizer": "t", "shards": "s"}},
+            "weights": {"verb": "export", "options": {"ckpt": "{train}/x", "weights": "{K}-{width}-{seed}"}},
+        },
+    } | changes
+
+
+ONE = {"seeds": [0], "grid": {"K": [1], "size": {"S": {"width": 8}}}}
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Runs a sweep file; its commands do nothing, but for those that have a word in `broken`."""
+    monkeypatch.chdir(tmp_path)
+    done, broken = [], []
+
+    def run(words, stdout, stderr):
+        assert words[:3] == [sys.executable, "-m", "dar_lightning"]
+        done.append(words[3:])
+        failed = any(word in " ".join(words) for word in broken)
+        print("no such thing" if failed else "fine", file=stdout, flush=True)
+        return subprocess.CompletedProcess(words, 2 if failed else 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+
+    def sweep(settings: dict, *options: str) -> list[list[str]]:
+        Path("sweep.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        done.clear()
+        main(["sweep", "sweep.yaml", "--output", "out", *options])
+        return list(done)
+
+    sweep.broken = broken
+    return sweep
+
+
+def cell(name: str, seed: int = 0) -> dict:
+    return json.loads(Path(f"out/cells/{name}/seed{seed}/cell.json").read_text())
+
+
+def test_equal_commands_are_done_once(runs, capsys):
+    done = runs(plan())
+    assert [words[0] for words in done] == ["extract", *["export"] * 8]
+    assert len({word for words in done for word in words if word.startswith("--weights=")}) == 8
+    state = cell("K=2,size=L", 1)
+    assert (state["status"], state["values"], state["seed"]) == ("done", {"K": 2, "size": "L"}, 1)
+    train, weights = state["stages"]
+    assert weights["command"][:3] == ["dar", "export", f"--ckpt=out/{train['folder']}/x"]
+    assert weights["command"][3:] == ["--weights=2-16-1", f"--output=out/{weights['folder']}"]
+    assert {stage["folder"].split("/")[0] for stage in state["stages"]} == {"shared"}
+    assert Path("out", train["folder"], "log.txt").read_text().splitlines()[1] == "fine"
+    assert yaml.safe_load(Path("out", train["folder"], "config.yaml").read_text())["verb"] == "extract"
+    assert capsys.readouterr().out.count("  done  ") == 8
+    assert runs(plan()) == [], "nothing is left to do"
+
+
+def test_the_summary_of_a_sweep(runs):
+    runs(plan(x_axis="size", figures=["FID"], budget="ten steps", paper=[{"K": 1, "FID": 2.0}]))
+    summary = json.loads(Path("out/sweep.json").read_text())
+    cells = summary.pop("cells")
+    assert summary == {
+        "name": "study",
+        "title": "study",
+        "axes": {"K": [1, 2], "size": ["S", "L"]},
+        "x_axis": "size",
+        "figures": ["FID"],
+        "budget": "ten steps",
+    }
+    assert cells[1] == {"name": "K=1,size=L", "values": {"K": 1, "size": "L"}, "seeds": [0, 1], "paper": {"FID": 2.0}}
+    assert [one["paper"] for one in cells[2:]] == [{}, {}]
+    assert yaml.safe_load(Path("out/sweep.yaml").read_text())["stages"] == {
+        name: {"config": []} | stage for name, stage in plan()["stages"].items()
+    }
+
+
+def test_a_failure_ends_its_cell_alone(runs, capsys):
+    runs.broken.append("1-16-0")
+    with pytest.raises(SystemExit) as stop:
+        runs(plan())
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert "weights  failed with status 2: no such thing (out/shared/weights-" in out
+    assert "K=1,size=L  0     failed  0.0  weights" in out
+    assert cell("K=1,size=L")["status"] == "failed"
+    assert [stage["status"] for stage in cell("K=1,size=L")["stages"]] == ["done", "failed"]
+    assert cell("K=2,size=L", 1)["status"] == "done"
+    runs.broken.clear()
+    assert [words[2] for words in runs(plan())] == ["--weights=1-16-0"], "only that is tried again"
+
+
+def test_a_failure_of_shared_work_is_not_repeated(runs, capsys):
+    runs.broken.append("extract")
+    with pytest.raises(SystemExit):
+        runs(plan(), "--only", "[0, 3]")
+    assert capsys.readouterr().out.count("failed before") == 1
+    assert [stage["status"] for stage in cell("K=2,size=L")["stages"]] == ["failed", "pending"]
+    assert cell("K=2,size=S")["status"] == "pending"
+
+
+def test_a_change_is_noticed(runs, capsys):
+    config = Path("layer.yaml")
+    config.write_text("a: 1\n")
+    settings = plan(seeds=[0], grid={"K": [1, 2]})
+    settings["stages"]["weights"] = {"verb": "export", "config": ["layer.yaml"], "options": {"ckpt": "{train}/{K}"}}
+    runs(settings)
+    config.write_text("# a comment\na:   1\n")
+    assert runs(settings) == []
+    capsys.readouterr()
+    config.write_text("a: 2\n")
+    assert [words[0] for words in runs(settings)] == ["export", "export"]
+    assert "  weights has changed since it was done in shared/weights-" in capsys.readouterr().out
+    settings["stages"]["train"]["options"]["shards"] = "other"
+    assert [words[0] for words in runs(settings)] == ["extract", "export", "export"], "what follows is done again too"
+    out = capsys.readouterr().out
+    assert out.count("train has changed") == 2
+    assert "weights has changed" not in out
+
+
+def test_dry_run_prints_every_command_once_and_writes_nothing(runs, capsys):
+    assert runs(plan(), "--dry-run") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("dar extract ") for line in lines) == 1
+    assert sum(line.startswith("dar export ") for line in lines) == 8
+    assert "# 7: K=2,size=L seed 1" in lines
+    assert not Path("out").exists()
+
+
+def test_slurm_writes_an_array_whose_tasks_are_the_cells(runs, capsys):
+    assert runs(plan(), "--slurm") == []
+    script = Path("out/sweep.sbatch").read_text()
+    assert "#SBATCH --array=0-7\n" in script
+    (call,) = [line for line in script.splitlines() if line.startswith("exec ")]
+    words = call.replace('"[$SLURM_ARRAY_TASK_ID]"', "[5]").split()
+    assert words[1:4] == [sys.executable, "-m", "dar_lightning"]
+    main(words[4:])
+    assert cell("K=1,size=L", 1)["status"] == "done"
+    assert cell("K=1,size=S", 1)["status"] == "pending"
+
+
+def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch):
+    runs(plan(**ONE))
+    (folder,) = Path("out/shared").glob("train-*")
+    (folder / "done.json").unlink()
+    other = FileLock(folder / ".sweep.lock")
+    other.acquire()
+
+    def finish(lock, blocking=True, original=FileLock.acquire):
+        if blocking:  # the sweep begins to wait: the other process comes to its end
+            (folder / "done.json").write_text('{"seconds": 5.0}')
+            other.release()
+        return original(lock, blocking=blocking)
+
+    monkeypatch.setattr(FileLock, "acquire", finish)
+    assert runs(plan(**ONE)) == []
+    assert "train  waits for another process" in capsys.readouterr().out
+    assert cell("K=1,size=S")["stages"][0]["seconds"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"seeds": [0, 0]}, "seeds are"),
+        ({"grid": {}}, "grid is empty"),
+        ({"grid": {"K": []}}, "K is empty"),
+        ({"x_axis": "beta"}, "x_axis is 'beta': choose from K, size"),
+        ({"grid": {"K": ["a b", "a/b"]}}, "two cells are called K=a_b"),
+        ({"paper": [{"K": 3, "FID": 1.0}]}, "paper: K is 3, which the grid does not have"),
+        (
+            {"stages": {"a": Stage("export", [], {"ckpt": "{b}"}), "b": Stage("export")}},
+            r"a has \{b\}, which is no axis",
+        ),
+        ({"stages": {"K": Stage("export")}}, "K is the name of an axis too"),
+    ],
+)
+def test_mistakes_in_a_sweep_file(changes, words):
+    settings = plan() | {"stages": {"a": Stage("export")}} | changes
+    with pytest.raises(UserError, match=words):
+        Sweep(**settings)
+
+
+def test_mistakes_are_one_line(runs, capsys):
+    for settings, options, words in (
+        (plan(), ["--only", "[8]"], "only is [8]: this sweep has cells 0 to 7"),
+        (plan(stages={"a": {"verb": "fly"}}), [], "verb is 'fly', choose from fit"),
+        (plan(stages={"a": {"verb": "fit", "config": ["no.yaml"]}}), [], "config no.yaml cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            runs(settings, *options)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/mine.txt").touch()
+    with pytest.raises(SystemExit):
+        runs(plan())
+    assert "out holds other files" in capsys.readouterr().err
+
+
+def test_from_idea_to_figures(tmp_path, monkeypatch):
+    """A study of two orders by the real verbs, in this process."""
+
+    def run(words, stdout, stderr):
+        try:
+            main(words[3:])
+        except SystemExit as stop:
+            return subprocess.CompletedProcess(words, stop.code)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained("tokenizer")
+    write_images(Path("images"), 12), write_tokens(Path("tokens"), 8)
+    fit = {
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
+        "model": {
+            "class_path": "dar_lightning.lit.AblationModule",
+            "init_args": {"config": AR | {"order_groups": GROUPS}},
+        },
+        "data": {
+            "class_path": "dar_lightning.data.codes.CodesDataModule",
+            "init_args": {"train": "tokens", "val": "tokens", "batch_size": 4},
+        },
+    }
+    fit["trainer"]["callbacks"] = [
+        {
+            "class_path": "dar_lightning.callbacks.LastStepCheckpoint",
+            "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
+        }
+    ]
+    Path("ar.yaml").write_text(yaml.safe_dump(fit))
+    options = {"model.init_args.config.order": "{order}", "seed_everything": "{seed}"}
+    draw = {"tokenizer": "tokenizer", "ar": "{ar}/checkpoints/last.ckpt", "per_class": 2, "seed": "{seed}"}
+    measure = {"samples": "{draw}/samples.npz", "reference": "images", "features": "color_edges"}
+    table = {"title": "t", "task": "reconstruct", "rows": [{"solver": "euler"}], "pipeline": "tokenizer"}
+    settings = {
+        "name": "order",
+        "grid": {"order": ["reversed", "sideways", "random_per_sample"]},
+        "stages": {
+            "ar": {"verb": "fit", "config": ["ar.yaml"], "options": options},
+            "draw": {"verb": "sample", "options": draw},
+            "measure": {"verb": "evaluate", "options": measure},
+            "rfd": {"verb": "table", "options": table | {"reference": "images", "features": "color_edges"}},
+        },
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "sweep.yaml"])
+    assert stop.value.code == 1
+    root = Path("runs/sweeps/order")
+    states = {path.parts[-3]: json.loads(path.read_text())["status"] for path in root.glob("cells/*/*/cell.json")}
+    assert states == {"order=reversed": "done", "order=sideways": "failed", "order=random_per_sample": "done"}
+    for name in ("reversed", "random_per_sample"):
+        folder = root / "cells" / f"order={name}" / "seed0"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert {"val/loss", "groups/val_entropy_3", "written/val_loss_0", "FD-color_edges", "rFD-color_edges"} <= set(
+            metrics["figures"]
+        )
+        assert metrics["protocol"]["measure"]["samples"]["n"] == 2 * len(CLASSES)
+        assert (folder / "samples.png").stat().st_size > 0
+        work = json.loads((folder / "cell.json").read_text())["stages"][0]
+        resolved = yaml.safe_load((root / work["folder"] / "config.yaml").read_text())
+        assert resolved["model"]["init_args"]["config"]["order"] == name
+        assert list((root / work["folder"] / "tensorboard").glob("events.out.*"))
+    assert not (root / "cells/order=sideways/seed0/metrics.json").exists()
