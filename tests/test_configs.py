@@ -24,11 +24,12 @@ LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
 CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
 OVER = (*FINETUNE, LPIPS, CODEBOOK)
 TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
+SWEEPS = [name for name in CONFIGS if name.startswith("experiments/sweeps/")]  # test_shipped_sweeps runs them
 PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
 FIT = [
     name
     for name, path in CONFIGS.items()
-    if "model" in yaml.safe_load(path.read_text()) and name not in (*OVER, PREDICT)
+    if "model" in yaml.safe_load(path.read_text()) and name not in (*OVER, *SWEEPS, PREDICT)
 ]
 RECIPES = [name for name in FIT if name.startswith(("experiments/tokenizer/", "experiments/ar/"))]
 FSDP = "experiments/trainer/fsdp.yaml"  # a layer over a machine's
@@ -36,7 +37,7 @@ MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/
 DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 # tests/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
-OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES, FSDP, PREDICT)
+OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES, *SWEEPS, FSDP, PREDICT)
 TOOLS = [name for name in CONFIGS if name not in OTHERS]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
@@ -54,6 +55,7 @@ SMALL = {
         head_dim=16,
     ),
     "ARModule": dict(dim=32, depth=1, num_heads=2, multiple_of=32),
+    "AblationModule": dict(dim=32, depth=1, num_heads=2, multiple_of=32),
 }
 
 
@@ -112,7 +114,10 @@ def test_tool_configs_parse(name, capsys):
     assert contains(printed(capsys, verb, "--config", name), yaml.safe_load(CONFIGS[name].read_text()))
 
 
-@pytest.mark.parametrize(("verb", "name"), [("predict", PREDICT), *(("table", name) for name in TABLES)])
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [("predict", PREDICT), *(("table", name) for name in TABLES), *(("sweep", name) for name in SWEEPS)],
+)
 def test_evaluation_configs_parse_and_mean_what_they_say(verb, name, capsys):
     assert contains(printed(capsys, verb, "--config", name), yaml.safe_load(CONFIGS[name].read_text()))
 
@@ -196,7 +201,7 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> None:
         words += ["--data.init_args.image_size=64"]
     if small:
         more = (f"--model.init_args.config={json.dumps(given | SMALL[kind])}", *more)
-    if kind == "ARModule":
+    if kind in ("ARModule", "AblationModule"):
         sizes = {"num_tokens": given.get("num_tokens", 32), "codebook_size": given.get("vocab_size", 64)}
         tokens = write_tokens(folder / "tokens", 6, **sizes)
         words += [f"--data.init_args.train={tokens}", f"--data.init_args.val={tokens}"]

@@ -120,7 +120,7 @@ def table(
     root, results = Path(output), []
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
-        config, hashes = identities[model]
+        config, num_groups, hashes = identities[model]
         measured = []
         for seed in seeds:
             place = root / f"row{number}" / f"seed{seed}"
@@ -147,7 +147,7 @@ def table(
                 )
                 write_text(place / MEASURED, json.dumps(found, indent=2) + "\n")
             measured.append(found)
-        results.append(_summary(row, model, config, measured))
+        results.append(_summary(row, model, config, num_groups, measured))
     _write(root, title, frechet_name(features), results)
 
 
@@ -156,13 +156,14 @@ def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
     return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
 
 
-def _identity(model: str, task: str) -> tuple[TokenizerConfig, dict[str, str]]:
-    """The tokenizer's config, and the hash of every model that the task uses."""
+def _identity(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
+    """The tokenizer's config, how many groups there are to decode, and the hash of every model that the task uses."""
     if task == "reconstruct":
         tokenizer = _tokenizer(model)
-        return tokenizer.config, {"tokenizer_sha256": fingerprint(tokenizer)}
+        return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": fingerprint(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
-    return pipe.tokenizer.config, {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+    hashes = {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+    return pipe.tokenizer.config, pipe.num_groups, hashes
 
 
 def _reference_identity(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
@@ -251,7 +252,9 @@ def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: in
 # ---- the table
 
 
-def _summary(row: Row, model: str, config: TokenizerConfig, measured: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(
+    row: Row, model: str, config: TokenizerConfig, num_groups: int, measured: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of every figure, beside the paper's."""
     metrics = {}
     for name in measured[0]["metrics"]:
@@ -259,7 +262,7 @@ def _summary(row: Row, model: str, config: TokenizerConfig, measured: list[dict[
         if None in values:  # an infinite PSNR
             continue
         metrics[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
-    groups = row.groups or config.num_groups
+    groups = row.groups or num_groups
     return {
         "settings": {
             "pipeline": model,
