@@ -115,7 +115,7 @@ def table(
     common |= {"full": full} | ({"num_samples": num_samples} if task == "generate" else {})
     references = {
         size: _reference_identity(reference, size, batch_size, full)
-        for size in dict.fromkeys(config.image_size for config, _ in identities.values())
+        for size in dict.fromkeys(config.image_size for config, *_ in identities.values())
     }
     root, results = Path(output), []
     for number, row in enumerate(rows):
