@@ -122,6 +122,12 @@ class Sweep:
         for what, given in (("stages", self.stages), ("grid", self.grid), *self.grid.items()):
             if not given:
                 raise UserError(f"{what} is empty: need at least one entry")
+        for axis, values in self.grid.items():
+            given = [{axis, *values[name]} for name in values] if isinstance(values, Mapping) else [{axis}]
+            if any(names != given[0] for names in given):
+                raise UserError(f"grid: the values of {axis} give different names: {{name}} must mean something in all")
+            if "seed" in given[0]:
+                raise UserError("grid: seed is no axis and no name that one gives; use seeds")
         if self.x_axis is not None and self.x_axis not in self.grid:
             raise UserError(f"x_axis is {self.x_axis!r}: choose from {', '.join(self.grid)}")
         names = [cell.name for cell in self.cells]

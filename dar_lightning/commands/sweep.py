@@ -17,6 +17,7 @@ from dar_lightning.files import write_text
 from dar_lightning.pretrained import read_json
 from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
+METRICS, SAMPLES = "metrics.json", "samples.png"
 DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock the folder themselves
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
@@ -155,12 +156,14 @@ def _record(plan: Sweep, root: Path, cell: Cell, seed: int, done: dict[str, dict
 
 
 def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) -> dict[str, Any]:
-    works = plan.work(cell, seed)
-    before = {stage["name"]: stage for stage in read_json(_folder(root, cell, seed) / "cell.json")["stages"]}
+    works, folder = plan.work(cell, seed), _folder(root, cell, seed)
+    before = {stage["name"]: stage for stage in read_json(folder / "cell.json")["stages"]}
     for name, work in works.items():
         old = before.get(name)
         if old is not None and old["status"] == "done" and old["hash"] != work.hash:
             print(f"  {name} has changed since it was done in {old['folder']}: it is done again", flush=True)
+            for result in (METRICS, SAMPLES):
+                (folder / result).unlink(missing_ok=True)
             break
     done: dict[str, dict[str, Any]] = {}
     for name, work in works.items():
@@ -168,7 +171,7 @@ def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) 
         state = _record(plan, root, cell, seed, done)
         if done[name]["status"] == "failed":
             return state
-    _collect(list(works.values()), root, _folder(root, cell, seed))
+    _collect(list(works.values()), root, folder)
     return state
 
 
@@ -181,12 +184,11 @@ def _run_work(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         print(f"  {work.stage}  waits for another process, which does {work.folder}", flush=True)
-        lock.acquire()
-    with lock:
-        lock.release()  # `with` has counted it a second time
+        held = lock.acquire()
+    with held:
         if (folder / DONE).exists():
             seconds = read_json(folder / DONE)["seconds"]
             print(f"  {work.stage}  done already: {folder}", flush=True)
@@ -236,8 +238,8 @@ def _collect(works: list[Work], root: Path, folder: Path) -> None:
             }
             protocol[work.stage] = row["protocol"]
         if work.verb in PICTURES:
-            shutil.copyfile(place / PICTURES[work.verb], folder / "samples.png")
-    write_text(folder / "metrics.json", json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
+            shutil.copyfile(place / PICTURES[work.verb], folder / SAMPLES)
+    write_text(folder / METRICS, json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
 
 
 def _print_states(runs: list[tuple[Cell, int]], states: list[dict[str, Any]]) -> None:

@@ -132,8 +132,15 @@ def test_a_change_is_noticed(runs, capsys):
     assert runs(settings) == []
     capsys.readouterr()
     config.write_text("a: 2\n")
-    assert [words[0] for words in runs(settings)] == ["export", "export"]
+    runs.broken.append("export")
+    with pytest.raises(SystemExit):
+        runs(settings)
     assert "  weights has changed since it was done in shared/weights-" in capsys.readouterr().out
+    assert not Path("out/cells/K=1/seed0/metrics.json").exists(), "figures of another config would mislead"
+    runs.broken.clear()
+    assert [words[0] for words in runs(settings)] == ["export", "export"]
+    assert Path("out/cells/K=1/seed0/metrics.json").exists()
+    capsys.readouterr()
     settings["stages"]["train"]["options"]["shards"] = "other"
     assert [words[0] for words in runs(settings)] == ["extract", "export", "export"], "what follows is done again too"
     out = capsys.readouterr().out
@@ -188,6 +195,8 @@ def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch)
         ({"seeds": [0, 0]}, "seeds are"),
         ({"grid": {}}, "grid is empty"),
         ({"grid": {"K": []}}, "K is empty"),
+        ({"grid": {"seed": [1, 2]}}, "seed is no axis"),
+        ({"grid": {"K": {"a": {"x": 1}, "b": {"y": 1}}}}, "the values of K give different names"),
         ({"x_axis": "beta"}, "x_axis is 'beta': choose from K, size"),
         ({"grid": {"K": ["a b", "a/b"]}}, "two cells are called K=a_b"),
         ({"paper": [{"K": 3, "FID": 1.0}]}, "paper: K is 3, which the grid does not have"),

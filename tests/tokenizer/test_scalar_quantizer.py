@@ -1,74 +1,81 @@
-"""FSQ and LFQ against their formulas."""
+"""FSQ and LFQ in the place of the learned codebook."""
 
-import importlib.util
-import itertools
-from dataclasses import replace
+import sys
 
 import pytest
 import torch
+from tiny_models import SIZE, TOKENIZER, make_tokenizer
 
+from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.callbacks import CodebookWarmup
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.tokenizer.scalar_quantizer import ScalarQuantizer
+from dar_lightning.lit import TokenizerModule
 
-SMALL = {"image_size": 16, "num_tokens": 8, "num_groups": 4}
+KINDS = {"fsq": dict(codebook_size=81, codebook_dim=4), "lfq": dict(codebook_size=32, codebook_dim=5)}
 
 
-def tiny(**changes) -> TokenizerConfig:
-    return replace(TokenizerConfig.preset("tiny"), **changes)
+@pytest.fixture(params=KINDS)
+def tokenizer(request) -> SequentialDiffusionTokenizer:
+    pytest.importorskip("vector_quantize_pytorch")
+    return make_tokenizer(quantizer=request.param, **KINDS[request.param])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vector_quantize_pytorch") is None, reason="needs the extra quantizers")
-class TestScalarQuantizer:
-    def test_lfq_keeps_signs(self):
-        module = ScalarQuantizer(tiny(quantizer="lfq", codebook_size=16, codebook_dim=4)).eval()
-        latents = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
-        codes = module.lookup(module.nearest(latents))
-        assert torch.equal(codes.sign(), latents.sign())
-        assert codes.abs().unique().numel() == 1
+def test_codes_are_those_that_training_reads(tokenizer):
+    images = torch.rand(6, 3, SIZE, SIZE) * 2 - 1
+    codes = tokenizer.tokenize(images)
+    assert codes.dtype == torch.int64
+    assert 0 <= int(codes.min()) < int(codes.max()) < tokenizer.config.codebook_size
+    quantized, indices, *_ = tokenizer.quantizer(tokenizer.encoder(images))
+    assert torch.equal(indices, codes)
+    assert torch.allclose(quantized, tokenizer.quantizer.lookup(codes), atol=1e-6)
 
-    @pytest.mark.parametrize("levels", [3, 5])
-    def test_fsq_rounds_every_channel(self, levels):
-        config = tiny(quantizer="fsq", codebook_size=levels**2, codebook_dim=2)
-        module = ScalarQuantizer(config).eval()
-        latents = 2 * torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0))
-        half = (levels - 1) / 2
-        # (L - 1) / 2 * tanh(z), rounded (paper, section 3.1), scaled to [-1, 1]; the library shrinks nothing else
-        expected = (half * 1.001 * latents.tanh()).round() / half
-        assert torch.allclose(module.lookup(module.nearest(latents)), expected)
 
-    @pytest.mark.parametrize(("name", "size", "dim"), [("fsq", 25, 2), ("fsq", 64, 3), ("lfq", 32, 5)])
-    def test_every_index_is_a_code_of_its_own(self, name, size, dim):
-        config = tiny(quantizer=name, codebook_size=size, codebook_dim=dim)
-        codes = ScalarQuantizer(config).lookup(torch.arange(size)[None])[0]
-        assert codes.shape == (size, dim)
-        grid = itertools.product(*(codes[:, channel].unique().tolist() for channel in range(dim)))
-        assert {*map(tuple, codes.tolist())} == {*grid}
+def test_every_code_has_values_of_its_own(tokenizer):
+    size = tokenizer.config.codebook_size
+    codes = tokenizer.quantizer.lookup(torch.arange(size)[None])[0]
+    assert codes.shape == (size, tokenizer.config.codebook_dim)
+    assert len(codes.unique(dim=0)) == size
+    assert {len(channel.unique()) for channel in codes.T} == {tokenizer.config.levels}
 
-    @pytest.mark.parametrize(("name", "size", "dim"), [("fsq", 25, 2), ("lfq", 16, 4)])
-    def test_a_tokenizer_with_it_learns(self, name, size, dim):
-        torch.manual_seed(0)
-        config = tiny(**SMALL, quantizer=name, codebook_size=size, codebook_dim=dim)
-        tokenizer = SequentialDiffusionTokenizer(config)
-        for parameter in tokenizer.parameters():  # gates begin at zero, where no gradient comes through
-            torch.nn.init.normal_(parameter, std=0.1)
-        images = torch.rand(2, 3, 16, 16) * 2 - 1
-        losses = tokenizer.training_losses(images)
-        (losses["flow"] + losses["vq"] + losses["commit"]).backward()
-        assert any(parameter.grad.any() for parameter in tokenizer.encoder.parameters() if parameter.grad is not None)
-        assert tokenizer.tokenize(images).max() < size
-        assert not any("quantizer" in key for key in tokenizer.state_dict())
+
+def test_the_encoder_learns_through_it(tokenizer):
+    tokenizer.train()
+    losses = tokenizer.training_losses(torch.rand(4, 3, SIZE, SIZE) * 2 - 1)
+    (losses["flow"] + losses["vq"] + losses["commit"]).backward()
+    assert tokenizer.encoder.to_latent.weight.grad.abs().sum() > 0
+    assert (losses["vq"] != 0) == (tokenizer.config.quantizer == "lfq"), "LFQ has its entropy loss"
+
+
+def test_it_is_saved_without_a_codebook(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = SequentialDiffusionTokenizer.from_pretrained(tmp_path)
+    assert not any(name.startswith("quantizer") for name in again.state_dict())
+    images, noise = torch.rand(2, 3, SIZE, SIZE), torch.randn(2, 3, SIZE, SIZE)
+    codes = tokenizer.tokenize(images)
+    assert torch.equal(again.tokenize(images), codes)
+    assert torch.equal(again.detokenize(codes, noise), tokenizer.detokenize(codes, noise))
+
+
+def test_a_codebook_that_is_fixed_needs_no_warmup(tokenizer):
+    module = TokenizerModule(tokenizer.config)
+    with pytest.raises(UserError, match="CodebookWarmup: quantizer is"):
+        CodebookWarmup(warmup_steps=100).setup(None, module, "fit")
+
+
+def test_without_the_package_a_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    with pytest.raises(UserError, match=r"pip install 'dar-lightning\[quantizers\]'"):
+        make_tokenizer(quantizer="fsq", **KINDS["fsq"])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "words"),
     [
-        ({"quantizer": "rvq"}, "quantizer is 'rvq'"),
-        ({"quantizer": "fsq", "codebook_size": 24, "codebook_dim": 2}, "codebook_size is 24: fsq needs"),
-        ({"quantizer": "lfq", "codebook_size": 9, "codebook_dim": 2}, "codebook_size is 9: lfq needs 2\\^codebook_dim"),
+        ({"quantizer": "pq"}, "must be 'vq', 'fsq' or 'lfq'"),
+        ({"quantizer": "fsq", "codebook_size": 80, "codebook_dim": 4}, "fsq needs a number of levels to the power of"),
+        ({"quantizer": "lfq", "codebook_size": 81, "codebook_dim": 4}, r"lfq needs 2\^codebook_dim, 16"),
     ],
 )
-def test_sizes_that_do_not_fit(options, message):
-    with pytest.raises(UserError, match=message):
-        tiny(**options)
+def test_sizes_that_no_levels_give(changes, words):
+    with pytest.raises(UserError, match=words):
+        TokenizerConfig(**TOKENIZER | changes)
