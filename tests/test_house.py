@@ -138,7 +138,7 @@ def test_make_refuses_an_old_python(tmp_path):
         f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])" "$2"\n'
     )
     old.chmod(0o755)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "overrides.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     run = make("demo", f"PYTHON={old}", folder=tmp_path)
     assert run.returncode == 2

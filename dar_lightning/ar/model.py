@@ -9,6 +9,7 @@ from dar_lightning.ar.order import Generators, fixed_order, random_orders
 from dar_lightning.errors import UserError
 from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.recompute import run_block
+from dar_lightning.rotary import rotate
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
@@ -16,13 +17,6 @@ def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.arange(length, device=device)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x (B, heads, L, head_dim) by rotary (L, head_dim / 2, 2)."""
-    cos, sin = rotary.to(x.dtype).unbind(-1)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 class KVCache:
@@ -61,8 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads + 2 kv_heads, L, head_dim)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(
@@ -210,8 +204,9 @@ class ARModel(nn.Module, PretrainedMixin):
         x = self.token_dropout(x)
         if self.place_embedding is not None:
             x = x + self.place_embedding(order[:, start:end])  # of the token that comes next
+        rotary = self.rotary[start:end].float()  # once, not in every block
         for layer, block in enumerate(self.blocks):
-            x = run_block(block, x, self.rotary[start:end], mask, cache, layer, recompute=self.recompute)
+            x = run_block(block, x, rotary, mask, cache, layer, recompute=self.recompute)
         if cache is not None:
             cache.length = end
         if last_only:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.rotary import rotate
+
 NORM_EPS = 1e-6
 
 
@@ -39,13 +41,6 @@ def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, devi
     """
     turns = axial_rotary(height, width, dim, theta, device)  # (L, dim / 2, 2)
     return turns.flatten(1)
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the interleaved pairs (x[2i], x[2i+1]) of x (..., L, head_dim) by rotary (L, head_dim / 2, 2)."""
-    cos, sin = rotary.to(x.dtype).unbind(-1)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 class KVCache:

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COMMITMENT_WEIGHT = 0.25
-ROWS_PER_CHUNK = 4096
+BLOCK = 128  # codes of which the search first keeps only the largest product
+# Latents and blocks of codes in one matrix product: on a CPU the products stay in its cache, on a GPU kernels are few.
+CPU_TILE, GPU_TILE = (512, 2), (4096, 128)
 
 
 class VectorQuantizer(nn.Module):
@@ -25,13 +27,16 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each latent: (..., dim) -> (...) int64.
 
-        On the unit sphere the nearest code is the one of largest inner product. Rows go through in chunks, so that
-        memory does not grow with batch x codebook.
+        On the unit sphere the nearest code is the one of largest inner product. Finding a maximum is much faster than
+        finding its place, so the first pass takes the maximum of every block of codes, and the second looks for its
+        place in the winning block alone. No more than a tile of the products exists at a time, so memory does not grow
+        with batch x codebook.
         """
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             z = F.normalize(latents.float(), dim=-1).flatten(0, -2)
             codes = F.normalize(self.codebook.float(), dim=-1)
-            indices = [(rows @ codes.T).argmax(dim=-1) for rows in z.split(ROWS_PER_CHUNK)]
+            rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
+            indices = [_nearest(some, codes, blocks) for some in z.split(rows)]
             return torch.cat(indices).view(latents.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -55,3 +60,18 @@ class VectorQuantizer(nn.Module):
             if self.bypass:
                 return z.to(latents.dtype), indices, 0 * vq, 0 * commit
             return (z + (z_q - z).detach()).to(latents.dtype), indices, vq, commit
+
+
+def _nearest(z: Tensor, codes: Tensor, blocks_per_tile: int) -> Tensor:
+    """Index of the largest product of each row: (n, dim), (size, dim) -> (n,). Of equal ones, the first."""
+    size = len(codes)
+    if size <= 4 * BLOCK:
+        return (z @ codes.T).argmax(dim=1)
+    if missing := -size % BLOCK:  # copies of the last code never come before it
+        codes = torch.cat([codes, codes[-1:].expand(missing, -1)])
+    tiles = codes.split(blocks_per_tile * BLOCK)
+    peaks = torch.cat([(z @ tile.T).unflatten(1, (-1, BLOCK)).amax(dim=-1) for tile in tiles], dim=1)
+    first = peaks.argmax(dim=1, keepdim=True) * BLOCK  # of the winning block, (n, 1)
+    block = F.embedding(first + torch.arange(BLOCK, device=z.device), codes)  # (n, BLOCK, dim)
+    place = torch.bmm(block, z[:, :, None]).squeeze(-1).argmax(dim=1)
+    return (first.squeeze(1) + place).clamp(max=size - 1)

@@ -1,0 +1,329 @@
+"""Ratios by the clock, on a CPU: the package against plain versions, in interleaved pairs of one process.
+
+Each comparison runs its two sides in turn, the order changing from pair to pair, and its ratio is the median over
+pairs: a busy machine slows both sides. Where matrix products or memory leave little to gain, `bare` runs the products
+of both sides alone, in the same pairs: its ratio is what the machine allows.
+"""
+
+import argparse
+import copy
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import counting, plain
+from benchmarks.machine import describe, limits
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.ar.sampling import generate
+from dar_lightning.compilation import compile_blocks
+from dar_lightning.tokenizer.quantizer import BLOCK, VectorQuantizer
+from dar_lightning.tokenizer.quantizer import CPU_TILE as QUANTIZER_TILE
+
+LEAST_PAIRS, MOST_PAIRS = 3, 31
+ROW_KEYS = {"what", "goal", "at_most", "ratio", "bare_ratio", "pairs", "milliseconds", "gflops", "share_of_limit"}
+MARKERS = "<!-- clock: python -m benchmarks table -->", "<!-- /clock -->"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Sides:
+    """What is compared.
+
+    Args:
+        ours: one call of the package.
+        plain: one call of the plain version.
+        bare_ours: the matrix products of ours, alone.
+        bare_plain: those of the plain version.
+        gflop: operations of ours, where the speed of products bounds it.
+        facts: what else to store: whether the sides agree, FLOPs.
+    """
+
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    bare_ours: Callable[[], object] | None = None
+    bare_plain: Callable[[], object] | None = None
+    gflop: float | None = None
+    facts: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the table.
+
+    Args:
+        what: in words.
+        build: tiny or not -> the two sides.
+        goal: the ratio to reach, if there is one.
+        inverse: the ratio is ours over plain, and the goal is not to be exceeded.
+    """
+
+    what: str
+    build: Callable[[bool], Sides]
+    goal: float | None = None
+    inverse: bool = False
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model with small random numbers where it starts with zeros, so that every part matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def sampler(config: ARConfig, dtype: torch.dtype = torch.float32) -> ARModel:
+    """A random AR model for drawing."""
+    torch.manual_seed(0)
+    return filled(ARModel(config)).to(dtype).eval().requires_grad_(False)
+
+
+def tokenizer(config: TokenizerConfig) -> SequentialDiffusionTokenizer:
+    """A random tokenizer."""
+    torch.manual_seed(0)
+    return filled(SequentialDiffusionTokenizer(config))
+
+
+def quantizer(tiny: bool, **form: bool) -> Sides:
+    """Forward and backward pass of one image's tokens."""
+    torch.manual_seed(0)
+    size = 512 if tiny else 16384
+    module, latents = VectorQuantizer(size, 8), torch.randn(1, 256, 8, requires_grad=True)
+    with torch.no_grad():
+        module.codebook.copy_(F.normalize(torch.randn(size, 8), dim=-1))
+
+    def ours() -> torch.Tensor:
+        quantized, indices, vq, commit = module(latents)
+        (quantized.sum() + vq.mean() + commit.mean()).backward()
+        return indices
+
+    def theirs() -> torch.Tensor:
+        loss, indices = plain.quantize(latents, module.codebook, **form)
+        loss.backward()
+        return indices
+
+    z, codes = F.normalize(latents.detach(), dim=-1)[0], module.codebook.detach()
+
+    def products() -> None:
+        for tile in codes.split(BLOCK * QUANTIZER_TILE[1]):
+            z @ tile.T
+
+    same = bool((ours() == theirs()).all())
+    return Sides(ours, theirs, products, lambda: z @ codes.T, facts={"indices_identical": same})
+
+
+def cached_generation(tiny: bool) -> Sides:
+    """Tokens of 8 images."""
+    ar = sampler(ARConfig.preset("tiny" if tiny else "B"))
+    labels = torch.arange(8)
+
+    def ours() -> torch.Tensor:
+        return generate(ar, labels, generator=torch.Generator().manual_seed(0))
+
+    def theirs() -> torch.Tensor:
+        return plain.generate(ar, labels, torch.Generator().manual_seed(0))
+
+    return Sides(ours, theirs, facts={"tokens_equal": round((ours() == theirs()).float().mean().item(), 4)})
+
+
+def bfloat16_weights(tiny: bool) -> Sides:
+    """64 tokens (tiny: 8) of one image."""
+    config = ARConfig.preset("tiny" if tiny else "L")
+    full, half = sampler(config), sampler(config, torch.bfloat16)
+    labels, count = torch.zeros(1, dtype=torch.long), 8 if tiny else 64
+
+    def draw(ar: ARModel) -> torch.Tensor:
+        return generate(ar, labels, top_k=1, num_tokens=count)
+
+    def products(ar: ARModel) -> None:
+        weights = [module.weight for module in ar.modules() if isinstance(module, nn.Linear)]
+        inputs = {width: torch.ones(1, 1, width, dtype=ar.head.weight.dtype) for width in {w.shape[1] for w in weights}}
+        for _ in range(count):
+            for weight in weights:
+                F.linear(inputs[weight.shape[1]], weight)
+
+    codes = draw(full)
+    padded = F.pad(codes, (0, config.num_tokens - count))
+    logits = [ar(labels, padded)[:, :count].float() for ar in (full, half)]
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    agree = (logits[1].argmax(-1) == logits[0].argmax(-1)).float().mean()
+    facts = {"relative_error_of_logits": float(f"{error:.2g}"), "likeliest_token_agrees": round(agree.item(), 3)}
+    return Sides(lambda: draw(half), lambda: draw(full), lambda: products(half), lambda: products(full), facts=facts)
+
+
+def training_step(tiny: bool) -> Sides:
+    """Forward and backward pass of one image."""
+    config = TokenizerConfig.preset("tiny" if tiny else "v1")
+    model = tokenizer(config)
+    images = torch.rand(1, 3, config.image_size, config.image_size) * 2 - 1
+
+    def step(recompute: bool) -> None:
+        model.decoder.recompute = recompute
+        losses = model.training_losses(images, torch.full((1,), 0.5), torch.ones_like(images))
+        loss = losses["flow"] + losses["vq"] + losses["commit"]
+        if recompute:
+            entropy, _ = plain.quantize(losses["latents"], model.quantizer.codebook, one_hot=False, entropy=True)
+            loss = loss + 0 * entropy
+        loss.backward()
+
+    once, twice = counting.tokenizer_step(config), counting.tokenizer_step(config, recompute=("decoder",))
+    facts = {"ratio_of_flops": round(twice / once, 3)}
+    return Sides(lambda: step(False), lambda: step(True), gflop=once / 1e9, facts=facts)
+
+
+def encoding(tiny: bool) -> Sides:
+    """Tokens of 2 images."""
+    config = TokenizerConfig.preset("tiny" if tiny else "v1")
+    model = tokenizer(config)
+    images = torch.rand(2, 3, config.image_size, config.image_size) * 2 - 1
+
+    def theirs() -> torch.Tensor:
+        with plain.attention_maps():
+            return model.tokenize(images)
+
+    same = bool((model.tokenize(images) == theirs()).all())
+    facts = {"codes_identical": same}
+    return Sides(lambda: model.tokenize(images), theirs, gflop=2 * counting.encode(config) / 1e9, facts=facts)
+
+
+def previews(tiny: bool) -> Sides:
+    """All K previews against the last one alone."""
+    config = TokenizerConfig.preset("tiny" if tiny else "light")
+    model = tokenizer(config)
+    codes, noise = torch.randint(config.codebook_size, (1, config.num_tokens)), model.draw_noise(1)
+    same = bool(torch.equal(model.previews(codes, noise)[:, -1], model.detokenize(codes, noise)))
+    return Sides(
+        lambda: model.previews(codes, noise),
+        lambda: model.detokenize(codes, noise),
+        gflop=counting.decode(config) / 1e9,
+        facts={"last_identical": same},
+    )
+
+
+def diffusion_step(tiny: bool, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Sides:
+    """One call of the pixel decoder on one image, against the float32, uncompiled one."""
+    config = TokenizerConfig.preset("tiny" if tiny else "v1")
+    exact = tokenizer(replace(config, repa_layer=None)).decoder.requires_grad_(False)
+    other = copy.deepcopy(exact).to(dtype)
+    if compiled:
+        compile_blocks(other)
+    x, t = torch.randn(1, 3, config.image_size, config.image_size), torch.full((1,), 0.5)
+    cond = torch.randn(1, config.window, config.conditioner_dim)
+    rounded = x.to(dtype), t, cond.to(dtype)
+    expected = exact(x, t, cond)
+    error = (other(*rounded).float() - expected).norm() / expected.norm()
+    return Sides(
+        lambda: other(*rounded),
+        lambda: exact(x, t, cond),
+        gflop=counting.diffusion_step(config) / 1e9 if dtype == torch.float32 else None,
+        facts={"relative_error": float(f"{error:.2g}")},
+    )
+
+
+COMPARISONS = {
+    "quantizer": Comparison("quantizer, 16384x8, forward and backward: one-hot distance matrix", quantizer, 10.0),
+    "quantizer_lookup": Comparison(
+        "the same: distance matrix, codes looked up", lambda tiny: quantizer(tiny, one_hot=False)
+    ),
+    "quantizer_entropy": Comparison(
+        "the same: with an entropy loss of weight zero", lambda tiny: quantizer(tiny, one_hot=False, entropy=True)
+    ),
+    "generation": Comparison("generation, B, batch 8: masked attention to a static cache", cached_generation, 1.3),
+    "bfloat16": Comparison("generation, L, batch 1, bfloat16 weights: float32", bfloat16_weights, 2.0),
+    "training": Comparison("training step, v1: decoder recomputed, entropy loss", training_step),
+    "encoding": Comparison("encoding, v1: attention maps built too", encoding, 1.08),
+    "previews": Comparison("all previews, light: one decode (theirs is the unit)", previews, 1.1, inverse=True),
+    "compile": Comparison(
+        "diffusion step, v1, compiled: not compiled", lambda tiny: diffusion_step(tiny, compiled=True), 1.1
+    ),
+    "step_bfloat16": Comparison(
+        "diffusion step, v1, in bfloat16: float32", lambda tiny: diffusion_step(tiny, torch.bfloat16)
+    ),
+}
+NEED_COMPILER = ("compile",)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measure all that `arguments.only` names; print each as it is done."""
+    torch.set_num_threads(arguments.threads)
+    result = {"what": "ratios: plain over ours, medians of interleaved pairs", "machine": describe(CPU)}
+    result["limits"] = {name: round(value, 1) for name, value in limits(CPU).items()}
+    result["rows"] = {}
+    for name in arguments.only:
+        if name in NEED_COMPILER and shutil.which("g++") is None:
+            result["rows"][name] = {"what": COMPARISONS[name].what, "skipped": "torch.compile on a CPU needs g++"}
+        else:
+            result["rows"][name] = compare(COMPARISONS[name], arguments.tiny, arguments.budget, result["limits"])
+        print(json.dumps({name: result["rows"][name]}), flush=True)
+    return result
+
+
+def compare(comparison: Comparison, tiny: bool, budget: float, machine: dict[str, float]) -> dict:
+    """One row: pairs for `budget` seconds, but at least LEAST_PAIRS and at most MOST_PAIRS."""
+    sides = comparison.build(tiny)
+    works = {name: getattr(sides, name) for name in ("ours", "plain", "bare_ours", "bare_plain")}
+    works = {name: work for name, work in works.items() if work is not None}
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    end = time.perf_counter() + budget
+    while len(seconds["ours"]) < LEAST_PAIRS or (time.perf_counter() < end and len(seconds["ours"]) < MOST_PAIRS):
+        order = list(works) if len(seconds["ours"]) % 2 == 0 else list(works)[::-1]
+        for name in order:
+            start = time.perf_counter()
+            works[name]()
+            seconds[name].append(time.perf_counter() - start)
+
+    def ratio(over: str, under: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True)), 3)
+
+    row = {"what": comparison.what, "goal": comparison.goal, "at_most": comparison.inverse}
+    row["ratio"] = ratio("ours", "plain") if comparison.inverse else ratio("plain", "ours")
+    if sides.bare_ours is not None:
+        row["bare_ratio"] = ratio("bare_plain", "bare_ours")
+    row["pairs"] = len(seconds["ours"])
+    row["milliseconds"] = {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()}
+    if sides.gflop is not None:
+        speed = sides.gflop / statistics.median(seconds["ours"])
+        row |= {"gflops": round(speed, 1), "share_of_limit": round(speed / machine["float32_gflops"], 3)}
+    return row | sides.facts
+
+
+def table(result: dict) -> str:
+    """Markdown of a stored result."""
+    lines = [
+        "| ours: plain | ratio | goal | ours, ms | plain, ms | products alone, ratio | of the product limit | else |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for row in result["rows"].values():
+        if "skipped" in row:
+            lines.append(f"| {row['what']} | {row['skipped']} |" + " |" * 6)
+            continue
+        goal = "" if row["goal"] is None else f"{'at most' if row['at_most'] else 'at least'} {row['goal']:g}"
+        times = row["milliseconds"]
+        facts = ", ".join(f"{key.replace('_', ' ')}: {json.dumps(row[key])}" for key in row if key not in ROW_KEYS)
+        share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
+        lines.append(
+            f"| {row['what']} | {row['ratio']:.2f} | {goal} | {times['ours']:.4g} | {times['plain']:.4g} | "
+            f"{row.get('bare_ratio', '')} | {share} | {facts} |"
+        )
+    machine, most = result["machine"], result["limits"]
+    lines += ["", f"{machine['processor']}, {machine['threads']} threads, load before the start "]
+    lines[-1] += f"{machine['other_load']:.1f}; torch {machine['torch']}, {machine['date']}, revision "
+    lines[-1] += f"{machine['revision']}. Limits measured before: {most['float32_gflops']:.0f} GFLOP/s in float32, "
+    lines[-1] += f"{most['bfloat16_gflops']:.0f} in bfloat16, {most['read_gb_per_s']:.1f} GB/s read."
+    return "\n".join(lines)
+
+
+def inserted(page: str, text: str) -> str:
+    """The page with the table between its markers."""
+    start, end = map(re.escape, MARKERS)
+    return re.sub(f"({start}\n).*?({end})", lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page, flags=re.DOTALL)

@@ -1,0 +1,127 @@
+"""Measuring rows: latency, throughput, peak memory, FLOPs; and the same against another revision, in pairs."""
+
+import gc
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.machine import ROOT, synchronize
+from benchmarks.rows import ROWS, Setting
+
+
+def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> dict:
+    """One row of the result.
+
+    Args:
+        name: of ROWS.
+        setting: how.
+        seconds: calls go on for so long after the first, which warms up; there are at least three.
+        max_tflop: a call of more is not made.
+    """
+    row = ROWS[name]
+    result = {"row": name, "size": setting.size, "batch": setting.batch}
+    result |= {"dtype": str(setting.dtype).removeprefix("torch."), "compile": setting.compile}
+    images, flops = row.images(setting), row.flops(setting)
+    if flops is not None:
+        result["gflop_per_image"] = round(flops / 1e9, 3)
+        if flops * images > max_tflop * 1e12:
+            return result | {"skipped": f"{flops * images / 1e12:.1f} TFLOP a call, more than max_tflop {max_tflop}"}
+    call = row.build(setting)
+    call()
+    synchronize(setting.device)
+    before = start_memory(setting.device)
+    durations, end = [], time.perf_counter() + seconds
+    while len(durations) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        synchronize(setting.device)
+        durations.append(time.perf_counter() - start)
+    latency = statistics.median(durations)
+    result |= {
+        "calls": len(durations),
+        "latency_seconds": float(f"{latency:.4g}"),
+        "fastest_seconds": float(f"{min(durations):.4g}"),
+        "images_per_second": float(f"{images / latency:.4g}") if images else None,
+        "peak_memory_mb": peak_memory(setting.device),
+        "memory_before_mb": before,  # weights, and on a CPU the interpreter with its libraries
+    }
+    if flops is not None:
+        result["gflops"] = round(flops * images / latency / 1e9, 1)
+    return result
+
+
+def start_memory(device: torch.device) -> float | None:
+    """Forget the peak so far; megabytes in use now, where they can be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (forget := Path("/proc/self/clear_refs")).exists():
+        forget.write_text("5")
+    return peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Megabytes: allocated on a GPU, resident on a CPU under Linux, None elsewhere."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((round(int(line.split()[1]) * 1.024e-3, 1) for line in lines if line.startswith("VmHWM")), None)
+
+
+def against(revision: str, options: list[str], pairs: int, report: Callable[[str], None]) -> list[dict]:
+    """This checkout against a revision of it: each row by processes in turn, ours first in every other pair.
+
+    Both sides run the benchmarks of this checkout; of the revision comes the package.
+
+    Args:
+        revision: for git.
+        options: of `python -m benchmarks rows`, which rows and how.
+        pairs: of processes.
+        report: told what is going on.
+
+    Returns:
+        Rows as of `measure` without their times; with the latencies of each side, and "speedup": the median of theirs
+        over ours.
+    """
+    with TemporaryDirectory(prefix="revision-") as folder:
+        other = Path(folder) / "checkout"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(other), revision], check=True)
+        try:
+            shutil.rmtree(other / "benchmarks", ignore_errors=True)
+            shutil.copytree(ROOT / "benchmarks", other / "benchmarks", ignore=shutil.ignore_patterns("results"))
+            found: dict[Path, list[list[dict]]] = {ROOT: [], other: []}
+            for pair in range(pairs):
+                for checkout in (ROOT, other) if pair % 2 == 0 else (other, ROOT):
+                    report(f"pair {pair + 1} of {pairs}: {revision if checkout == other else 'this checkout'}")
+                    found[checkout].append(_rows_of(checkout, options, Path(folder) / "rows.json"))
+        finally:
+            subprocess.run([*git, "remove", "--force", str(other)], check=True)
+    return [
+        _compare(*rows) for rows in zip(zip(*found[ROOT], strict=True), zip(*found[other], strict=True), strict=True)
+    ]
+
+
+def _rows_of(checkout: Path, options: list[str], output: Path) -> list[dict]:
+    command = [sys.executable, "-m", "benchmarks", "rows", *options, "--output", str(output)]
+    subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(output.read_text())["rows"]
+
+
+def _compare(ours: tuple[dict, ...], theirs: tuple[dict, ...]) -> dict:
+    """One row of all pairs."""
+    row = {key: ours[0][key] for key in ("row", "size", "batch", "dtype", "compile")}
+    if "skipped" in ours[0]:
+        return row | {"skipped": ours[0]["skipped"]}
+    seconds = [[one["latency_seconds"] for one in side] for side in (ours, theirs)]
+    speedup = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    return row | {"seconds": seconds[0], "revision_seconds": seconds[1], "speedup": round(speedup, 3)}
