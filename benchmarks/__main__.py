@@ -3,7 +3,7 @@
 python -m benchmarks [rows] [--rows encode decode] [--sizes tiny v1] [--batches 1 8] [--device auto]
     [--dtype float32] [--compile none] [--seconds 2] [--max_tflop 3] [--output FILE.json]
 python -m benchmarks against REVISION [--pairs 5] [the options of rows]
-python -m benchmarks clock [--threads 2] [--budget 60] [--only quantizer] [--output benchmarks/results/clock.json]
+python -m benchmarks clock [--threads 2] [--budget 45] [--only quantizer] [--output benchmarks/results/clock.json]
 python -m benchmarks table [--write docs/performance.md]
 """
 
@@ -49,7 +49,7 @@ def read(argv: list[str]) -> argparse.Namespace:
     pairs.add_argument("--pairs", type=int, default=5)
     ratios = verbs.add_parser("clock", help="ratios to plain versions on this CPU")
     ratios.add_argument("--threads", type=int, default=2)
-    ratios.add_argument("--budget", type=float, default=60.0, help="seconds for each comparison's pairs")
+    ratios.add_argument("--budget", type=float, default=45.0, help="seconds for each comparison's pairs")
     ratios.add_argument("--only", nargs="+", choices=clock.COMPARISONS, default=list(clock.COMPARISONS))
     ratios.add_argument("--tiny", action="store_true", help="smallest models: a test of the command, not a measurement")
     ratios.add_argument("--output", type=Path, default=RESULTS / "clock.json")
@@ -116,8 +116,8 @@ def main(argv: list[str]) -> None:
         return
     run = {"rows": run_rows, "against": run_against, "clock": clock.run}[arguments.verb]
     output = arguments.output or RESULTS / f"{arguments.verb}-{choose_device(arguments.device).type}.json"
-    result = run(arguments)
     output.parent.mkdir(parents=True, exist_ok=True)
+    result = run(arguments)
     write_text(output, json.dumps(result, indent=2) + "\n")
 
 

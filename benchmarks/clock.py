@@ -24,6 +24,7 @@ from benchmarks.machine import describe, limits
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.sampling import generate
 from dar_lightning.compilation import compile_blocks
+from dar_lightning.files import write_text
 from dar_lightning.tokenizer.quantizer import BLOCK, VectorQuantizer
 from dar_lightning.tokenizer.quantizer import CPU_TILE as QUANTIZER_TILE
 
@@ -252,7 +253,7 @@ NEED_COMPILER = ("compile",)
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Measure all that `arguments.only` names; print each as it is done."""
+    """Measure all that `arguments.only` names; print and store each as it is done."""
     torch.set_num_threads(arguments.threads)
     result = {"what": "ratios: plain over ours, medians of interleaved pairs", "machine": describe(CPU)}
     result["limits"] = {name: round(value, 1) for name, value in limits(CPU).items()}
@@ -263,6 +264,7 @@ def run(arguments: argparse.Namespace) -> dict:
         else:
             result["rows"][name] = compare(COMPARISONS[name], arguments.tiny, arguments.budget, result["limits"])
         print(json.dumps({name: result["rows"][name]}), flush=True)
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -300,7 +302,7 @@ def compare(comparison: Comparison, tiny: bool, budget: float, machine: dict[str
 def table(result: dict) -> str:
     """Markdown of a stored result."""
     lines = [
-        "| ours: plain | ratio | goal | ours, ms | plain, ms | products alone, ratio | of the product limit | else |"
+        "| ours: the plain version | ratio | goal | ours, ms | plain, ms | products alone, ratio | of the product limit | else |"
     ]
     lines.append("|---" * 8 + "|")
     for row in result["rows"].values():
@@ -312,11 +314,11 @@ def table(result: dict) -> str:
         facts = ", ".join(f"{key.replace('_', ' ')}: {json.dumps(row[key])}" for key in row if key not in ROW_KEYS)
         share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
         lines.append(
-            f"| {row['what']} | {row['ratio']:.2f} | {goal} | {times['ours']:.4g} | {times['plain']:.4g} | "
+            f"| {row['what']} | {row['ratio']:.2f} | {goal} | {times['ours']:,.1f} | {times['plain']:,.1f} | "
             f"{row.get('bare_ratio', '')} | {share} | {facts} |"
         )
     machine, most = result["machine"], result["limits"]
-    lines += ["", f"{machine['processor']}, {machine['threads']} threads, load before the start "]
+    lines += ["", f"{machine['processor']}, threads: {machine['threads']}, load before the start "]
     lines[-1] += f"{machine['other_load']:.1f}; torch {machine['torch']}, {machine['date']}, revision "
     lines[-1] += f"{machine['revision']}. Limits measured before: {most['float32_gflops']:.0f} GFLOP/s in float32, "
     lines[-1] += f"{most['bfloat16_gflops']:.0f} in bfloat16, {most['read_gb_per_s']:.1f} GB/s read."

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -38,7 +38,6 @@ class TrainerCLI(LightningCLI):
     """
 
     def __init__(self, argv: Sequence[str]):
-        torch.set_float32_matmul_precision("high")
         try:
             self._run(argv)
         except MisconfigurationException as error:
@@ -71,6 +70,12 @@ class TrainerCLI(LightningCLI):
             type=int | None,
             default=None,
             help="Samples per optimizer step over all devices, from which trainer.accumulate_grad_batches is derived.",
+        )
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="torch's: high lets GPUs multiply float32 matrices in TF32, which is faster and keeps 10 bits.",
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -120,6 +125,7 @@ class TrainerCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
+        torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
         trainer = self.config[self.config.subcommand].trainer
         root = Path(trainer.default_root_dir or "runs/default")
         callbacks = trainer.callbacks or []

@@ -43,6 +43,14 @@ def test_the_last_checkpoint_is_scored(verb, tokens, tmp_path, capsys):
     assert f"{'val' if verb == 'validate' else 'test'}/loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("options", "precision"), [([], "highest"), (["--float32_matmul_precision=high"], "high")])
+def test_float32_is_exact_unless_told_otherwise(options, precision, tokens, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    main(command("fit", tokens, tmp_path, "--trainer.max_steps=1", *options))
+    assert told == [precision]
+
+
 def test_nothing_to_predict(tokens, tmp_path, capsys):
     assert "predict" in refusal(capsys, command("predict", tokens, tmp_path))
 

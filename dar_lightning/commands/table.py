@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -128,11 +127,10 @@ def table(
             asked = common | {"settings": settings, "seed": seed} | hashes | references[config.image_size]
             found = _read(place, json.loads(json.dumps(asked)))
             if found is None:
-                with _matmul_precision("high"):  # as `dar predict`, whose images fit in
-                    if task == "generate":
-                        _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
-                    else:
-                        _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
+                if task == "generate":
+                    _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
+                else:
+                    _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
                 found = asked | evaluate(
                     samples=str(place / SAMPLES),
                     reference=reference,
@@ -177,16 +175,6 @@ def _reference_identity(reference: str, size: int, batch_size: int, full: bool) 
     batches = with_progress(open_images(reference, "--reference", size), batch_size, "--reference")
     digests = (digest for pixels, _ in batches for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()))
     return known | {"reference_sha256": set_sha256(digests)}
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _read(place: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
