@@ -74,7 +74,7 @@ def test_ar_training_at_full_size(size, gflop):
 
 
 def test_a_diffusion_step_grows_with_the_image_as_its_patches_do():
-    """Twice the side is four times the patches; attention among them, a tenth of the work at 256, grows sixteenfold."""
+    """Twice the side is four times the patches; attention among them, 12% of the work at 256, grows sixteenfold."""
     sides = {side: counting.diffusion_step(TokenizerConfig(image_size=side)) for side in (64, 128, 256)}
     assert 1.9 < slope(sides) < 2.2
     linear = {side: flops - self_attention(V1, side) for side, flops in sides.items()}
