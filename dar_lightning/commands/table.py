@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -332,6 +333,6 @@ def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel(caveat, fontsize=7)
+    figure.supxlabel(textwrap.fill(caveat, 150), fontsize=7)
     with atomic_path(path) as part:
         figure.savefig(part, format="png", dpi=110)
