@@ -83,6 +83,7 @@ def reconstruct(
             "num_steps": num_steps or model.config.num_groups,
             "seed": seed,
             "tokenizer": fingerprint(model),
+            "ema": {"tokenizer": model.averaged},
         },
     }
     text = json.dumps(result, indent=2) + "\n"

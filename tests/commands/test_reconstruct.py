@@ -55,6 +55,7 @@ def test_figures(written, paths):
     assert result["metrics"]["codebook_perplexity"] == pytest.approx(perplexity, rel=1e-5)
     protocol = result["protocol"]
     assert protocol["tokenizer"] == fingerprint(make_tokenizer())
+    assert protocol["ema"] == {"tokenizer": None}, "saved by hand, nobody noted it"
     assert (protocol["num_images"], protocol["shards"], protocol["num_steps"], protocol["seed"]) == (7, paths[1], 4, 2)
 
 
