@@ -25,6 +25,7 @@ OUTPUTS = {
     "evaluate": "output={}/evaluation.json",
 }
 LOGGER = "dar_lightning.loggers.TensorBoard"
+Value = bool | int | float | str | list | dict | None  # not Any, whose class paths jsonargparse would instantiate
 PLACE = re.compile(r"\{(\w+)\}")
 NAME = re.compile(r"[\w.=,+-]+")
 
@@ -43,7 +44,7 @@ class Stage:
 
     verb: str
     config: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.verb not in OUTPUTS:

@@ -79,6 +79,7 @@ def test_the_first_step_of_the_last_cell(name, tmp_path, capsys):
         pytest.skip("needs vector-quantize-pytorch")
     for number, work in enumerate(fits):
         command = work.command(tmp_path / "out")
+        capsys.readouterr()
         with pytest.raises(SystemExit):
             main([*command, "--print_config"])
         resolved = yaml.safe_load(capsys.readouterr().out)
