@@ -22,11 +22,12 @@ VERBS = {
     "compare": ("dar_lightning.commands.compare", "compare"),
     "table": ("dar_lightning.commands.table", "table"),
     "sweep": ("dar_lightning.commands.sweep", "sweep"),
+    "report": ("dar_lightning.commands.report", "report"),
     "export": ("dar_lightning.commands.export", "export"),
     "convert": ("dar_lightning.commands.convert", "convert"),
 }
 
-POSITIONAL = {"sweep": "config"}  # verb -> the option that its first word is, where that has no name
+POSITIONAL = {"sweep": "config", "report": "sweep"}  # verb -> the option that its first word is, where that has no name
 
 USAGE = """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
 
@@ -46,6 +47,7 @@ tools:
   compare       figures of several evaluations, if their protocols are the same
   table         one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml
   sweep         an ablation's grid: dar sweep experiments/sweeps/small/order.yaml
+  report        tables, plots and samples of a sweep, cells beside each other
   export        Lightning checkpoint -> folder with config.json and model.safetensors
   convert       official D-AR weights -> such a folder"""
 

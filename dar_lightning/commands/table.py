@@ -28,6 +28,7 @@ from dar_lightning.lit.generation import GenerationModule
 from dar_lightning.metrics.drawn import PIXELS, read_drawn
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.images import ImageSet, open_images, with_progress
+from dar_lightning.metrics.protocol import PAPER_COUNT
 from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.seeding import image_generator
@@ -37,7 +38,6 @@ from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
 SAMPLES, MEASURED = "samples.npz", "measured.json"
-PAPER_COUNT = 50_000  # images behind each of the paper's figures
 
 
 @dataclass(frozen=True)

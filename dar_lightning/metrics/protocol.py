@@ -9,6 +9,7 @@ from dar_lightning import __version__
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
+PAPER_COUNT = 50_000  # images behind each of the paper's figures
 FRECHET = "float64, unbiased covariances"
 
 

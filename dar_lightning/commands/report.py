@@ -1,0 +1,43 @@
+"""`dar report`: a sweep's tables, plots and sample grids, and the sweep in TensorBoard."""
+
+import importlib.util
+from pathlib import Path
+
+from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path
+from dar_lightning.report.results import read_sweep
+from dar_lightning.report.summary import summarize, write_tables
+from dar_lightning.report.tensorboard import write_tensorboard
+
+
+def report(sweep: str, output: str | None = None) -> None:
+    """Write `table.md`, `table.csv`, `runs.csv`, `figures.png`, `curves.png`, `groups.png` and `samples.jpg`.
+
+    A sweep that has not ended is reported as far as it is; runs that failed or are to come are counted and named. A
+    plot of which nothing was logged is left out. In the sweep's folder, `tensorboard/` is written:
+    `tensorboard --logdir` of it shows the runs under their cells' names, a table of hyperparameters and charts with the
+    curves of all cells.
+
+    Args:
+        sweep: folder that `dar sweep` wrote. May be given without `--sweep`, as the first word.
+        output: folder to write to; left out, `report` in the sweep's.
+
+    Raises:
+        UserError: the folder is no sweep's, or its runs were measured by different protocols.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the plots need matplotlib: pip install 'dar-lightning[notebooks]'")
+    from dar_lightning.report.plots import plot_curves, plot_figures, plot_groups, samples_side_by_side, save_figure
+
+    found = read_sweep(sweep)
+    folder = found.folder / "report" if output is None else Path(output)
+    rows = summarize(found)
+    print(write_tables(found, rows, folder))
+    plots = {"figures": plot_figures(found, rows), "curves": plot_curves(found), "groups": plot_groups(found)}
+    for name, figure in plots.items():
+        if figure is not None:
+            save_figure(figure, folder / f"{name}.png")
+    if (sheet := samples_side_by_side(found)) is not None:
+        with atomic_path(folder / "samples.jpg") as part:
+            sheet.save(part, format="JPEG", quality=75)
+    print(f"report in {folder}; curves: tensorboard --logdir {write_tensorboard(found)}")

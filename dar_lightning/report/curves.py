@@ -1,0 +1,41 @@
+"""Curves out of TensorBoard's event files."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EVENTS = "events.out.tfevents.*"
+
+
+class Curve(NamedTuple):
+    """One scalar over training.
+
+    Attributes:
+        steps: (n,) int64, ascending.
+        values: (n,) float64.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def event_folders(folder: str | Path) -> list[Path]:
+    """The folders at or under `folder` that hold event files."""
+    return sorted({path.parent for path in Path(folder).rglob(EVENTS)})
+
+
+def read_scalars(folder: str | Path) -> dict[str, Curve]:
+    """Every scalar that was logged at or under a folder, by tag; of a step that was logged again, the last."""
+    points: dict[str, dict[int, float]] = {}
+    for place in event_folders(folder):
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+        for tag in events.Tags()["scalars"]:
+            points.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    return {tag: _curve(found) for tag, found in sorted(points.items())}
+
+
+def _curve(points: dict[int, float]) -> Curve:
+    steps = sorted(points)
+    return Curve(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64))
