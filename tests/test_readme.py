@@ -9,7 +9,7 @@ import pytest
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(text: str) -> list[list[str]]:

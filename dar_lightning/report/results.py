@@ -195,9 +195,9 @@ def _difference(protocol: dict[str, Any], other: dict[str, Any]) -> str | None:
     anywhere. Versions may differ; they are kept to explain what nothing else does.
     """
     mine, theirs = _facts(protocol), _facts(other)
-    for field in sorted(mine.keys() | theirs.keys()):
-        if mine.get(field) != theirs.get(field):
-            return f"{field}: {mine.get(field)}, {theirs.get(field)}"
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            return f"{name}: {mine.get(name)}, {theirs.get(name)}"
     return None
 
 
