@@ -35,7 +35,7 @@ class Reconstructions(Callback):
         previews = to_uint8(previews)
         metrics = reconstruction_metrics().to(pl_module.device)
         scores = metrics(previews[:, -1].float(), images.float())
-        weight = min(count, len(images))
+        weight = float(min(count, len(images)))  # ranks average it; integers would be cut
         errors = (previews.float() - images[:, None].float()).square().mean(dim=(2, 3, 4))  # (B, K)
         psnr = (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).mean(dim=0)
         scores = {f"val/{name}": value for name, value in scores.items()}

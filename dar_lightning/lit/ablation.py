@@ -60,5 +60,5 @@ class AblationModule(ARModule):
         }
         names = {"token_loss": "loss", "hit": "accuracy", "entropy": "entropy"}
         means = {f"{stage}/{name}": values[key].mean() for key, name in names.items()}
-        self.log_dict(means, batch_size=count, sync_dist=True, prog_bar=True)
+        self.log_dict(means, batch_size=float(count), sync_dist=True, prog_bar=True)
         return {name: placed(value, order) for name, value in values.items()} | {"order": order} if count else None

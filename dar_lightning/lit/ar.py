@@ -131,5 +131,6 @@ class ARModule(LightningModule):
         token_loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[kept]
         hit = (logits.argmax(dim=-1) == codes)[kept].float()
         values = {f"{stage}/loss": token_loss.mean(), f"{stage}/accuracy": hit.mean()}
-        self.log_dict(values, batch_size=count, sync_dist=True, prog_bar=True)
+        # ranks average the weights; integers would be cut
+        self.log_dict(values, batch_size=float(count), sync_dist=True, prog_bar=True)
         return {"token_loss": token_loss, "hit": hit} if count else None

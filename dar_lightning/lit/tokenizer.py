@@ -167,7 +167,7 @@ class TokenizerModule(LightningModule):
         if count:
             self.codebook_use.update(losses["codes"])
         parts = {f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}
-        self.log_dict(parts, batch_size=count, sync_dist=True)
+        self.log_dict(parts, batch_size=float(count), sync_dist=True)  # ranks average it; integers would be cut
         return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
 
     def on_validation_epoch_end(self) -> None:

@@ -40,6 +40,12 @@ def spy(images, u=None, noise=None):
     return original(images, u, noise)
 
 
+def of_images(images, **options):
+    "Losses, of which one depends on nothing but the images."
+    return original(images, **options) | {"vq": images.mean()}
+
+
+module.tokenizer.training_losses = of_images
 before = trainer.validate(module, datamodule=data)[0]
 module.tokenizer.training_losses = spy
 trainer.fit(module, datamodule=data)
@@ -69,6 +75,7 @@ def test_two_ranks(images, tmp_path):
     (one,), two = run(1), run(2)
     # Noise and times are drawn per batch, so only what does not depend on them can be the same.
     assert two[0]["val/codebook_use"] == two[1]["val/codebook_use"] == one["val/codebook_use"]
+    assert two[0]["val/vq"] == pytest.approx(one["val/vq"], rel=1e-5), "4 images on one rank, 3 on the other"
     assert two[0] == two[1]
     assert all(value == value for value in two[0].values()), two[0]
     first, second = (torch.load(tmp_path / f"of2.{rank}.pt") for rank in range(2))
