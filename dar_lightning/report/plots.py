@@ -131,7 +131,7 @@ def samples_side_by_side(sweep: Results) -> Image.Image | None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all."""
     with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+        figure.savefig(part, format="png", dpi=100)
 
 
 # ---- pieces
