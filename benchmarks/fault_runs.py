@@ -15,7 +15,8 @@ from dar_lightning.cli import main as dar
 from dar_lightning.data.codes import CodesIndex, describe, write_codes
 from dar_lightning.data.shards import ShardIndex, write_shard
 
-SIZE, TOKENS, CODES, BATCH, SAVE_EVERY = 32, 8, 32, 4, 3
+SIZE, TOKENS, CODES, BATCH = 32, 8, 32, 4
+SAVE_EVERY, VALIDATE_EVERY = 3, 2  # optimizer steps; each validation saves, too
 LIMIT = 400  # seconds after which a run counts as hanging
 TOKENIZER = {
     **dict(image_size=SIZE, encoder_patch_size=8, encoder_dim=32, encoder_depth=1, conditioner_dim=32),
@@ -61,7 +62,8 @@ def command(model: str, data: Path, run: Path, steps: int, workers: int = 0, **t
         words = ["--model=dar_lightning.lit.ARModule", f"--model.init_args.config={json.dumps(AR)}"]
         words += ["--data=dar_lightning.data.codes.CodesDataModule"]
         splits = data / "tokens"
-    options = dict(accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=2, val_check_interval=4)
+    options = dict(accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=2)
+    options["val_check_interval"] = options["accumulate_grad_batches"] * VALIDATE_EVERY
     options |= dict(num_sanity_val_steps=0, gradient_clip_val=1.0, log_every_n_steps=1, default_root_dir=run)
     options |= dict(enable_progress_bar="false", enable_model_summary="false", check_val_every_n_epoch="null") | trainer
     words += [f"--trainer.{name}={value}" for name, value in options.items()]

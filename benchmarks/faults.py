@@ -26,7 +26,20 @@ from pathlib import Path
 import lightning
 import torch
 from fault_callbacks import Disk
-from fault_runs import LIMIT, SAVE_EVERY, WHAT, callback, command, differences, finish, last, lines, start, write_data
+from fault_runs import (
+    LIMIT,
+    SAVE_EVERY,
+    VALIDATE_EVERY,
+    WHAT,
+    callback,
+    command,
+    differences,
+    finish,
+    last,
+    lines,
+    start,
+    write_data,
+)
 
 from dar_lightning.files import write_text
 
@@ -203,7 +216,8 @@ def broken_disk(bench: Bench, model: str, how: str, breaks: int, mended: int) ->
             bench.same(model, run, diaries[:1])
             return f"{len(said)} lines said so; the run went on and wrote the next checkpoint; exit code 0, same bits"
         saved = last(run)["global_step"]
-        assert (code, saved) == (2, breaks // SAVE_EVERY * SAVE_EVERY), f"exit code {code}, step {saved} saved"
+        expected = max(breaks // every * every for every in (SAVE_EVERY, VALIDATE_EVERY))
+        assert (code, saved) == (2, expected), f"exit code {code}, step {saved} saved, not {expected}"
         Disk(disk, how, 0).set(broken=False)
         assert finish(start(bench.command(model, run), diaries[1])) == 0, log_end(diaries[1])
         bench.same(model, run, diaries)
