@@ -1,11 +1,13 @@
 """gFID in validation: class-balanced samples and a reference."""
 
+import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from dar_lightning.callbacks.frechet import FrechetCallback
+from dar_lightning.callbacks.stop import StopOnSignal
 from dar_lightning.data.pixels import image_digests
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import feature_protocol
@@ -13,6 +15,7 @@ from dar_lightning.metrics.frechet import Gaussian, frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.sharding import whole_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -21,7 +24,7 @@ class GenerationFID(FrechetCallback):
 
     Logs `val/gFID` (`val/gFD-<name>` with another network than Inception). Image i is of class i mod num_classes and
     depends on (seed, i) alone, so every validation and any number of ranks draws the same ones from the same weights.
-    The reference is measured once per process.
+    The reference is measured once per process. A signal ends training before the next batch of images (StopOnSignal).
 
     Args:
         tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
@@ -90,7 +93,7 @@ class GenerationFID(FrechetCallback):
             digests: dict[int, bytes] = {}
             self.reference = self._statistics(self._images, trainer, pl_module, digests)
             self._reference_facts |= {"n": self.reference.count, "sha256": self.pixels_of_ranks(trainer, digests)}
-        pipeline = DARPipeline(self._tokenizer.to(pl_module.device), pl_module.ar)
+        pipeline = DARPipeline(self._tokenizer.to(pl_module.device), whole_model(pl_module.ar))
         drawn = DrawnImages(pipeline, self.num_samples, self.seed, rows=self.batch_size, **self.options)
         size = self._tokenizer.config.image_size
         ema = {"tokenizer": self._tokenizer.averaged, "ar": self.averaged(trainer)}
@@ -134,7 +137,15 @@ class GenerationFID(FrechetCallback):
     ) -> Gaussian:
         """Of a set of which every rank measures its share; `digests` of images, by number, are added where given."""
         statistics, size = None, self._tokenizer.config.image_size
-        for pixels, _ in images.batches(self.batch_size, trainer.global_rank, trainer.world_size):
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
+        batches = images.batches(self.batch_size, trainer.global_rank, trainer.world_size)
+        for _ in range(math.ceil(len(images) / (self.batch_size * trainer.world_size))):  # of rank 0, which has most
+            for stop in stops:
+                stop.obey_in_validation(trainer, pl_module)
+            with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
+                pixels, _ = next(batches, (None, None))
+            if pixels is None:
+                continue
             if pixels.shape[2:] != (size, size):
                 raise UserError(
                     f"GenerationFID: {self.source} has images of {pixels.shape[2]}x{pixels.shape[3]}, the tokenizer "

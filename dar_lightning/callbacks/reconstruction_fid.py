@@ -85,8 +85,9 @@ class ReconstructionFID(FrechetCallback):
         tokenizer = pl_module.tokenizer
         generators = [image_generator(self.seed, number) for number in numbers]
         noise = tokenizer.draw_noise(len(images), generators, images.shape[2:])
-        codes = tokenizer.tokenize(to_float(images))
-        reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
+        with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
+            codes = tokenizer.tokenize(to_float(images))
+            reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
         self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
         if self.reference is None:
             self._originals = self.added(self._originals, self.measured(images)[:count])

@@ -20,10 +20,10 @@ class StopOnSignal(Callback):
 
     SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGUSR1 (SLURM before a time limit, see
     experiments/cluster/slurm.sh) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. In a
-    validation, whose step LastStepCheckpoint has saved, training ends after the current batch, unless gradients are
-    being accumulated: the step comes first then. A signal to any rank stops all of them after the same step. Ranks that
-    Lightning has started itself end with 0, because Lightning kills the run at once when one of them ends with anything
-    else.
+    validation, whose step LastStepCheckpoint has saved, training ends after the current batch (one of the images that
+    GenerationFID draws, too), unless gradients are being accumulated: the step comes first then. A signal to any rank
+    stops all of them after the same step. Ranks that Lightning has started itself end with 0, because Lightning kills
+    the run at once when one of them ends with anything else.
 
     Lightning's own answer to SIGTERM saves nothing, ends with 0, and can hang when ranks hear of it at different times.
     Its answer to SIGUSR1 under SLURM saves from within the signal, wherever a rank happens to be in a step: ranks at
@@ -46,6 +46,10 @@ class StopOnSignal(Callback):
             self._stop(trainer, number)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.obey_in_validation(trainer, pl_module)
+
+    def obey_in_validation(self, trainer, pl_module) -> None:
+        """End training, if a signal asks for it, in the midst of a validation. All ranks call this together."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         if number := self._agreed(trainer, pl_module):

@@ -64,7 +64,7 @@ class Compiled(Callback):
 
 
 @pytest.fixture(scope="module")
-def command(tokens, tmp_path_factory):
+def command(images, tokens, tmp_path_factory):
     """Folder, strategy, steps and devices -> arguments of `dar`, with all that reads or writes weights."""
     tokenizer = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(tokenizer)
@@ -81,6 +81,10 @@ def command(tokens, tmp_path_factory):
             *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.7"),
             "--trainer.callbacks.use_buffers=false",
             *("--trainer.callbacks+=dar_lightning.callbacks.Samples", f"--trainer.callbacks.tokenizer={tokenizer}"),
+            "--trainer.callbacks+=dar_lightning.callbacks.GenerationFID",  # of three batches: rank 0 draws two
+            *(f"--trainer.callbacks.tokenizer={tokenizer}", f"--trainer.callbacks.reference={images[1]}"),
+            *("--trainer.callbacks.features=color_edges", "--trainer.callbacks.num_samples=5"),
+            *("--trainer.callbacks.batch_size=2", "--trainer.callbacks.every_n_steps=4"),
             "--trainer.callbacks+=dar_lightning.callbacks.SkipBadSteps",
             *("--ckpt_path=last", "--model.init_args.optimizer.lr=0.01", *layer, *more),
         ]
@@ -133,10 +137,17 @@ def drawn(folder: Path) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string)), dtype=float)
 
 
+def measured(folder: Path) -> float:
+    """What GenerationFID has written."""
+    (file,) = (folder / "evaluation").iterdir()
+    return json.loads(file.read_text())["metrics"]["gFD-color_edges"]
+
+
 def test_the_numbers_are_those_of_ddp(command, whole_run, tmp_path):
     assert run(main, command(tmp_path, "ddp", 6), world=2) == [0, 0]
     assert largest_difference(tmp_path, whole_run) < 1e-4
     assert np.abs(drawn(tmp_path) - drawn(whole_run)).max() <= 1
+    assert measured(tmp_path) == pytest.approx(measured(whole_run), rel=0.01)
     parameters = [group["params"] for group in last(whole_run)["optimizer_states"][0]["param_groups"]]
     assert parameters == [group["params"] for group in last(tmp_path)["optimizer_states"][0]["param_groups"]]
 

@@ -1,0 +1,99 @@
+"""What a Frechet distance in a training run must not do: mistake its precision, keep signals waiting."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from tiny_models import AR, SIZE, make_tokenizer
+from torch.nn.modules.module import register_module_forward_hook
+
+from dar_lightning.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.lit import ARModule, TokenizerModule
+from dar_lightning.metrics import images as image_sets
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loggers and workers
+
+
+def make_trainer(folder, *callbacks, **options) -> Trainer:
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+    return Trainer(accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **quiet | options)
+
+
+def tokenizer_run(images) -> tuple[TokenizerModule, ImageNetDataModule]:
+    return TokenizerModule(make_tokenizer().config), ImageNetDataModule(*images, image_size=SIZE, batch_size=3)
+
+
+def ar_run(tokens) -> tuple[ARModule, CodesDataModule]:
+    return ARModule(ARModule(AR).ar.config), CodesDataModule(*tokens, 4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+class Layer(torch.nn.Linear):
+    """Of the feature network, to be told from the models'."""
+
+
+class OneLayer(torch.nn.Module):
+    """Colours through a matrix product, which autocast would round."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = Layer(3, 3)
+
+    def forward(self, images):
+        return self.layer(images.float().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+@pytest.mark.parametrize("kind", ["tokenizer", "ar"])
+def test_images_are_made_in_the_precision_that_is_written_down(
+    images, tokens, tokenizer_folder, tmp_path, kind, precision, dtype
+):
+    network = f"{__name__}.OneLayer"
+    if kind == "ar":
+        (module, data), callback = ar_run(tokens), GenerationFID(tokenizer_folder, images[1], 4, network, batch_size=2)
+    else:
+        (module, data), callback = tokenizer_run(images), ReconstructionFID(None, network)
+    found = {Layer: set(), torch.nn.Linear: set()}
+
+    def note(layer, inputs, output):
+        if type(layer) in found:
+            found[type(layer)].add(output.dtype)
+
+    hook = register_module_forward_hook(note)
+    try:
+        make_trainer(tmp_path, callback, precision=precision).validate(module, datamodule=data, verbose=False)
+    finally:
+        hook.remove()
+    assert found == {Layer: {torch.float32}, torch.nn.Linear: {dtype}}
+
+
+def test_a_signal_does_not_wait_for_all_images(images, tokens, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    draw_rows, drawn = image_sets.draw_rows, []
+
+    def signalled(*arguments):
+        drawn.append(None)
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return draw_rows(*arguments)
+
+    monkeypatch.setattr(image_sets, "draw_rows", signalled)
+    saving = LastStepCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=0)
+    callback = GenerationFID(tokenizer_folder, images[1], 40, "color_edges", batch_size=2)
+    trainer = make_trainer(tmp_path, callback, StopOnSignal(), saving, max_steps=4, val_check_interval=2)
+    module, data = ar_run(tokens)
+    with pytest.raises(SystemExit) as caught:
+        trainer.fit(module, datamodule=data)
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert len(drawn) == 3, "of 20 batches"
+    assert "SIGUSR1: stopped after step 2, saved in" in capsys.readouterr().err
