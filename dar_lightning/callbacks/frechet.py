@@ -1,5 +1,6 @@
 """What the Frechet distances of a training run share: a network outside of the module, sums over ranks, a protocol."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class FrechetCallback(Callback):
     checkpoints and EMA copies do not have them.
 
     Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
-    file of `dar validate`, whose steps are not those of training, replaces none that is there.
+    file of `dar validate`, whose steps are not those of training, replaces none that is there. In training, a file that
+    cannot be written costs a line.
 
     Args:
         prefix: of the name: "r" gives val/rFID, and val/rFD-<name> with any other network than Inception.
@@ -126,7 +128,13 @@ class FrechetCallback(Callback):
         network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
         common = {"features": network, "frechet": FRECHET, "versions": versions()}
         protocol = protocol | common | {"samples": facts | protocol["samples"]}
-        write_figures(self._file(trainer), {self.name: value} | others, protocol)
+        try:
+            write_figures(self._file(trainer), {self.name: value} | others, protocol)
+        except UserError as error:
+            if not _training(trainer):
+                raise
+            goes_on = f"val/{self.name} of step {trainer.global_step} is {value:.6g}; training goes on"
+            print(f"WARNING: {error}; {goes_on}", file=sys.stderr, flush=True)
 
     def _file(self, trainer: Trainer) -> Path:
         stem = f"{self.name}-{trainer.global_step:07d}"

@@ -97,6 +97,7 @@ class ReconstructionFID(FrechetCallback):
         if count:
             scores = self._metrics.to(images.device)(reconstructions.float(), images.float())
             sums = [count * value.to(self._scores) for value in scores.values()]
+            self._metrics.reset()  # which keep every image's errors, and are asked for this batch's alone
             self._scores += torch.stack([*sums, torch.full_like(sums[0], count)])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

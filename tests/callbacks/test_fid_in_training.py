@@ -1,4 +1,4 @@
-"""What a Frechet distance in a training run must not do: mistake its precision, keep signals waiting."""
+"""What a Frechet distance must not do to a run: mistake its precision, grow, keep signals waiting, end it."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from dar_lightning.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.errors import UserError
 from dar_lightning.lit import ARModule, TokenizerModule
 from dar_lightning.metrics import images as image_sets
 
@@ -97,3 +98,32 @@ def test_a_signal_does_not_wait_for_all_images(images, tokens, tokenizer_folder,
     assert caught.value.code == 128 + signal.SIGUSR1
     assert len(drawn) == 3, "of 20 batches"
     assert "SIGUSR1: stopped after step 2, saved in" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(images, tmp_path, capsys):
+    (tmp_path / "evaluation").write_text("a file, where a folder belongs")
+    module, data = tokenizer_run(images)
+    trainer = make_trainer(
+        tmp_path, ReconstructionFID(None, "color_edges"), max_steps=2, val_check_interval=1, enable_checkpointing=False
+    )
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 2
+    value = trainer.callback_metrics["val/rFD-color_edges"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(said) == 2
+    assert said[1].startswith(f"WARNING: cannot write {tmp_path}/evaluation/rFD-color_edges-0000002.json: ")
+    assert said[1].endswith(f"val/rFD-color_edges of step 2 is {float(value):.6g}; training goes on")
+    with pytest.raises(UserError, match="cannot write"):
+        trainer.validate(module, datamodule=data, verbose=False)
+
+
+def test_a_validation_leaves_no_images_errors_behind(images, tmp_path):
+    callback = ReconstructionFID(None, "color_edges")
+    module, data = tokenizer_run(images)
+    make_trainer(tmp_path, callback).validate(module, datamodule=data, verbose=False)
+    assert not any(
+        torch.cat([tensor.flatten() for tensor in state]).numel()
+        for metric in callback._metrics.values()
+        for state in metric.metric_state.values()
+        if isinstance(state, list) and state
+    )
