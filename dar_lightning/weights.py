@@ -138,9 +138,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     """
     checkpoint = read_checkpoint(ckpt)
     # EMAWeightAveraging saves the average as "state_dict" and moves the optimizer's weights to "current_model_state".
-    # Until its first update, the average is the model before training.
-    keeps_ema = "current_model_state" in checkpoint
-    has_ema = keeps_ema and not _never_averaged(checkpoint)
+    keeps_ema, has_ema = "current_model_state" in checkpoint, has_average(checkpoint)
     if weights == "ema" and not has_ema:
         raise UserError(f"{ckpt} holds no EMA weights (yet): weights is 'ema', need 'raw' or 'auto'")
     raw = keeps_ema and (weights == "raw" or not has_ema)
@@ -169,10 +167,15 @@ def load_model(source: str | Path, model_class: type[Model]) -> Model:
     return model
 
 
-def _never_averaged(checkpoint: Mapping[str, Any]) -> bool:
+def has_average(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's "state_dict" is an average of weights, one that had begun.
+
+    Until its first update, Lightning's average is the model before training.
+    """
     state = checkpoint.get("averaging_state")
     count = state.get("n_averaged") if isinstance(state, Mapping) else None
-    return isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
+    never = isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
+    return "current_model_state" in checkpoint and not never
 
 
 def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:

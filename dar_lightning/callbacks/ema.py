@@ -1,5 +1,7 @@
 """An average of the weights that stays on the device which trains, and never waits for it."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
@@ -38,6 +40,9 @@ class EMA(EMAWeightAveraging):
     where the model trains, and one fused operation moves it. In validation, checkpoints and `dar export` it is used
     as Lightning's. Sharded models (FSDP2) are averaged slice by slice.
 
+    Until its first update the average is the model before training, with which Lightning's would validate and end: as
+    long as there is no average, this one leaves the weights in their place, in checkpoints too.
+
     Args:
         decay: share of the average that stays at a step.
         update_starting_at_step: first step, from 0, after which the average follows the weights.
@@ -50,3 +55,16 @@ class EMA(EMAWeightAveraging):
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
             self._average_model = Average(pl_module, trainer.strategy.root_device, self.decay)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and not self._average_model.n_averaged:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    def _swap_models(self, pl_module) -> None:
+        if self._average_model.n_averaged:
+            super()._swap_models(pl_module)
+
+    def _copy_average_to_current(self, pl_module) -> None:
+        if self._average_model.n_averaged:
+            super()._copy_average_to_current(pl_module)

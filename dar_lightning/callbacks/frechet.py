@@ -17,6 +17,7 @@ from dar_lightning.metrics.features import feature_protocol, frechet_name, load_
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.measure import float64_device
 from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
+from dar_lightning.weights import has_average
 
 
 class FrechetCallback(Callback):
@@ -69,8 +70,8 @@ class FrechetCallback(Callback):
         self._measured_at = state_dict["measured_at"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Outside of training, what a checkpoint calls "state_dict" is used: the average, if it has one.
-        self._checkpoint_averaged = "current_model_state" in checkpoint
+        # Outside of training, what a checkpoint calls "state_dict" is used.
+        self._checkpoint_averaged = has_average(checkpoint)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         passed = trainer.global_step // self.every_n_steps > self._measured_at // self.every_n_steps
@@ -112,7 +113,8 @@ class FrechetCallback(Callback):
     def averaged(self, trainer: Trainer) -> bool | None:
         """Whether the weights that are measured are an average over training steps; None where nothing tells."""
         if _training(trainer):
-            return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+            averages = [found._average_model for found in trainer.callbacks if isinstance(found, WeightAveraging)]
+            return any(average.n_averaged > 0 for average in averages)
         return self._checkpoint_averaged
 
     def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """EMA against Lightning's own, where its average lies, and what it leaves out."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from tiny_models import SIZE, TOKENIZER, make_tokenizer
 
-from dar_lightning.callbacks import EMA
+from dar_lightning.callbacks import EMA, ReconstructionFID
 from dar_lightning.callbacks.ema import Average
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import TokenizerModule
@@ -73,3 +74,37 @@ def test_frozen_networks_are_not_copied():
     assert average.perceptual.network is model.perceptual.network
     assert [name for name, _ in average.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(name.startswith("tokenizer.") for name, _ in average.named_parameters())
+
+
+class Validated(Callback):
+    """Whether validations see the weights that the optimizer has just left."""
+
+    def __init__(self):
+        self.trained, self.same = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.trained.append([parameter.detach().clone() for parameter in pl_module.parameters()])
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        pairs = zip(pl_module.parameters(), self.trained[-1], strict=True)
+        self.same.append(all(torch.equal(*pair) for pair in pairs))
+
+
+def test_until_the_average_begins_the_weights_are_used(images, tmp_path):
+    seen, saving = Validated(), ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    callbacks = [EMA(0.8, update_starting_at_step=5), seen, saving, ReconstructionFID(None, "color_edges")]
+    trained = module()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, callbacks=callbacks, val_check_interval=2, num_sanity_val_steps=0, **quiet
+    )
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    trainer.fit(trained, datamodule=data)
+    assert seen.same == 4 * [True]
+    assert all(torch.equal(*pair) for pair in zip(trained.parameters(), seen.trained[-1], strict=True)), "at the end"
+    measuring = Trainer(accelerator="cpu", callbacks=[ReconstructionFID(None, "color_edges")], **quiet)
+    measuring.validate(module(), data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    paths = [tmp_path / "evaluation" / f"rFD-color_edges-{step}.json" for step in ("0000004", "0000000")]
+    fitted, validated = (json.loads(path.read_text()) for path in paths)
+    assert [found["protocol"]["samples"]["ema"] for found in (fitted, validated)] == 2 * [{"tokenizer": False}]
+    assert validated["metrics"] == pytest.approx(fitted["metrics"], rel=1e-5)
