@@ -1,5 +1,6 @@
 """LightningCLI for the Trainer verbs, with what a run of this project always wants."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,13 @@ class TrainerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:  # an unknown strategy; other devices than SLURM's tasks
             raise find_user_error(error) or UserError(f"trainer: {one_line(error)}") from error
+        except RuntimeError as error:
+            if not (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))):
+                raise
+            raise UserError(
+                f"trainer.callbacks: two of type {found[1]}, whose states in a checkpoint have the same name; leave "
+                "one out or, if it has the option, give it a label"
+            ) from error
         if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
             raise UserError(
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "

@@ -1,5 +1,6 @@
 """What the Frechet distances of a training run share: a network outside of the module, sums over ranks, a protocol."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,33 @@ class FrechetCallback(Callback):
         features_weights: a local file of its weights; None downloads them.
         every_n_steps: measure in the first validation at or after each multiple of so many training steps, whenever the
             run was resumed; `dar validate` always measures.
+        label: ends the names in logs and of files, for a second callback of the same class; None for none.
     """
 
     due = False  # whether the validation at hand is to be measured
 
-    def __init__(self, prefix: str, features: str, features_weights: str | None, every_n_steps: int):
+    def __init__(
+        self, prefix: str, features: str, features_weights: str | None, every_n_steps: int, label: str | None = None
+    ):
         if every_n_steps < 1:
             raise UserError(
                 f"every_n_steps is {every_n_steps}: it must be at least 1, which measures in all validations"
             )
-        self.name = f"{prefix}{frechet_name(features)}"
+        if label is not None and not re.fullmatch(r"[\w.-]+", label):
+            raise UserError(f"label is {label!r}: it is part of file names, use letters, digits and _ . -")
+        self.label = label
+        self.figure = f"{prefix}{frechet_name(features)}"  # the name in the file
+        self.name = self.labelled(self.figure)
         self.features, self.features_weights = features, features_weights
         self.every_n_steps = every_n_steps
         self.reference: Gaussian | None = None  # measured once
         self._measured_at = 0  # training step of the last measurement
         self._checkpoint_averaged: bool | None = None
         self._network: FrozenNetwork | None = None
+
+    def labelled(self, figure: str) -> str:
+        """A figure's name in the logs."""
+        return figure if self.label is None else f"{figure}-{self.label}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in ("fit", "validate") and self._network is None:
@@ -131,7 +143,7 @@ class FrechetCallback(Callback):
         common = {"features": network, "frechet": FRECHET, "versions": versions()}
         protocol = protocol | common | {"samples": facts | protocol["samples"]}
         try:
-            write_figures(self._file(trainer), {self.name: value} | others, protocol)
+            write_figures(self._file(trainer), {self.figure: value} | others, protocol)
         except UserError as error:
             if not _training(trainer):
                 raise

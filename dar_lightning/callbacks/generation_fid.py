@@ -42,6 +42,8 @@ class GenerationFID(FrechetCallback):
         batch_size: images at a time and per rank. Another number changes those that are drawn by rounding.
         every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
             in all.
+        label: added to `val/gFID` and to the files' names, as in val/gFID-guided: with labels of their own, several of
+            these callbacks, of other guidance or references, measure the same run.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class GenerationFID(FrechetCallback):
         num_steps: int | None = None,
         batch_size: int = 32,
         every_n_steps: int = 1,
+        label: str | None = None,
     ):
-        super().__init__("g", features, features_weights, every_n_steps)
+        super().__init__("g", features, features_weights, every_n_steps, label)
         if batch_size < 1:
             raise UserError(f"GenerationFID: batch_size is {batch_size}, it must be at least 1")
         self.tokenizer_path, self.source, self.num_samples, self.seed = tokenizer, reference, num_samples, seed

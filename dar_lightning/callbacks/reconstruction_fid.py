@@ -37,6 +37,7 @@ class ReconstructionFID(FrechetCallback):
         num_steps: diffusion steps; None is one per group of tokens.
         every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
             in all.
+        label: added to the four names and to the files' names, as in val/rFID-euler, for a second of these callbacks.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class ReconstructionFID(FrechetCallback):
         solver: str = "adams2",
         num_steps: int | None = None,
         every_n_steps: int = 1,
+        label: str | None = None,
     ):
-        super().__init__("r", features, features_weights, every_n_steps)
+        super().__init__("r", features, features_weights, every_n_steps, label)
         if num_samples is not None and num_samples < 2:
             raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
         self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
@@ -61,6 +63,12 @@ class ReconstructionFID(FrechetCallback):
         self._originals: FeatureStatistics | None = None
         self._reconstructions: FeatureStatistics | None = None
         self._size: list[int] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        others = [found for found in trainer.callbacks if isinstance(found, ReconstructionFID) and found is not self]
+        if any(found.label == self.label for found in others):
+            raise UserError(f"ReconstructionFID: two of them log val/{self.labelled('rPSNR')}, give one another label")
+        super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._originals = self._reconstructions = None  # of a validation that did not come to its end
@@ -112,7 +120,8 @@ class ReconstructionFID(FrechetCallback):
         scores = {f"r{name.upper()}": total / count for name, total in zip(self._metrics, sums, strict=True)}
         self.report(trainer, value, samples, as_figures(scores), self._protocol(trainer))
         self.log_distance(pl_module, value)
-        pl_module.log_dict({f"val/{name}": score.float() for name, score in scores.items()}, sync_dist=True)
+        logged = {f"val/{self.labelled(name)}": score.float() for name, score in scores.items()}
+        pl_module.log_dict(logged, sync_dist=True)
 
     def _protocol(self, trainer: Trainer) -> dict[str, Any]:
         data = trainer.datamodule

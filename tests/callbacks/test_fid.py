@@ -122,7 +122,7 @@ def test_ema_weights_are_measured_and_checkpoints_stay_small(images, tmp_path):
     ema, before, after = (
         EMAWeightAveraging(decay=0.5, use_buffers=False),
         ReconstructionFID(None, NETWORK),
-        ReconstructionFID(None, f"{__name__}.Shades"),
+        ReconstructionFID(None, f"{__name__}.Shades", label="after"),
     )
     checkpoint = LastStepCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=0)
     ordered = [before, ema, after]

@@ -1,15 +1,17 @@
 """What a Frechet distance must not do to a run: mistake its precision, grow, keep signals waiting, end it."""
 
+import json
 import os
 import signal
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from tiny_models import AR, SIZE, make_tokenizer
+from tiny_models import AR, SIZE, fit_ar, make_tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 
 from dar_lightning.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
+from dar_lightning.cli import main
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
@@ -127,3 +129,34 @@ def test_a_validation_leaves_no_images_errors_behind(images, tmp_path):
         for state in metric.metric_state.values()
         if isinstance(state, list) and state
     )
+
+
+def test_labels_tell_two_of_a_kind_apart(images, tokens, tokenizer_folder, tmp_path):
+    def two(run, kind, *arguments):
+        module, data = run
+        callbacks = [kind(*arguments), kind(*arguments, seed=3, label="other")]
+        return make_trainer(tmp_path, *callbacks).validate(module, datamodule=data, verbose=False)[0]
+
+    logged = two(ar_run(tokens), GenerationFID, tokenizer_folder, images[1], 4, "color_edges")
+    logged |= two(tokenizer_run(images), ReconstructionFID, 5, "color_edges")
+    for name in ("gFD-color_edges", "rFD-color_edges", "rPSNR", "rSSIM"):
+        assert logged[f"val/{name}"] != logged[f"val/{name}-other"]
+    files = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
+    names = [f"{kind}FD-color_edges-{step}.json" for kind in "gr" for step in ("0000000", "other-0000000")]
+    assert files == sorted(names)
+    figures = json.loads((tmp_path / "evaluation" / "rFD-color_edges-other-0000000.json").read_text())["metrics"]
+    assert figures["rPSNR"] == pytest.approx(logged["val/rPSNR-other"]), "as without a label: dar compare knows it"
+    trainer = make_trainer(tmp_path, ReconstructionFID(2, "color_edges"), ReconstructionFID(5, f"{__name__}.OneLayer"))
+    with pytest.raises(UserError, match=r"two of them log val/rPSNR, give one another label"):
+        trainer.validate(*tokenizer_run(images))
+    with pytest.raises(UserError, match=r"label is 'a/b'"):
+        ReconstructionFID(label="a/b")
+
+
+def test_two_of_a_kind_without_labels_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsys):
+    one = ["--trainer.callbacks+=dar_lightning.callbacks.GenerationFID", "--trainer.callbacks.features=color_edges"]
+    one += [f"--trainer.callbacks.tokenizer={tokenizer_folder}", f"--trainer.callbacks.reference={images[1]}"]
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in (*fit_ar(*tokens, tmp_path, max_steps=1), *one, *one)])
+    assert caught.value.code == 2
+    assert "dar fit: trainer.callbacks: two of type GenerationFID" in capsys.readouterr().err.splitlines()[-1]
