@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from dar_lightning.errors import UserError
@@ -48,6 +48,12 @@ class SkipBadSteps(Callback):
         for optimizer in trainer.optimizers:
             if not optimizer.defaults.get("fused"):
                 raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
+            if _scaled(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise UserError(  # the gradient scaler would put its own found_inf in the place of this callback's
+                    f"SkipBadSteps with precision {trainer.precision} needs an optimizer whose "
+                    f"_step_supports_amp_scaling is False, as configure_adamw makes it; {type(optimizer).__name__}'s "
+                    "is True"
+                )
         self.counts = self.counts.to(pl_module.device)
         self._bad_loss, self._buffers, self._steps_done = None, None, trainer.global_step
         self._read.clear()
@@ -65,8 +71,8 @@ class SkipBadSteps(Callback):
         gradients = [own for p in parameters if (own := own_slice(p.grad)).numel()]
         largest = torch.nn.utils.get_total_norm(gradients, math.inf)
         bad = self._bad_loss | ~largest.isfinite()
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        flags = torch.stack([bad, self._bad_loss if scaled else bad]).float()  # what to skip, and what to count
+        counted = self._bad_loss if _scaled(trainer) else bad
+        flags = torch.stack([bad, counted]).float()  # what to skip, and what to count
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         optimizer.found_inf, counted = flags
@@ -106,3 +112,8 @@ class SkipBadSteps(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts = state_dict["counts"]
+
+
+def _scaled(trainer: Trainer) -> bool:
+    """Whether a gradient scaler looks for the overflows of float16."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -131,15 +131,21 @@ def test_an_overflow_of_float16_is_the_gradient_scalers_business():
     assert trainer.callback_metrics["train/skipped_steps"] == 1
 
 
-def test_an_infinite_loss_with_finite_gradients():
+def float16() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+
+
+@pytest.mark.parametrize("plugin", [None, float16])
+def test_an_infinite_loss_with_finite_gradients(plugin):
     class Shifted(Line):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + (float("inf") if batch_idx == 1 else 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "Line", Shifted)
-        module, _ = fit([1, 1, 1])
+        module, _ = fit([1, 1, 1], plugins=plugin and plugin())
     assert torch.equal(module.weights[1], module.weights[0])
+    assert not torch.equal(module.weights[2], module.weights[1])
     assert module.layer.weight.isfinite().all()
 
 
@@ -174,6 +180,17 @@ def test_wrong_options():
         patch.setattr(Line, "configure_optimizers", lambda self: torch.optim.SGD(self.parameters(), lr=0.1))
         with pytest.raises(UserError, match="needs an optimizer with fused=True, not SGD"):
             fit([1.0])
+
+
+def test_an_optimizer_that_asks_the_gradient_scaler_is_refused():
+    def configure(module):
+        return torch.optim.AdamW(module.parameters(), fused=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Line, "configure_optimizers", configure)
+        fit([1.0])
+        with pytest.raises(UserError, match=r"precision 16-mixed needs an optimizer whose _step_supports_amp_scaling"):
+            fit([1.0], plugins=float16())
 
 
 SCRIPT = """
