@@ -94,6 +94,7 @@ class TokenizerModule(LightningModule):
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
         losses = self.tokenizer.training_losses(images, u)
         loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
+        parts = {name: part.detach() for name, part in parts.items()}  # callbacks may keep them, not a step's graph
         return {"loss": loss, "parts": parts} | {
             name: losses[name] for name in ("latents", "codes", "flow_each", "group")
         }

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from dar_lightning.ar.config import ARConfig
@@ -90,6 +91,24 @@ def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
     without_dropout = F.cross_entropy(ar.eval()(batch["label"], batch["codes"]).transpose(1, 2), batch["codes"])
     assert float(logged["train/loss"]) == pytest.approx(float(by_hand), rel=1e-5)
     assert abs(float(without_dropout) - float(by_hand)) > 1e-4
+
+
+class Outputs(Callback):
+    """Keeps what callbacks are given of the last step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.outputs = outputs
+
+
+@pytest.mark.parametrize("make", [tokenizer_module, ar_module])
+def test_who_keeps_a_steps_outputs_keeps_no_graph(images, tokens, make):
+    seen = Outputs()
+    image_data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    data = CodesDataModule(*tokens, batch_size=4) if make is ar_module else image_data
+    trainer(max_steps=1, limit_val_batches=0, callbacks=[seen]).fit(make(), datamodule=data)
+    tensors = [leaf for leaf in tree_leaves(seen.outputs) if leaf is not None]
+    assert tensors
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_ranks_batches_and_runs_draw_differently(monkeypatch):
