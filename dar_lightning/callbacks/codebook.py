@@ -19,7 +19,9 @@ class CodebookWarmup(Callback):
 
     A step is an optimizer step: with `accumulate_grad_batches`, all its batches are collected and counted. With several
     devices, latents and counts are those of all of them, and rank 0 decides what the codebook becomes. A moved code is
-    a new one: the moving average takes it as it is, and the optimizer's moments of it begin at zero.
+    a new one: the moving average takes it as it is, and the optimizer's moments of it begin at zero. AdamW's count of
+    steps goes on, so the first step of a moved code is (1 - beta1) / sqrt(1 - beta2) learning rates an entry: 0.45 with
+    the betas of `OptimizerConfig`; 3.2, and more in the steps after it, with a beta2 of 0.999.
 
     Args:
         warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
@@ -73,7 +75,13 @@ class CodebookWarmup(Callback):
                 self._new_latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
             if ends_step:
                 self.latents, self._new_latents = self.latents + self._new_latents, []
-            if ends_step and step == self.warmup_steps and any(len(rows) for rows in self.latents):
+            if ends_step and step == self.warmup_steps:
+                if not any(len(rows) for rows in self.latents):
+                    raise UserError(
+                        f"CodebookWarmup: the {self.collect_steps} steps up to step {step} gave no latent that is "
+                        "finite, so the codebook cannot start; look at the data and the learning rate, or raise "
+                        "collect_steps"
+                    )
                 latents, size = torch.cat(self.latents).to(pl_module.device), len(quantizer.codebook)
                 codes = self._start(latents, size) if trainer.is_global_zero else None
                 self._move(trainer, pl_module, torch.arange(size), codes)

@@ -244,6 +244,22 @@ class Poison(Callback):
         pl_module.tokenizer.training_losses = poisoned
 
 
+class AllPoison(Callback):
+    """The latents of all steps are no numbers."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        outputs["latents"].fill_(float("nan"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_codebook_that_nothing_can_start_is_one_line(images):
+    trained = Trainer(accelerator="cpu", max_steps=5, limit_val_batches=0, logger=False, enable_checkpointing=False)
+    trained.callbacks += [AllPoison(), CodebookWarmup(3, 2)]
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    with pytest.raises(UserError, match=r"the 2 steps up to step 3 gave no latent that is finite"):
+        trained.fit(TokenizerModule(TokenizerConfig(**TOKENIZER)), datamodule=data)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_skipped_step_makes_no_code_a_used_one(images):
     """The nearest code of what is not a number is the first one."""
