@@ -84,7 +84,7 @@ def evaluate(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     guidance = read_guidance(guidance)
     for option, path in (("--output", output), ("--save_statistics", save_statistics)):
-        _check_output(option, path)
+        _check_output(option, path, {"--samples": samples, "--reference": reference})
     if lpips is not None and not paired:
         raise UserError(f"--lpips {lpips}: compares pairs; add --paired")
     place = choose_device(device)
@@ -204,8 +204,8 @@ def _reconstruction(
     return as_figures(metrics.compute())
 
 
-def _check_output(option: str, output: str | None) -> None:
-    """Before the hours of work, not after."""
+def _check_output(option: str, output: str | None, inputs: dict[str, str]) -> None:
+    """Before the hours of work, not after; and nothing that it reads is overwritten."""
     if output is None:
         return
     path = Path(output)
@@ -214,6 +214,9 @@ def _check_output(option: str, output: str | None) -> None:
         raise UserError(f"{option} {output}: {ancestor} is not a folder that can be written")
     if path.is_dir():
         raise UserError(f"{option} {output}: is a folder; give the name of a file")
+    for name, source in inputs.items():
+        if source.endswith(".npz") and path.with_suffix(".npz").resolve() == Path(source).resolve():
+            raise UserError(f"{option} {output}: is {name} or the record beside it; give another file")
 
 
 def _print_table(result: dict[str, Any], output: str) -> None:

@@ -35,6 +35,7 @@ from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.tokenizer.schedule import GroupSchedule
 from dar_lightning.weights import fingerprint
 
 SAMPLES, MEASURED = "samples.npz", "measured.json"
@@ -259,7 +260,7 @@ def _summary(
             "solver": row.solver,
             "steps": row.num_steps or config.num_groups,
             "guidance": _guidance_name(row.guidance),
-            "tokens": f"{groups * config.num_tokens // config.num_groups} of {config.num_tokens}",
+            "tokens": f"{GroupSchedule.from_config(config).tokens_for_groups(groups)} of {config.num_tokens}",
         },
         "paper": row.paper,
         "metrics": metrics,
@@ -293,13 +294,13 @@ def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]]) 
     summary = {"title": title, "caveat": caveat, "rows": results}
     write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
-    metrics, papers = list(results[0]["metrics"]), list(dict.fromkeys(name for row in results for name in row["paper"]))
+    metrics, papers = (list(dict.fromkeys(name for row in results for name in row[of])) for of in ("metrics", "paper"))
     lines = [f"# {title}", "", caveat, ""]
     lines += ["| " + " | ".join([*varied, *metrics, *(f"paper: {name}" for name in papers)]) + " |"]
     lines += ["|" + "---|" * (len(varied) + len(metrics) + len(papers))]
     for row in results:
         cells = [str(row["settings"][name]) for name in varied]
-        cells += [_figure(row["metrics"][name]) for name in metrics]
+        cells += [_figure(row["metrics"][name]) if name in row["metrics"] else "infinite" for name in metrics]
         cells += [f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers]
         lines.append("| " + " | ".join(cells) + " |")
     write_text(root / "table.md", "\n".join(lines) + "\n")

@@ -7,9 +7,9 @@ cannot be compared.
 
 import hashlib
 import importlib
+import io
 import os
 import sys
-import tempfile
 from typing import Any
 
 import timm
@@ -95,11 +95,12 @@ class InceptionFeatures(nn.Module):
             tensors = torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
         else:
             tensors = read_checkpoint(weights)
-        # torch-fidelity would run whatever is pickled in a file: it gets one that holds tensors alone.
-        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-            torch.save(tensors, file.name)
+        # torch-fidelity would run whatever is pickled in a file: it gets one that holds tensors alone, in memory.
+        with io.BytesIO() as file:
+            torch.save(tensors, file)
+            file.seek(0)
             self.network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=file.name
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=file
             )
 
     def forward(self, images: Tensor) -> Tensor:

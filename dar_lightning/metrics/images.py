@@ -196,6 +196,8 @@ class DrawnImages:
             "seed": self.seed,
             "steps": self.num_steps,
             "rows": self.rows,
+            "device": self.pipeline.device.type,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
         } | self.options
 
     def __len__(self) -> int:

@@ -259,6 +259,7 @@ def test_other_mistakes_are_one_line(tmp_path):
         ({"features": f"{__name__}.Images"}, "must give .* features, gave"),
         ({"output": str(tmp_path / "file" / "o.json")}, "--output .* cannot|--output .* not a folder"),
         ({"output": str(tmp_path / "empty")}, "--output .* is a folder"),
+        ({"output": good.removesuffix("npz") + "json"}, "--output .* is --samples or the record beside it"),
         ({"device": "tpu9"}, "device: tpu9"),
         ({"batch_size": 0}, "--batch_size 0"),
     ]

@@ -15,7 +15,7 @@ from tiny_models import CLASSES, CODES, TOKENS, make_ar, make_tokenizer, picture
 from dar_lightning import DARPipeline
 from dar_lightning.cli import main
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.commands.table import Row, table
+from dar_lightning.commands.table import Row, _write, table
 from dar_lightning.data.npz import write_npz
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
@@ -194,6 +194,25 @@ def test_reconstructed_rows(pipeline, reference, tmp_path):
     found = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert {"FD-color_edges", "psnr", "ssim"} <= found[0]["metrics"].keys()
     assert found[0]["metrics"]["psnr"]["std"] is None
+
+
+def test_steps_that_share_tokens_need_all_of_their_window(reference, tmp_path):
+    make_tokenizer(tokens_per_step=TOKENS // 2).save_pretrained(tmp_path / "tokenizer")
+    given = (str(tmp_path / "tokenizer"), reference, str(tmp_path / "out"), FEATURES)
+    table("B", "reconstruct", [Row(groups=1), Row()], *given, batch_size=4, device="cpu")
+    rows = json.loads((tmp_path / "out/table.json").read_text())["rows"]
+    assert [row["settings"]["tokens"] for row in rows] == [f"{TOKENS // 2} of {TOKENS}", f"{TOKENS} of {TOKENS}"]
+
+
+def test_an_infinite_psnr(tmp_path):
+    distance = {"FD-x": {"mean": 0.5, "std": None, "values": [0.5]}}
+    settings = [{"pipeline": "p", "steps": steps} for steps in (1, 2)]
+    metrics = [distance | {"psnr": {"mean": 14.2, "std": None, "values": [14.2]}}, distance]
+    protocol = {"samples": {"n": 2}, "reference": {"n": 2}}
+    both = zip(settings, metrics, strict=True)
+    rows = [{"settings": one, "metrics": two, "paper": {}, "seeds": [0], "protocol": protocol} for one, two in both]
+    _write(tmp_path, "T", "FD-x", rows)
+    assert (tmp_path / "table.md").read_text().splitlines()[-2:] == ["| 1 | 0.5 | 14.2 |", "| 2 | 0.5 | infinite |"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
