@@ -69,7 +69,8 @@ def settings(arguments: argparse.Namespace) -> list[tuple[str, Setting]]:
         for size in row.sizes if len(row.sizes) == 1 else [s for s in row.sizes if s in sizes]:
             for batch in arguments.batches or row.batches:
                 compiled = arguments.compile if row.compiles else "none"
-                found.append((name, Setting(size, device, getattr(torch, arguments.dtype), batch, compiled)))
+                dtype = getattr(torch, arguments.dtype) if row.lowers else torch.float32
+                found.append((name, Setting(size, device, dtype, batch, compiled)))
     if not found:
         raise UserError(f"sizes {', '.join(sizes)}: {', '.join(arguments.rows)} have none of them")
     return found

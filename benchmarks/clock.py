@@ -232,7 +232,7 @@ def diffusion_step(tiny: bool, dtype: torch.dtype = torch.float32, compiled: boo
 COMPARISONS = {
     "quantizer": Comparison("quantizer, 16384x8, forward and backward: one-hot distance matrix", quantizer, 10.0),
     "quantizer_lookup": Comparison(
-        "the same: distance matrix, codes looked up", lambda tiny: quantizer(tiny, one_hot=False)
+        "the same: distance matrix, codes looked up", lambda tiny: quantizer(tiny, one_hot=False), 10.0
     ),
     "quantizer_entropy": Comparison(
         "the same: with an entropy loss of weight zero", lambda tiny: quantizer(tiny, one_hot=False, entropy=True)

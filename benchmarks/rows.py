@@ -73,6 +73,7 @@ class Row(NamedTuple):
         sizes: presets it exists for.
         batches: images per call that are measured.
         compiles: whether blocks can be compiled for it.
+        lowers: whether another dtype than float32 changes it.
         images: setting -> images that a call is for, or 0.
     """
 
@@ -81,6 +82,7 @@ class Row(NamedTuple):
     sizes: tuple[str, ...]
     batches: tuple[int, ...] = (1,)
     compiles: bool = True
+    lowers: bool = True
     images: Callable[[Setting], int] = lambda setting: setting.batch
 
 
@@ -186,7 +188,9 @@ def extraction(setting: Setting):
     )
     runs = iter(range(10**6))
     precision = "32-true" if setting.dtype == torch.float32 else "bf16-mixed"
-    options = dict(crops="center", batch_size=64, accelerator=setting.device.type.replace("cuda", "gpu"), devices=1)
+    options = dict(
+        crops="center", batch_size=setting.batch, accelerator=setting.device.type.replace("cuda", "gpu"), devices=1
+    )
 
     def call(folder=folder):
         extract(str(path / "tokenizer"), str(SHARDS), str(path / f"{next(runs)}"), precision=precision, **options)
@@ -217,12 +221,18 @@ def quantizer_flops(config: TokenizerConfig) -> float:
     return 2 * config.num_tokens * config.codebook_size * config.codebook_dim
 
 
+def of_ar_step(setting: Setting) -> float:
+    """Of one sequence, without what is masked."""
+    config = ARConfig.preset(setting.size)
+    return counting.ar_step(config) - counting.causal_half(config)
+
+
 ROWS = {
     "encode": Row(encode, of_tokenizer(counting.encode), TOKENIZERS, (1, 8)),
     "decode": Row(decode, of_tokenizer(counting.decode), TOKENIZERS, (1, 8)),
     "tokenizer_step": Row(train_tokenizer, of_tokenizer(counting.tokenizer_step), TOKENIZERS, (1, 8)),
-    "quantizer": Row(quantize, of_tokenizer(quantizer_flops), TOKENIZERS, (1, 8), compiles=False),
-    "ar_step": Row(train_ar, lambda s: counting.ar_step(ARConfig.preset(s.size)), AR_MODELS, (1, 8)),
+    "quantizer": Row(quantize, of_tokenizer(quantizer_flops), TOKENIZERS, (1, 8), compiles=False, lowers=False),
+    "ar_step": Row(train_ar, of_ar_step, AR_MODELS, (1, 8)),
     "generate": Row(generate, lambda s: generation_flops(s, False), AR_MODELS, (1, 8, 64)),
     "generate_guided": Row(lambda s: generate(s, GUIDANCE), lambda s: generation_flops(s, True), AR_MODELS, (1, 8, 64)),
     "first_preview": Row(first_preview, lambda s: generation_flops(s, True, groups=1), AR_MODELS, (1, 8)),
@@ -230,9 +240,18 @@ ROWS = {
         extraction,
         of_tokenizer(counting.encode),
         TOKENIZERS,
+        (64,),
         compiles=False,
         images=lambda s: ShardIndex.load(SHARDS).num_samples,
     ),
-    "loading": Row(loading, lambda s: None, ("fruit64",), (64,), compiles=False, images=lambda s: 192),
-    "frechet": Row(frechet, lambda s: None, ("2048",), compiles=False, images=lambda s: 0),
+    "loading": Row(
+        loading,
+        lambda s: None,
+        ("fruit64",),
+        (64,),
+        compiles=False,
+        lowers=False,
+        images=lambda s: ShardIndex.load(SHARDS).num_samples // s.batch * s.batch,
+    ),
+    "frechet": Row(frechet, lambda s: None, ("2048",), compiles=False, lowers=False, images=lambda s: 0),
 }
