@@ -6,7 +6,6 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from dar_lightning.ar.order import ORDERS, placed, written
-from dar_lightning.callbacks.positions import PositionLoss
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.lit.ar import ARModule
@@ -35,6 +34,8 @@ class AblationModule(ARModule):
             )
 
     def configure_callbacks(self) -> list[Callback]:
+        from dar_lightning.callbacks.positions import PositionLoss  # callbacks need lit, so lit cannot need them
+
         return [PositionLoss(self.ar.config.order_groups)]
 
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
