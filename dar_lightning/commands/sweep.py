@@ -1,12 +1,14 @@
 """`dar sweep`: an ablation's grid, cell by cell, by the verbs that single runs use."""
 
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -18,6 +20,8 @@ from dar_lightning.pretrained import read_json
 from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
 METRICS, SAMPLES = "metrics.json", "samples.png"
+PROGRAM = [sys.executable, "-m", "dar_lightning"]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a training saves at them: callbacks.StopOnSignal
 DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock the folder themselves
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
@@ -26,14 +30,17 @@ PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
 SCRIPT = """#!/usr/bin/env bash
 # One task per cell and seed. What several cells need is made by one of them; the others wait for it.
 # Run: sbatch --gpus-per-node=8 --cpus-per-task=96 --time=24:00:00 {path}
+# Five minutes before the time limit a training saves and ends.
 # Again after a time limit or a failure: what is done is not done again.
 #SBATCH --job-name=dar-{name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --output={root}/slurm-%A_%a.log
+#SBATCH --signal=B:USR1@300
+#SBATCH --chdir={cwd}
+#SBATCH --output={log}
 unset SLURM_NTASKS SLURM_JOB_NAME # Lightning then starts one process per GPU itself
-exec {python} -m dar_lightning sweep {root}/sweep.yaml --output {root} --only "[$SLURM_ARRAY_TASK_ID]"
+exec {python} -m dar_lightning sweep {file} --output {root} --only "[$SLURM_ARRAY_TASK_ID]"
 """
 
 
@@ -56,7 +63,8 @@ def sweep(
 
     A stage whose command, config files and earlier stages are the same in several cells is done once. What is done is
     not done again; what has changed since is, in a new folder, and a line says so. A stage that fails ends its cell,
-    not the sweep: the exit code is then 1. An interrupted training goes on from its last checkpoint.
+    not the sweep: the exit code is then 1. An interrupted training goes on from its last checkpoint. SIGTERM,
+    SIGUSR1 and Ctrl+C are passed on to the running command, which ends first, a training with a checkpoint.
 
     Writes `sweep.json`, `shared/STAGE-HASH/` (results, `log.txt`, `config.yaml`) and, for every cell and seed,
     `cells/CELL/seedS/` with `cell.json` (stages, commands, state), `metrics.json` and `samples.png`.
@@ -91,8 +99,11 @@ def sweep(
     _prepare(plan, root)
     if slurm:
         path = root / "sweep.sbatch"
-        facts = {"name": name, "last": len(runs) - 1, "root": root, "python": sys.executable, "path": path}
-        write_text(path, SCRIPT.format(**facts))
+        whole = root.resolve()
+        places = {"path": whole / path.name, "cwd": Path.cwd(), "log": whole / "slurm-%A_%a.log", "root": whole}
+        places |= {"file": whole / "sweep.yaml", "python": sys.executable}
+        quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
+        write_text(path, SCRIPT.format(name=name, last=len(runs) - 1, **quoted))
         print(f"{path}: an array of {len(runs)} tasks; sbatch {path}")
         return
     failed: set[str] = set()  # hashes; a cell with the same work does not try again
@@ -121,20 +132,37 @@ def _print_commands(plan: Sweep, root: Path, chosen: list[int]) -> None:
 
 
 def _prepare(plan: Sweep, root: Path) -> None:
-    """Make the folder, or go on in one of the same sweep."""
-    mark = root / "sweep.json"
-    if root.exists() and any(root.iterdir()):
-        if not mark.exists():
-            raise UserError(f"output: {root} holds other files, give a new folder")
-        if read_json(mark).get("name") != plan.name:
+    """Make the folder, or go on in one of the same sweep; a cell that is not what the plan says is pending again."""
+    mark = root / "sweep.json"  # it comes first, so that another process finds nothing else without it
+    root.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.startswith(".") for path in root.iterdir()) and not mark.exists():
+        raise UserError(f"output: {root} holds other files, give a new folder")
+    with FileLock(root / LOCK):
+        if mark.exists() and read_json(mark).get("name") != plan.name:
             raise UserError(f"output: {root} is of the sweep {read_json(mark).get('name')}, give another folder")
-    write_text(mark, json.dumps(plan.summary(), indent=2) + "\n")
-    settings = {key: value for key, value in vars(plan).items() if key != "stages"}
-    settings["stages"] = {name: vars(stage) for name, stage in plan.stages.items()}
-    write_text(root / "sweep.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
-    for cell, seed in plan.runs():
-        if not (_folder(root, cell, seed) / "cell.json").exists():
-            _record(plan, root, cell, seed, {})
+        write_text(mark, json.dumps(plan.summary(), indent=2) + "\n")
+        settings = {key: value for key, value in vars(plan).items() if key != "stages"}
+        settings["stages"] = {name: vars(stage) for name, stage in plan.stages.items()}
+        write_text(root / "sweep.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
+        for cell, seed in plan.runs():
+            _prepare_cell(plan, cell, seed, root)
+
+
+def _prepare_cell(plan: Sweep, cell: Cell, seed: int, root: Path) -> None:
+    folder, works = _folder(root, cell, seed), plan.work(cell, seed)
+    if (folder / "cell.json").exists():
+        before = {stage["name"]: stage for stage in read_json(folder / "cell.json")["stages"]}
+        if {name: stage["hash"] for name, stage in before.items()} == {name: work.hash for name, work in works.items()}:
+            return
+        for name, work in works.items():
+            old = before.get(name)
+            if old is not None and old["status"] == "done" and old["hash"] != work.hash:
+                told = f"  {name} has changed since it was done in {old['folder']}: it is to be done again"
+                print(f"{told} ({cell.name} seed {seed})", flush=True)
+                break
+    for result in (METRICS, SAMPLES):  # figures of another config would mislead
+        (folder / result).unlink(missing_ok=True)
+    _record(plan, root, cell, seed, {})
 
 
 def _folder(root: Path, cell: Cell, seed: int) -> Path:
@@ -157,14 +185,6 @@ def _record(plan: Sweep, root: Path, cell: Cell, seed: int, done: dict[str, dict
 
 def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) -> dict[str, Any]:
     works, folder = plan.work(cell, seed), _folder(root, cell, seed)
-    before = {stage["name"]: stage for stage in read_json(folder / "cell.json")["stages"]}
-    for name, work in works.items():
-        old = before.get(name)
-        if old is not None and old["status"] == "done" and old["hash"] != work.hash:
-            print(f"  {name} has changed since it was done in {old['folder']}: it is done again", flush=True)
-            for result in (METRICS, SAMPLES):
-                (folder / result).unlink(missing_ok=True)
-            break
     done: dict[str, dict[str, Any]] = {}
     for name, work in works.items():
         done[name] = _run_work(work, root, failed)
@@ -193,28 +213,60 @@ def _run_work(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
             seconds = read_json(folder / DONE)["seconds"]
             print(f"  {work.stage}  done already: {folder}", flush=True)
             return {"status": "done", "seconds": seconds}
-        return _execute(work, root, failed)
+        return _execute(work, root, failed, lock)
 
 
-def _execute(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
+def _execute(work: Work, root: Path, failed: set[str], lock: FileLock) -> dict[str, Any]:
     folder, command = root / work.folder, work.command(root)
     write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
     start = time.monotonic()
     with open(folder / LOG, "a", encoding="utf-8") as log:
         print(f"$ {shown(command)}", file=log, flush=True)
-        words = [sys.executable, "-m", "dar_lightning", *command]
-        status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+        status, stopped = _call([*PROGRAM, *command], log, lock)
     seconds = round(time.monotonic() - start, 1)
-    if status:
+    if status and not stopped:
         failed.add(work.hash)
         last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         print(f"  {work.stage}  failed with status {status}: {last} ({folder / LOG})", flush=True)
         return {"status": "failed", "seconds": seconds}
-    if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
-        shutil.copyfile(resolved, folder / "config.yaml")
-    write_text(folder / DONE, json.dumps({"hash": work.hash, "command": command, "seconds": seconds}) + "\n")
-    print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
+    if not status:
+        if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
+            shutil.copyfile(resolved, folder / "config.yaml")
+        write_text(folder / DONE, json.dumps({"hash": work.hash, "command": command, "seconds": seconds}) + "\n")
+        print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
+    if stopped:
+        print(f"  {work.stage}  {signal.Signals(stopped).name}: stopped; start again to go on", flush=True)
+        sys.exit(128 + stopped)
     return {"status": "done", "seconds": seconds}
+
+
+def _call(words: list[str], log: IO[str], lock: FileLock) -> tuple[int, int]:
+    """Run a command to its end, whatever signal asks this process to stop: the command gets it, and ends.
+
+    The command also holds the lock: should this process be killed, another one that needs the folder waits for it.
+
+    Returns:
+        Its exit status, and the signal's number, 0 for none.
+    """
+    received, child = 0, None
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal received
+        received = number
+        if child is not None:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        # In a process group of its own: a terminal's Ctrl+C would reach it twice, and a second one interrupts at once.
+        descriptors = [lock._context.lock_file_fd]
+        child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, process_group=0, pass_fds=descriptors)
+        if received:
+            child.send_signal(received)
+        return child.wait(), received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _collect(works: list[Work], root: Path, folder: Path) -> None:

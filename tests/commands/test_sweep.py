@@ -1,13 +1,18 @@
 """dar sweep: equal commands are one piece of work, finished work is left alone, a failure ends its cell only."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tiny_models import AR, CLASSES, GROUPS, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
@@ -40,14 +45,14 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done, broken = [], []
 
-    def run(words, stdout, stderr):
+    def call(words, log, lock):
         assert words[:3] == [sys.executable, "-m", "dar_lightning"]
         done.append(words[3:])
         failed = any(word in " ".join(words) for word in broken)
-        print("no such thing" if failed else "fine", file=stdout, flush=True)
-        return subprocess.CompletedProcess(words, 2 if failed else 0)
+        print("no such thing" if failed else "fine", file=log, flush=True)
+        return 2 if failed else 0, 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "_call", call)
 
     def sweep(settings: dict, *options: str) -> list[list[str]]:
         Path("sweep.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -148,6 +153,90 @@ def test_a_change_is_noticed(runs, capsys):
     assert "weights has changed" not in out
 
 
+def test_a_change_makes_all_that_it_concerns_pending_at_once(runs):
+    """Those cells, too, that are not reached, so that no report puts figures of two configs together."""
+    settings = plan(seeds=[0], grid={"K": [1, 2]})
+    settings["stages"]["weights"]["options"] = {"weights": "{K}"}
+    runs(settings)
+    Path("out/cells/K=2/seed0/samples.png").touch()
+    settings["stages"]["weights"]["options"] = {"weights": "{K}", "ema": True}
+    runs(settings, "--only", "[0]")
+    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["done", "pending"]
+    assert [path.name for path in Path("out/cells/K=2/seed0").iterdir()] == ["cell.json"]
+
+
+def test_a_sweep_that_begins_beside_another_waits_with_its_folder(tmp_path):
+    study = Sweep(**plan() | {"stages": {"a": Stage("export")}})
+    second = threading.Thread(target=command._prepare, args=(study, tmp_path))
+    with FileLock(tmp_path / ".sweep.lock"):
+        second.start()
+        second.join(0.5)
+        assert not (tmp_path / "sweep.json").exists()
+    second.join()
+    assert len(list(tmp_path.glob("cells/*/*/cell.json"))) == 8
+
+
+CHILD = """
+import signal, sys, time
+from pathlib import Path
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: (Path("saved").touch(), sys.exit(128 + number)))
+Path("begun").touch()
+for _ in range(600):
+    if not Path("go").exists():
+        time.sleep(0.1)
+"""
+
+
+def wait_for(path: str | Path) -> None:
+    end = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "PROGRAM", [sys.executable, "-c", CHILD])
+
+    def stop() -> None:
+        wait_for("begun")
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, lambda *_: pytest.fail("nobody passed the signal on"))
+    killer = threading.Thread(target=stop)
+    killer.start()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command.sweep("study", {"a": Stage("export")}, {"K": [1, 2]}, output="out")
+    finally:
+        killer.join()
+        signal.signal(number, before)
+    assert stopped.value.code == 128 + number
+    assert Path("saved").exists()
+    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["pending", "pending"], "stopped is not failed"
+
+
+def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path):
+    code = (
+        "from dar_lightning.commands import sweep; from dar_lightning.sweep import Stage\n"
+        f"sweep.PROGRAM = [{sys.executable!r}, '-c', {CHILD!r}]\n"
+        "sweep.sweep('study', {'a': Stage('export')}, {'K': [1]}, output='out')"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    wait_for(tmp_path / "begun")
+    killed.kill()
+    killed.wait()
+    (path,) = tmp_path.glob("out/shared/*/.sweep.lock")
+    try:
+        with pytest.raises(Timeout):
+            FileLock(path).acquire(blocking=False)
+    finally:
+        (tmp_path / "go").touch()
+    FileLock(path).acquire(timeout=30)
+
+
 def test_dry_run_prints_every_command_once_and_writes_nothing(runs, capsys):
     assert runs(plan(), "--dry-run") == []
     lines = capsys.readouterr().out.splitlines()
@@ -158,13 +247,17 @@ def test_dry_run_prints_every_command_once_and_writes_nothing(runs, capsys):
 
 
 def test_slurm_writes_an_array_whose_tasks_are_the_cells(runs, capsys):
-    assert runs(plan(), "--slurm") == []
-    script = Path("out/sweep.sbatch").read_text()
+    out = Path.cwd() / "my runs"
+    assert runs(plan(), "--slurm", "--output", out.name) == []
+    script = Path(out, "sweep.sbatch").read_text()
     assert "#SBATCH --array=0-7\n" in script
+    assert f"#SBATCH --chdir={Path.cwd()}\n" in script
+    assert "#SBATCH --signal=B:USR1@300\n" in script
     (call,) = [line for line in script.splitlines() if line.startswith("exec ")]
-    words = call.replace('"[$SLURM_ARRAY_TASK_ID]"', "[5]").split()
-    assert words[1:4] == [sys.executable, "-m", "dar_lightning"]
+    words = shlex.split(call.replace("$SLURM_ARRAY_TASK_ID", "5"))
+    assert words[1:6] == [sys.executable, "-m", "dar_lightning", "sweep", str(out / "sweep.yaml")]
     main(words[4:])
+    out.rename("out")
     assert cell("K=1,size=L", 1)["status"] == "done"
     assert cell("K=1,size=S", 1)["status"] == "pending"
 
@@ -177,7 +270,8 @@ def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch)
     other.acquire()
 
     def finish(lock, blocking=True, original=FileLock.acquire):
-        if blocking:  # the sweep begins to wait: the other process comes to its end
+        # The sweep begins to wait for this work: the other process comes to its end.
+        if blocking and Path(lock.lock_file).parent == folder:
             (folder / "done.json").write_text('{"seconds": 5.0}')
             other.release()
         return original(lock, blocking=blocking)
@@ -235,14 +329,14 @@ def test_mistakes_are_one_line(runs, capsys):
 def test_from_idea_to_figures(tmp_path, monkeypatch):
     """A study of two orders by the real verbs, in this process."""
 
-    def run(words, stdout, stderr):
+    def call(words, log, lock):
         try:
             main(words[3:])
         except SystemExit as stop:
-            return subprocess.CompletedProcess(words, stop.code)
-        return subprocess.CompletedProcess(words, 0)
+            return stop.code, 0
+        return 0, 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "_call", call)
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("tokenizer")
     write_images(Path("images"), 12), write_tokens(Path("tokens"), 8)
