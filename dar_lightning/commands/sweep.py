@@ -272,26 +272,32 @@ def _call(words: list[str], log: IO[str], lock: FileLock) -> tuple[int, int]:
 def _collect(works: list[Work], root: Path, folder: Path) -> None:
     """metrics.json and samples.png of a cell whose stages are done; later stages take the place of earlier ones."""
     figures: dict[str, float | None] = {}
+    stages: dict[str, str] = {}  # that the figures are of
     protocol: dict[str, Any] = {}
     for work in works:
-        place = root / work.folder
+        place, found = root / work.folder, {}
         if work.verb == "fit":
-            figures |= last_scalars(place / "tensorboard", SCALARS)
+            found = last_scalars(place / "tensorboard", SCALARS)
+            for path in sorted(place.glob("evaluation/*.json")):  # NAME-STEP, by the FID callbacks; the last step stays
+                protocol[f"{work.stage}, val/{path.stem.rpartition('-')[0]}"] = read_json(path)["protocol"]
         elif work.verb in REPORTS:
             report = read_json(place / REPORTS[work.verb])
-            figures |= report["metrics"]
+            found = report["metrics"]
             protocol[work.stage] = report["protocol"]
         elif work.verb == "table":
             row = read_json(place / "table.json")["rows"][0]
             prefix = "r" if "--task=reconstruct" in work.words else "g"  # rFID and gFID may both be of one cell
-            figures |= {
+            found = {
                 f"{prefix}{name}" if name.startswith("F") else name: metric["mean"]
                 for name, metric in row["metrics"].items()
             }
             protocol[work.stage] = row["protocol"]
+        figures |= found
+        stages |= dict.fromkeys(found, work.stage)
         if work.verb in PICTURES:
             shutil.copyfile(place / PICTURES[work.verb], folder / SAMPLES)
-    write_text(folder / METRICS, json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
+    told = {"figures": figures, "stages": stages, "protocol": protocol}
+    write_text(folder / METRICS, json.dumps(told, indent=2) + "\n")
 
 
 def _print_states(runs: list[tuple[Cell, int]], states: list[dict[str, Any]]) -> None:

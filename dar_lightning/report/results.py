@@ -51,7 +51,8 @@ class Run:
         status: done, failed or pending.
         stages: in the order in which they run.
         figures: what was measured at its end; empty unless it is done.
-        protocols: how they were, by the stage that did it.
+        works: where each was measured: the folder of its stage, which runs may share.
+        protocols: how they were, by the stage that did it, and for what trainings measured by "STAGE, FIGURE".
     """
 
     cell: str
@@ -60,6 +61,7 @@ class Run:
     status: str
     stages: tuple[Stage, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
+    works: dict[str, Path] = field(default_factory=dict)
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -174,7 +176,9 @@ def _run(root: Path, cell: str, seed: int) -> Run:
         raise UserError(f"{folder / METRICS} is missing, but the run is done: start dar sweep again")
     measured = read_json(folder / METRICS)
     figures = {name: value for name, value in measured["figures"].items() if value is not None}  # None: infinite PSNR
-    return Run(cell, seed, folder, "done", stages, figures, measured["protocol"])
+    folders = {stage.name: stage.folder for stage in stages}
+    works = {figure: folders[stage] for figure, stage in measured.get("stages", {}).items()}
+    return Run(cell, seed, folder, "done", stages, figures, works, measured["protocol"])
 
 
 def _check_protocols(sweep: Results) -> None:

@@ -24,7 +24,8 @@ class Row:
         cell: which.
         source: "measured" (by commands, or in a training's last validation) or "paper".
         figure: its name.
-        values: one for each finished run; of the paper, its number.
+        values: one for each piece of work that finished runs have it from, which several may share; of the paper, its
+            number.
     """
 
     cell: Cell
@@ -42,8 +43,7 @@ class Row:
         return stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        # Without any spread it is of work that the seeds share: not a figure without noise.
-        return f"{self.mean:.4g} ± {self.std:.2g}" if self.std else f"{self.mean:.4g}"
+        return f"{self.mean:.4g}" if self.std is None else f"{self.mean:.4g} ± {self.std:.2g}"
 
 
 def summarize(sweep: Results) -> list[Row]:
@@ -52,8 +52,8 @@ def summarize(sweep: Results) -> list[Row]:
     for cell in sweep.cells:
         done = cell.having("done")
         for figure in dict.fromkeys(name for run in done for name in run.figures):
-            values = tuple(run.figures[figure] for run in done if figure in run.figures)
-            rows.append(Row(cell, "measured", figure, values))
+            by_work = {run.works.get(figure, run.folder): run.figures[figure] for run in done if figure in run.figures}
+            rows.append(Row(cell, "measured", figure, tuple(by_work.values())))
         rows += [Row(cell, "paper", figure, (value,)) for figure, value in cell.paper.items()]
     return rows
 
@@ -124,7 +124,8 @@ def remarks(sweep: Results) -> list[str]:
     if sweep.budget:
         texts.append(f"Budget: {sweep.budget}")
     if done := [run for run in sweep.runs if run.status == "done"]:
-        texts += [f"Measured: {text}." for protocol in done[0].protocols.values() if (text := _protocol_text(protocol))]
+        measured = dict.fromkeys(_protocol_text(protocol) for protocol in done[0].protocols.values())
+        texts += [f"Measured: {text}." for text in measured if text]
         if any(cell.paper for cell in sweep.cells) and not any(map(_is_paper_scale, done[0].protocols.values())):
             texts.append(f"Not comparable with the paper's figures: FID of {PAPER_COUNT:,} ImageNet images.")
     counts = {status: sum(run.status == status for run in sweep.runs) for status in STATUSES}

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,8 +34,8 @@ def write_tensorboard(sweep: Results) -> Path:
             place = part / cell.name / f"seed{run.seed}"
             shown = [name for name in sweep.figures or run.figures if name in run.figures]
             figures = {f"measured/{name}": run.figures[name] for name in shown}
-            settings = {axis: value_text(value) for axis, value in cell.values.items()}
-            _write_run(settings | {"seed": str(run.seed)}, figures, run.folder / SAMPLES, place)
+            settings = {axis: _setting(value) for axis, value in cell.values.items()}
+            _write_run(settings | {"seed": run.seed}, figures, run.folder / SAMPLES, place)
             for stage in run.stages:
                 _copy_events(stage.folder, place / stage.name)
     with SummaryWriter(str(part)) as writer:
@@ -44,7 +45,12 @@ def write_tensorboard(sweep: Results) -> Path:
     return root
 
 
-def _write_run(settings: dict[str, str], figures: dict[str, float], samples: Path, folder: Path) -> None:
+def _setting(value: Any) -> Any:
+    """An axis' value for the table: numbers, which it sorts as such, or text; true and false would be 1 and 0."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else value_text(value)
+
+
+def _write_run(settings: dict[str, Any], figures: dict[str, float], samples: Path, folder: Path) -> None:
     with SummaryWriter(str(folder)) as writer:
         for summary in hparams(settings, figures):  # add_hparams puts them into a folder named for the time
             writer.file_writer.add_summary(summary)

@@ -355,7 +355,11 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
         {
             "class_path": "dar_lightning.callbacks.LastStepCheckpoint",
             "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
-        }
+        },
+        {
+            "class_path": "dar_lightning.callbacks.GenerationFID",
+            "init_args": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
+        },
     ]
     Path("ar.yaml").write_text(yaml.safe_dump(fit))
     options = {"model.init_args.config.order": "{order}", "seed_everything": "{seed}"}
@@ -386,6 +390,9 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
             metrics["figures"]
         )
         assert metrics["protocol"]["measure"]["samples"]["n"] == 2 * len(CLASSES)
+        measured_by = {"val/gFD-color_edges": "ar", "FD-color_edges": "measure", "rFD-color_edges": "rfd"}
+        assert {figure: metrics["stages"][figure] for figure in measured_by} == measured_by
+        assert metrics["protocol"]["ar, val/gFD-color_edges"]["samples"]["n"] == 4
         assert (folder / "samples.png").stat().st_size > 0
         work = json.loads((folder / "cell.json").read_text())["stages"][0]
         resolved = yaml.safe_load((root / work["folder"] / "config.yaml").read_text())

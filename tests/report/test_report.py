@@ -12,7 +12,7 @@ from tiny_sweep import GROUPS, ORDERS, PROTOCOL, STEPS, measured, write_json, wr
 from dar_lightning.cli import main
 from dar_lightning.report import read_scalars, read_sweep
 from dar_lightning.report.plots import plot_curves, plot_figures, plot_groups
-from dar_lightning.report.summary import Row, summarize
+from dar_lightning.report.summary import summarize
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,20 @@ def test_mean_and_spread_over_seeds(reported):
     assert not any(line["figure"] == "psnr" for line in found.values()), "infinite"
 
 
-def test_work_that_seeds_share_has_no_spread(sweep):
-    [cell, *_] = read_sweep(sweep).cells
-    assert str(Row(cell, "measured", "psnr", (1.5, 1.5, 1.5))) == "1.5"
-    assert str(Row(cell, "measured", "psnr", (1.5, 1.6, 1.7))) == "1.6 ± 0.1"
+def test_runs_that_share_what_was_measured_count_once(tmp_path, capsys):
+    write_sweep(tmp_path)
+    for seed in range(3):
+        path = tmp_path / "cells" / "coarse" / f"seed{seed}" / "metrics.json"
+        told = json.loads(path.read_text())
+        told["figures"] |= {"psnr": 12.5, "rFD": 1.5}
+        write_json(path, told | {"stages": {"psnr": "tokenizer", "rFD": "ar", "val/loss": "ar"}})
+    found = {row.figure: row for row in summarize(read_sweep(tmp_path)) if row.cell.name == "coarse"}
+    assert (str(found["psnr"]), found["psnr"].std, len(found["psnr"].values)) == ("12.5", None, 1), "one tokenizer"
+    assert str(found["rFD"]) == "1.5 ± 0", "three trainings, which agree"
+    assert len(found["val/loss"].values) == 3
+    main(["report", str(tmp_path)])
+    [line] = [line for line in lines(tmp_path / "report/table.csv") if line["figure"] == "psnr"]
+    assert (line["mean"], line["std"], line["n"]) == ("12.5", "", "1")
 
 
 def test_every_run_has_a_line(reported):

@@ -1,6 +1,7 @@
 """What TensorBoard's own readers find in a reported sweep."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -40,11 +41,24 @@ def test_each_run_is_one_row_of_the_table(runs):
     tags = started["reversed/seed1"]
     start = metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["order"].string_value == "reversed"
-    assert start.hparams["seed"].string_value == "1"
+    assert start.hparams["seed"].number_value == 1, "a number, which is sorted as such"
     experiment = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG])
     assert [metric.name.tag for metric in experiment.metric_infos] == ["measured/FD-color_edges"]
     [event] = runs.Scalars("reversed/seed1", "measured/FD-color_edges")
     assert event.value == pytest.approx(measured("reversed", 1))
+
+
+def test_numbers_of_an_axis_are_numbers(tmp_path):
+    sweep = read_sweep(write_sweep(tmp_path))
+    [cell, *_] = sweep.cells
+    cell = replace(cell, values={"K": 16, "beta": 0.5, "low_rank": True, "quantizer": "vq", "guidance": [1.1, 8.0]})
+    folder = write_tensorboard(replace(sweep, cells=(cell,)))
+    tags = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload().PluginRunToTagToContent("hparams")
+    text = tags[f"{cell.name}/seed0"][metadata.SESSION_START_INFO_TAG]
+    found = metadata.parse_session_start_info_plugin_data(text).hparams
+    assert (found["K"].number_value, found["beta"].number_value) == (16, 0.5)
+    texts = [found[axis].string_value for axis in ("low_rank", "quantizer", "guidance")]
+    assert texts == ["True", "vq", "1.1, 8"]
 
 
 def test_the_layout_puts_curves_of_all_cells_into_one_chart(runs):
