@@ -1,6 +1,7 @@
 """The sweeps under experiments/: every command of theirs parses, and their trainings take the first step, small."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 import yaml
 from tiny_models import write_tokens, write_vgg
 
+from dar_lightning.ar.sampling import guidance_schedule
 from dar_lightning.cli import main
 from dar_lightning.sweep import Stage, Sweep, Work
 
@@ -48,6 +50,16 @@ def test_every_sweep_has_a_small_one():
     names = {path.name for path in FILES.values() if path.parent.name == "sweeps"}
     assert names == {path.name for path in FILES.values() if path.parent.name == "small"}
     assert {"order", "groups", "beta", "tokens", "size"} <= {Path(name).stem for name in names}
+
+
+def test_models_of_fewer_tokens_have_the_guidance_of_the_first_of_all():
+    """As where one model of 256 draws partial images, which is what the paper's figures are of."""
+    plan = read("experiments/sweeps/tokens.yaml")
+    for cell in plan.cells:
+        given = {name: dict(word.split("=", 1) for word in work.words) for name, work in plan.work(cell, 0).items()}
+        count, [row] = cell.values["tokens"], json.loads(given["gfid"]["--rows"])
+        assert guidance_schedule(row["guidance"], count) == pytest.approx(guidance_schedule((1.1, 8.0), 256)[:count])
+        assert json.loads(given["draw"]["--guidance"]) == row["guidance"]
 
 
 @pytest.mark.parametrize("name", FILES)

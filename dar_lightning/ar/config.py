@@ -32,7 +32,8 @@ class ARConfig:
         order: in which order tokens are written: "coarse_to_fine" (the paper), or for ablations "reversed", "random"
             (one permutation), "interleaved" (across groups) or "random_per_sample", whose model is told by a learned
             embedding where the next token belongs. lit.AblationModule trains the others.
-        order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to.
+        order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
+            num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".
     """
 

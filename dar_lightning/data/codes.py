@@ -33,7 +33,7 @@ class CodesIndex:
     Args:
         root: The folder.
         tokenizer: Fingerprint of the tokenizer (`dar_lightning.weights.fingerprint`).
-        tokenizer_config: Its config, for people to read.
+        tokenizer_config: Its config.
         crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
         num_crops: Their number.
         image_size: Side of the crops, in pixels.
@@ -312,6 +312,11 @@ class CodesDataModule(StreamDataModule):
     def num_tokens(self) -> int:
         """Tokens per image, N."""
         return self._any.num_tokens
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of the tokenizer that made them, where the folder says it."""
+        return self._any.tokenizer_config.get("num_groups")
 
     @property
     def codebook_size(self) -> int:

@@ -28,9 +28,14 @@ class AblationModule(ARModule):
     orders = ORDERS
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
-        if self.ar.config.num_tokens > data.num_tokens:
+        mine, theirs = self.ar.config.num_tokens, data.num_tokens
+        if mine > theirs:
+            raise UserError(f"num_tokens is {mine} in the config: the data has {theirs} per image")
+        groups = self.ar.config.order_groups
+        if mine < theirs and data.num_groups is not None and groups * theirs != data.num_groups * mine:
             raise UserError(
-                f"num_tokens is {self.ar.config.num_tokens} in the config: the data has {data.num_tokens} per image"
+                f"order_groups is {groups} in the config: num_tokens {mine} must be that many groups of the "
+                f"{theirs // data.num_groups} tokens that a group of the data has"
             )
 
     def configure_callbacks(self) -> list[Callback]:

@@ -119,6 +119,16 @@ def test_what_does_not_fit_is_said(tmp_path):
         ARModule(ARConfig(**AR | {"num_tokens": 4})).check_data(data)
 
 
+def test_the_first_tokens_are_whole_groups_of_the_data(tmp_path):
+    data = CodesDataModule(write_tokens(tmp_path / "tokens", 4), batch_size=4)
+    index = tmp_path / "tokens" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer_config": {"num_groups": GROUPS}}))
+    make_module(num_tokens=TOKENS // 2, order_groups=GROUPS // 2).check_data(data)
+    make_module(order_groups=2 * GROUPS).check_data(data)
+    with pytest.raises(UserError, match=r"order_groups is 4 in the config: num_tokens 4 must be .* of the 2 tokens"):
+        make_module(num_tokens=TOKENS // 2).check_data(data)
+
+
 def test_the_order_is_learnt():
     """Each token is its left neighbour's successor: reversed, it is still told by the one written before."""
     torch.manual_seed(0)
