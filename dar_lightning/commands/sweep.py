@@ -104,7 +104,7 @@ def sweep(
         places |= {"file": whole / "sweep.yaml", "python": sys.executable}
         quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
         write_text(path, SCRIPT.format(name=name, last=len(runs) - 1, **quoted))
-        print(f"{path}: an array of {len(runs)} tasks; sbatch {path}")
+        print(f"{path}: an array of {len(runs)} tasks; sbatch {shlex.quote(str(path))}")
         return
     failed: set[str] = set()  # hashes; a cell with the same work does not try again
     states = []
