@@ -15,7 +15,9 @@ from filelock import FileLock, Timeout
 
 from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
+from dar_lightning.figures import mosaic, save_png
 from dar_lightning.files import write_text
+from dar_lightning.metrics.images import NpzImages
 from dar_lightning.pretrained import read_json
 from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
@@ -26,6 +28,7 @@ DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock th
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
 PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
+TABLE_IMAGES = 64  # of its first row and seed, for samples.png where no stage makes a picture
 
 SCRIPT = """#!/usr/bin/env bash
 # One task per cell and seed. What several cells need is made by one of them; the others wait for it.
@@ -292,6 +295,9 @@ def _collect(works: list[Work], root: Path, folder: Path) -> None:
                 for name, metric in row["metrics"].items()
             }
             protocol[work.stage] = row["protocol"]
+            drawn = place / f"row0/seed{row['seeds'][0]}/samples.npz"
+            if drawn.is_file() and not any(other.verb in PICTURES for other in works):
+                save_png(mosaic(next(NpzImages(drawn, work.stage).batches(TABLE_IMAGES))[0]), folder / SAMPLES)
         figures |= found
         stages |= dict.fromkeys(found, work.stage)
         if work.verb in PICTURES:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock, Timeout
-from tiny_models import AR, CLASSES, GROUPS, make_tokenizer, write_images, write_tokens
+from PIL import Image
+from tiny_models import AR, CLASSES, GROUPS, SIZE, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.commands import sweep as command
@@ -399,3 +400,11 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
         assert resolved["model"]["init_args"]["config"]["order"] == name
         assert list((root / work["folder"] / "tensorboard").glob("events.out.*"))
     assert not (root / "cells/order=sideways/seed0/metrics.json").exists()
+
+    rows = {"rows": [{"solver": "{solver}"}], "reference": "images", "features": "color_edges"}
+    settings = {"name": "solvers", "grid": {"solver": ["euler"]}}
+    settings["stages"] = {"rfd": {"verb": "table", "options": table | rows}}
+    Path("solvers.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    main(["sweep", "solvers.yaml"])
+    with Image.open("runs/sweeps/solvers/cells/solver=euler/seed0/samples.png") as picture:
+        assert picture.width > 2 * SIZE, "a block of the reconstructions"
