@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
 
 
 def from_recipe(seed: int, shape, std: float = 1.0) -> torch.Tensor:
@@ -50,3 +52,12 @@ def golden_tensors() -> Callable[[str, str], dict[str, torch.Tensor]]:
 def golden_norms() -> Callable[[str], dict]:
     """Name of a golden -> its gradient norms."""
     return lambda name: json.loads((GOLDENS / name / "grad_norms.json").read_text())
+
+
+@pytest.fixture
+def at_the_root_with_a_random_teacher(monkeypatch):
+    """Configs name their data from there; DINOv2 is not downloaded, and has one block."""
+    monkeypatch.chdir(ROOT)
+    make = timm.create_model
+    random = {"pretrained": False, "depth": 1}
+    monkeypatch.setattr(timm, "create_model", lambda *names, **options: make(*names, **options | random))

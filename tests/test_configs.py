@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import timm
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
@@ -41,7 +40,10 @@ OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES,
 TOOLS = [name for name in CONFIGS if name not in OTHERS]
 TOKENIZER, AR = "experiments/quickstart/tokenizer.yaml", "experiments/quickstart/ar.yaml"
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
+pytestmark = [
+    pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
+    pytest.mark.filterwarnings("ignore"),  # Lightning's, of options and loggers
+]
 
 # What makes a step of any size cheap and leaves its structure alone.
 SMALL = {
@@ -57,15 +59,6 @@ SMALL = {
     "ARModule": dict(dim=32, depth=1, num_heads=2, multiple_of=32),
     "AblationModule": dict(dim=32, depth=1, num_heads=2, multiple_of=32),
 }
-
-
-@pytest.fixture(autouse=True)
-def at_the_root_with_a_random_teacher(monkeypatch):
-    """Configs name their data from there; DINOv2 is not downloaded, and has one block."""
-    monkeypatch.chdir(ROOT)
-    make = timm.create_model
-    random = {"pretrained": False, "depth": 1}
-    monkeypatch.setattr(timm, "create_model", lambda *names, **options: make(*names, **options | random))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import timm
 import yaml
 from tiny_models import write_tokens, write_vgg
 
@@ -23,16 +22,10 @@ NARROW = {
 }
 CONTINUED = "experiments/sweeps/codebook.yaml"  # from trained weights; test_configs takes its step
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
-
-
-@pytest.fixture(autouse=True)
-def at_the_root_with_a_random_teacher(monkeypatch):
-    """Configs name their data from there; DINOv2 is not downloaded, and has one block."""
-    monkeypatch.chdir(ROOT)
-    make = timm.create_model
-    random = {"pretrained": False, "depth": 1}
-    monkeypatch.setattr(timm, "create_model", lambda *names, **options: make(*names, **options | random))
+pytestmark = [
+    pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
+    pytest.mark.filterwarnings("ignore"),  # Lightning's, of options and loggers
+]
 
 
 def read(name: str) -> Sweep:
