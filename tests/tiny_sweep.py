@@ -65,5 +65,5 @@ def write_sweep(root: Path, failed: tuple = ("random", 1), pending: tuple = ("ra
                 protocol = {"reconstruct": RECONSTRUCTED | {"seed": seed, "tokenizer": order}, "measure": PROTOCOL}
                 write_json(folder / "metrics.json", {"figures": figures, "protocol": protocol})
                 color = (60 * list(ORDERS).index(order), 40 * seed, 200)
-                Image.new("RGB", (64, 32), color).save(folder / "samples.png")
+                Image.new("RGB", (256, 128), color).save(folder / "samples.png")
     return root

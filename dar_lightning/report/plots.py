@@ -16,7 +16,7 @@ from dar_lightning.report.results import SAMPLES, Cell, Results, Stage
 from dar_lightning.report.summary import CURVES, GROUPS, Row, remarks, shown_figures, value_text
 
 PANEL = (3.6, 3.0)  # inches
-TILE, COLUMNS = 250, 5  # pixels of one cell's samples; cells in a row of them
+CORNER, COLUMNS = (660, 920), 5  # pixels of a cell's samples that are shown, at half size; cells in a row
 
 
 def cell_colors(sweep: Results) -> dict[str, Any]:
@@ -108,7 +108,10 @@ def plot_groups(sweep: Results) -> Figure | None:
 
 
 def samples_side_by_side(sweep: Results) -> Image.Image | None:
-    """The samples of each cell's first finished run under its name, cells beside each other."""
+    """The first samples of each cell's first finished run under its name, cells beside each other.
+
+    A corner of each grid is shown, since a whole one of some hundred images would be a carpet.
+    """
     shown = [(cell, run) for cell in sweep.cells for run in cell.having("done")[:1] if (run.folder / SAMPLES).is_file()]
     if not shown:
         return None
@@ -116,13 +119,13 @@ def samples_side_by_side(sweep: Results) -> Image.Image | None:
     tiles = []
     for _, run in shown:
         with Image.open(run.folder / SAMPLES) as image:
-            tile = image.convert("RGB")
-        tiles.append(tile.resize((TILE, max(1, round(TILE * tile.height / tile.width))), Image.Resampling.LANCZOS))
-    height = max(tile.height for tile in tiles) + line + pad
-    sheet = Image.new("RGB", (pad + columns * (TILE + pad), pad + -(-len(shown) // columns) * height), "white")
+            corner = tuple(map(min, image.size, CORNER))
+            tiles.append(image.convert("RGB").crop((0, 0, *corner)).reduce(2))
+    width, height = max(tile.width for tile in tiles) + pad, max(tile.height for tile in tiles) + line + pad
+    sheet = Image.new("RGB", (pad + columns * width, pad + -(-len(shown) // columns) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for number, ((cell, run), tile) in enumerate(zip(shown, tiles, strict=True)):
-        left, top = pad + number % columns * (TILE + pad), pad + number // columns * height
+        left, top = pad + number % columns * width, pad + number // columns * height
         draw.text((left, top), f"{_label(sweep, cell)}, seed {run.seed}", fill="black", font=font)
         sheet.paste(tile, (left, top + line))
     return sheet

@@ -11,7 +11,7 @@ from tiny_sweep import GROUPS, ORDERS, PROTOCOL, STEPS, measured, write_json, wr
 
 from dar_lightning.cli import main
 from dar_lightning.report import read_scalars, read_sweep
-from dar_lightning.report.plots import plot_curves, plot_figures, plot_groups
+from dar_lightning.report.plots import plot_curves, plot_figures, plot_groups, samples_side_by_side
 from dar_lightning.report.summary import summarize
 
 
@@ -113,9 +113,21 @@ def test_plots_show_the_numbers(sweep, reported):
 def test_samples_stand_side_by_side(reported):
     with Image.open(reported / "samples.jpg") as image:
         pixels = np.asarray(image).astype(int)
-    middles = [pixels[100, 6 + 256 * i + 125] for i in range(3)]
+    assert pixels.shape[:2] == (6 + 20 + 64 + 6, 6 + 3 * (128 + 6)), "256x128 at half size, under their names"
+    middles = [pixels[6 + 20 + 32, 6 + 134 * i + 64] for i in range(3)]
     expected = [(60 * i, 0, 200) for i in range(3)]
     assert np.abs(np.array(middles) - expected).max() < 8
+
+
+def test_of_a_large_grid_the_first_images_are_shown(tmp_path):
+    write_sweep(tmp_path)
+    grid = np.zeros((2000, 2000, 3), np.uint8)
+    grid[:920, :660] = (0, 200, 0)
+    for path in tmp_path.glob("cells/*/*/samples.png"):
+        Image.fromarray(grid).save(path)
+    pixels = np.asarray(samples_side_by_side(read_sweep(tmp_path)))[26:, 6:]
+    assert (pixels[:460, :330] == (0, 200, 0)).all(), "each pixel is the mean of four"
+    assert (pixels[460:, :330] == 255).all()
 
 
 @pytest.mark.parametrize(
