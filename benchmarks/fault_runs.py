@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dar_lightning.cli import main as dar
-from dar_lightning.data.codes import CodesIndex, describe, write_codes
 from dar_lightning.data.shards import ShardIndex, write_shard
+from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
 
 SIZE, TOKENS, CODES, BATCH = 32, 8, 32, 4
 SAVE_EVERY, VALIDATE_EVERY = 3, 2  # optimizer steps; each validation saves, too
@@ -88,7 +88,6 @@ def start(words: list[str], diary: Path, accidents: list[str] = (), log: Path | 
 
 
 def _dar(words: list[str], log: Path, temp: str | None) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a program of its own
     tempfile.tempdir = temp
     torch.set_num_threads(1)
     with open(log, "a") as file:

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.data.codes import CodesIndex, describe, write_codes
+from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
 from dar_lightning.files import write_text
 
 ROOT = Path(__file__).parents[1]

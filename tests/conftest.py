@@ -1,7 +1,9 @@
 """What several folders of tests share."""
 
 import json
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,12 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
+
+
+def pytest_collection_finish():
+    """The server that killable's processes are forked from is up before a loader starts one that has imported less."""
+    if "killable" in sys.modules:
+        forkserver.ensure_running()
 
 
 def from_recipe(seed: int, shape, std: float = 1.0) -> torch.Tensor:

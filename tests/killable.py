@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
+import torch
+
 SECONDS = 240  # a test that hangs fails after that
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lightning", "dar_lightning.commands.extract", "dar_lightning.data.imagenet"])
@@ -36,10 +38,10 @@ def run(function: Callable, *args, world: int = 1) -> list[int]:
 
 
 def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a program of its own
     if world > 1:  # as a cluster's launcher would say it
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
+    torch.set_num_threads(1)  # what Lightning gives to each of two ranks; one alone would round its sums otherwise
     function(*args)
 
 

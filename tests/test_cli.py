@@ -11,7 +11,7 @@ import torch
 from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, random_codes, write_images, write_tokens
 
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main, spell_out_flags
-from dar_lightning.data.codes import CodesIndex, describe, write_codes
+from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers

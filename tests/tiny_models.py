@@ -10,8 +10,8 @@ import torchvision
 from PIL import Image
 
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.data.codes import CodesIndex, describe, write_codes
 from dar_lightning.data.shards import ShardIndex, write_shard
+from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
 
 SIZE, TOKENS, GROUPS, CODES = 32, 8, 4, 32
 CLASSES = ("red", "green", "blue", "grey")

@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dar_lightning.data import transforms
-from dar_lightning.data.codes import CodesIndex, describe, read_header, write_codes
+from dar_lightning.data import transforms, workers
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, sha256
 from dar_lightning.data.skipped import Bad, Skipped, check_share
 from dar_lightning.data.stream import Loader
+from dar_lightning.data.token_shards import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
@@ -246,7 +246,7 @@ class ExtractData(L.LightningDataModule):
         """Whole shards, one after the other."""
         mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
         batches = ViewBatches(self.index, mine, self.views, self.images)
-        return Loader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return Loader(batches, batch_size=None, **workers.options(self.num_workers))
 
 
 class Extractor(L.LightningModule):

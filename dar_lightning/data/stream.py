@@ -1,134 +1,25 @@
-"""The order of the data: which samples are in batch number p, on which rank, whatever happened before.
+"""The loaders of a run, and what all DataModules share: checkpoints hold the place in the data."""
 
-Nothing here has a state that grows. The order of epoch e is a function of (seed, e), and everything random about a
-sample is a function of (seed, epoch, sample), so one integer, the number of batches taken, says where a run stands.
-Hence the batches do not depend on the number of workers, resuming needs no replay, and two devices with half the batch
-size see the same global batches as one.
-"""
-
-import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
+from dar_lightning.data import workers
+from dar_lightning.data.order import EvalSampler, TrainSampler
 from dar_lightning.data.skipped import Bad, Skipped
 from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
-NO_MEMORY = re.compile(r"by signal: (Killed|Bus error)")  # a fault or an exit has another cause
-
-
-class Ticket(NamedTuple):
-    """What a sampler hands to a dataset: a sample's number, the epoch (for its crop), and False where it only pads."""
-
-    index: int
-    epoch: int = 0
-    valid: bool = True
-
-
-def order_generator(seed: int, epoch: int) -> np.random.Generator:
-    """What the order of an epoch is drawn from."""
-    return np.random.default_rng([0, seed, epoch])
-
-
-def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What everything random about a sample in an epoch is drawn from."""
-    return np.random.default_rng([1, seed, epoch, index])
-
-
-def replacement_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What the samples are drawn from that take a bad one's place in an epoch."""
-    return np.random.default_rng([2, seed, epoch, index])
-
-
-def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
-    """The order of one epoch: blocks (shards) shuffled, then samples shuffled within windows of that many blocks.
-
-    Shuffling in windows keeps reads local: at most `window` shards are in use at a time.
-
-    Args:
-        sizes: Samples per block.
-        seed: Seed of the run.
-        epoch: Epoch; every one has an order of its own.
-        window: Blocks per window.
-
-    Returns:
-        (sum(sizes),) int64, a permutation.
-    """
-    generator = order_generator(seed, epoch)
-    starts = np.cumsum([0, *sizes])
-    blocks = [np.arange(starts[b], starts[b + 1]) for b in generator.permutation(len(sizes))]
-    windows = [np.concatenate(blocks[i : i + window]) for i in range(0, len(blocks), window)]
-    return np.concatenate([generator.permutation(samples) for samples in windows])
-
-
-class TrainSampler(DistributedSampler):
-    """Tickets for one rank, from batch number `position` onwards, one epoch's worth at a time.
-
-    Global batch g of an epoch is the g-th run of `batch_size * num_replicas` samples in that epoch's order, cut evenly
-    over the ranks. The remainder is dropped, also that of `accumulate` batches, which are one optimizer step: so steps
-    hold the same samples however they are divided. It is a DistributedSampler so that Lightning leaves it in place;
-    the epoch comes from `position`, and `set_epoch` has no effect.
-
-    Args:
-        dataset: For its length.
-        order: Epoch -> permutation of the dataset.
-        batch_size: Samples per batch and rank.
-        num_replicas: Number of ranks.
-        rank: This one.
-        accumulate: Batches per optimizer step.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        order: Callable[[int], np.ndarray],
-        batch_size: int,
-        num_replicas: int,
-        rank: int,
-        accumulate: int = 1,
-    ) -> None:
-        super().__init__(dataset, num_replicas, rank, drop_last=True)
-        self.order, self.batch_size, self.accumulate = order, batch_size, accumulate
-        self.global_batch = batch_size * num_replicas
-        self.batches = len(dataset) // (self.global_batch * accumulate) * accumulate
-        self.position = 0
-
-    def __len__(self) -> int:
-        return self.batches * self.batch_size
-
-    def __iter__(self) -> Iterator[Ticket]:
-        last = None
-        for position in range(self.position, self.position + self.batches):
-            epoch, batch = divmod(position, self.batches)
-            if epoch != last:
-                order, last = self.order(epoch), epoch
-            start = batch * self.global_batch + self.rank * self.batch_size
-            for index in order[start : start + self.batch_size]:
-                yield Ticket(int(index), epoch)
-
-
-class EvalSampler(DistributedSampler):
-    """Every sample once over all ranks, in order; ranks that would run short repeat the last one with `valid=False`."""
-
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=False)
-
-    def __iter__(self) -> Iterator[Ticket]:
-        size = len(self.dataset)
-        for index in range(self.rank, self.num_replicas * len(self), self.num_replicas):
-            yield Ticket(min(index, size - 1), valid=index < size)
+NO_MEMORY = {-signal.SIGKILL, -signal.SIGBUS}  # of main memory, of shared memory
 
 
 class Loader(DataLoader):
@@ -148,8 +39,9 @@ class Loader(DataLoader):
         together = (
             isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_available() and dist.is_initialized()
         )
+        iterator = super().__iter__()
         try:
-            for number, batch in enumerate(self._timed(super().__iter__()), start=1):
+            for number, batch in enumerate(self._timed(iterator), start=1):
                 self.given += 1
                 if skipped is not None:
                     skipped.add(bad for bad in map(Bad, *batch.pop("skipped")) if bad.reason)
@@ -164,11 +56,11 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not KILLED.search(str(error)):
                 raise
-            of_memory = NO_MEMORY.search(f"{error} {error.__cause__}")
+            of_memory = NO_MEMORY & {worker.exitcode for worker in iterator._workers}
             hint = f"is there enough memory for {self.num_workers}?" if of_memory else "num_workers=0 may show why"
             message = f"num_workers: {' '.join(str(error).split())}; {hint}"
             error.__traceback__ = None
-        self._iterator = None  # so the workers end at once
+        self._iterator = iterator = None  # so the workers end at once
         raise UserError(message)
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -232,24 +124,6 @@ class TrainLoader(Loader):
         self.sampler.position = state["position"]
 
 
-def obey_only_the_run(worker: int) -> None:
-    """A cluster and a Ctrl+C signal all processes of a run: its workers go on until the run has done its last step.
-
-    What the run itself sends ends a worker at once, as ever.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_the_run, daemon=True).start()
-
-
-def _wait_for_the_run() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 class StreamDataModule(L.LightningDataModule):
     """What all DataModules share: the two kinds of loader, and the place in the data inside of checkpoints.
 
@@ -284,7 +158,7 @@ class StreamDataModule(L.LightningDataModule):
             world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
             accumulate = self.trainer.accumulate_grad_batches
         if overfit:  # the same few batches in every epoch
-            return Loader(dataset, batch_size=self.batch_size, drop_last=True, **self._worker_options())
+            return Loader(dataset, batch_size=self.batch_size, drop_last=True, **workers.options(self.num_workers))
         sampler = TrainSampler(dataset, order, self.batch_size, world, rank, accumulate)
         if sampler.batches == 0:
             times = f", {accumulate} times," if accumulate > 1 else ""
@@ -298,7 +172,7 @@ class StreamDataModule(L.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=True,
-            **self._worker_options(persistent=True),
+            **workers.options(self.num_workers, persistent=True),
         )
         if self.trainer is not None:
             # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
@@ -316,16 +190,7 @@ class StreamDataModule(L.LightningDataModule):
         sampler = None  # in order; Lightning then knows that nothing is shuffled
         if trainer is not None and trainer.world_size > 1:
             sampler = EvalSampler(dataset, trainer.world_size, trainer.global_rank)
-        return Loader(dataset, batch_size=self.batch_size, sampler=sampler, **self._worker_options())
-
-    def _worker_options(self, persistent: bool = False) -> dict[str, Any]:
-        workers = self.num_workers
-        return {
-            "num_workers": workers,
-            "persistent_workers": persistent and workers > 0,
-            "worker_init_fn": obey_only_the_run,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return Loader(dataset, batch_size=self.batch_size, sampler=sampler, **workers.options(self.num_workers))
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning keeps this in every checkpoint."""

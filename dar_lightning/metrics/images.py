@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.imagenet import decode, describe, read_label
+from dar_lightning.data.shard_dataset import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.drawing import ROWS, draw_rows

@@ -1,18 +1,14 @@
 """Signals end a run after its step, with a checkpoint and a telling exit code; those of the system, in this process."""
 
-import multiprocessing
 import os
 import signal
-import subprocess
-import time
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_models import SIZE, fit_ar, write_images
+from tiny_models import fit_ar
 
 from dar_lightning.cli import main
-from dar_lightning.data.imagenet import ImageNetDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 
@@ -61,21 +57,3 @@ def test_a_second_interrupt_does_not_wait(tokens, tmp_path):
 def test_without_our_checkpoints_it_says_that_nothing_was_saved(tokens, tmp_path, capsys):
     assert fit(tokens, tmp_path, checkpoint="ModelCheckpoint", step=1, number=signal.SIGTERM) == 143
     assert "SIGTERM: stopped after step 2, not saved, the checkpoint before is the last" in capsys.readouterr().err
-
-
-def test_workers_obey_only_the_run(tmp_path):
-    data = ImageNetDataModule(write_images(tmp_path, 22), image_size=SIZE, batch_size=4, num_workers=1)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    others = {*multiprocessing.active_children()}  # of loaders in other tests that nobody has collected yet
-    batches = iter(loader)
-    next(batches)
-    (worker,) = {*multiprocessing.active_children()} - others
-    for name in ("-TERM", "-INT"):
-        subprocess.run(["kill", name, str(worker.pid)], check=True)  # a process of its own, as a cluster's daemon
-        time.sleep(0.2)
-    assert len(list(batches)) == 4
-    assert worker.is_alive()
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.join(20)
-    assert worker.exitcode == 0

@@ -14,10 +14,11 @@ from tiny_shards import CLASSES, SIZES, picture, sample
 
 from dar_lightning.commands.extract import ShardWriter, extract
 from dar_lightning.data import transforms
-from dar_lightning.data.codes import CodesDataModule, CodesIndex, read_header
+from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.order import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.data.stream import Ticket
+from dar_lightning.data.token_shards import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
 from dar_lightning.tokenizer.config import TokenizerConfig

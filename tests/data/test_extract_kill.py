@@ -14,7 +14,7 @@ from tiny_models import make_tokenizer
 
 from dar_lightning import SequentialDiffusionTokenizer
 from dar_lightning.cli import main
-from dar_lightning.data.codes import CodesIndex
+from dar_lightning.data.token_shards import CodesIndex
 
 CROPS = 3
 

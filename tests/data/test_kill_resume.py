@@ -14,9 +14,10 @@ from killable import run
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dar_lightning.callbacks import LastStepCheckpoint
-from dar_lightning.data.codes import CodesDataModule, CodesDataset, CodesIndex, describe, write_codes
+from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardReader
+from dar_lightning.data.token_shards import CodesDataset, CodesIndex, describe, write_codes
 from dar_lightning.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers

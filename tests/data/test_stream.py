@@ -19,9 +19,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_shards import sample
 from torch.utils.data import Dataset
 
+from dar_lightning.data import workers
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.order import EvalSampler, TrainSampler, shuffled
 from dar_lightning.data.shards import sha256, write_shard
-from dar_lightning.data.stream import EvalSampler, Loader, TrainSampler, shuffled
+from dar_lightning.data.stream import Loader
 from dar_lightning.errors import UserError
 
 
@@ -302,7 +304,7 @@ class Dying(Dataset):
 @pytest.mark.parametrize(("end", "memory"), [(partial(os._exit, 3), False), (partial(signal.raise_signal, 9), True)])
 def test_memory_is_named_only_where_the_system_has_killed_a_worker(end, memory):
     with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .*") as error:
-        list(Loader(Dying(end), num_workers=1))
+        list(Loader(Dying(end), **workers.options(num_workers=1)))
     assert ("enough memory" in str(error.value)) == memory
 
 

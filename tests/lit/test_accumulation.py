@@ -16,7 +16,7 @@ from dar_lightning.callbacks import GlobalBatch
 from dar_lightning.cli import main
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.stream import TrainSampler, shuffled
+from dar_lightning.data.order import TrainSampler, shuffled
 from dar_lightning.errors import UserError
 from dar_lightning.lit import ARModule, TokenizerModule
 from dar_lightning.plan import accumulation
