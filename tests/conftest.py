@@ -17,7 +17,10 @@ GOLDENS = ROOT / "tests" / "goldens"
 
 
 def pytest_collection_finish():
-    """The server that killable's processes are forked from is up before a loader starts one that has imported less."""
+    """The server that killable's processes are forked from is up before a loader starts one that has imported less.
+
+    Loaders of tests that run in this process then use it, too.
+    """
     if "killable" in sys.modules:
         forkserver.ensure_running()
 

@@ -41,7 +41,8 @@ def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> 
     if world > 1:  # as a cluster's launcher would say it
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
-    torch.set_num_threads(1)  # what Lightning gives to each of two ranks; one alone would round its sums otherwise
+    os.environ["OMP_NUM_THREADS"] = "1"  # for all ranks, however many: another number rounds sums otherwise
+    torch.set_num_threads(1)
     function(*args)
 
 

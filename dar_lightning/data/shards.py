@@ -284,7 +284,7 @@ class ShardReader:
             raise BadSample(flaw)
         key, places, _ = contents.samples[position]
         try:
-            # pread keeps no file position: safe where a fork shares the descriptor
+            # pread keeps no file position: safe where threads, or forks, share the descriptor
             members = {
                 extension: os.pread(file.fileno(), size, offset)
                 for extension, (offset, size) in places.items()

@@ -1,7 +1,6 @@
 """The loaders of a run, and what all DataModules share: checkpoints hold the place in the data."""
 
 import re
-import signal
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
@@ -19,7 +18,7 @@ from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
-NO_MEMORY = {-signal.SIGKILL, -signal.SIGBUS}  # of main memory, of shared memory
+NO_MEMORY = {-9, -7}  # exit codes after SIGKILL and SIGBUS: no main memory, no shared memory
 
 
 class Loader(DataLoader):
@@ -39,8 +38,9 @@ class Loader(DataLoader):
         together = (
             isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_available() and dist.is_initialized()
         )
-        iterator = super().__iter__()
+        iterator = None
         try:
+            iterator = super().__iter__()
             for number, batch in enumerate(self._timed(iterator), start=1):
                 self.given += 1
                 if skipped is not None:
@@ -56,7 +56,7 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not KILLED.search(str(error)):
                 raise
-            of_memory = NO_MEMORY & {worker.exitcode for worker in iterator._workers}
+            of_memory = NO_MEMORY & {worker.exitcode for worker in (iterator or self._iterator)._workers}
             hint = f"is there enough memory for {self.num_workers}?" if of_memory else "num_workers=0 may show why"
             message = f"num_workers: {' '.join(str(error).split())}; {hint}"
             error.__traceback__ = None

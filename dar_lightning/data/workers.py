@@ -7,13 +7,13 @@ import sys
 import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# what workers run: plain torch, since Lightning takes three times as long to load
-IMPORTS = [f"{__package__}.{name}" for name in ("shard_dataset", "token_shards", "views")]
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # what a cluster or a terminal sends to all processes of a run
+# a process that was forked from a run can make no use of the run's server, and must start its own
+os.register_at_fork(after_in_child=lambda: setattr(forkserver._forkserver, "_forkserver_pid", None))
 
 
 def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
@@ -28,24 +28,36 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
 
 
 def context() -> BaseContext:
-    """How workers start: as forks of a server that has done their imports and has no other threads.
+    """How workers start: on Linux, as forks of a server that has done their imports, and nothing else.
 
     A run has threads, of its process group for one. A fork of the run itself copies the locks that they hold at that
-    moment, and nobody ever lets go of the copies: some runs would hang. This is also the default from Python 3.14 on.
+    moment, and nobody ever lets go of the copies: some runs would hang. On Linux, this is Python's own choice from 3.14
+    on; elsewhere, forks are not to be had or not safe at all.
     """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
     forked = multiprocessing.get_context("forkserver")
-    main = sys.modules["__main__"]
-    # workers import a script of the user's again, and such scripts import Lightning
-    is_script = main.__spec__ is None and getattr(main, "__file__", "").endswith(".py")
-    forked.set_forkserver_preload([*IMPORTS, "lightning"] if is_script else IMPORTS)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # workers also import the module that was started, and Lightning with it, unless it is ours
+    is_ours = Path(getattr(sys.modules["__main__"], "__file__", "dar")).name in ("dar", "__main__.py")
+    forked.set_forkserver_preload([f"{__package__}.worker_server", *([] if is_ours else ["lightning"])])
+    _start_helpers()
+    return forked
+
+
+def _start_helpers() -> None:
+    """Start the server, and what looks after semaphores, unless they run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        for helper in (resource_tracker, forkserver):
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # they inherit it; starting the first one unblocks some
-            helper.ensure_running()
+        resource_tracker.ensure_running()  # it inherits the mask, and so outlives that signal to the whole job
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return forked
+    unsafe = "PYTHONSAFEPATH" not in os.environ
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # or the server would import what lies in the current folder
+    try:
+        forkserver.ensure_running()
+    finally:
+        if unsafe:
+            del os.environ["PYTHONSAFEPATH"]
 
 
 def obey_only_the_run(worker: int) -> None:

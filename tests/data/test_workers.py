@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,18 +10,22 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import SIZE, write_images
+from tiny_models import SIZE, write_images, write_tokens
 
+from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.stream import Loader
+from dar_lightning.data.views import ViewBatches, Views
+from dar_lightning.data.workers import options
+from dar_lightning.errors import UserError
 
 # A run: says who its worker and the worker's parent are, and stands still.
 RUN = """
 import multiprocessing, signal, sys
 if __name__ == "__main__":
-    from dar_lightning.data.imagenet import ImageNetDataModule
-    data = ImageNetDataModule(sys.argv[1], image_size=8, batch_size=4, num_workers=1)
-    data.setup("fit")
-    batches = iter(data.train_dataloader())
+    from dar_lightning.data.workers import options
+    from torch.utils.data import DataLoader
+    batches = iter(DataLoader(range(20), batch_size=4, **options(1)))
     next(batches)
     worker, = multiprocessing.active_children()
     server = int(open(f"/proc/{worker.pid}/stat").read().rsplit(")", 1)[1].split()[1])
@@ -28,7 +33,7 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     print(worker.pid, server, flush=True)
     sys.stdin.readline()
-    print(len(list(batches)), worker.is_alive(), flush=True)
+    print(len([next(batches) for _ in range(4)]), worker.is_alive(), flush=True)
     sys.stdin.readline()
 """
 
@@ -39,11 +44,11 @@ def images(tmp_path) -> str:
 
 
 @pytest.fixture
-def run(images, tmp_path):
-    script = tmp_path / "run"
+def run(tmp_path):
+    script = tmp_path / "dar"  # for which the server does not import Lightning, as it does for scripts of others
     script.write_text(RUN)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, script, images], **pipes) as process:
+    with subprocess.Popen([sys.executable, script], **pipes) as process:
         yield process
         process.kill()
 
@@ -98,13 +103,64 @@ def test_workers_obey_only_the_run(images):
     assert worker.exitcode == 0
 
 
-def test_what_workers_import_has_no_lightning():
+def test_what_workers_are_sent_needs_no_lightning(images, tmp_path):
+    data = ImageNetDataModule(images, images, image_size=SIZE, batch_size=4, num_workers=1)
+    codes = CodesDataModule(write_tokens(tmp_path / "codes", 8), batch_size=4, num_workers=1)
+    loaders = [data.train_dataloader(), data.val_dataloader(), codes.train_dataloader()]
+    loaders.append(Loader(ViewBatches(data.index("train"), [0], Views("center", 1, SIZE, 0), 2), **options(1)))
+    sent = [(loader.dataset, loader.worker_init_fn, loader.collate_fn) for loader in loaders]
+    (tmp_path / "sent").write_bytes(pickle.dumps(sent))
     code = (
-        "import sys, importlib\n"
-        "from dar_lightning.data import workers\n"
-        "[importlib.import_module(name) for name in workers.IMPORTS]\n"
-        "print([name for name in sys.modules if name.split('.')[0].endswith('lightning')])"
+        "import pickle, sys\n"
+        "datasets = [sent[0] for sent in pickle.load(open(sys.argv[1], 'rb'))]\n"
+        "print(len([dataset[0] for dataset in datasets]))\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "'lightning" not in run.stdout
-    assert "dar_lightning.data.shard_dataset" in run.stdout
+    words = [sys.executable, "-c", code, tmp_path / "sent"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["4", "[]"]
+
+
+def test_the_server_imports_the_package_of_the_run(tmp_path):
+    """And not another one that lies in the current folder."""
+    for name in ("dar_lightning", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "run.py"
+    script.write_text(RUN)
+    words = [sys.executable, script]
+    run = subprocess.run(words, input="\n\n", capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout.splitlines()[1] == "4 True"
+    assert "the wrong one" not in run.stderr
+
+
+FORKS = """
+import os, sys
+if __name__ == "__main__":
+    from dar_lightning.data.workers import options
+    from torch.utils.data import DataLoader
+    numbers = lambda: [int(number) for number in DataLoader(range(3), batch_size=None, **options(1))]
+    assert numbers() == [0, 1, 2]
+    child = os.fork()
+    assert numbers() == [0, 1, 2]
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_fork_of_a_run_has_workers_too(tmp_path):
+    """As with Lightning's `ddp_notebook`, after a look at one batch."""
+    script = tmp_path / "dar"
+    script.write_text(FORKS)
+    subprocess.run([sys.executable, script], check=True, timeout=120)
+
+
+def test_a_worker_that_dies_between_two_epochs(images):
+    data = ImageNetDataModule(images, image_size=SIZE, batch_size=4, num_workers=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert len(list(loader)) == 5
+    (worker,) = loader._iterator._workers
+    worker.kill()
+    worker.join(20)
+    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .* is there enough memory for 1\?"):
+        list(loader)

@@ -1,0 +1,11 @@
+"""What the server of the workers imports, and nobody else: all that they run, and how to outlive a job's signals."""
+
+import os
+import signal
+
+from dar_lightning.data import shard_dataset, token_shards, views  # noqa: F401
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+# other programs of the run may have processes of this server, too, and may want to end them
+os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
