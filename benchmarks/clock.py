@@ -132,7 +132,20 @@ def cached_generation(tiny: bool) -> Sides:
     def theirs() -> torch.Tensor:
         return plain.generate(ar, labels, torch.Generator().manual_seed(0))
 
-    return Sides(ours, theirs, facts={"tokens_equal": round((ours() == theirs()).float().mean().item(), 4)})
+    def products() -> None:
+        token_products(ar, 8, ar.config.num_tokens)
+
+    same = {"tokens_equal": round((ours() == theirs()).float().mean().item(), 4)}
+    return Sides(ours, theirs, products, products, facts=same)
+
+
+def token_products(ar: ARModel, batch: int, count: int) -> None:
+    """The matrix products of `count` tokens without guidance, but for those of attention."""
+    weights = [module.weight for module in ar.modules() if isinstance(module, nn.Linear)]
+    inputs = {width: torch.ones(batch, 1, width, dtype=ar.head.weight.dtype) for width in {w.shape[1] for w in weights}}
+    for _ in range(count):
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
 
 
 def bfloat16_weights(tiny: bool) -> Sides:
@@ -144,20 +157,14 @@ def bfloat16_weights(tiny: bool) -> Sides:
     def draw(ar: ARModel) -> torch.Tensor:
         return generate(ar, labels, top_k=1, num_tokens=count)
 
-    def products(ar: ARModel) -> None:
-        weights = [module.weight for module in ar.modules() if isinstance(module, nn.Linear)]
-        inputs = {width: torch.ones(1, 1, width, dtype=ar.head.weight.dtype) for width in {w.shape[1] for w in weights}}
-        for _ in range(count):
-            for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
-
     codes = draw(full)
     padded = F.pad(codes, (0, config.num_tokens - count))
     logits = [ar(labels, padded)[:, :count].float() for ar in (full, half)]
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
     agree = (logits[1].argmax(-1) == logits[0].argmax(-1)).float().mean()
     facts = {"relative_error_of_logits": float(f"{error:.2g}"), "likeliest_token_agrees": round(agree.item(), 3)}
-    return Sides(lambda: draw(half), lambda: draw(full), lambda: products(half), lambda: products(full), facts=facts)
+    bare = [lambda ar=ar: token_products(ar, 1, count) for ar in (half, full)]
+    return Sides(lambda: draw(half), lambda: draw(full), *bare, facts=facts)
 
 
 def training_step(tiny: bool) -> Sides:
@@ -302,7 +309,7 @@ def compare(comparison: Comparison, tiny: bool, budget: float, machine: dict[str
 def table(result: dict) -> str:
     """Markdown of a stored result."""
     heads = ("ours: the plain version", "ratio", "goal", "ours, ms", "plain, ms")
-    heads += ("products alone, ratio", "of the product limit", "else")
+    heads += ("products alone, ms and ratio", "of the product limit", "else")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in result["rows"].values():
         if "skipped" in row:
@@ -311,10 +318,13 @@ def table(result: dict) -> str:
         goal = "" if row["goal"] is None else f"{'at most' if row['at_most'] else 'at least'} {row['goal']:g}"
         times = row["milliseconds"]
         facts = ", ".join(f"{key.replace('_', ' ')}: {json.dumps(row[key])}" for key in row if key not in ROW_KEYS)
+        bare = (
+            f"{times['bare_ours']:,.1f}, {times['bare_plain']:,.1f}: {row['bare_ratio']}" if "bare_ratio" in row else ""
+        )
         share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
         lines.append(
             f"| {row['what']} | {row['ratio']:.2f} | {goal} | {times['ours']:,.1f} | {times['plain']:,.1f} | "
-            f"{row.get('bare_ratio', '')} | {share} | {facts} |"
+            f"{bare} | {share} | {facts} |"
         )
     machine, most = result["machine"], result["limits"]
     lines += ["", f"{machine['processor']}, threads: {machine['threads']}, load before the start "]

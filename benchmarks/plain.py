@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_lightning.ar.model import ARModel, KVCache
+from dar_lightning.ar.races import draw_keys
 from dar_lightning.ar.sampling import draw
 from dar_lightning.tokenizer.quantizer import COMMITMENT_WEIGHT
 
@@ -58,11 +59,12 @@ def generate(ar: ARModel, labels: Tensor, generator: torch.Generator) -> Tensor:
     cache = StaticCache(config, len(labels), weight.device, weight.dtype)
     mask = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool, device=weight.device).tril()
     x, codes = ar.class_embedding(labels)[:, None], []
+    draws = draw_keys(len(labels), config.num_tokens, generator, weight.device)
     for position in range(config.num_tokens):
         cache.length = position
         for layer, block in enumerate(ar.blocks):
             x = block(x, ar.rotary[position : position + 1], mask[position : position + 1], cache, layer)
-        codes.append(draw(ar.head(ar.norm(x))[:, 0], generator))
+        codes.append(draw(ar.head(ar.norm(x))[:, 0], draws[:, position]))
         x = ar.token_embedding(codes[-1])[:, None]
     return torch.stack(codes, dim=1)
 

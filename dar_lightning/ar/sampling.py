@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import Generators, placed
+from dar_lightning.ar.races import draw_keys, exponentials
 from dar_lightning.errors import UserError
 
 Guidance = float | tuple[float, float]
@@ -53,23 +54,14 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, generator: Generators) -> Tensor:
-    """Draw one index per row from softmax(logits): (B, V) -> (B,) int64.
+def draw(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw one index per row from softmax(logits): (B, V), keys (B,) -> (B,) int64.
 
-    By exponential races (argmin of E_i / p_i with unit exponentials E_i), which needs no copy to the host. With a list
-    of generators, one per row, a row's draw does not depend on the batch.
+    By exponential races (argmin of E_i / p_i with unit exponentials E_i): nothing is copied to the host, and where
+    rounding changes p_i a little, the winner seldom changes.
     """
     probabilities = logits.float().softmax(dim=-1)
-    if isinstance(generator, list):
-        races = torch.stack([_exponentials(row, one) for row, one in zip(probabilities, generator, strict=True)])
-    else:
-        races = _exponentials(probabilities, generator)
-    return (probabilities / races).argmax(dim=-1)
-
-
-def _exponentials(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.empty(like.shape, device=device).exponential_(generator=generator).to(like.device)
+    return (probabilities / exponentials(keys, logits.shape[-1])).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -108,6 +100,7 @@ def stream_tokens(
     scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
     guided = any(scale != 1.0 for scale in scales)
     order = ar.draw_order(len(labels), generator) if order is None else order
+    keys = draw_keys(len(labels), ar.config.num_tokens, generator, labels.device)
 
     was_training = ar.training
     ar.eval()
@@ -119,7 +112,7 @@ def stream_tokens(
         logits = ar.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if guided else logits
-            tokens = draw(filter_logits(logits / temperature, top_k, top_p), generator)
+            tokens = draw(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
             if position + 1 < count:
                 logits = ar.step(tokens.repeat(2) if guided else tokens, cache)

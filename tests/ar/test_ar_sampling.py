@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.races import draw_keys
 from dar_lightning.ar.sampling import draw, filter_logits, generate, guidance_schedule, guide, stream_tokens
 from dar_lightning.errors import UserError
 
@@ -116,7 +117,8 @@ def test_tokens_come_one_at_a_time(ar):
 
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
-    tokens = draw(logits.expand(20_000, 4), torch.Generator().manual_seed(0))
+    keys = draw_keys(20_000, 1, torch.Generator().manual_seed(0), torch.device("cpu"))[:, 0]
+    tokens = draw(logits.expand(20_000, 4), keys)
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
     assert torch.allclose(shares, logits.softmax(-1), atol=0.01)
     assert shares[3] == 0

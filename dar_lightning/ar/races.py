@@ -1,0 +1,44 @@
+"""The randomness of drawn tokens: an exponential variable for each sequence, position and code, by hashing.
+
+It is a function of a key, so that a row does not depend on its batch; in integers, so that all devices agree; computed
+where the logits are, so that no token waits for the host.
+"""
+
+import torch
+from torch import Tensor
+
+from dar_lightning.ar.order import Generators
+
+
+def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
+    """One key per sequence and position: (count, num_tokens) int64. With a list of generators, a row is its own's."""
+    if isinstance(generator, list):
+        return torch.cat([draw_keys(1, num_tokens, one, device) for one in generator])
+    source = device if generator is None else generator.device
+    return torch.randint(2**62, (count, num_tokens), generator=generator, device=source).to(device)
+
+
+def exponentials(keys: Tensor, num_codes: int) -> Tensor:
+    """Independent unit exponentials, one per row and code: keys (B,) -> (B, num_codes) float32.
+
+    Two rounds of the 32-bit hash `lowbias32` (C. Wellons), each with one half of the key.
+    """
+    halves = keys[:, None].contiguous().view(torch.int32)  # (B, 2)
+    codes = torch.arange(num_codes, device=keys.device, dtype=torch.int32)
+    words = _mix_(_mix_(codes ^ halves[:, :1]) ^ halves[:, 1:])
+    uniforms = _shifted(words, 1).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)  # float32 rounds some to 1
+    return uniforms.neg_().log1p_().neg_()
+
+
+def _mix_(words: Tensor) -> Tensor:
+    words ^= _shifted(words, 16)
+    words *= 0x7FEB352D
+    words ^= _shifted(words, 15)
+    words *= 0x846CA68B - 2**32  # the same in 32 bits with a sign
+    words ^= _shifted(words, 16)
+    return words
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (words >> bits).bitwise_and_(0xFFFFFFFF >> bits)
