@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dar_lightning.ar.order import Generators
 
+METHOD = "races of lowbias32"  # for the protocols of drawn images: with another one, the same seeds draw others
+
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
     """One key per sequence and position: (count, num_tokens) int64. With a list of generators, a row is its own's."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dar_lightning import __version__
+from dar_lightning.ar import races
 from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.data.labels import LabelsDataModule
@@ -157,12 +158,13 @@ def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
 
 
 def _identity(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
-    """The tokenizer's config, how many groups there are to decode, and the hash of every model that the task uses."""
+    """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
         tokenizer = _tokenizer(model)
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": fingerprint(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
     hashes = {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+    hashes["token_draws"] = races.METHOD
     return pipe.tokenizer.config, pipe.num_groups, hashes
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from dar_lightning.ar import races
 from dar_lightning.ar.sampling import Guidance
 from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
@@ -85,6 +86,7 @@ class GenerationModule(LightningModule):
             "ema": self.pipeline.averaged,
             "image_size": self.tokenizer.config.image_size,
             "seed": self.seed,
+            "token_draws": races.METHOD,
             "guidance": list(guidance) if isinstance(guidance, tuple | list) else guidance,
             **options,
             "num_tokens": self.tokenizer.schedule.tokens_for_groups(self.options["groups"]),

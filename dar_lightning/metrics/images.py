@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from dar_lightning.ar import races
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.shard_dataset import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
@@ -194,6 +195,7 @@ class DrawnImages:
             "ema": self.pipeline.averaged,
             "classes": "balanced: image i is of class i mod num_classes",
             "seed": self.seed,
+            "token_draws": races.METHOD,
             "steps": self.num_steps,
             "rows": self.rows,
             "device": self.pipeline.device.type,
