@@ -165,7 +165,7 @@ def test_no_token_waits_for_the_host():
         ar = ARModel(ARConfig.preset("tiny")).eval()
         cache = ar.make_cache(4)
         logits = ar.start(torch.zeros(4, dtype=torch.long), torch.zeros(4, 0, dtype=torch.long), cache)
-        keys = torch.zeros(2, 2, dtype=torch.long)
+        keys = torch.zeros(2, 2, 2, dtype=torch.int32)
         for position in range(2):
             tokens = draw(filter_logits(guide(logits, 3.0) / 0.9, top_k=5, top_p=0.9), keys[:, position])
             logits = ar.step(tokens.repeat(2), cache)

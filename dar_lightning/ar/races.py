@@ -1,7 +1,7 @@
 """The randomness of drawn tokens: an exponential variable for each sequence, position and code, by hashing.
 
-It is a function of a key, so that a row does not depend on its batch; in integers, so that all devices agree; computed
-where the logits are, so that no token waits for the host.
+It is a function of a key, so that a row does not depend on its batch; hashed in integers, so that devices differ by
+rounding only; computed where the logits are, so that no token waits for the host.
 """
 
 import torch
@@ -13,21 +13,20 @@ METHOD = "races of lowbias32"  # for the protocols of drawn images: with another
 
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
-    """One key per sequence and position: (count, num_tokens) int64. With a list of generators, a row is its own's."""
+    """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32. In a list, generators have a row each."""
     if isinstance(generator, list):
-        return torch.cat([draw_keys(1, num_tokens, one, device) for one in generator])
-    source = device if generator is None else generator.device
-    return torch.randint(2**62, (count, num_tokens), generator=generator, device=source).to(device)
+        return torch.cat([draw_keys(1, num_tokens, one, one.device) for one in generator]).to(device)
+    source, shape = device if generator is None else generator.device, (count, num_tokens, 2)
+    return torch.randint(-(2**31), 2**31, shape, generator=generator, device=source, dtype=torch.int32).to(device)
 
 
 def exponentials(keys: Tensor, num_codes: int) -> Tensor:
-    """Independent unit exponentials, one per row and code: keys (B,) -> (B, num_codes) float32.
+    """Independent unit exponentials, one per row and code: keys (B, 2) -> (B, num_codes) float32.
 
     Two rounds of the 32-bit hash `lowbias32` (C. Wellons), each with one half of the key.
     """
-    halves = keys[:, None].contiguous().view(torch.int32)  # (B, 2)
     codes = torch.arange(num_codes, device=keys.device, dtype=torch.int32)
-    words = _mix_(_mix_(codes ^ halves[:, :1]) ^ halves[:, 1:])
+    words = _mix_(_mix_(codes ^ keys[:, :1]) ^ keys[:, 1:])
     uniforms = _shifted(words, 1).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)  # float32 rounds some to 1
     return uniforms.neg_().log1p_().neg_()
 

@@ -55,7 +55,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw one index per row from softmax(logits): (B, V), keys (B,) -> (B,) int64.
+    """Draw one index per row from softmax(logits): (B, V), keys (B, 2) -> (B,) int64.
 
     By exponential races (argmin of E_i / p_i with unit exponentials E_i): nothing is copied to the host, and where
     rounding changes p_i a little, the winner seldom changes.

@@ -25,9 +25,8 @@ def lowbias32(x: int) -> int:
 def test_the_hash_is_the_published_one():
     keys = draw_keys(3, 2, seeds(5, 6, 7), CPU)[:, 1]
     found = exponentials(keys, 100)
-    for row, key in enumerate(keys.tolist()):
-        assert 0 <= key < 2**62
-        words = [lowbias32(lowbias32(code ^ key % 2**32) ^ key >> 32) for code in range(100)]
+    for row, (first, second) in enumerate(keys.tolist()):
+        words = [lowbias32(lowbias32(code ^ first % 2**32) ^ second % 2**32) for code in range(100)]
         uniforms = (torch.tensor([word >> 1 for word in words], dtype=torch.float64) + 0.5) / 2**31
         assert torch.allclose(found[row].double(), -torch.log1p(-uniforms), rtol=1e-5)
 
@@ -35,7 +34,7 @@ def test_the_hash_is_the_published_one():
 def test_a_row_is_its_own_generators():
     batch = draw_keys(3, 8, seeds(1, 2, 3), CPU)
     assert torch.equal(batch[1:2], draw_keys(1, 8, seeds(2), CPU))
-    assert len(batch.unique()) == 24
+    assert len(batch.unique()) == 48
 
 
 def test_they_are_exponential_and_in_range():
@@ -49,7 +48,7 @@ def test_the_largest_word_is_finite(monkeypatch):
     """float32 would make 1 of it, and infinity of that: a code with all the probability would lose."""
     for word in (0, -1):
         monkeypatch.setattr(races, "_mix_", lambda words, word=word: torch.full_like(words, word))
-        assert 0 < exponentials(torch.zeros(1, dtype=torch.long), 1).item() < 17
+        assert 0 < exponentials(torch.zeros(1, 2, dtype=torch.int32), 1).item() < 17
 
 
 @pytest.mark.parametrize("neighbours", ["codes", "positions", "keys"])
@@ -60,9 +59,12 @@ def test_neighbours_are_independent(neighbours):
     elif neighbours == "positions":
         field = exponentials(draw_keys(1, 256, seeds(0)[0], CPU)[0], 1024)
         pairs = field[:-1].flatten(), field[1:].flatten()
-    else:  # that differ by one bit, in either half
-        keys = draw_keys(1, 62, seeds(0)[0], CPU)[0]
-        others = keys ^ (1 << torch.arange(62))
+    else:  # that differ by one bit, in either half; the lowest of the first one permute the codes
+        keys = draw_keys(1, 52, seeds(0)[0], CPU)[0]
+        flips = torch.zeros(52, 2, dtype=torch.int32)
+        flips[torch.arange(52), (torch.arange(52) >= 20).int()] = 1 << torch.tensor([*range(12, 32), *range(32)]).int()
+        others = keys ^ flips
+        assert (others != keys).sum() == 52
         pairs = exponentials(keys, 4096).flatten(), exponentials(others, 4096).flatten()
     uniforms = [1 - torch.exp(-side.double()) for side in pairs]
     table = torch.histogramdd(torch.stack(uniforms, 1), [16, 16], range=[0.0, 1.0, 0.0, 1.0]).hist
