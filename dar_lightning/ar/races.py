@@ -13,7 +13,7 @@ METHOD = "races of lowbias32"  # for the protocols of drawn images: with another
 
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
-    """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32. In a list, generators have a row each."""
+    """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32. A list of generators: a row each."""
     if isinstance(generator, list):
         return torch.cat([draw_keys(1, num_tokens, one, one.device) for one in generator]).to(device)
     source, shape = device if generator is None else generator.device, (count, num_tokens, 2)

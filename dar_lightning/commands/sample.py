@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dar_lightning.ar import races
 from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
@@ -126,7 +127,8 @@ def sample(
         if job.number == start and len(strips) < len(labels):
             strips.append(drawn.previews)
         about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | {"weights": weights, "kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
+        about |= options | {"token_draws": races.METHOD, "weights": weights}
+        about |= {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
         save_png(Image.fromarray(images[-1].permute(1, 2, 0).numpy()), path, {METADATA: json.dumps(about)})
@@ -148,6 +150,7 @@ def sample(
     given |= {"layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
     record = given | {
+        "token_draws": races.METHOD,
         "weights": weights,
         "ema": pipe.averaged,
         "steps": config.num_groups if num_steps is None else num_steps,

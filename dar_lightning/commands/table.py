@@ -84,8 +84,8 @@ def table(
 ) -> None:
     """Measure each row and write `table.json`, `table.md` and `table.png`.
 
-    What is measured is kept, in `rowR/seedS/`, and must be of the same models, settings, reference images and feature
-    network when the command is started again: it goes on with what is missing, and drawing goes on within a row.
+    What is measured is kept, in `rowR/seedS/`, and must be of the same models, settings, token draws, reference images
+    and feature network when the command is started again: it goes on with what is missing, also within a row.
     `samples.npz` there is what `dar predict` writes, so several GPUs may draw it beforehand; it may be deleted once
     `measured.json` is beside it, and is measured anew if its record tells of other images.
 

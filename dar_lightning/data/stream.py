@@ -56,7 +56,8 @@ class Loader(DataLoader):
         except RuntimeError as error:
             if not KILLED.search(str(error)):
                 raise
-            of_memory = NO_MEMORY & {worker.exitcode for worker in (iterator or self._iterator)._workers}
+            processes = getattr(self._iterator if iterator is None else iterator, "_workers", ())
+            of_memory = NO_MEMORY & {process.exitcode for process in processes}
             hint = f"is there enough memory for {self.num_workers}?" if of_memory else "num_workers=0 may show why"
             message = f"num_workers: {' '.join(str(error).split())}; {hint}"
             error.__traceback__ = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# a process that was forked from a run can make no use of the run's server, and must start its own
+# a process that was forked from a run can make no use of the run's server, and starts its own with its next loader
 os.register_at_fork(after_in_child=lambda: setattr(forkserver._forkserver, "_forkserver_pid", None))
 
 
@@ -46,18 +46,17 @@ def context() -> BaseContext:
 
 def _start_helpers() -> None:
     """Start the server, and what looks after semaphores, unless they run."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    stops = {signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    unsafe = os.environ.setdefault("PYTHONSAFEPATH", "dar") == "dar"  # so that the current folder hides no module
     try:
-        resource_tracker.ensure_running()  # it inherits the mask, and so outlives that signal to the whole job
+        for helper in (resource_tracker, forkserver):
+            signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # they inherit it; starting the first one unblocks some
+            helper.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    unsafe = "PYTHONSAFEPATH" not in os.environ
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # or the server would import what lies in the current folder
-    try:
-        forkserver.ensure_running()
-    finally:
         if unsafe:
-            del os.environ["PYTHONSAFEPATH"]
+            os.environ.pop("PYTHONSAFEPATH", None)
 
 
 def obey_only_the_run(worker: int) -> None:

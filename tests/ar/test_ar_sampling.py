@@ -103,6 +103,10 @@ def test_a_prefix_is_kept_and_continued(ar):
     whole = generate(ar, LABELS, top_k=1)
     for length in (0, 1, 8):
         assert torch.equal(generate(ar, LABELS, top_k=1, prefix=whole[:, :length]), whole)
+    seed = torch.Generator()
+    drawn = generate(ar, LABELS, generator=seed.manual_seed(0))
+    assert torch.equal(generate(ar, LABELS, generator=seed.manual_seed(0), num_tokens=5), drawn[:, :5])
+    assert torch.equal(generate(ar, LABELS, generator=seed.manual_seed(0), prefix=drawn[:, :5]), drawn)
     other = torch.full((3, 4), 9)
     assert torch.equal(generate(ar, LABELS, prefix=other)[:, :4], other)
 

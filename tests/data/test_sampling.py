@@ -102,6 +102,7 @@ def test_the_protocol_lies_beside(whole):
     protocol = json.loads(whole.with_suffix(".json").read_text())
     expected = {"seed": 5, "guidance": [1.1, 8.0], "solver": "adams2", "num_steps": GROUPS, "n": COUNT, "rows": 4}
     expected |= {"groups": GROUPS, "num_tokens": 8, "image_size": SIZE, "dtype": "float32", "device": "cpu"}
+    expected |= {"token_draws": "races of lowbias32"}
     assert expected.items() <= protocol.items()
     with np.load(whole) as found:
         digests = b"".join(hashlib.sha256(image.tobytes()).digest() for image in found["arr_0"])
@@ -205,6 +206,17 @@ def test_every_kind_of_machine_that_drew_is_named(pipeline, whole, tmp_path, mon
     here = sample_writer._device_name(torch.device("cpu"))
     assert sorted(run["device"] for run in runs) == sorted(["another machine", here])
     assert all(run["versions"]["torch"] for run in runs)
+
+
+def test_images_of_other_draws_are_not_continued(pipeline, whole, tmp_path, capsys):
+    record = json.loads(whole.with_suffix(".json").read_text())
+    del record["token_draws"]  # as versions before wrote it
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts/settings.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as end:
+        main(command(pipeline, tmp_path / "x.npz"))
+    assert end.value.code == 2
+    assert "tells of images with token_draws None, now it is" in capsys.readouterr().err
 
 
 def test_pieces_that_a_kill_left_behind_are_cleared_away(pipeline, whole, tmp_path):

@@ -21,16 +21,18 @@ from dar_lightning.errors import UserError
 
 # A run: says who its worker and the worker's parent are, and stands still.
 RUN = """
-import multiprocessing, signal, sys
+import multiprocessing, os, signal, sys
 if __name__ == "__main__":
     from dar_lightning.data.workers import options
     from torch.utils.data import DataLoader
-    batches = iter(DataLoader(range(20), batch_size=4, **options(1)))
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    loader = DataLoader(range(20), batch_size=4, **options(1))
+    os.killpg(0, signal.SIGUSR1)  # while the server starts
+    batches = iter(loader)
     next(batches)
     worker, = multiprocessing.active_children()
     server = int(open(f"/proc/{worker.pid}/stat").read().rsplit(")", 1)[1].split()[1])
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     print(worker.pid, server, flush=True)
     sys.stdin.readline()
     print(len([next(batches) for _ in range(4)]), worker.is_alive(), flush=True)
@@ -128,7 +130,7 @@ def test_the_server_imports_the_package_of_the_run(tmp_path):
     script = tmp_path / "scripts" / "run.py"
     script.write_text(RUN)
     words = [sys.executable, script]
-    run = subprocess.run(words, input="\n\n", capture_output=True, text=True, cwd=tmp_path, check=True)
+    run = subprocess.run(words, input="\n\n", capture_output=True, text=True, cwd=tmp_path, start_new_session=True)
     assert run.stdout.splitlines()[1] == "4 True"
     assert "the wrong one" not in run.stderr
 
