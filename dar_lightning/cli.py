@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(importlib.import_module("dar_lightning").__version__)
         else:
             raise UserError(f"unknown verb {verb!r}: choose from {', '.join((*TRAINER_VERBS, *VERBS))}")
+        leave_the_process_group()
     except ValueError as error:
         mistake = find_user_error(error)
         if mistake is None:
@@ -82,6 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"dar {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def leave_the_process_group() -> None:
+    """Close the connections of a finished run, as Lightning does for NCCL only.
+
+    Where Python ends with Gloo's still open, their threads now and then abort the process: a run that has done
+    everything would end with SIGABRT.
+    """
+    distributed = sys.modules.get("torch.distributed")  # importing it takes longer than some verbs
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def run_function(verb: str, options: list[str]) -> None:

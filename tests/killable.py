@@ -44,6 +44,8 @@ def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> 
     os.environ["OMP_NUM_THREADS"] = "1"  # for all ranks, however many: another number rounds sums otherwise
     torch.set_num_threads(1)
     function(*args)
+    if torch.distributed.is_initialized():  # at exit it might abort
+        torch.distributed.destroy_process_group()
 
 
 def signal_before(owner: object, function: str, rank: int, calls: int, number: int) -> None:

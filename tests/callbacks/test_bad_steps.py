@@ -215,6 +215,7 @@ trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, 
 trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
 assert trainer.callback_metrics["train/skipped_steps"] == 2
 torch.save(module.weights, f"{sys.argv[1]}.{trainer.global_rank}")
+torch.distributed.destroy_process_group()
 """
 
 

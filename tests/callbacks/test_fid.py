@@ -303,6 +303,8 @@ logged = trainer.validate(module, datamodule=CodesDataModule(val=tokens, batch_s
 values["one batch"] = logged["val/gFD-color_edges"]
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(values, file)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 SCRIPT = """
 import json, sys
 import lightning as L
+import torch
 from test_stream import Recorder, make
 shards, out, world, steps, checkpoint = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
 
@@ -36,6 +37,8 @@ trainer.fit(model, datamodule=data, ckpt_path=checkpoint[0] if checkpoint else N
 trainer.save_checkpoint(out + ".ckpt")
 with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump({"seen": model.seen, "validated": model.validated, "skipped": data.skipped}, file)
+if world > 1:
+    torch.distributed.destroy_process_group()
 """
 
 

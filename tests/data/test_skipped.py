@@ -81,6 +81,7 @@ def test_ranks_count_a_sample_once(tmp_path):
 SCRIPT = """
 import json, sys
 import lightning as L
+import torch
 from test_stream import Recorder, make
 
 
@@ -100,6 +101,7 @@ trainer = L.Trainer(
 data = make(sys.argv[1], batch_size=2, max_bad_share=0.01)
 data.val = None
 trainer.fit(Model(), datamodule=data)
+torch.distributed.destroy_process_group()
 """
 
 

@@ -58,6 +58,8 @@ with open(f"{out}.{trainer.global_rank}.json", "w") as file:
     json.dump(before, file)
 with open(f"{out}.{trainer.global_rank}.drawn", "w") as file:
     json.dump(drawn, file)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
