@@ -100,8 +100,10 @@ trainer = L.Trainer(
 )
 data = make(sys.argv[1], batch_size=2, max_bad_share=0.01)
 data.val = None
-trainer.fit(Model(), datamodule=data)
-torch.distributed.destroy_process_group()
+try:
+    trainer.fit(Model(), datamodule=data)
+finally:
+    torch.distributed.destroy_process_group()
 """
 
 
