@@ -303,3 +303,14 @@ def test_presets(images, tmp_path, capsys):
     assert "unknown tokenizer preset 'v2': choose from v1, light, tiny" in line
     line = refusal(capsys, [*run, "--model.init_args.preset=light", "--model.init_args.config.codebook_size=5"])
     assert "keep one of them" in line
+
+
+def test_a_finished_run_leaves_its_process_group(capsys):
+    """Gloo's connections, left to Python's end, abort a process now and then."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        main(["--version"])
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
