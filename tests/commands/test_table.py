@@ -233,12 +233,10 @@ def test_every_table_of_the_paper_runs(config, pipeline, reference, tmp_path, mo
         make_tokenizer(codebook_size=2 * CODES).save_pretrained(tmp_path / "runs" / name)
     words = ["--config", config, "--pipeline", pipeline, "--reference", reference, "--output", tmp_path / "out"]
     words += ["--features", FEATURES, "--device", "cpu"]
-    words += ["--num_samples", 12] if yaml.safe_load(config.read_text())["task"] == "generate" else []
+    words += ["--num_samples", 24] if yaml.safe_load(config.read_text())["task"] == "generate" else []
     main(["table", *map(str, words)])
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert [row["paper"] for row in rows] == [row["paper"] for row in yaml.safe_load(config.read_text())["rows"]]
     assert all(np.isfinite(row["metrics"]["FD-color_edges"]["mean"]) for row in rows)
-    settings = [json.dumps(row["settings"], sort_keys=True) for row in rows]
-    assert len(set(settings)) == len(rows)
-    values = {row["metrics"]["FD-color_edges"]["mean"] for row in rows}
-    assert len(values) > 1, "they change the images; guidances that are close may draw the same tokens"
+    values = [row["metrics"]["FD-color_edges"]["mean"] for row in rows]
+    assert len(set(values)) == len(values), "each row changes the images"
