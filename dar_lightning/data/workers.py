@@ -1,10 +1,12 @@
 """Worker processes of the loaders: how they start, what they obey, and when they end."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -22,7 +24,8 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
         "num_workers": num_workers,
         "persistent_workers": persistent and num_workers > 0,
         "multiprocessing_context": context() if num_workers else None,
-        "worker_init_fn": obey_only_the_run,
+        # the server has the environment of its start, with which it may be asked for workers much later
+        "worker_init_fn": functools.partial(obey_only_the_run, dict(os.environ)),
         "pin_memory": torch.cuda.is_available(),
     }
 
@@ -59,11 +62,17 @@ def _start_helpers() -> None:
             os.environ.pop("PYTHONSAFEPATH", None)
 
 
-def obey_only_the_run(worker: int) -> None:
+def obey_only_the_run(environment: Mapping[str, str], worker: int) -> None:
     """Workers go on until the run has done its last step, whoever signals them.
 
     What the run itself sends ends a worker at once, and so does the run's death.
+
+    Args:
+        environment: The run's variables, which become the worker's.
+        worker: Its number.
     """
+    os.environ.clear()
+    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

@@ -4,10 +4,11 @@ import functools
 import json
 import multiprocessing
 import shutil
+import sys
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
@@ -203,8 +204,9 @@ def test_other_protocols(shards, tmp_path):
     memory.rm("/bucket", recursive=True)
 
 
-@pytest.mark.skipif(find_spec("s3fs") is not None, reason="needs a machine without it")
-def test_a_protocol_that_is_not_installed(tmp_path):
+def test_a_protocol_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it could not be imported
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)  # what was imported before
     with pytest.raises(UserError, match=r"s3://bucket/train/index\.json: Install s3fs to access S3"):
         module("s3://bucket/train", tmp_path / "cache").train_dataloader()
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import SIZE, write_images, write_tokens
 
 from dar_lightning.data.codes import CodesDataModule
@@ -85,6 +86,25 @@ def test_workers_end_with_a_run_that_is_killed(run):
     while any(is_there(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+class Variable(torch.utils.data.Dataset):
+    """What a variable of the environment is where the item is made."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, item: int) -> str:
+        return os.environ.get("DAR_TEST_VARIABLE", "none")
+
+
+@pytest.mark.parametrize("value", ["one", "two", None])
+def test_workers_have_the_environment_of_the_run_as_it_is_now(monkeypatch, value):
+    """The server has that of the moment in which it started: a key for S3 may have come later."""
+    if value is not None:
+        monkeypatch.setenv("DAR_TEST_VARIABLE", value)
+    loader = torch.utils.data.DataLoader(Variable(), batch_size=None, **options(1))
+    assert list(loader) == [value or "none"]
 
 
 def test_workers_obey_only_the_run(images):
