@@ -19,9 +19,9 @@ CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experim
 LAYERS = [name for name in CONFIGS if name.startswith("experiments/data/")]
 METRICS = [name for name in CONFIGS if name.startswith("experiments/metrics/")]  # layers that add a callback
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
-LPIPS = "experiments/quickstart/lpips_tokenizer.yaml"
+LPIPS = [f"experiments/quickstart/{name}.yaml" for name in ("lpips_tokenizer", "decoder")]
 CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
-OVER = (*FINETUNE, LPIPS, CODEBOOK)
+OVER = (*FINETUNE, *LPIPS, CODEBOOK)
 TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
 SWEEPS = [name for name in CONFIGS if name.startswith("experiments/sweeps/")]  # test_shipped_sweeps runs them
 PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
@@ -167,15 +167,16 @@ def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 
-def test_lpips_goes_on_from_other_weights(vgg, tmp_path, capsys):
-    words = ["fit", "--config", TOKENIZER, "--config", LPIPS]
-    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[LPIPS].read_text()))
+@pytest.mark.parametrize("name", LPIPS)
+def test_lpips_goes_on_from_other_weights(name, vgg, tmp_path, capsys):
+    words = ["fit", "--config", TOKENIZER, "--config", name]
+    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[name].read_text()))
     files = [
         "--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer",
         f"--model.init_args.perceptual.init_args.weights_path={vgg}",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
-    first_step(TOKENIZER, tmp_path, "--config", LPIPS, *files, "--trainer.max_steps=1", small=False)
+    first_step(TOKENIZER, tmp_path, "--config", name, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 

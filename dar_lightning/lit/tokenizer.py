@@ -33,6 +33,8 @@ class TokenizerModule(LightningModule):
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
+        freeze_encoder: leave encoder and codebook as init_from brought them, and train the conditioner and the decoder
+            alone: the tokens of every image stay what they are, and an AR model of them stays valid.
         preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
         repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
@@ -49,6 +51,7 @@ class TokenizerModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
+        freeze_encoder: bool = False,
         preset: str | None = None,
         perceptual: PerceptualLoss | None = None,
         repa: RepaLoss | None = None,
@@ -76,6 +79,11 @@ class TokenizerModule(LightningModule):
         self.step_means = StepMeans()
         if init_from is not None:
             init_from_pretrained(self.tokenizer, init_from)
+        if freeze_encoder:
+            if init_from is None:
+                raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
+            self.tokenizer.encoder.requires_grad_(False).eval()  # in training mode latent_norm would go on counting
+            self.tokenizer.quantizer.requires_grad_(False)
         self.codebook_use = CodebookUse(config.codebook_size)
         for part in activation_checkpointing or ():
             self.tokenizer.get_submodule(part).recompute = True

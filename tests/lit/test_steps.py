@@ -252,6 +252,24 @@ def test_a_tokenizer_starts_from_one_with_another_codebook(tmp_path, caplog):
     assert "1 start fresh: quantizer.codebook" in caplog.text
 
 
+def test_a_decoder_of_finer_patches_learns_on_frozen_tokens(images, tmp_path):
+    """Encoder and codebook stay bit for bit, the running statistics of latent_norm too; only the rest learns."""
+    source = make_tokenizer(5, latent_norm="batch")
+    source.save_pretrained(tmp_path / "source")
+    config = TokenizerConfig(**TOKENIZER | {"latent_norm": "batch", "decoder_patch_size": 2})
+    assert config.decoder_patch_size < source.config.decoder_patch_size
+    module = TokenizerModule(config, init_from=str(tmp_path / "source"), freeze_encoder=True)
+    before = copy.deepcopy(module.tokenizer.state_dict())
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    trainer(max_steps=4, limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
+    moved = {name.split(".")[0] for name, value in module.tokenizer.state_dict().items() if (value != before[name]).any()}
+    assert moved == {"conditioner", "decoder"}
+    batch = next(iter(data.val_dataloader()))["image"] / 127.5 - 1
+    assert torch.equal(module.tokenizer.tokenize(batch), source.tokenize(batch))
+    with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
+        TokenizerModule(config, freeze_encoder=True)
+
+
 def test_nothing_to_start_from(tmp_path):
     make_ar().save_pretrained(tmp_path / "ar")
     with pytest.raises(UserError, match="no tensor there fits"):
