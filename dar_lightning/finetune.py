@@ -1,23 +1,28 @@
 """Starting a training run from another model's weights."""
 
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from dar_lightning.errors import UserError
 
 
-def init_from_pretrained(module: nn.Module, path_or_repo: str) -> None:
+def init_from_pretrained(module: nn.Module, path_or_repo: str) -> Any:
     """Copy the weights of a saved model of the same class where name and shape agree, and list the others.
 
     Args:
         module: a SequentialDiffusionTokenizer or ARModel; changed in place.
         path_or_repo: a folder that save_pretrained wrote, or a Hugging Face Hub repository.
 
+    Returns:
+        The config of the saved model.
+
     Raises:
         UserError: if nothing there can be read, or nothing fits.
     """
-    source = type(module).from_pretrained(path_or_repo).state_dict()
-    target = module.state_dict()
+    saved = type(module).from_pretrained(path_or_repo)
+    source, target = saved.state_dict(), module.state_dict()
     fitting = {name: source[name] for name in target if name in source and source[name].shape == target[name].shape}
     if not fitting:
         raise UserError(f"init_from {path_or_repo}: no tensor there fits this config")
@@ -28,3 +33,4 @@ def init_from_pretrained(module: nn.Module, path_or_repo: str) -> None:
     for title, names in (("start fresh", fresh), ("were not used", unused)):
         if names:
             rank_zero_info(f"init_from {path_or_repo}: {len(names)} {title}: {', '.join(names)}")
+    return saved.config

@@ -73,4 +73,7 @@ def _twin(module: LightningModule) -> LightningModule:
         if loss is not None:
             loss.start_step = 0
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of its metric, which copies a fake tensor
-        return TokenizerModule(module.tokenizer.config, **losses)
+        twin = TokenizerModule(module.tokenizer.config, **losses)
+    if module.freeze_encoder:
+        twin.freeze_tokens()
+    return twin

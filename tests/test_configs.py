@@ -163,6 +163,9 @@ def base_of(name: str) -> str:
 def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
     words = ["fit", "--config", base_of(name), "--config", name]
     assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[name].read_text()))
+    given = printed(capsys, *words)["model"]["init_args"]
+    shipped = json.loads(Path(given["init_from"], "config.json").read_text())
+    assert {key: value for key, value in shipped.items() if given["config"].get(key, value) != value} == {}
     first_step(base_of(name), tmp_path, "--config", name, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 

@@ -60,6 +60,8 @@ class CodebookWarmup(Callback):
             raise UserError(
                 f"CodebookWarmup: quantizer is {quantizer!r}, whose codes are fixed; leave the callback out"
             )
+        if pl_module.freeze_encoder:
+            raise UserError("CodebookWarmup moves codes, which freeze_encoder keeps; leave the callback out")
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._steps_done = trainer.global_step

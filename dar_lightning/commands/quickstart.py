@@ -109,7 +109,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "tokenizer",
             f"train the sequential diffusion tokenizer {start}",
-            60 if from_scratch else 2,
+            60 if from_scratch else 4,
             tokenizer / "config.json",
             (
                 (*fit("tokenizer", from_scratch), "--trainer.default_root_dir", f"{out}/tokenizer"),
@@ -119,7 +119,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "reconstruct",
             "encode and decode the validation photos",
-            0.3,
+            0.6,
             out / "reconstruction.json",
             (("reconstruct", "--tokenizer", f"{tokenizer}", "--shards", VAL, "--output", f"{out}"),),
         ),
@@ -140,7 +140,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         Stage(
             "sample",
             "draw every class, and every class with the first 4 tokens of one photo",
-            0.5,
+            0.8,
             out / "layout/layout.png",
             (
                 (*sample, "--pipeline", f"{pipeline}", "--output", f"{out}"),

@@ -25,7 +25,7 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
         "persistent_workers": persistent and num_workers > 0,
         "multiprocessing_context": context() if num_workers else None,
         # the server has the environment of its start, with which it may be asked for workers much later
-        "worker_init_fn": functools.partial(obey_only_the_run, dict(os.environ)),
+        "worker_init_fn": functools.partial(belong_to_the_run, dict(os.environ)),
         "pin_memory": torch.cuda.is_available(),
     }
 
@@ -62,8 +62,8 @@ def _start_helpers() -> None:
             os.environ.pop("PYTHONSAFEPATH", None)
 
 
-def obey_only_the_run(environment: Mapping[str, str], worker: int) -> None:
-    """Workers go on until the run has done its last step, whoever signals them.
+def belong_to_the_run(environment: Mapping[str, str], worker: int) -> None:
+    """Workers have the run's environment, and go on until it has done its last step, whoever signals them.
 
     What the run itself sends ends a worker at once, and so does the run's death.
 
@@ -71,14 +71,14 @@ def obey_only_the_run(environment: Mapping[str, str], worker: int) -> None:
         environment: The run's variables, which become the worker's.
         worker: Its number.
     """
-    os.environ.clear()
-    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_run_says_so, daemon=True).start()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _end_with_the_run() -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -20,7 +21,7 @@ from dar_lightning.optim import OptimizerConfig, configure_adamw
 from dar_lightning.plan import TrainingPlan
 from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
-from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -33,8 +34,10 @@ class TokenizerModule(LightningModule):
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
-        freeze_encoder: leave encoder and codebook as init_from brought them, and train the conditioner and the decoder
-            alone: the tokens of every image stay what they are, and an AR model of them stays valid.
+        freeze_encoder: leave encoder and codebook as init_from, which this needs, brought them, and train conditioner
+            and decoder alone: every image keeps its tokens, and an AR model of them stays valid. Token shards name the
+            whole tokenizer that made them: made anew, they hold the same tokens. The codebook losses are logged, and
+            move nothing.
         preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
         repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
@@ -77,18 +80,36 @@ class TokenizerModule(LightningModule):
         self.optimizer = optimizer
         self.time_sampling = time_sampling
         self.step_means = StepMeans()
-        if init_from is not None:
-            init_from_pretrained(self.tokenizer, init_from)
+        self.freeze_encoder = False
+        source = init_from_pretrained(self.tokenizer, init_from) if init_from is not None else None
         if freeze_encoder:
-            if init_from is None:
+            if source is None:
                 raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
-            self.tokenizer.encoder.requires_grad_(False).eval()  # in training mode latent_norm would go on counting
-            self.tokenizer.quantizer.requires_grad_(False)
+            for name in TOKEN_FIELDS:
+                if (ours := getattr(config, name)) != (theirs := getattr(source, name)):
+                    raise UserError(
+                        f"freeze_encoder: config.{name} is {ours!r}, and {theirs!r} in {init_from}: images would have "
+                        "other tokens"
+                    )
+            self.freeze_tokens()
         self.codebook_use = CodebookUse(config.codebook_size)
         for part in activation_checkpointing or ():
             self.tokenizer.get_submodule(part).recompute = True
         if compile:
             compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
+
+    def freeze_tokens(self) -> None:
+        """Keep encoder and codebook, and so the tokens of every image, from now on."""
+        self.freeze_encoder = True
+        self.tokenizer.encoder.requires_grad_(False)
+        self.tokenizer.quantizer.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TokenizerModule":
+        super().train(mode)
+        if self.freeze_encoder:
+            self.tokenizer.encoder.eval()  # in training mode latent_norm would go on counting
+        return self
 
     def configure_optimizers(self):
         plan = TrainingPlan.of(self.trainer)
@@ -148,7 +169,17 @@ class TokenizerModule(LightningModule):
         for part in (self.tokenizer, self.adversarial):
             clip_grad_norm_(part.parameters(), gradient_clip_val)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["freeze_encoder"] = self.freeze_encoder
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        frozen = checkpoint.get("freeze_encoder", False)
+        resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resumes and frozen != self.freeze_encoder:
+            raise UserError(
+                f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint: give it that "
+                "value, or begin a run of its own with init_from"
+            )
         has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
         if has != (self.adversarial is not None):
             given, kept = ("set", "no") if not has else ("null", "a")

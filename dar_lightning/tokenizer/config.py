@@ -18,6 +18,11 @@ POSITIVE = (
 NOT_NEGATIVE = ("modulation_init_std", "position_init_std", "input_init_scale")
 
 
+# What decides the tokens of an image, beside the weights.
+TOKEN_FIELDS = ("encoder_patch_size", "encoder_dim", "encoder_depth", "head_dim", "low_rank_queries", "num_tokens")
+TOKEN_FIELDS += ("absolute_positions", "latent_norm", "quantizer", "codebook_size", "codebook_dim")
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Sequential diffusion tokenizer (section 3.1 of the paper; the defaults are the released v1, 300M).

@@ -1,5 +1,7 @@
 """Shards in S3, as a server on this machine gives them that speaks S3's protocol (moto)."""
 
+import os
+
 import boto3
 import pytest
 import s3fs
@@ -16,6 +18,12 @@ from dar_lightning.errors import UserError
 @pytest.fixture
 def bucket(shards, tmp_path, monkeypatch):
     """A bucket with the shards under train/; s3fs finds server and keys where AWS's own tools do."""
+    for name in list(os.environ):  # nothing of what this machine knows of AWS
+        if name.startswith(("AWS_", "FSSPEC_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -26,11 +34,13 @@ def bucket(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "WAIT", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()  # an earlier test's server is gone
     client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
-    for path in shards.iterdir():
-        client.upload_file(str(path), "bucket", f"train/{path.name}")
-    yield client
-    server.stop()
+    try:
+        client.create_bucket(Bucket="bucket")
+        for path in shards.iterdir():
+            client.upload_file(str(path), "bucket", f"train/{path.name}")
+        yield client
+    finally:
+        server.stop()
 
 
 def module(source: str, cache, workers: int = 0) -> ImageNetDataModule:
@@ -87,10 +97,8 @@ def test_a_shard_that_is_not_as_the_index_says_is_skipped_and_named(bucket, tmp_
     ],
 )
 def test_mistakes_get_one_line(bucket, tmp_path, monkeypatch, source, broken, message):
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     for name, value in broken.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.sampling import generate
+from dar_lightning.callbacks import EMA, CodebookWarmup
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
+from dar_lightning.flops import step_flops
 from dar_lightning.lit import ARModule, TokenizerModule
 from dar_lightning.optim import OptimizerConfig
 from dar_lightning.seeding import seed_batch
@@ -252,22 +254,66 @@ def test_a_tokenizer_starts_from_one_with_another_codebook(tmp_path, caplog):
     assert "1 start fresh: quantizer.codebook" in caplog.text
 
 
-def test_a_decoder_of_finer_patches_learns_on_frozen_tokens(images, tmp_path):
-    """Encoder and codebook stay bit for bit, the running statistics of latent_norm too; only the rest learns."""
+@pytest.fixture
+def frozen(images, tmp_path):
+    """A tokenizer whose latent_norm has seen images, its config with a finer decoder, and the same of others."""
     source = make_tokenizer(5, latent_norm="batch")
-    source.save_pretrained(tmp_path / "source")
-    config = TokenizerConfig(**TOKENIZER | {"latent_norm": "batch", "decoder_patch_size": 2})
-    assert config.decoder_patch_size < source.config.decoder_patch_size
-    module = TokenizerModule(config, init_from=str(tmp_path / "source"), freeze_encoder=True)
-    before = copy.deepcopy(module.tokenizer.state_dict())
     data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-    trainer(max_steps=4, limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
-    moved = {name.split(".")[0] for name, value in module.tokenizer.state_dict().items() if (value != before[name]).any()}
-    assert moved == {"conditioner", "decoder"}
+    source.train().training_losses(next(iter(data.train_dataloader()))["image"] / 127.5 - 1)
+    source.eval().save_pretrained(tmp_path / "source")
+
+    def make(freeze_encoder: bool = True, **changes) -> TokenizerModule:
+        config = TokenizerConfig(**TOKENIZER | {"latent_norm": "batch", "decoder_patch_size": 4} | changes)
+        return TokenizerModule(config, init_from=str(tmp_path / "source"), freeze_encoder=freeze_encoder)
+
+    return source, data, make
+
+
+def test_a_finer_decoder_learns_on_frozen_tokens(frozen):
+    """Encoder and codebook stay bit for bit, in the average too; the rest learns."""
+    source, data, make = frozen
+    module, average = make(), EMA(0.5)
+    module.train()
+    before = copy.deepcopy(module.tokenizer.state_dict())
+    trainer(max_steps=4, limit_val_batches=1, val_check_interval=1, callbacks=[average]).fit(module, datamodule=data)
+    after = module.tokenizer.state_dict()
+    assert {name.split(".")[0] for name in after if (after[name] != before[name]).any()} == {"conditioner", "decoder"}
     batch = next(iter(data.val_dataloader()))["image"] / 127.5 - 1
     assert torch.equal(module.tokenizer.tokenize(batch), source.tokenize(batch))
+
+
+def test_frozen_tokens_cost_no_backward(frozen):
+    _, data, make = frozen
+    batch = next(iter(data.train_dataloader()))
+    whole, part = (step_flops(make(freeze), batch) for freeze in (False, True))
+    assert part < whole
+
+
+def test_what_would_change_frozen_tokens_is_refused(frozen, tmp_path):
+    _, data, make = frozen
+    for changes in ({"codebook_size": 2 * CODES}, {"absolute_positions": True}, {"latent_norm": "none"}):
+        (name,) = changes
+        with pytest.raises(UserError, match=rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source"):
+            make(**changes)
+    make(freeze_encoder=False, codebook_size=2 * CODES)
     with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
-        TokenizerModule(config, freeze_encoder=True)
+        TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True)
+    with pytest.raises(UserError, match="CodebookWarmup moves codes, which freeze_encoder keeps"):
+        trainer(max_steps=1, callbacks=[CodebookWarmup(1, 1)]).fit(make(), datamodule=data)
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
+    _, data, make = frozen
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(make(was), datamodule=data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=f"freeze_encoder is {not was}, and was {was} in the run of the checkpoint"):
+        trainer(max_steps=2).fit(make(not was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    again = trainer(max_steps=2, limit_val_batches=0)
+    again.fit(make(was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert again.global_step == 2
+    trainer(limit_val_batches=1).validate(make(not was), data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
 
 
 def test_nothing_to_start_from(tmp_path):
