@@ -9,6 +9,9 @@
 set -euo pipefail
 
 if [ "$NODE" -eq 0 ]; then is_host=true; else is_host=false; fi
+# A store that restarts share still holds the addresses of the ranks before: a rank that is back first would call those, and
+# fail, until no restart is left. So every start gets a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes="$NODES" --nproc-per-node="$GPUS" --max-restarts="${RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-conf=is_host="$is_host" --rdzv-id=dar \

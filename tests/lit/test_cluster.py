@@ -177,13 +177,22 @@ def test_torchrun_on_two_machines(tokens, reference, machines, tmp_path):
     run_folder, died = tmp_path / "run", tmp_path / "died"
     dies = [f"--trainer.callbacks+={__name__}.DiesOnce", f"--trainer.callbacks.file={died}"]
     head = f"{machines[0][1]}:{free_port(29400)}"
-    nodes = []  # a rank that is back before the other listens may fail to connect, which costs a restart more
-    for node, (before, address, variables) in enumerate(machines):
-        variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=3, **variables)
-        command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
-        nodes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
-    errors = [node.communicate(timeout=SECONDS)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
+    nodes, logs = [], [tmp_path / f"node{node}.log" for node in range(2)]
+    try:
+        for node, (before, address, variables) in enumerate(machines):
+            variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=1, **variables)
+            command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
+            with logs[node].open("w") as log:
+                nodes.append(subprocess.Popen(command, env=variables, stderr=log, start_new_session=True))
+        deadline = time.monotonic() + SECONDS
+        while any(node.poll() is None for node in nodes) and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    errors = [log.read_text() for log in logs]
+    assert [node.wait() for node in nodes] == [0, 0], "\n".join(errors)
     assert died.is_file()
     assert any("Restored all states from the checkpoint" in text for text in errors)  # rank 0 says it
     check(run_folder, reference)
