@@ -3,7 +3,8 @@
 import base64
 import colorsys
 import io
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,45 @@ class Shown:
     tokens: str
 
 
+class Work:
+    """What is being drawn, one step of one picture at a time; when it has been stopped, no step begins any more.
+
+    Attributes:
+        step: held while something is computed.
+    """
+
+    def __init__(self):
+        self.step = threading.RLock()  # reentrant: Python, at its end, closes generators in the thread that has stopped
+        self._open: set[Generator] = set()
+
+    def steps(self, drawing: Generator) -> Iterator:
+        """What the generator yields; it is closed with this one."""
+        with self.step:
+            self._open.add(drawing)
+        try:
+            while True:
+                with self.step:
+                    try:
+                        shown = next(drawing)
+                    except StopIteration:
+                        return
+                yield shown
+        finally:
+            with self.step:
+                drawing.close()
+                self._open.discard(drawing)
+
+    def stop(self) -> None:
+        """Wait for the end of the step that is under way, and close all that is open. Others wait from then on."""
+        self.step.acquire()
+        for drawing in self._open:
+            drawing.close()
+
+
 @torch.inference_mode()
 def draw(
     pipe: DARPipeline, label: int, seed: int, guidance: float, photo: Image.Image | None = None, prefix: int = 0
-) -> Iterator[Shown]:
+) -> Generator[Shown, None, None]:
     """Draw image 0 of a class, as `dar sample` does; yield after each group. Closing the iterator stops the work.
 
     Args:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 from dar_lightning.cli import main
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.demo import (
+    Work,
     draw,
     enlarge,
     read_photo,
@@ -119,3 +121,29 @@ def test_enlarging_keeps_pixels():
     assert image.size == (128, 128)
     assert np.array_equal(np.asarray(image)[::4, ::4], np.asarray(picture(0)))
     assert enlarge(picture(0), 1).size == (SIZE, SIZE)
+
+
+def test_work_that_is_stopped_begins_no_step():
+    work, log = Work(), []
+
+    def drawing():
+        try:
+            log.append("begun")
+            yield 1
+            log.append("went on")
+            yield 2
+        finally:
+            log.append("closed")
+
+    steps = work.steps(drawing())
+    assert next(steps) == 1
+    work.stop()
+    assert log == ["begun", "closed"]
+    assert list(steps) == []
+    other = threading.Thread(target=lambda: [log.append(number) for number in work.steps(drawing())], daemon=True)
+    other.start()
+    other.join(0.3)
+    assert log == ["begun", "closed"], "another thread waits"
+    work.step.release()
+    other.join()
+    assert log[2:] == ["begun", 1, "went on", 2, "closed"]

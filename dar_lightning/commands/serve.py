@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dar_lightning.demo import draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
+from dar_lightning.demo import Work, draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
@@ -48,7 +48,8 @@ def serve(
         if value <= 0:
             raise UserError(f"{name} is {value}: it must be positive")
     pipe = DARPipeline.from_pretrained(pipeline).to(choose_device(device))
-    page = build_page(gradio, pipe, pipeline, max_upload_mb)
+    work = Work()
+    page = build_page(gradio, pipe, pipeline, max_upload_mb, work)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     try:
         page.launch(
@@ -64,9 +65,10 @@ def serve(
         )
     except OSError as error:
         raise UserError(f"host {host}, port {port}: cannot listen there ({error})") from error
+    work.stop()  # after Ctrl-C: Gradio leaves its threads running, and one inside torch aborts a Python that ends
 
 
-def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
+def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work):
     """The page, as gradio.Blocks.
 
     Args:
@@ -74,6 +76,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
         pipe: what draws.
         name: how the pipeline was called, for the code that repeats a picture.
         max_upload_mb: largest photo, in MB.
+        work: where it draws.
     """
     config = pipe.tokenizer.config
     labels = list(pipe.classes) or [str(label) for label in range(pipe.ar.config.num_classes)]
@@ -97,13 +100,15 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float):
         shown_path = None if path is None else Path(path).name
         what = (name, label, seed, guidance, shown_path, prefix)
         command, python = repeat_command(*what), repeat_python(*what)
-        for shown in draw(pipe, label, seed, guidance, photo, prefix if photo else 0):
+        for shown in work.steps(draw(pipe, label, seed, guidance, photo, prefix if photo else 0)):
             yield shown.picture, shown.strip, shown.tokens, command, python
 
     def on_photo(path: str | None):
         if path is None:
             return [], None, gr.update(value=config.num_groups)
-        pictures = reconstructions(pipe, photo_of(path))
+        photo = photo_of(path)
+        with work.step:
+            pictures = reconstructions(pipe, photo)
         return pictures, (pictures[0], pictures[-1]), gr.update(value=config.num_groups)
 
     def on_groups(pictures: list, groups: int):

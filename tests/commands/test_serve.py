@@ -8,6 +8,7 @@ import pytest
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
 from dar_lightning.commands.serve import CSS, build_page, serve
+from dar_lightning.demo import Work
 from dar_lightning.errors import UserError
 
 gradio = pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
@@ -28,7 +29,7 @@ class Page:
             return original(*args)
 
         self.pipe.ar.step = step
-        page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1)
+        page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=Work())
         page.queue(max_size=2, default_concurrency_limit=1)
         # a port that is free, so that the tests can run beside a page
         launched = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, css=CSS, show_error=True)
