@@ -17,6 +17,7 @@ CSS = """
 """
 MAX_SEED = 2**31 - 1
 NO_PHOTO = "drop a photo first"
+DAY = 86_400  # seconds
 
 
 def serve(
@@ -30,7 +31,7 @@ def serve(
     """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
 
     A photo may give the first tokens (layout control), and be reconstructed from its first groups. Needs Gradio:
-    pip install 'dar-lightning[demo]'. Stop it with Ctrl-C.
+    pip install 'dar-lightning[demo]'. Stop it with Ctrl-C. Visitors' photos are deleted after a day, or when it stops.
 
     Args:
         pipeline: folder, Hugging Face repository, or "fruit64", which comes with the package.
@@ -55,7 +56,8 @@ def serve(
         page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(max_upload_mb * 1e6),
+            # Gradio counts and words it in MiB, so "10.0 Mb" it is; read_photo refuses what lies between.
+            max_file_size=int(max_upload_mb * 2**20),
             css=CSS,
             theme=gradio.themes.Default(
                 font=["system-ui", "sans-serif"], font_mono=["monospace"]
@@ -87,15 +89,19 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         image.preprocess = lambda payload: None if payload is None else payload.path
         return image
 
+    def refusal(message: str):
+        """A message on the page; a visitor's mistake is nothing that the server's console should trace."""
+        return gr.Error(message, print_exception=False)
+
     def photo_of(path: str | None):
         try:
             return None if path is None else read_photo(path, max_upload_mb)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise refusal(str(error)) from error
 
     def on_draw(label: int, seed: float | None, guidance: float, path: str | None, prefix: int) -> Iterator[tuple]:
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
-            raise gr.Error(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
+            raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
         photo, seed, prefix = photo_of(path), int(seed), int(prefix)
         shown_path = None if path is None else Path(path).name
         what = (name, label, seed, guidance, shown_path, prefix)
@@ -113,10 +119,10 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
 
     def on_groups(pictures: list, groups: int):
         if not pictures:
-            raise gr.Error(NO_PHOTO)
+            raise refusal(NO_PHOTO)
         return pictures[0], pictures[groups]
 
-    with gr.Blocks(title="D-AR", analytics_enabled=False) as page:
+    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):
@@ -125,7 +131,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                 guidance = gr.Slider(1, 10, value=3, step=0.25, label="Guidance")
                 with gr.Accordion("Layout from a photo", open=False):
-                    photo = photo_input(height=160)
+                    photo = photo_input(height=160, elem_id="photo")
                     some = max(1, config.num_tokens // 16)
                     prefix = gr.Slider(0, config.num_tokens - 1, value=some, step=1, label="Tokens to keep of it")
                 with gr.Row():
@@ -148,9 +154,16 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 given = photo_input(height=400, elem_id="given")
-                compared = gr.ImageSlider(label="Photo and reconstruction", interactive=False, elem_id="compared")
-            groups = gr.Slider(1, config.num_groups, value=config.num_groups, step=1, label="Groups of tokens")
+                compared = gr.ImageSlider(
+                    label="Photo and reconstruction", interactive=False, format="png", elem_id="compared"
+                )
+            groups = gr.Slider(
+                1, config.num_groups, value=config.num_groups, step=1, label="Groups of tokens", elem_id="groups"
+            )
             pictures = gr.State([])
-            given.change(on_photo, given, [pictures, compared, groups], api_name="reconstruct")
-            groups.release(on_groups, [pictures, groups], compared, api_name=False)
+            results = [pictures, compared, groups]
+            given.change(on_photo, given, results, api_name="reconstruct", show_progress_on=compared)
+            # Not `release`, which keys and the number's box do not cause; of the places on the way, the last counts.
+            shown, moved = [pictures, groups], {"trigger_mode": "always_last", "show_progress": "hidden"}
+            groups.input(on_groups, shown, compared, api_name=False, **moved)
     return page
