@@ -111,15 +111,17 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
 
     def on_photo(path: str | None):
         if path is None:
-            return [], None, gr.update(value=config.num_groups)
+            return [], None, config.num_groups
         photo = photo_of(path)
         with work.step:
             pictures = reconstructions(pipe, photo)
-        return pictures, (pictures[0], pictures[-1]), gr.update(value=config.num_groups)
+        return pictures, (pictures[0], pictures[-1]), config.num_groups
 
-    def on_groups(pictures: list, groups: int):
+    def on_groups(pictures: list, groups: float | None):
         if not pictures:
             raise refusal(NO_PHOTO)
+        if groups not in range(1, len(pictures)):
+            return gr.skip()
         return pictures[0], pictures[groups]
 
     with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
@@ -160,6 +162,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
             groups = gr.Slider(
                 1, config.num_groups, value=config.num_groups, step=1, label="Groups of tokens", elem_id="groups"
             )
+            groups.preprocess = lambda number: number  # half of one while somebody types; gr.update undoes this
             pictures = gr.State([])
             results = [pictures, compared, groups]
             given.change(on_photo, given, results, api_name="reconstruct", show_progress_on=compared)

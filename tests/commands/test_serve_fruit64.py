@@ -209,7 +209,7 @@ def reconstruction(tab) -> str:
     return sources[1] if len(sources) == 2 else ""
 
 
-def test_the_slider_shows_the_reconstruction_from_so_many_groups(tab, pipe, photo):
+def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, pipe, photo):
     tab.get_by_role("tab", name="Reconstruct").click()
     tab.set_input_files("#given input[type=file]", photo)
     wait_for(lambda: reconstruction(tab))
@@ -228,6 +228,14 @@ def test_the_slider_shows_the_reconstruction_from_so_many_groups(tab, pipe, phot
     box = slider.bounding_box()
     tab.mouse.click(box["x"] + 1, box["y"] + box["height"] / 2)
     wait_for(lambda: reconstruction(tab) == sources[1])
+    for typed in ("", "2.5", "0", str(len(expected) + 1)):
+        tab.fill("#groups input[type=number]", typed)
+        time.sleep(0.2)
+    assert reconstruction(tab) == sources[1], "not a number of groups yet"
+    tab.fill("#groups input[type=number]", "3")
+    wait_for(lambda: reconstruction(tab) == sources[3])
+    assert tab.locator(".toast-body").all_inner_texts() == []
+    assert "Traceback" not in page.log.read_text()
 
 
 def test_mistakes_get_one_message_each(tab, bad_photos):
