@@ -1,5 +1,6 @@
 """`dar sample`: draw images with a pipeline, and show how they came to be."""
 
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -104,6 +105,7 @@ def sample(
     first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
     if layout is not None:
         first = _read_image(layout, config.image_size).expand(len(labels), -1, -1, -1)
+        photo_sha256 = hashlib.sha256(Path(layout).read_bytes()).hexdigest()
         kept = pipe.tokenizer.tokenize(to_float(first[:1]).to(place)).expand(len(labels), -1)
     elif variations:
         originals = list(draw(pipe, [Job(label, 0) for label in labels], seed, batch_size, options))
@@ -157,6 +159,8 @@ def sample(
         "classes": rows,
         "command": command_line("sample", given | {"output": output}),
     }
+    # the command names a file, which may have changed when it is repeated
+    record["layout_sha256"] = photo_sha256 if layout is not None else None
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
     record[PIXELS] = pixels
     write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """`dar sample` on a small random pipeline: the files, and that each image is a function of (seed, class, number)."""
 
+import hashlib
 import json
 import shlex
 
@@ -185,6 +186,33 @@ def test_a_png_says_how_to_draw_it_again(pipeline, tmp_path):
     drawn = pipe.generate(torch.tensor([about["label"]]), guidance=guidance, generator=[noise_and_tokens])
     difference = to_uint8(drawn)[0].permute(1, 2, 0).numpy().astype(int) - pixels
     assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["layout", "variations"])
+def test_images_that_keep_tokens_are_drawn_again(pipeline, tmp_path, kind):
+    photo = tmp_path / "photo.png"
+    picture(3).save(photo)
+    options = {"layout": str(photo)} if kind == "layout" else {"variations": True}
+    options |= {"prefix": "2,6", "classes": "2,0", "per_class": 2, "guidance": (1.0, 3.0), "seed": 4}
+    sample(str(tmp_path / "out"), pipeline, **options)
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    main([*shlex.split(record["command"])[1:-1], str(tmp_path / "again")])
+    drawn = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png"))
+    assert len(drawn) == 8 + 2, "images, film strip and grid"
+    for name in drawn:  # pixels, and what the files say
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    # the photo is known again
+    sha256 = hashlib.sha256(photo.read_bytes()).hexdigest() if kind == "layout" else None
+    assert record["layout_sha256"] == sha256
+    # a PNG needs none: it holds the tokens that it kept
+    with Image.open(tmp_path / "out/images/002-1-6.png") as image:
+        about, pixels = json.loads(image.text["dar"]), np.asarray(image).astype(int)
+    prefix = torch.tensor([about["codes"][: about["kept_tokens"]]])
+    generator = [torch.Generator().manual_seed(image_seed(4, 2, 1))]
+    again = DARPipeline.from_pretrained(pipeline).generate(
+        torch.tensor([2]), guidance=(1.0, 3.0), prefix=prefix, generator=generator
+    )
+    assert np.abs(to_uint8(again)[0].permute(1, 2, 0).numpy() - pixels).max() <= 1
 
 
 def test_the_animation_shows_every_preview_and_fades_in_between(pipeline, tmp_path):
