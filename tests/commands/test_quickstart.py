@@ -2,17 +2,17 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from small_quickstart import small_configs, small_photos
 
 from dar_lightning.cli import main
 from dar_lightning.commands import quickstart as module
-from dar_lightning.commands.quickstart import CONFIGS, Stage, quickstart, road, run_stage
+from dar_lightning.commands.quickstart import Stage, quickstart, road, run_stage
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 
@@ -132,40 +132,16 @@ def test_the_two_starts_do_not_mix(tmp_path, fake_road, from_scratch):
 # ---- the real thing, small
 
 
-def small_configs(folder: Path) -> str:
-    """The real configs with a hundredth of the steps and a quarter of the width."""
-    folder.mkdir()
-    tokenizer, ar = (yaml.safe_load((ROOT / CONFIGS / f"{name}.yaml").read_text()) for name in ("tokenizer", "ar"))
-    for config, steps in ((tokenizer, 12), (ar, 8)):
-        config["trainer"] |= {"max_steps": steps, "val_check_interval": 4, "limit_val_batches": 1}
-        config["trainer"] |= {"accelerator": "cpu", "log_every_n_steps": 1}
-        config["data"]["init_args"]["batch_size"] = 4
-        config["model"]["init_args"]["optimizer"] = {"lr": 1e-3}
-        for callback in config["trainer"]["callbacks"]:
-            name = callback["class_path"].rpartition(".")[2]
-            if name == "ModelCheckpoint":
-                callback["init_args"]["every_n_train_steps"] = 4
-            elif name == "EMAWeightAveraging":
-                callback["init_args"] = {"decay": 0.5, "use_buffers": False}
-            elif name == "CodebookWarmup":
-                callback["init_args"] = {"warmup_steps": 4, "collect_steps": 2}
-    width = dict(encoder_dim=32, encoder_depth=1, conditioner_dim=32, conditioner_depth=1)
-    width |= dict(decoder_dim=32, decoder_depth=1, head_dim=16)
-    tokenizer["model"]["init_args"]["config"] |= width
-    ar["model"]["init_args"]["config"] |= dict(dim=32, depth=1, num_heads=2)
-    for name, config in (("tokenizer", tokenizer), ("ar", ar), ("sample", {"classes": "all", "per_class": 2})):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    shutil.copyfile(ROOT / CONFIGS / "layout.png", folder / "layout.png")
-    return str(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_end_to_end(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(module, "CONFIGS", small_configs(tmp_path / "configs"))
-    monkeypatch.setattr(module, "TRAIN", module.VAL)
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_end_to_end(tmp_path, monkeypatch, capfd, from_scratch):
+    monkeypatch.setattr(module, "CONFIGS", small_configs(tmp_path / "configs", from_scratch))
+    photos = small_photos(tmp_path / "photos")
+    monkeypatch.setattr(module, "TRAIN", photos)
+    monkeypatch.setattr(module, "VAL", photos)
     out = tmp_path / "out"
-    quickstart(str(out), from_scratch=True)
+    quickstart(str(out), from_scratch=from_scratch)
     shown = capfd.readouterr().out
     assert "Done in" in shown
     for name in ("reconstructions.png", "samples.png", "previews.png", "layout.png"):
@@ -174,17 +150,18 @@ def test_end_to_end(tmp_path, monkeypatch, capfd):
 
     pipe = DARPipeline.from_pretrained(out / "pipeline")
     assert len(pipe.classes) == pipe.ar.config.num_classes == 14
+    labels = range(14) if from_scratch else (3, 8)
     with np.load(out / "samples.npz") as samples:
-        assert samples["arr_0"].shape == (28, 64, 64, 3)
-        assert samples["labels"].tolist() == [label for label in range(14) for _ in range(2)]
+        assert samples["arr_0"].shape == (2 * len(labels), 64, 64, 3)
+        assert samples["labels"].tolist() == [label for label in labels for _ in range(2)]
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"psnr", "codebook_use"} <= metrics["reconstruction"].keys()
     assert "FD-color_edges" in metrics["generation"]
-    assert set(metrics["seconds"]) == {stage.name for stage in road(out, True)}
+    assert set(metrics["seconds"]) == {stage.name for stage in road(out, from_scratch)}
     assert metrics["losses"]["ar"]["train/loss"] > 0
     assert metrics["losses"]["tokenizer"]["val/flow"] > 0
 
-    quickstart(str(out), from_scratch=True)
+    quickstart(str(out), from_scratch=from_scratch)
     again = capfd.readouterr().out
-    assert again.count("done already") == len(road(out, True))
+    assert again.count("done already") == len(road(out, from_scratch))
     assert "$ dar" not in again
