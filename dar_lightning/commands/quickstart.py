@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dar_lightning
+from dar_lightning.child import call
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 from dar_lightning.pretrained import read_json
@@ -42,7 +43,8 @@ class Stage:
 def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratch: bool = False) -> None:
     """Draw fruit with the shipped weights, train the tokenizer and the AR model on, draw again, and measure.
 
-    A stage whose result is there is skipped; an interrupted one resumes from its last checkpoint.
+    A stage whose result is there is skipped; an interrupted one resumes from its last checkpoint. SIGTERM and Ctrl+C
+    are passed on to the running command, which ends first, a training with a checkpoint.
 
     Args:
         output: folder for everything.
@@ -176,7 +178,10 @@ def run_stage(stage: Stage, out: Path) -> None:
     try:
         for command in stage.commands:
             print(f"  $ dar {shlex.join(command)}", flush=True)
-            status = subprocess.run([sys.executable, "-m", "dar_lightning", *command], cwd=ROOT).returncode
+            status, stopped = call([sys.executable, "-m", "dar_lightning", *command], cwd=ROOT)
+            if stopped:
+                print(f"{signal.Signals(stopped).name}: stage {stage.name} stopped; start again to go on", flush=True)
+                sys.exit(128 + stopped)
             if status:
                 raise UserError(f"stage {stage.name} stopped with status {status}: the same command goes on from here")
     finally:

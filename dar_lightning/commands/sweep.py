@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 from filelock import FileLock, Timeout
 
+from dar_lightning.child import call
 from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
 from dar_lightning.figures import mosaic, save_png
@@ -23,7 +24,6 @@ from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
 METRICS, SAMPLES = "metrics.json", "samples.png"
 PROGRAM = [sys.executable, "-m", "dar_lightning"]
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a training saves at them: callbacks.StopOnSignal
 DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock the folder themselves
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
@@ -244,32 +244,11 @@ def _execute(work: Work, root: Path, failed: set[str], lock: FileLock) -> dict[s
 
 
 def _call(words: list[str], log: IO[str], lock: FileLock) -> tuple[int, int]:
-    """Run a command to its end, whatever signal asks this process to stop: the command gets it, and ends.
+    """Run a command to its end; its exit status, and the signal that asked this process to stop meanwhile, or 0.
 
     The command also holds the lock: should this process be killed, another one that needs the folder waits for it.
-
-    Returns:
-        Its exit status, and the signal's number, 0 for none.
     """
-    received, child = 0, None
-
-    def pass_on(number: int, frame: object) -> None:
-        nonlocal received
-        received = number
-        if child is not None:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        # In a process group of its own: a terminal's Ctrl+C would reach it twice, and a second one interrupts at once.
-        descriptors = [lock._context.lock_file_fd]
-        child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, process_group=0, pass_fds=descriptors)
-        if received:
-            child.send_signal(received)
-        return child.wait(), received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return call(words, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock._context.lock_file_fd])
 
 
 def _collect(works: list[Work], root: Path, folder: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_sweep_that_begins_beside_another_waits_with_its_folder(tmp_path):
 CHILD = """
 import signal, sys, time
 from pathlib import Path
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, lambda number, frame: (Path("saved").touch(), sys.exit(128 + number)))
 Path("begun").touch()
 for _ in range(600):
@@ -196,7 +196,7 @@ def wait_for(path: str | Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "PROGRAM", [sys.executable, "-c", CHILD])
