@@ -25,6 +25,7 @@ from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, Token
 from dar_lightning.ar.sampling import generate
 from dar_lightning.compilation import compile_blocks
 from dar_lightning.files import write_text
+from dar_lightning.packed import PackedLinear, packed
 from dar_lightning.tokenizer.quantizer import BLOCK, VectorQuantizer
 from dar_lightning.tokenizer.quantizer import CPU_TILE as QUANTIZER_TILE
 
@@ -132,20 +133,19 @@ def cached_generation(tiny: bool) -> Sides:
     def theirs() -> torch.Tensor:
         return plain.generate(ar, labels, torch.Generator().manual_seed(0))
 
-    def products() -> None:
-        token_products(ar, 8, ar.config.num_tokens)
-
     same = {"tokens_equal": round((ours() == theirs()).float().mean().item(), 4)}
-    return Sides(ours, theirs, products, products, facts=same)
+    bare = [lambda model=model: token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)]
+    return Sides(ours, theirs, *bare, facts=same)
 
 
 def token_products(ar: ARModel, batch: int, count: int) -> None:
     """The matrix products of `count` tokens without guidance, but for those of attention."""
-    weights = [module.weight for module in ar.modules() if isinstance(module, nn.Linear)]
-    inputs = {width: torch.ones(batch, 1, width, dtype=ar.head.weight.dtype) for width in {w.shape[1] for w in weights}}
+    layers = [module for module in ar.modules() if isinstance(module, nn.Linear | PackedLinear)]
+    widths = {layer.weight.shape[1] for layer in layers}
+    inputs = {width: torch.ones(batch, 1, width, dtype=ar.norm.weight.dtype) for width in widths}
     for _ in range(count):
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
+        for layer in layers:
+            layer(inputs[layer.weight.shape[1]])
 
 
 def bfloat16_weights(tiny: bool) -> Sides:

@@ -9,6 +9,7 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import Generators, placed
 from dar_lightning.ar.races import draw_keys, exponentials
 from dar_lightning.errors import UserError
+from dar_lightning.packed import packed
 
 Guidance = float | tuple[float, float]
 
@@ -109,13 +110,14 @@ def stream_tokens(
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
         cache = ar.make_cache(len(labels), order.repeat(2, 1) if guided else order)
-        logits = ar.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
+        model = packed(ar, rows=len(labels))
+        logits = model.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if guided else logits
             tokens = draw(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
             if position + 1 < count:
-                logits = ar.step(tokens.repeat(2) if guided else tokens, cache)
+                logits = model.step(tokens.repeat(2) if guided else tokens, cache)
     finally:
         ar.train(was_training)
 

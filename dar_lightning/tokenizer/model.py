@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
+from dar_lightning.packed import packed
 from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -163,12 +164,14 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             raise UserError(f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
         noise = noise.to(self.dtype)
+        patches = noise[0, 0].numel() // self.config.decoder_patch_size**2
+        decoder = packed(self.decoder, rows=len(noise) * patches)
         cond = None
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
             start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
             time = torch.full((len(x),), t, device=x.device)
-            return self.decoder(x, time, cond[:, start : start + self.config.window])
+            return decoder(x, time, cond[:, start : start + self.config.window])
 
         steps = integrate(velocity, noise, sampling_times(num_steps, self.config.time_shift), solver)
         done = 0
@@ -271,9 +274,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             raise UserError(
                 f"codes are {codes.dtype} {tuple(codes.shape)}: need integers (B, at most {self.config.num_tokens})"
             )
-        low, high = codes.aminmax() if codes.numel() else (0, 0)
+        low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # one wait for the device
         if low < 0 or high >= self.config.codebook_size:
-            raise UserError(f"codes are from {int(low)} to {int(high)}: need 0 to {self.config.codebook_size - 1}")
+            raise UserError(f"codes are from {low} to {high}: need 0 to {self.config.codebook_size - 1}")
 
     def _whole_groups(self, tokens: int) -> int:
         """How many groups can be decoded from this many tokens."""
