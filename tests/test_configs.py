@@ -21,7 +21,8 @@ METRICS = [name for name in CONFIGS if name.startswith("experiments/metrics/")] 
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]  # layers over a training config
 LPIPS = [f"experiments/quickstart/{name}.yaml" for name in ("lpips_tokenizer", "decoder")]
 CODEBOOK = "experiments/tokenizer/codebook4096.yaml"
-OVER = (*FINETUNE, *LPIPS, CODEBOOK)
+LONGER = "experiments/quickstart/longer_ar.yaml"
+OVER = (*FINETUNE, *LPIPS, LONGER, CODEBOOK)
 TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
 SWEEPS = [name for name in CONFIGS if name.startswith("experiments/sweeps/")]  # test_shipped_sweeps runs them
 PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
@@ -180,6 +181,18 @@ def test_lpips_goes_on_from_other_weights(name, vgg, tmp_path, capsys):
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
     first_step(TOKENIZER, tmp_path, "--config", name, *files, "--trainer.max_steps=1", small=False)
+    assert list((tmp_path / "run" / "logs").glob("events.out.*"))
+
+
+def test_the_longer_run_goes_on_from_other_weights(tmp_path, capsys):
+    words = ["fit", "--config", AR, "--config", LONGER]
+    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[LONGER].read_text()))
+    files = [
+        "--model.init_args.init_from=dar_lightning/shipped/fruit64/ar",
+        f"--data.init_args.train={tmp_path / 'tokens'}",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
+    first_step(AR, tmp_path, "--config", LONGER, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 
