@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import Generators, placed
+from dar_lightning.ar.packed import packed
 from dar_lightning.ar.races import draw_keys, exponentials
 from dar_lightning.errors import UserError
-from dar_lightning.packed import packed
 
 Guidance = float | tuple[float, float]
 

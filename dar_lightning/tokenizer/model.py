@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
-from dar_lightning.packed import packed
 from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -164,14 +163,12 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             raise UserError(f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
         noise = noise.to(self.dtype)
-        patches = noise[0, 0].numel() // self.config.decoder_patch_size**2
-        decoder = packed(self.decoder, rows=len(noise) * patches)
         cond = None
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
             start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
             time = torch.full((len(x),), t, device=x.device)
-            return decoder(x, time, cond[:, start : start + self.config.window])
+            return self.decoder(x, time, cond[:, start : start + self.config.window])
 
         steps = integrate(velocity, noise, sampling_times(num_steps, self.config.time_shift), solver)
         done = 0

@@ -9,10 +9,8 @@ from torch import nn
 from dar_lightning.ar import sampling
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
-from dar_lightning.packed import PackedLinear, packed
-from dar_lightning.tokenizer import model as tokenizer_model
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.ar.packed import PackedLinear, packed
+from dar_lightning.compilation import compile_blocks
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 LABELS = torch.tensor([0, 3, 4])
@@ -38,18 +36,14 @@ def plain(module: nn.Module, rows: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_a_packed_layer_is_the_product_in_float64(rows, bias, dtype, tolerance):
+def test_a_packed_layer_is_the_product_in_float64(rows, dtype, tolerance):
     """Also for inputs of other sizes than it was packed for."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(48, 80, bias=bias, dtype=dtype))
-    (inside,) = packed(layer, rows=8)
-    x = torch.randn(rows, 3, 48).to(dtype)
-    expected = x.double() @ layer[0].weight.double().T + (layer[0].bias.double() if bias else 0)
-    assert isinstance(inside, PackedLinear)
-    assert inside(x).dtype == dtype
-    torch.testing.assert_close(inside(x).double(), expected, rtol=tolerance, atol=tolerance)
+    weight, x = torch.randn(80, 48).to(dtype), torch.randn(rows, 3, 48).to(dtype)
+    result = PackedLinear(weight, rows=8)(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), x.double() @ weight.double().T, rtol=tolerance, atol=tolerance)
 
 
 def test_the_copy_shares_what_is_not_packed_and_leaves_the_model_alone(ar):
@@ -72,15 +66,6 @@ def test_tokens_are_those_of_plain_weights(ar, guidance, monkeypatch):
     assert torch.equal(fast, draw(LABELS))
 
 
-def test_images_are_those_of_plain_weights(monkeypatch):
-    tokenizer = awake(SequentialDiffusionTokenizer(TokenizerConfig.preset("tiny")))
-    codes = torch.randint(tokenizer.config.codebook_size, (2, tokenizer.config.num_tokens))
-    noise = tokenizer.draw_noise(2)
-    fast = tokenizer.previews(codes, noise)
-    monkeypatch.setattr(tokenizer_model, "packed", plain)
-    torch.testing.assert_close(fast, tokenizer.previews(codes, noise), rtol=1e-4, atol=1e-4)
-
-
 def test_each_call_reads_the_weights_of_its_time(ar):
     options = {"generator": torch.Generator().manual_seed(0)}
     sampling.generate(ar, LABELS, **options)
@@ -89,6 +74,13 @@ def test_each_call_reads_the_weights_of_its_time(ar):
     changed = sampling.generate(ar, LABELS, generator=torch.Generator().manual_seed(0))
     fresh = sampling.generate(copy.deepcopy(ar), LABELS, generator=torch.Generator().manual_seed(0))
     assert torch.equal(changed, fresh)
+
+
+def test_a_model_of_compiled_blocks_is_packed(ar):
+    """Its copy is not compiled: a graph would take the weights for inputs, which packed ones cannot be."""
+    expected = sampling.generate(ar, LABELS, generator=torch.Generator().manual_seed(0))
+    compile_blocks(ar)
+    assert torch.equal(sampling.generate(ar, LABELS, generator=torch.Generator().manual_seed(0)), expected)
 
 
 def test_where_nothing_is_gained_the_model_itself_is_used(ar):
