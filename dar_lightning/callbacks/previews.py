@@ -31,8 +31,8 @@ class Reconstructions(Callback):
         kept = batch["valid"] if count else ~batch["valid"]  # padding alone is logged too, with a weight of zero
         images = batch["image"][kept][: self.num_images]
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pl_module.device)
-        previews = tokenizer.previews(tokenizer.tokenize(to_float(images)), noise)  # (B, K, 3, H, W)
-        previews = to_uint8(previews)
+        with trainer.precision_plugin.val_step_context():
+            previews = to_uint8(tokenizer.previews(tokenizer.tokenize(to_float(images)), noise))  # (B, K, 3, H, W)
         metrics = reconstruction_metrics().to(pl_module.device)
         scores = metrics(previews[:, -1].float(), images.float())
         weight = float(min(count, len(images)))  # ranks average it; integers would be cut

@@ -44,5 +44,6 @@ class Samples(Callback):
         classes = self.classes or list(range(min(pl_module.ar.config.num_classes, 20)))
         labels = torch.tensor(classes, device=pl_module.device).repeat_interleave(self.per_class)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
-        images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
+        with trainer.precision_plugin.val_step_context():
+            images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
         draw(trainer, "samples", make_grid(to_uint8(images), nrow=self.per_class))
