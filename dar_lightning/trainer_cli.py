@@ -115,7 +115,6 @@ class TrainerCLI(LightningCLI):
         if isinstance(data, StreamDataModule):
             for split in ("train", "val") if data.val is not None else ("train",):
                 data.index(split)
-            data.setup("fit")  # again by the Trainer, after the loggers have made their files
         self.global_batch.derive(self.trainer, data)
         if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
             self.model.check_data(data)

@@ -1,7 +1,5 @@
 """A user's mistake gets one line that names it, status 2 and no traceback, and leaves nothing half-written."""
 
-import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -184,18 +182,6 @@ def test_a_label_outside_the_classes(images, tmp_path, capsys):
     line = refusal(capsys, fit_tokenizer(wrong, images, tmp_path / "run", max_steps=2))
     assert "0003: its label is '4', the classes are 0 to 3" in line
     assert list((tmp_path / "run").rglob("*.ckpt")) == []
-
-
-def test_validation_shards_of_other_classes(images, tokens, tmp_path, capsys):
-    other = Path(write_images(tmp_path / "other", 8))
-    about = json.loads((other / "index.json").read_text())
-    (other / "index.json").write_text(json.dumps(about | {"classes": about["classes"][::-1]}))
-    line = refusal(capsys, fit_tokenizer(images, other, tmp_path / "run", max_steps=1))
-    assert "data.val: its class 0 is grey, in data.train that is red" in line
-    replace(CodesIndex.load(tokens), root=shutil.copytree(tokens, tmp_path / "codes"), tokenizer="1" * 64).save()
-    line = refusal(capsys, fit_ar(tokens, tmp_path / "codes", tmp_path / "run", max_steps=1))
-    assert "data.val holds tokens of tokenizer 111111111111, data.train is of 000000000000" in line
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
