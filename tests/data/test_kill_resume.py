@@ -115,7 +115,9 @@ def whole(shards, tmp_path_factory) -> dict[int, list]:
         ([1, 1, 1], 1, [7, 12]),
         ([1, 1], 4, [6]),
         ([1, 1], 4, [9]),
+        ([2, 2, 2], 0, [9, 12]),
         ([2, 2, 2], 1, [5, 6]),
+        ([2, 2, 2], 4, [6, 9]),
         ([2, 1, 2], 0, [5, 11]),  # the global batch stays, so the order does
     ],
     ids=str,
