@@ -4,8 +4,8 @@ import signal
 import subprocess
 from typing import Any
 
-# A training saves at the first three: callbacks.StopOnSignal. At the last, a closed terminal's, it ends as it is.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# A training saves at the first three: callbacks.StopOnSignal. At the others, a closed terminal's and Ctrl+\\, it ends.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 def call(words: list[str], **options: Any) -> tuple[int, int]:
@@ -18,12 +18,14 @@ def call(words: list[str], **options: Any) -> tuple[int, int]:
     Returns:
         Its exit status, and the signal's number, 0 for none.
     """
-    received, child = 0, None
+    received, child, early = 0, None, []
 
     def pass_on(number: int, frame: object) -> None:
         nonlocal received
         received = number
-        if child is not None:
+        if child is None:
+            early.append(number)
+        else:
             child.send_signal(number)
 
     heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
@@ -31,8 +33,8 @@ def call(words: list[str], **options: Any) -> tuple[int, int]:
     try:
         # In a process group of its own: a terminal's Ctrl+C would reach it twice, and a second one interrupts at once.
         child = subprocess.Popen(words, process_group=0, **options)
-        if received:
-            child.send_signal(received)
+        for number in early:
+            child.send_signal(number)
         return child.wait(), received
     finally:
         for number, handler in before.items():

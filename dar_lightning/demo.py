@@ -102,12 +102,12 @@ def draw(
 
 
 @torch.inference_mode()
-def reconstructions(pipe: DARPipeline, photo: Image.Image) -> list[Image.Image]:
+def reconstructions(pipe: DARPipeline, photo: Image.Image) -> Generator[Image.Image, None, None]:
     """A photo as the tokenizer sees it after 1, 2, ..., K groups; what it was given comes first."""
-    size = pipe.tokenizer.config.image_size
-    generator = torch.Generator().manual_seed(0)
-    previews = pipe.tokenizer.previews(tokenize(pipe, photo), generator=generator)[0]
-    return [enlarge(center_crop(photo, size), LARGE), *(enlarge(to_image(preview), LARGE) for preview in previews)]
+    yield enlarge(center_crop(photo, pipe.tokenizer.config.image_size), LARGE)
+    noise = pipe.tokenizer.draw_noise(1, torch.Generator().manual_seed(0))
+    for preview in pipe.tokenizer.stream([tokenize(pipe, photo)], noise):
+        yield enlarge(to_image(preview[0]), LARGE)
 
 
 def tokenize(pipe: DARPipeline, photo: Image.Image) -> Tensor:

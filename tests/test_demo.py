@@ -70,7 +70,7 @@ def test_the_page_draws_what_the_commands_that_it_offers_draw(pipe, folder, phot
 
 
 def test_reconstructions_begin_with_the_photo_and_end_with_all_tokens(pipe, photo):
-    pictures = reconstructions(pipe, read_photo(photo, 1))
+    pictures = list(reconstructions(pipe, read_photo(photo, 1)))
     assert len(pictures) == 1 + GROUPS
     assert np.array_equal(small(pictures[0]), np.asarray(picture(5)))
     codes = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))

@@ -1,6 +1,7 @@
 """On a CPU, weights laid out for products of few rows: once a call, not at each of its tokens."""
 
 import copy
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,11 @@ def packed(ar: ARModel, rows: int) -> ARModel:
 
     Returns:
         A copy that shares all else with `ar`, to be used as long as the weights stay as they are; or `ar` itself where
-        nothing is to be gained: on another device, for one row, under autocast, or where oneDNN is not there or not
-        for this dtype. Compiled blocks are not compiled in the copy.
+        nothing is to be gained: on another device or an ARM, for one row, under autocast, for other layers than its
+        own, or where oneDNN is not there or not for this dtype. Compiled blocks are not compiled in the copy.
     """
-    if rows == 1 or torch.is_autocast_enabled("cpu") or not _can_pack(ar.head.weight):
+    layers = [layer for layer in ar.modules() if isinstance(layer, nn.Linear)]
+    if rows == 1 or torch.is_autocast_enabled("cpu") or not all(map(_can_pack, layers)):
         return ar
     ar = copy.deepcopy(ar, {id(tensor): tensor for tensor in (*ar.parameters(), *ar.buffers())})
     for parent in list(ar.modules()):
@@ -42,8 +44,13 @@ def packed(ar: ARModel, rows: int) -> ARModel:
     return ar
 
 
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or isinstance(weight, DTensor) or not torch.backends.mkldnn.is_available():
+def _can_pack(layer: nn.Linear) -> bool:
+    weight, onednn = layer.weight, torch.backends.mkldnn
+    if type(layer) is not nn.Linear or layer.bias is not None:  # a subclass may compute something else
+        return False
+    if weight.device.type != "cpu" or isinstance(weight, DTensor) or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if not (onednn.is_available() and onednn.enabled):
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,5 +1,6 @@
 """`dar serve`: a page on which pictures appear while their tokens are written."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ CSS = """
 .preview { display: inline-block; margin: 0 6px 6px 0; text-align: center; font-size: 12px; }
 .preview img { width: 92px; }
 """
+FONTS = ["system-ui", "sans-serif"]  # none from elsewhere
 MAX_SEED = 2**31 - 1
 NO_PHOTO = "drop a photo first"
-DAY = 86_400  # seconds
+DAY, SWEEP = 86_400, 600  # seconds: how old a visitor's photo gets, and how often that is looked at
 
 
 def serve(
@@ -31,7 +33,7 @@ def serve(
     """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
 
     A photo may give the first tokens (layout control), and be reconstructed from its first groups. Needs Gradio:
-    pip install 'dar-lightning[demo]'. Stop it with Ctrl-C. Visitors' photos are deleted after a day, or when it stops.
+    pip install 'dar-lightning[demo]'. Ctrl-C or SIGTERM stop it; visitors' photos are deleted then, and after a day.
 
     Args:
         pipeline: folder, Hugging Face repository, or "fruit64", which comes with the package.
@@ -52,22 +54,26 @@ def serve(
     work = Work()
     page = build_page(gradio, pipe, pipeline, max_upload_mb, work)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     try:
         page.launch(
+            prevent_thread_lock=True,  # else it waits here, but not under `python -i`
             server_name=host,
             server_port=port,
             # Gradio counts and words it in MiB, so "10.0 Mb" it is; read_photo refuses what lies between.
             max_file_size=int(max_upload_mb * 2**20),
             css=CSS,
-            theme=gradio.themes.Default(
-                font=["system-ui", "sans-serif"], font_mono=["monospace"]
-            ),  # none from elsewhere
+            theme=gradio.themes.Default(font=FONTS, font_mono=["monospace"]),
             footer_links=[],
             enable_monitoring=False,
         )
     except OSError as error:
         raise UserError(f"host {host}, port {port}: cannot listen there ({error})") from error
-    work.stop()  # after Ctrl-C: Gradio leaves its threads running, and one inside torch aborts a Python that ends
+    else:
+        page.block_thread()
+    finally:
+        work.stop()  # Gradio leaves its threads running, and one inside torch aborts a Python that ends
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work):
@@ -113,8 +119,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         if path is None:
             return [], None, config.num_groups
         photo = photo_of(path)
-        with work.step:
-            pictures = reconstructions(pipe, photo)
+        pictures = list(work.steps(reconstructions(pipe, photo)))
         return pictures, (pictures[0], pictures[-1]), config.num_groups
 
     def on_groups(pictures: list, groups: float | None):
@@ -122,9 +127,9 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
             raise refusal(NO_PHOTO)
         if groups not in range(1, len(pictures)):
             return gr.skip()
-        return pictures[0], pictures[groups]
+        return pictures[0], pictures[int(groups)]
 
-    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
+    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, DAY)) as page:
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):

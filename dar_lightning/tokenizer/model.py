@@ -167,7 +167,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
             start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
-            time = torch.full((len(x),), t, device=x.device)
+            time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
             return self.decoder(x, time, cond[:, start : start + self.config.window])
 
         steps = integrate(velocity, noise, sampling_times(num_steps, self.config.time_shift), solver)
@@ -191,7 +191,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             return torch.cat([self.draw_noise(1, one, (height, width)) for one in generator])
         # A CPU generator draws the same noise for every device.
         device = parameter.device if generator is None else generator.device
-        noise = torch.randn(batch, 3, height, width, generator=generator, device=device)
+        noise = torch.randn(batch, 3, height, width, generator=generator, device=device, dtype=torch.float32)
         return noise.to(parameter)
 
     # ---- training

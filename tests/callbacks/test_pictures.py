@@ -17,6 +17,7 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import TokenizerModule
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.weights import load_lightning_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -96,6 +97,31 @@ def test_samples(tokens, tmp_path):
     )
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert np.abs(tiles.reshape(6, SIZE, SIZE, 3).astype(int) - pixels).max() <= 1
+
+
+def test_pictures_are_drawn_in_the_precision_of_the_run(images, tokens, tmp_path, monkeypatch):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    dtypes, steps = set(), {"max_steps": 2, "val_check_interval": 2}
+    forward = PixelDecoder.forward
+
+    def noted(self, *inputs):
+        if not torch.is_grad_enabled():
+            dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return forward(self, *inputs)
+
+    for command, callback, settings in (
+        (fit_tokenizer(*images, tmp_path / "one", **steps), "Reconstructions", {}),
+        (
+            fit_ar(*tokens, tmp_path / "two", **steps),
+            "Samples",
+            {"tokenizer": tmp_path / "tokenizer"},
+        ),
+    ):
+        with monkeypatch.context() as patches:
+            patches.setattr(PixelDecoder, "forward", noted)
+            run([*command, "--trainer.precision=bf16-mixed"], callback, **settings)
+        assert dtypes == {torch.bfloat16}, callback
+        dtypes.clear()
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "false"])

@@ -101,7 +101,8 @@ def test_a_bad_photo_gets_one_line(page, bad_photos, which, message, api_name):
     assert "Traceback" not in page.log.read_text()
 
 
-def test_ctrl_c_ends_it_although_drawings_wait(tmp_path, photo):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_service_manager_ends_it_although_drawings_wait(number, tmp_path, photo):
     with served(tmp_path) as page:
         with Path(photo).open("rb") as content:
             httpx.post(f"{page.url}/gradio_api/upload", files={"files": content}).raise_for_status()
@@ -112,7 +113,7 @@ def test_ctrl_c_ends_it_although_drawings_wait(tmp_path, photo):
         refused = [answer for answer in answers if answer.status_code != 200]
         assert all(answer.status_code == 503 and "queue is full" in answer.text.lower() for answer in refused)
 
-        page.process.send_signal(signal.SIGINT)
+        page.process.send_signal(number)
         assert page.process.wait(30) == 0
         assert "Traceback" not in page.log.read_text()
         assert not [path for path in page.files.rglob("*") if path.is_file()], "what visitors gave is gone"
@@ -213,7 +214,7 @@ def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, pipe
     tab.get_by_role("tab", name="Reconstruct").click()
     tab.set_input_files("#given input[type=file]", photo)
     wait_for(lambda: reconstruction(tab))
-    expected = reconstructions(pipe, read_photo(photo, 10))[1:]
+    expected = [*reconstructions(pipe, read_photo(photo, 10))][1:]
     sources = {len(expected): reconstruction(tab)}
     slider = tab.locator("#groups input[type=range]")
     for groups in range(1, len(expected)):
