@@ -16,12 +16,6 @@ ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: one that begins last keeps a worker busy when the other has nothing left."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_collection_finish():
     """The server that killable's processes are forked from is up before a loader starts one that has imported less.
 
