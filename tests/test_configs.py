@@ -171,28 +171,18 @@ def test_finetuning_goes_on_from_the_shipped_weights(name, tmp_path, capsys):
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 
-@pytest.mark.parametrize("name", LPIPS)
-def test_lpips_goes_on_from_other_weights(name, vgg, tmp_path, capsys):
-    words = ["fit", "--config", TOKENIZER, "--config", name]
+@pytest.mark.parametrize(("base", "name"), [*((TOKENIZER, name) for name in LPIPS), (AR, LONGER)])
+def test_layers_that_go_on_from_other_weights(base, name, vgg, tmp_path, capsys):
+    words = ["fit", "--config", base, "--config", name]
     assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[name].read_text()))
-    files = [
-        "--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer",
-        f"--model.init_args.perceptual.init_args.weights_path={vgg}",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-    ]
-    first_step(TOKENIZER, tmp_path, "--config", name, *files, "--trainer.max_steps=1", small=False)
-    assert list((tmp_path / "run" / "logs").glob("events.out.*"))
-
-
-def test_the_longer_run_goes_on_from_other_weights(tmp_path, capsys):
-    words = ["fit", "--config", AR, "--config", LONGER]
-    assert contains(printed(capsys, *words), yaml.safe_load(CONFIGS[LONGER].read_text()))
-    files = [
-        "--model.init_args.init_from=dar_lightning/shipped/fruit64/ar",
-        f"--data.init_args.train={tmp_path / 'tokens'}",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-    ]
-    first_step(AR, tmp_path, "--config", LONGER, *files, "--trainer.max_steps=1", small=False)
+    files = [f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    if base == TOKENIZER:
+        files += ["--model.init_args.init_from=dar_lightning/shipped/fruit64/tokenizer"]
+        files += [f"--model.init_args.perceptual.init_args.weights_path={vgg}"]
+    else:
+        files += ["--model.init_args.init_from=dar_lightning/shipped/fruit64/ar"]
+        files += [f"--data.init_args.train={tmp_path / 'tokens'}"]
+    first_step(base, tmp_path, "--config", name, *files, "--trainer.max_steps=1", small=False)
     assert list((tmp_path / "run" / "logs").glob("events.out.*"))
 
 

@@ -11,7 +11,7 @@ from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 
 
 def small_configs(folder: Path, from_scratch: bool, tokenizer_steps: int = 12) -> str:
-    """The real configs, a hundredth of the steps; from scratch a quarter of the width, else two classes in samples."""
+    """The real configs, a hundredth of the steps; from scratch a quarter of the width."""
     folder.mkdir()
     layers = ("tokenizer", "ar") if from_scratch else ("tokenizer", "ar", "finetune_tokenizer", "finetune_ar")
     configs = {name: yaml.safe_load((ROOT / CONFIGS / f"{name}.yaml").read_text()) for name in layers}
@@ -29,7 +29,7 @@ def small_configs(folder: Path, from_scratch: bool, tokenizer_steps: int = 12) -
         width |= dict(decoder_dim=32, decoder_depth=1, head_dim=16)
         configs["tokenizer"]["model"]["init_args"]["config"] |= width
         configs["ar"]["model"]["init_args"]["config"] |= dict(dim=32, depth=1, num_heads=2)
-    configs["sample"] = {"classes": "all" if from_scratch else "3,8", "per_class": 2}
+    configs["sample"] = {"classes": "all", "per_class": 2}
     for name, config in configs.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     shutil.copyfile(ROOT / CONFIGS / "layout.png", folder / "layout.png")
