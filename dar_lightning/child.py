@@ -4,7 +4,7 @@ import signal
 import subprocess
 from typing import Any
 
-# A training saves at the first three: callbacks.StopOnSignal. At the others, a closed terminal's and Ctrl+\\, it ends.
+# A training saves at the first three: callbacks.StopOnSignal. At the others, a closed terminal's and Ctrl+\, it ends.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
