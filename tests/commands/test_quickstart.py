@@ -123,7 +123,7 @@ def test_fresh_starts_over_and_deletes_only_its_own(tmp_path, fake_road):
 @pytest.mark.parametrize("from_scratch", [False, True])
 def test_the_two_starts_do_not_mix(tmp_path, fake_road, from_scratch):
     out = tmp_path / "out"
-    quickstart(str(out), from_scratch=True)
+    quickstart(str(out), from_scratch=from_scratch)
     with pytest.raises(UserError, match="holds a run that started from"):
         quickstart(str(out), from_scratch=not from_scratch)
     quickstart(str(out), from_scratch=not from_scratch, fresh=True)
