@@ -17,7 +17,7 @@ import torch
 from benchmarks import clock, measure
 from benchmarks.machine import ROOT, describe
 from benchmarks.rows import ROWS, Setting
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import choose_device, round_convolutions_as_products
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
@@ -81,6 +81,7 @@ def run_rows(arguments: argparse.Namespace) -> dict:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
+    round_convolutions_as_products()
     chosen = settings(arguments)
     device = chosen[0][1].device
     limit = arguments.max_tflop or (3.0 if device.type == "cpu" else float("inf"))

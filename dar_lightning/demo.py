@@ -16,6 +16,7 @@ from torch import Tensor
 from dar_lightning.commands.sample import command_line
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
+from dar_lightning.devices import Dtype
 from dar_lightning.drawing import image_seed
 from dar_lightning.errors import UserError
 from dar_lightning.figures import MIN_SIDE
@@ -156,21 +157,28 @@ def preview_html(image: Image.Image, caption: str) -> str:
     return f'<figure class="preview"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def repeat_command(pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int) -> str:
+def repeat_command(
+    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype = "float32"
+) -> str:
     """The `dar sample` that draws the same image."""
     options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed, "guidance": guidance}
     layout = {} if photo is None or prefix == 0 else {"layout": photo, "prefix": prefix}
-    return command_line("sample", options | layout | {"output": "runs/drawn"})
+    precision = {} if dtype == "float32" else {"dtype": dtype}
+    return command_line("sample", options | layout | precision | {"output": "runs/drawn"})
 
 
-def repeat_python(pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int) -> str:
+def repeat_python(
+    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype = "float32"
+) -> str:
     """The lines of Python that draw the same image."""
     kept = ""
     lines = ["import torch", "", "from dar_lightning import DARPipeline"]
     if photo is not None and prefix:
         lines.append("from dar_lightning.demo import read_photo, tokenize")
         kept = ", prefix=kept"
-    lines += ["from dar_lightning.drawing import image_seed", "", f"pipe = DARPipeline.from_pretrained({pipeline!r})"]
+    cast = "" if dtype == "float32" else f".to(torch.{dtype})"
+    pipe = f"pipe = DARPipeline.from_pretrained({pipeline!r}){cast}"
+    lines += ["from dar_lightning.drawing import image_seed", "", pipe]
     if kept:
         lines.append(f"kept = tokenize(pipe, read_photo({photo!r}, max_megabytes=100))[:, :{prefix}]")
     lines += [

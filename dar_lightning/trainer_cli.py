@@ -21,6 +21,7 @@ from dar_lightning.callbacks.config_text import ConfigText
 from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.stream import StreamDataModule
+from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 from dar_lightning.lit.ar import ARModule
 from dar_lightning.lit.checkpoint_io import SafeCheckpointIO
@@ -76,7 +77,7 @@ class TrainerCLI(LightningCLI):
             "--float32_matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="torch's: high lets GPUs multiply float32 matrices in TF32, which is faster and keeps 10 bits.",
+            help="torch's: high lets GPUs multiply float32 matrices (and convolve) in TF32: faster, with 10 bits kept.",
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -134,6 +135,7 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
+        round_convolutions_as_products()
         trainer = self.config[self.config.subcommand].trainer
         root = Path(trainer.default_root_dir or "runs/default")
         callbacks = trainer.callbacks or []

@@ -23,6 +23,7 @@ from dar_lightning.demo import (
     tokens_html,
 )
 from dar_lightning.errors import UserError
+from dar_lightning.pipeline import DARPipeline
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +49,13 @@ def small(image: Image.Image) -> np.ndarray:
     return np.asarray(image)[::factor, ::factor].astype(int)
 
 
-@pytest.mark.parametrize("prefix", [0, 3])
-def test_the_page_draws_what_the_commands_that_it_offers_draw(pipe, folder, photo, tmp_path, prefix):
+@pytest.mark.parametrize(("prefix", "dtype"), [(0, "float32"), (3, "float32"), (3, "bfloat16")])
+def test_the_page_draws_what_the_commands_that_it_offers_draw(folder, photo, tmp_path, prefix, dtype):
+    pipe = DARPipeline.from_pretrained(folder).to(getattr(torch, dtype))
     shown = list(draw(pipe, 2, 7, 3.0, read_photo(photo, 1), prefix))
     assert [state.strip.count("<img") for state in shown] == [1, 2, 3, 4]
     assert len({state.picture.tobytes() for state in shown}) == GROUPS
-    what = (folder, 2, 7, 3.0, photo, prefix)
+    what = (folder, 2, 7, 3.0, photo, prefix, dtype)
 
     words = shlex.split(repeat_command(*what))
     assert words[:2] == ["dar", "sample"]

@@ -46,3 +46,11 @@ def test_what_is_not(monkeypatch, gpus, name, says):
     machine(monkeypatch, gpus, mps=False)
     with pytest.raises(UserError, match=says):
         choose_device(name)
+
+
+@pytest.mark.parametrize(("products", "convolutions"), [("highest", False), ("high", True)])
+def test_convolutions_are_as_exact_as_products(monkeypatch, products, convolutions):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not convolutions)
+    choose_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 == convolutions

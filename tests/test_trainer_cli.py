@@ -45,10 +45,14 @@ def test_the_last_checkpoint_is_scored(verb, tokens, tmp_path, capsys):
 
 @pytest.mark.parametrize(("options", "precision"), [([], "highest"), (["--float32_matmul_precision=high"], "high")])
 def test_float32_is_exact_unless_told_otherwise(options, precision, tokens, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
-    main(command("fit", tokens, tmp_path, "--trainer.max_steps=1", *options))
-    assert told == [precision]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "highest")  # torch's default is True
+    before = torch.get_float32_matmul_precision()
+    try:
+        main(command("fit", tokens, tmp_path, "--trainer.max_steps=1", *options))
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == (precision == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_nothing_to_predict(tokens, tmp_path, capsys):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_float, to_uint8
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import Dtype, choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
 from dar_lightning.files import write_text
@@ -29,6 +30,8 @@ def reconstruct(
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
+    dtype: Dtype = "float32",
+    compile: bool = False,
 ) -> None:
     """Encode and decode all images of some shards; write figures and pictures.
 
@@ -45,11 +48,15 @@ def reconstruct(
         batch_size: images at a time.
         seed: of the noise that decoding starts from.
         device: auto, cpu, cuda, cuda:N or mps.
+        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
+        compile: torch.compile encoder and pixel decoder; on a CPU this needs a C++ compiler.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
     place = choose_device(device)
-    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(place)
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(place, getattr(torch, dtype))
+    if compile:
+        compile_blocks(model.encoder, model.decoder)
     images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
     if num_shown < 1:
         raise UserError(f"num_shown is {num_shown}: show at least one image")
@@ -82,6 +89,8 @@ def reconstruct(
             "solver": solver,
             "num_steps": num_steps or model.config.num_groups,
             "seed": seed,
+            "dtype": dtype,
+            "compile": compile,
             "tokenizer": fingerprint(model),
             "ema": {"tokenizer": model.averaged},
         },

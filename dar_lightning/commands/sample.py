@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dar_lightning.ar import races
 from dar_lightning.ar.sampling import Guidance, read_guidance
+from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import Dtype, choose_device
 from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
 from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
@@ -51,6 +52,8 @@ def sample(
     prefix: str | int | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    dtype: Dtype = "float32",
+    compile: bool = False,
 ) -> None:
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
 
@@ -81,9 +84,13 @@ def sample(
             group.
         batch_size: images at a time.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
+        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
+        compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
-    pipe = open_pipeline(pipeline, tokenizer, ar).to(place)
+    pipe = open_pipeline(pipeline, tokenizer, ar).to(place, getattr(torch, dtype))
+    if compile:
+        compile_blocks(pipe.tokenizer.decoder)
     config = pipe.tokenizer.config
     names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
     labels = [pipe.label(name.strip()) for name in names]
@@ -129,7 +136,7 @@ def sample(
         if job.number == start and len(strips) < len(labels):
             strips.append(drawn.previews)
         about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | {"token_draws": races.METHOD, "weights": weights}
+        about |= options | {"token_draws": races.METHOD, "dtype": dtype, "compile": compile, "weights": weights}
         about |= {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
@@ -151,6 +158,7 @@ def sample(
     given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
     given |= {"layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
+    given |= {"dtype": dtype, "compile": compile}
     record = given | {
         "token_draws": races.METHOD,
         "weights": weights,

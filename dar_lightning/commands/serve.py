@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dar_lightning.demo import Work, draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import Dtype, choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 
@@ -29,6 +31,7 @@ def serve(
     max_queue: int = 8,
     max_upload_mb: float = 10,
     device: str = "auto",
+    dtype: Dtype = "float32",
 ) -> None:
     """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
 
@@ -42,6 +45,7 @@ def serve(
         max_queue: visitors who may wait; pictures are drawn one at a time.
         max_upload_mb: largest photo, in MB.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
+        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
     """
     try:
         import gradio
@@ -50,7 +54,7 @@ def serve(
     for name, value in (("max_queue", max_queue), ("max_upload_mb", max_upload_mb)):
         if value <= 0:
             raise UserError(f"{name} is {value}: it must be positive")
-    pipe = DARPipeline.from_pretrained(pipeline).to(choose_device(device))
+    pipe = DARPipeline.from_pretrained(pipeline).to(choose_device(device), getattr(torch, dtype))
     work = Work()
     page = build_page(gradio, pipe, pipeline, max_upload_mb, work)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
@@ -86,7 +90,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         max_upload_mb: largest photo, in MB.
         work: where it draws.
     """
-    config = pipe.tokenizer.config
+    config, dtype = pipe.tokenizer.config, str(pipe.tokenizer.dtype).removeprefix("torch.")
     labels = list(pipe.classes) or [str(label) for label in range(pipe.ar.config.num_classes)]
 
     def photo_input(**options):
@@ -110,7 +114,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
         photo, seed, prefix = photo_of(path), int(seed), int(prefix)
         shown_path = None if path is None else Path(path).name
-        what = (name, label, seed, guidance, shown_path, prefix)
+        what = (name, label, seed, guidance, shown_path, prefix, dtype)
         command, python = repeat_command(*what), repeat_python(*what)
         for shown in work.steps(draw(pipe, label, seed, guidance, photo, prefix if photo else 0)):
             yield shown.picture, shown.strip, shown.tokens, command, python

@@ -199,6 +199,7 @@ class DrawnImages:
             "steps": self.num_steps,
             "rows": self.rows,
             "device": self.pipeline.device.type,
+            "dtype": str(self.pipeline.tokenizer.dtype).removeprefix("torch."),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         } | self.options
 
