@@ -158,17 +158,16 @@ def preview_html(image: Image.Image, caption: str) -> str:
 
 
 def repeat_command(
-    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype = "float32"
+    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype | None = None
 ) -> str:
     """The `dar sample` that draws the same image."""
     options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed, "guidance": guidance}
     layout = {} if photo is None or prefix == 0 else {"layout": photo, "prefix": prefix}
-    precision = {} if dtype == "float32" else {"dtype": dtype}
-    return command_line("sample", options | layout | precision | {"output": "runs/drawn"})
+    return command_line("sample", options | layout | {"dtype": dtype, "output": "runs/drawn"})
 
 
 def repeat_python(
-    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype = "float32"
+    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype | None = None
 ) -> str:
     """The lines of Python that draw the same image."""
     kept = ""
@@ -176,7 +175,7 @@ def repeat_python(
     if photo is not None and prefix:
         lines.append("from dar_lightning.demo import read_photo, tokenize")
         kept = ", prefix=kept"
-    cast = "" if dtype == "float32" else f".to(torch.{dtype})"
+    cast = "" if dtype is None else f".to(torch.{dtype})"
     pipe = f"pipe = DARPipeline.from_pretrained({pipeline!r}){cast}"
     lines += ["from dar_lightning.drawing import image_seed", "", pipe]
     if kept:

@@ -6,7 +6,17 @@ import torch
 
 from dar_lightning.errors import UserError
 
-Dtype = Literal["float32", "bfloat16"]  # of weights, as torch calls them
+Dtype = Literal["float32", "bfloat16"]  # of weights, by torch's name
+
+
+def torch_dtype(name: Dtype | None) -> torch.dtype | None:
+    """The dtype of that name; None, which leaves weights as they are stored, stays None."""
+    return None if name is None else getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, without torch's."""
+    return str(dtype).removeprefix("torch.")
 
 
 def round_convolutions_as_products() -> None:

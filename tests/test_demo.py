@@ -22,6 +22,7 @@ from dar_lightning.demo import (
     repeat_python,
     tokens_html,
 )
+from dar_lightning.devices import torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 
@@ -49,9 +50,9 @@ def small(image: Image.Image) -> np.ndarray:
     return np.asarray(image)[::factor, ::factor].astype(int)
 
 
-@pytest.mark.parametrize(("prefix", "dtype"), [(0, "float32"), (3, "float32"), (3, "bfloat16")])
+@pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, None), (3, "bfloat16")])
 def test_the_page_draws_what_the_commands_that_it_offers_draw(folder, photo, tmp_path, prefix, dtype):
-    pipe = DARPipeline.from_pretrained(folder).to(getattr(torch, dtype))
+    pipe = DARPipeline.from_pretrained(folder).to(dtype=torch_dtype(dtype))
     shown = list(draw(pipe, 2, 7, 3.0, read_photo(photo, 1), prefix))
     assert [state.strip.count("<img") for state in shown] == [1, 2, 3, 4]
     assert len({state.picture.tobytes() for state in shown}) == GROUPS

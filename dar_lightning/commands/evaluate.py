@@ -8,7 +8,7 @@ import torch
 
 from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.compilation import compile_blocks
-from dar_lightning.devices import Dtype, choose_device
+from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.distribution import distribution_figures
 from dar_lightning.metrics.drawn import drawn_facts, read_drawn
@@ -44,7 +44,7 @@ def evaluate(
     allow_duplicates: bool = False,
     batch_size: int = 64,
     device: str = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     compile: bool = False,
 ) -> dict[str, Any]:
     """Measure samples against a reference and write every figure with its protocol.
@@ -76,7 +76,8 @@ def evaluate(
         batch_size: images at a time, but for those that a pipeline draws; the figures depend on it no more than the
             network's features do, by rounding.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights of a pipeline, which draws; the feature network always computes in float32.
+        dtype: of the weights of a pipeline, which draws: float32 or bfloat16; None: as stored. The feature network
+            always computes in float32.
         compile: torch.compile the pixel decoder of a pipeline; on a CPU this needs a C++ compiler.
 
     Returns:
@@ -109,7 +110,7 @@ def evaluate(
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
         count = len(reference_set) if num_samples is None else num_samples
-        pipeline = DARPipeline.from_pretrained(folder).to(place, getattr(torch, dtype))
+        pipeline = DARPipeline.from_pretrained(folder).to(device=place, dtype=torch_dtype(dtype))
         if compile:
             compile_blocks(pipeline.tokenizer.decoder)
         noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}

@@ -7,7 +7,7 @@ import torch
 
 from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_float, to_uint8
-from dar_lightning.devices import Dtype, choose_device
+from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
 from dar_lightning.files import write_text
@@ -30,7 +30,7 @@ def reconstruct(
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     compile: bool = False,
 ) -> None:
     """Encode and decode all images of some shards; write figures and pictures.
@@ -48,13 +48,13 @@ def reconstruct(
         batch_size: images at a time.
         seed: of the noise that decoding starts from.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
+        dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
         compile: torch.compile encoder and pixel decoder; on a CPU this needs a C++ compiler.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
     place = choose_device(device)
-    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(place, getattr(torch, dtype))
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(device=place, dtype=torch_dtype(dtype))
     if compile:
         compile_blocks(model.encoder, model.decoder)
     images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
@@ -89,7 +89,7 @@ def reconstruct(
             "solver": solver,
             "num_steps": num_steps or model.config.num_groups,
             "seed": seed,
-            "dtype": dtype,
+            "dtype": dtype_name(model.dtype),
             "compile": compile,
             "tokenizer": fingerprint(model),
             "ema": {"tokenizer": model.averaged},

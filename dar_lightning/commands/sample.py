@@ -16,7 +16,7 @@ from dar_lightning.ar.sampling import Guidance, read_guidance
 from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
-from dar_lightning.devices import Dtype, choose_device
+from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
 from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
@@ -52,7 +52,7 @@ def sample(
     prefix: str | int | None = None,
     batch_size: int = 32,
     device: str = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     compile: bool = False,
 ) -> None:
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
@@ -84,11 +84,11 @@ def sample(
             group.
         batch_size: images at a time.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
+        dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
-    pipe = open_pipeline(pipeline, tokenizer, ar).to(place, getattr(torch, dtype))
+    pipe = open_pipeline(pipeline, tokenizer, ar).to(device=place, dtype=torch_dtype(dtype))
     if compile:
         compile_blocks(pipe.tokenizer.decoder)
     config = pipe.tokenizer.config
@@ -127,6 +127,7 @@ def sample(
     ]
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
     weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}
+    precision = {"dtype": dtype_name(pipe.tokenizer.dtype), "compile": compile}
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -136,7 +137,7 @@ def sample(
         if job.number == start and len(strips) < len(labels):
             strips.append(drawn.previews)
         about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | {"token_draws": races.METHOD, "dtype": dtype, "compile": compile, "weights": weights}
+        about |= options | {"token_draws": races.METHOD, "weights": weights} | precision
         about |= {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
@@ -158,15 +159,19 @@ def sample(
     given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
     given |= {"layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
-    given |= {"dtype": dtype, "compile": compile}
-    record = given | {
-        "token_draws": races.METHOD,
-        "weights": weights,
-        "ema": pipe.averaged,
-        "steps": config.num_groups if num_steps is None else num_steps,
-        "classes": rows,
-        "command": command_line("sample", given | {"output": output}),
-    }
+    given |= {"dtype": dtype, "compile": compile or None}
+    record = (
+        given
+        | precision
+        | {
+            "token_draws": races.METHOD,
+            "weights": weights,
+            "ema": pipe.averaged,
+            "steps": config.num_groups if num_steps is None else num_steps,
+            "classes": rows,
+            "command": command_line("sample", given | {"output": output}),
+        }
+    )
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256 if layout is not None else None
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None

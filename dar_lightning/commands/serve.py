@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dar_lightning.demo import Work, draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
-from dar_lightning.devices import Dtype, choose_device
+from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
 
@@ -31,7 +29,7 @@ def serve(
     max_queue: int = 8,
     max_upload_mb: float = 10,
     device: str = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
 ) -> None:
     """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
 
@@ -45,7 +43,7 @@ def serve(
         max_queue: visitors who may wait; pictures are drawn one at a time.
         max_upload_mb: largest photo, in MB.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights: bfloat16 halves their memory and rounds more, so that some tokens are others.
+        dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
     """
     try:
         import gradio
@@ -54,9 +52,9 @@ def serve(
     for name, value in (("max_queue", max_queue), ("max_upload_mb", max_upload_mb)):
         if value <= 0:
             raise UserError(f"{name} is {value}: it must be positive")
-    pipe = DARPipeline.from_pretrained(pipeline).to(choose_device(device), getattr(torch, dtype))
+    pipe = DARPipeline.from_pretrained(pipeline).to(device=choose_device(device), dtype=torch_dtype(dtype))
     work = Work()
-    page = build_page(gradio, pipe, pipeline, max_upload_mb, work)
+    page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     try:
@@ -80,7 +78,7 @@ def serve(
         signal.signal(signal.SIGTERM, before)
 
 
-def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work):
+def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work, dtype: Dtype | None = None):
     """The page, as gradio.Blocks.
 
     Args:
@@ -89,8 +87,9 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         name: how the pipeline was called, for the code that repeats a picture.
         max_upload_mb: largest photo, in MB.
         work: where it draws.
+        dtype: what its weights were cast to, for the same code.
     """
-    config, dtype = pipe.tokenizer.config, str(pipe.tokenizer.dtype).removeprefix("torch.")
+    config = pipe.tokenizer.config
     labels = list(pipe.classes) or [str(label) for label in range(pipe.ar.config.num_classes)]
 
     def photo_input(**options):

@@ -89,6 +89,16 @@ def test_evaluate(pipeline, photos, tmp_path, compiled):
     assert {name: samples[name] for name in expected} == expected
 
 
+def test_weights_stay_as_they_are_stored(pipeline, tmp_path):
+    cast(pipeline).save_pretrained(tmp_path / "half")
+    sample.sample(str(tmp_path / "drawn"), str(tmp_path / "half"), per_class=1)
+    sample.sample(str(tmp_path / "exact"), str(tmp_path / "half"), per_class=1, dtype="float32")
+    drawn, exact = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("drawn", "exact"))
+    assert (drawn["dtype"], exact["dtype"]) == ("bfloat16", "float32")
+    assert drawn["weights"] == exact["weights"], "of the same values"
+    assert "--dtype" not in drawn["command"]
+
+
 def test_another_dtype_is_one_line(pipeline, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["sample", "--pipeline", pipeline, "--dtype", "float16", "--output", str(tmp_path / "drawn")])
