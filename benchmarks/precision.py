@@ -98,7 +98,7 @@ def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict[str, dict
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=64, help="photos for fruit64; v1 and B see an eighth of them")
+    parser.add_argument("--images", type=int, default=64, help="photos for fruit64; v1 and B see a sixteenth of them")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/precision.json")
     arguments = parser.parse_args()
     result = {"what": "lower precision against float32", "machine": describe(torch.device("cpu")), "rows": {}}
@@ -111,7 +111,7 @@ def main() -> None:
     random = DARPipeline(
         filled(SequentialDiffusionTokenizer(TokenizerConfig.preset("v1"))), filled(ARModel(ARConfig.preset("B")))
     )
-    few = max(1, arguments.images // 8)
+    few = max(1, arguments.images // 16)
     large = F.interpolate(images[:few], size=256, mode="bicubic").clamp(-1, 1)
     result["rows"]["v1 and B, random weights"] = compare(random, large, labels[:few])
     print(json.dumps(result["rows"], indent=2))

@@ -13,6 +13,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing():
     try:
         assert call([sys.executable, "-c", HANG_UP]) == (0, 0)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert call([sys.executable, "-c", HANG_UP]) == (-signal.SIGHUP, signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert call([sys.executable, "-c", HANG_UP]) == (-signal.SIGHUP, signal.SIGHUP)

@@ -1,6 +1,7 @@
 """`dar serve` in a process of its own, as a person starts it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def served(folder: Path) -> Iterator[Served]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log, files = folder / "log", folder / "files"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may have been told to ignore it
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dar_lightning", "serve", f"--port={port}"],

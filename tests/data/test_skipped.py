@@ -107,28 +107,40 @@ finally:
 """
 
 
+def run_on_two_ranks(folder: Path, options: dict) -> subprocess.CompletedProcess:
+    """Train on folder/data; folder/seen.0 and folder/seen.1 get the indices of each rank's batches, a line each."""
+    (folder / "run.py").write_text(SCRIPT)
+    command = [sys.executable, folder / "run.py", folder / "data", folder / "seen", json.dumps(options)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> list[list[int]]:
+    """What rank 1 sees in seven steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "data").mkdir()
+    write(folder / "data", 40, bad=set())
+    done = run_on_two_ranks(folder, {"max_steps": 7})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "seen.1").read_text().splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"max_steps": 7}, {"max_epochs": 2, "limit_train_batches": 3, "accumulate_grad_batches": 2}], ids=str
+    ("options", "batches"),
+    [({"max_steps": 7}, 7), ({"max_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 2}, 3)],
+    ids=["steps", "batches"],
 )
-def test_what_comes_after_the_last_comparison_counts(tmp_path, options):
+def test_what_comes_after_the_last_comparison_counts(tmp_path, seen, options, batches):
     """One sample of the last batch of a limited run is bad, on rank 1; both ranks end, and rank 0 says why."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+    assert len(seen) == 7
+    bad = seen[batches - 1][0]
     (tmp_path / "data").mkdir()
-    command = [sys.executable, str(script), str(tmp_path / "data"), str(tmp_path / "seen"), json.dumps(options)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-
-    def run() -> subprocess.CompletedProcess:
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-    write(tmp_path / "data", 40, bad=set())
-    assert (done := run()).returncode == 0, done.stderr
-    last = json.loads((tmp_path / "seen.1").read_text().splitlines()[-1])
-    write(tmp_path / "data", 40, bad={last[0]})
-    done = run()
+    write(tmp_path / "data", 40, bad={bad})
+    done = run_on_two_ranks(tmp_path, options)
     assert done.returncode == 1, done.stderr
     assert (
         f"UserError: data.train: 1 of 40 samples cannot be used (2.50%, max_bad_share is 1.00%), the first is 0.tar/"
-        f"photo-{last[0]:03d}: " in done.stderr
+        f"photo-{bad:03d}: " in done.stderr
     )
