@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.machine import ROOT, synchronize
 from benchmarks.rows import ROWS, Setting
+from dar_lightning.devices import dtype_name
 
 
 def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> dict:
@@ -28,7 +29,7 @@ def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> di
     """
     row = ROWS[name]
     result = {"row": name, "size": setting.size, "batch": setting.batch}
-    result |= {"dtype": str(setting.dtype).removeprefix("torch."), "compile": setting.compile}
+    result |= {"dtype": dtype_name(setting.dtype), "compile": setting.compile}
     images, flops = row.images(setting), row.flops(setting)
     if flops is not None:
         result["gflop_per_image"] = round(flops / 1e9, 3)

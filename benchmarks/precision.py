@@ -1,12 +1,14 @@
-"""What lower precision changes: codes, logits and pixels against float32, with weights and photos that ship.
+"""What lower precision changes: codes, logits and pixels against float32, with trained weights and real photos.
 
-python -m benchmarks.precision [--images 64] [--output benchmarks/results/precision.json]
+python -m benchmarks.precision [--pipelines fruit64] [--images 64] [--output benchmarks/results/precision.json]
 
-"tf32" is what an NVIDIA GPU makes of float32 when it is allowed to: both factors of every product rounded to 10 bits of
-mantissa, products and sums in float32. It is computed here by rounding them, on any device.
+"tf32" is a model of what NVIDIA GPUs make of float32 when they are allowed to: the factors of products and convolutions
+are rounded to 10 bits of mantissa, here to the nearest, and summed in float32. Fused attention stays exact, as theirs
+nearly does.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.clock import filled
 from benchmarks.machine import ROOT, describe
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.data.transforms import to_float
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.devices import dtype_name
 from dar_lightning.files import write_text
 from dar_lightning.metrics.images import ShardImages
 
@@ -35,27 +38,12 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 class TF32(TorchFunctionMode):
-    """Rounds the factors of products, convolutions and attention."""
+    """Rounds the factors of matrix products and convolutions."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
         if function in PRODUCTS:  # a bias, third, is added and not multiplied
             args = (*map(round_to_tf32, args[:2]), *args[2:])
-        return function(*args, **kwargs)
-
-    @staticmethod
-    def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False, **others):
-        """Softmax attention by its formula, the attention weights rounded as well."""
-        if others or enable_gqa:
-            raise NotImplementedError(f"attention with {others}, enable_gqa={enable_gqa}")
-        scores = round_to_tf32(q) @ round_to_tf32(k).mT / q.shape[-1] ** 0.5
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        return round_to_tf32(scores.softmax(dim=-1)) @ round_to_tf32(v)
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -72,7 +60,7 @@ def outputs(pipe: DARPipeline, images: Tensor, codes: Tensor, labels: Tensor, no
 def differences(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Shares that agree, and errors relative to the exact values' norm."""
     likeliest = [found["logits"].argmax(dim=-1) for found in (ours, exact)]
-    rounded = [(found["pixels"].clamp(-1, 1) * 127.5).round() for found in (ours, exact)]
+    rounded = [to_uint8(found["pixels"]) for found in (ours, exact)]
     return {
         "codes_agree": (ours["codes"] == exact["codes"]).double().mean().item(),
         "likeliest_token_agrees": (likeliest[0] == likeliest[1]).double().mean().item(),
@@ -82,38 +70,44 @@ def differences(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict:
     """Both precisions against float32, in which the codes that logits and pixels start from are found."""
-    pipe.ar.eval()
-    pipe.tokenizer.eval()
+    stored = dtype_name(pipe.tokenizer.dtype)
+    exact_pipe, half = (copy.deepcopy(pipe).to(dtype) for dtype in (torch.float32, torch.bfloat16))
     noise = pipe.tokenizer.draw_noise(len(images), torch.Generator().manual_seed(0))
-    codes = pipe.tokenizer.tokenize(images)
-    exact = outputs(pipe, images, codes, labels, noise)
+    codes = exact_pipe.tokenizer.tokenize(images)
+    given = (images, codes, labels, noise)
+    exact = outputs(exact_pipe, *given)
     with TF32():
-        found = {"tf32": differences(outputs(pipe, images, codes, labels, noise), exact)}
-    pipe.to(torch.bfloat16)
-    return found | {"bfloat16": differences(outputs(pipe, images, codes, labels, noise), exact)}
+        rounded = outputs(exact_pipe, *given)
+    found = {"images": len(images), "weights_stored_in": stored}
+    return found | {"tf32": differences(rounded, exact), "bfloat16": differences(outputs(half, *given), exact)}
+
+
+def random_pipeline() -> DARPipeline:
+    """v1 and B at full size."""
+    torch.manual_seed(0)
+    tokenizer = filled(SequentialDiffusionTokenizer(TokenizerConfig.preset("v1")))
+    return DARPipeline(tokenizer.eval(), filled(ARModel(ARConfig.preset("B"))).eval())
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=64, help="photos for fruit64; v1 and B see a sixteenth of them")
+    parser.add_argument("--pipelines", nargs="+", default=["fruit64"], help="of 64x64 pixels and fruit64's classes")
+    parser.add_argument("--images", type=int, default=64, help="validation photos; v1 and B see a sixteenth of them")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/precision.json")
     arguments = parser.parse_args()
-    result = {"what": "lower precision against float32", "machine": describe(torch.device("cpu")), "rows": {}}
-
-    pixels, labels = next(ShardImages(str(ROOT / "data/fruit64/val"), "val", 64).batches(arguments.images))
+    data = "data/fruit64/val"
+    result = {"what": "lower precision against float32", "machine": describe(torch.device("cpu"))}
+    result |= {"data": data, "noise_seed": 0, "rows": {}}
+    pixels, labels = next(ShardImages(str(ROOT / data), "val", 64).batches(arguments.images))
     images = to_float(pixels)
-    shipped = DARPipeline.from_pretrained("fruit64").to(torch.float32)
-    result["rows"]["fruit64, shipped weights"] = compare(shipped, images, labels)
-    torch.manual_seed(0)
-    random = DARPipeline(
-        filled(SequentialDiffusionTokenizer(TokenizerConfig.preset("v1"))), filled(ARModel(ARConfig.preset("B")))
-    )
+    for name in arguments.pipelines:
+        result["rows"][name] = compare(DARPipeline.from_pretrained(name), images, labels)
     few = max(1, arguments.images // 16)
     large = F.interpolate(images[:few], size=256, mode="bicubic").clamp(-1, 1)
-    result["rows"]["v1 and B, random weights"] = compare(random, large, labels[:few])
+    result["rows"]["v1 and B, random weights, enlarged photos"] = compare(random_pipeline(), large, labels[:few])
     print(json.dumps(result["rows"], indent=2))
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 

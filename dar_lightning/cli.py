@@ -102,6 +102,8 @@ def run_function(verb: str, options: list[str]) -> None:
 
     module, name = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
+    if "torch" in sys.modules:  # importing it takes longer than some verbs
+        importlib.import_module("dar_lightning.devices").round_convolutions_as_products()
     parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
     if verb in POSITIONAL and options and not options[0].startswith("-"):
         options = [f"--{POSITIONAL[verb]}={options[0]}", *options[1:]]

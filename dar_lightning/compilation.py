@@ -1,6 +1,12 @@
 """torch.compile, block by block."""
 
+import os
+import shutil
+
+import torch
 from torch import nn
+
+from dar_lightning.errors import UserError
 
 
 def compile_blocks(*parts: nn.Module, mode: str | None = None) -> None:
@@ -16,3 +22,14 @@ def compile_blocks(*parts: nn.Module, mode: str | None = None) -> None:
     for part in parts:
         for block in part.blocks:
             block.compile(mode=mode)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Torch needs a C++ compiler for code on a CPU, and says so only when the code runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")

@@ -20,15 +20,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def round_convolutions_as_products() -> None:
-    """Let float32 convolutions on NVIDIA GPUs round to TF32 where matrix products do, and nowhere else.
+    """Let float32 convolutions on NVIDIA GPUs round to TF32's 10 bits where matrix products do, and nowhere else.
 
-    Torch alone rounds them always, unlike products: patches, codes and features would be off by 10 bits of mantissa.
+    Torch alone rounds convolutions always and products never. A setting of the process, which every `dar` begins with.
     """
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that a user named; its convolutions are made as exact as its matrix products.
+    """The device that a user named.
 
     Args:
         name: auto (an NVIDIA or AMD GPU if there is one, else the CPU), cpu, cuda, cuda:N, mps, or gpu: cuda or mps,
@@ -37,7 +37,6 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: the name is none of these, or this machine has no such device.
     """
-    round_convolutions_as_products()
     gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     if name in ("auto", "gpu"):
         if name == "gpu" and gpu is None:

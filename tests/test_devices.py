@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dar_lightning.cli import main
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 
@@ -52,5 +53,6 @@ def test_what_is_not(monkeypatch, gpus, name, says):
 def test_convolutions_are_as_exact_as_products(monkeypatch, products, convolutions):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not convolutions)
-    choose_device("cpu")
+    with pytest.raises(SystemExit):
+        main(["sample", "--output", "x"])  # a mistake, found when the process has been set up
     assert torch.backends.cudnn.allow_tf32 == convolutions

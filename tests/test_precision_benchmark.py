@@ -1,13 +1,20 @@
 """benchmarks/precision.py: TF32 by its definition, and that its figures are those of models rounded by hand."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import make_pipeline
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.precision import TF32, compare, round_to_tf32
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_rounding_keeps_ten_bits_of_mantissa():
@@ -22,35 +29,47 @@ def test_rounding_keeps_ten_bits_of_mantissa():
     assert round_to_tf32(values.bfloat16()).dtype == torch.bfloat16
 
 
-def test_factors_are_rounded_and_what_is_added_is_not():
-    torch.manual_seed(0)
-    layer, x = nn.Linear(16, 8), torch.randn(4, 16)
-    factors = (round_to_tf32(x).double() @ round_to_tf32(layer.weight).double().T).float()
-    with TF32(), torch.no_grad():
-        assert torch.allclose(layer(x), factors + layer.bias, rtol=0, atol=1e-6)
-        assert torch.allclose(x @ layer.weight.T, factors, rtol=0, atol=1e-6)
-        assert not torch.allclose(x @ layer.weight.T, F.linear(x.double(), layer.weight.double()).float(), atol=1e-5)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_torchs_where_rounding_changes_little(causal):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 5, 8)
-    mask = None if causal else torch.rand(5, 5).lt(0.7) | torch.eye(5, dtype=torch.bool)
-    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+@pytest.mark.parametrize("product", [F.linear, F.conv2d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__])
+def test_factors_are_rounded_and_what_is_added_is_not(product):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {F.linear: ((4, 16), (8, 16)), F.conv2d: ((2, 3, 8, 8), (5, 3, 4, 4)), torch.bmm: ((2, 3, 4), (2, 4, 5))}
+    x, weight = (torch.randn(shape, generator=generator) for shape in shapes.get(product, ((3, 4), (4, 5))))
+    bias = [torch.randn(len(weight), generator=generator)] if product in (F.linear, F.conv2d) else []
+    rounded = [round_to_tf32(factor).double() for factor in (x, weight)]
+    expected = product(*rounded, *(each.double() for each in bias)).float()
     with TF32():
-        rounded = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    error = (rounded - exact).abs().max()
-    assert 1e-5 < error < 3e-3
+        found = product(x, weight, *bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    assert (found - product(x, weight, *bias)).abs().max() > 1e-4, "rounding shows"
+
+
+def test_a_layer_is_caught_and_attention_left_exact():
+    torch.manual_seed(0)
+    layer, x, (q, k, v) = nn.Linear(16, 8), torch.randn(4, 16), torch.randn(3, 2, 4, 5, 8)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with TF32(), torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
+    assert not torch.equal(layer(x), F.linear(round_to_tf32(x), round_to_tf32(layer.weight), layer.bias))
 
 
 def test_figures():
     pipe = make_pipeline()
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = compare(pipe, images, torch.tensor([0, 1, 2]))
+    assert (found["images"], found["weights_stored_in"]) == (3, "float32")
     half = make_pipeline().to(torch.bfloat16).tokenizer.tokenize(images)
     agree = (half == make_pipeline().tokenizer.tokenize(images)).double().mean().item()
     assert found["bfloat16"]["codes_agree"] == agree
     for name in ("logits_error", "pixels_error"):
         assert 0 < found["tf32"][name] < found["bfloat16"][name] < 0.1
-    assert all(0 < found[name]["pixels_of_8_bits_agree"] <= 1 for name in found)
+    assert all(0 < found[name]["pixels_of_8_bits_agree"] <= 1 for name in ("tf32", "bfloat16"))
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.precision", "--images", "2", "--output", tmp_path / "precision.json"]
+    subprocess.run(words, check=True, cwd=ROOT, capture_output=True, timeout=300)
+    rows = json.loads((tmp_path / "precision.json").read_text())["rows"]
+    assert [row["images"] for row in rows.values()] == [2, 1]
+    assert rows["fruit64"]["bfloat16"]["pixels_error"] > 0

@@ -132,6 +132,13 @@ class ARModel(nn.Module, PretrainedMixin):
             tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
         return tables
 
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `cuda` and the like go through: they cast weights, but leave RoPE's table its float32."""
+        super()._apply(fn, recurse)
+        if not self.rotary.is_meta:
+            self.rotary = self.tables()["rotary"].to(self.rotary.device)
+        return self
+
     @property
     def null_class(self) -> int:
         """The label that means "no class"."""

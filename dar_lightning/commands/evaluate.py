@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from dar_lightning.ar.sampling import Guidance, read_guidance
-from dar_lightning.compilation import compile_blocks
-from dar_lightning.devices import Dtype, choose_device, torch_dtype
+from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.distribution import distribution_figures
 from dar_lightning.metrics.drawn import drawn_facts, read_drawn
@@ -44,8 +43,6 @@ def evaluate(
     allow_duplicates: bool = False,
     batch_size: int = 64,
     device: str = "auto",
-    dtype: Dtype | None = None,
-    compile: bool = False,
 ) -> dict[str, Any]:
     """Measure samples against a reference and write every figure with its protocol.
 
@@ -76,9 +73,6 @@ def evaluate(
         batch_size: images at a time, but for those that a pipeline draws; the figures depend on it no more than the
             network's features do, by rounding.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: of the weights of a pipeline, which draws: float32 or bfloat16; None: as stored. The feature network
-            always computes in float32.
-        compile: torch.compile the pixel decoder of a pipeline; on a CPU this needs a C++ compiler.
 
     Returns:
         What was written: {"metrics": {name: value}, "protocol": {...}}.
@@ -110,12 +104,9 @@ def evaluate(
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
         count = len(reference_set) if num_samples is None else num_samples
-        pipeline = DARPipeline.from_pretrained(folder).to(device=place, dtype=torch_dtype(dtype))
-        if compile:
-            compile_blocks(pipeline.tokenizer.decoder)
+        pipeline = DARPipeline.from_pretrained(folder).to(place)
         noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
-        sample_facts = {"pipeline": samples, "compile": compile}
-        sample_facts |= {"checkpoint": noted["checkpoint"]} if "checkpoint" in noted else {}
+        sample_facts = {"pipeline": samples} | {name: noted[name] for name in ("checkpoint",) if name in noted}
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
         sample_set, sample_facts = open_images(samples, "--samples", image_size), {}

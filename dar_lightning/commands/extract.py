@@ -20,7 +20,6 @@ from dar_lightning.data.skipped import Bad, Skipped, check_share
 from dar_lightning.data.stream import Loader
 from dar_lightning.data.token_shards import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
-from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -116,7 +115,6 @@ def extract(
         skipped.add(Bad(*line.partition(": ")[::2]) for line in lines)
     skipped.check()
     about = made_by | {"tokenizer_config": model.config.to_dict()}
-    round_convolutions_as_products()
     try:
         trainer = L.Trainer(
             accelerator=accelerator,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dar_lightning.compilation import compile_blocks
+from dar_lightning.compilation import check_compiler, compile_blocks
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
@@ -54,8 +54,11 @@ def reconstruct(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
     place = choose_device(device)
-    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).to(device=place, dtype=torch_dtype(dtype))
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
+    weights = fingerprint(model)  # as they are stored
+    model.to(device=place, dtype=torch_dtype(dtype))
     if compile:
+        check_compiler(place)
         compile_blocks(model.encoder, model.decoder)
     images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
     if num_shown < 1:
@@ -91,7 +94,7 @@ def reconstruct(
             "seed": seed,
             "dtype": dtype_name(model.dtype),
             "compile": compile,
-            "tokenizer": fingerprint(model),
+            "tokenizer": weights,
             "ema": {"tokenizer": model.averaged},
         },
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dar_lightning.ar import races
 from dar_lightning.ar.sampling import Guidance, read_guidance
-from dar_lightning.compilation import compile_blocks
+from dar_lightning.compilation import check_compiler, compile_blocks
 from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
@@ -88,8 +88,11 @@ def sample(
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
-    pipe = open_pipeline(pipeline, tokenizer, ar).to(device=place, dtype=torch_dtype(dtype))
+    pipe = open_pipeline(pipeline, tokenizer, ar)
+    weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}  # as they are stored
+    pipe.to(device=place, dtype=torch_dtype(dtype))
     if compile:
+        check_compiler(place)
         compile_blocks(pipe.tokenizer.decoder)
     config = pipe.tokenizer.config
     names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
@@ -126,8 +129,8 @@ def sample(
         for number in range(start, start + per_class)
     ]
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
-    weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}
-    precision = {"dtype": dtype_name(pipe.tokenizer.dtype), "compile": compile}
+    dtypes = {"tokenizer": dtype_name(pipe.tokenizer.dtype), "ar": dtype_name(pipe.ar.head.weight.dtype)}
+    precision = {"dtype": dtypes, "compile": compile}
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dar_lightning.ar import races
 from dar_lightning.ar.sampling import Guidance
+from dar_lightning.devices import dtype_name
 from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
@@ -91,7 +92,7 @@ class GenerationModule(LightningModule):
             **options,
             "num_tokens": self.tokenizer.schedule.tokens_for_groups(self.options["groups"]),
             "rows": self.rows,
-            "dtype": str(self.tokenizer.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.tokenizer.dtype),
         }
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -18,7 +18,6 @@ from dar_lightning.data.decode import BadSample
 from dar_lightning.data.shard_dataset import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
-from dar_lightning.devices import dtype_name
 from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
@@ -200,7 +199,6 @@ class DrawnImages:
             "steps": self.num_steps,
             "rows": self.rows,
             "device": self.pipeline.device.type,
-            "dtype": dtype_name(self.pipeline.tokenizer.dtype),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         } | self.options
 

@@ -34,6 +34,16 @@ LABELS = torch.tensor([0, 3, 4])
 # ---- the model
 
 
+def test_a_cast_leaves_the_angles_of_positions_exact(ar):
+    channels = ar.config.dim // ar.config.num_heads
+    angles = torch.arange(12)[:, None] * 10000.0 ** (-torch.arange(0, channels, 2).double() / channels)
+    expected = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    for cast in (copy.deepcopy(ar).to(torch.bfloat16), copy.deepcopy(ar).half().float(), copy.deepcopy(ar).double()):
+        assert cast.rotary.dtype == torch.float32
+        torch.testing.assert_close(cast.rotary.double(), expected, rtol=0, atol=1e-6)
+    assert copy.deepcopy(ar).to(device="meta").rotary.is_meta
+
+
 def test_a_token_changes_nothing_before_it(ar):
     """Bit for bit: logits i predict token i and read only those before."""
     codes = torch.randint(24, (1, 12), generator=torch.Generator().manual_seed(0))

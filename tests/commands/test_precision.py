@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 from tiny_models import make_pipeline, picture, write_images
 
 from dar_lightning.cli import main
-from dar_lightning.commands import evaluate, reconstruct, sample
+from dar_lightning.commands import reconstruct, sample
+from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.drawing import image_seed
-from dar_lightning.metrics.images import DrawnImages
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.seeding import image_generator
+from dar_lightning.weights import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def photos(tmp_path_factory) -> str:
 def compiled(monkeypatch) -> list:
     """The modules that the commands have compiled; that compiled blocks compute the same is tested in tests/lit."""
     parts: list = []
-    for command in (sample, reconstruct, evaluate):
+    for command in (sample, reconstruct):
         monkeypatch.setattr(command, "compile_blocks", lambda *given: parts.extend(given))
     return parts
 
@@ -51,7 +53,9 @@ def test_sample(pipeline, tmp_path, compiled):
     with np.load(tmp_path / "drawn/samples.npz") as drawn:
         assert np.array_equal(drawn["arr_0"], to_uint8(images).permute(0, 2, 3, 1).numpy())
     record = json.loads((tmp_path / "drawn/samples.json").read_text())
-    assert (record["dtype"], record["compile"]) == ("bfloat16", True)
+    assert (record["dtype"], record["compile"]) == (dict.fromkeys(("tokenizer", "ar"), "bfloat16"), True)
+    stored = DARPipeline.from_pretrained(pipeline)
+    assert record["weights"] == {"tokenizer": fingerprint(stored.tokenizer), "ar": fingerprint(stored.ar)}
     main([*shlex.split(record["command"])[1:-1], str(tmp_path / "again")])
     assert len(compiled) == 2
     again = json.loads((tmp_path / "again/samples.json").read_text())
@@ -78,25 +82,39 @@ def test_reconstruct(pipeline, photos, tmp_path, compiled):
     assert (result["protocol"]["dtype"], result["protocol"]["compile"]) == ("bfloat16", True)
 
 
-def test_evaluate(pipeline, photos, tmp_path, compiled):
-    words = ["evaluate", "--samples", pipeline, "--reference", photos, "--features", "color_edges", "--seed", "5"]
-    words += ["--num_samples", "6", "--dtype", "bfloat16", "--compile", "true"]
-    main([*words, "--output", str(tmp_path / "figures.json")])
-    assert [type(part).__name__ for part in compiled] == ["PixelDecoder"]
-    samples = json.loads((tmp_path / "figures.json").read_text())["protocol"]["samples"]
-    assert (samples["dtype"], samples["compile"]) == ("bfloat16", True)
-    expected = DrawnImages(cast(pipeline), 6, seed=5).protocol
-    assert {name: samples[name] for name in expected} == expected
-
-
 def test_weights_stay_as_they_are_stored(pipeline, tmp_path):
     cast(pipeline).save_pretrained(tmp_path / "half")
-    sample.sample(str(tmp_path / "drawn"), str(tmp_path / "half"), per_class=1)
-    sample.sample(str(tmp_path / "exact"), str(tmp_path / "half"), per_class=1, dtype="float32")
-    drawn, exact = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("drawn", "exact"))
-    assert (drawn["dtype"], exact["dtype"]) == ("bfloat16", "float32")
-    assert drawn["weights"] == exact["weights"], "of the same values"
+    dtypes = {"drawn": None, "same": "bfloat16", "exact": "float32"}
+    for name, dtype in dtypes.items():
+        sample.sample(str(tmp_path / name), str(tmp_path / "half"), per_class=4, dtype=dtype)
+    drawn, same, exact = (json.loads((tmp_path / name / "samples.json").read_text()) for name in dtypes)
+    assert [record["dtype"]["ar"] for record in (drawn, same, exact)] == ["bfloat16", "bfloat16", "float32"]
+    assert drawn["pixels_sha256"] == same["pixels_sha256"] != exact["pixels_sha256"]
+    assert drawn["weights"] == exact["weights"]
     assert "--dtype" not in drawn["command"]
+
+
+def test_compiling_without_a_compiler_is_one_line(pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--pipeline", pipeline, "--compile", "true", "--output", str(tmp_path / "drawn")])
+    assert stop.value.code == 2
+    assert "compile: on a CPU this needs a C++ compiler, and there is no no-such-compiler" in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_decoder_draws_the_same(pipeline):
+    """In batches of several sizes, each of whose groups brings other shapes."""
+    plain, compiled = DARPipeline.from_pretrained(pipeline), DARPipeline.from_pretrained(pipeline)
+    compile_blocks(compiled.tokenizer.decoder)
+    for count in (3, 1):
+        labels = torch.arange(count)
+        images = [pipe.generate(labels, generator=torch.Generator().manual_seed(0)) for pipe in (plain, compiled)]
+        torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+    assert all(block._compiled_call_impl is not None for block in compiled.tokenizer.decoder.blocks)
 
 
 def test_another_dtype_is_one_line(pipeline, tmp_path, capsys):
