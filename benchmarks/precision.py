@@ -38,10 +38,11 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 class TF32(TorchFunctionMode):
-    """Rounds the factors of matrix products and convolutions."""
+    """Rounds the factors of matrix products and convolutions, where the process allows it as for a GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in PRODUCTS:  # a bias, third, is added and not multiplied
+        allowed = torch.get_float32_matmul_precision() != "highest"
+        if allowed and function in PRODUCTS:  # a bias, third, is added and not multiplied
             args = (*map(round_to_tf32, args[:2]), *args[2:])
         return function(*args, **(kwargs or {}))
 
@@ -78,8 +79,10 @@ def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict:
     codes = exact_pipe.tokenizer.tokenize(images)
     given = (images, codes, labels, noise)
     exact = outputs(exact_pipe, *given)
+    torch.set_float32_matmul_precision("high")
     with TF32():
         rounded = outputs(exact_pipe, *given)
+    torch.set_float32_matmul_precision("highest")
     found = {"images": len(images), "weights_stored_in": stored}
     return found | {"tf32": differences(rounded, exact), "bfloat16": differences(outputs(half, *given), exact)}
 

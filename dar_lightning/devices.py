@@ -1,5 +1,7 @@
 """Where commands compute, and in which precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -25,6 +27,17 @@ def round_convolutions_as_products() -> None:
     Torch alone rounds convolutions always and products never. A setting of the process, which every `dar` begins with.
     """
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 matrix products without TF32, where its rounding would decide. A setting of the process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def choose_device(name: str = "auto") -> torch.device:

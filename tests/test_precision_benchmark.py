@@ -13,6 +13,7 @@ from tiny_models import make_pipeline
 from torch import Tensor, nn
 
 from benchmarks.precision import TF32, compare, round_to_tf32
+from dar_lightning.tokenizer.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,15 @@ def test_rounding_keeps_ten_bits_of_mantissa():
     assert round_to_tf32(values.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.fixture
+def allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("allowed")
 @pytest.mark.parametrize("product", [F.linear, F.conv2d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__])
 def test_factors_are_rounded_and_what_is_added_is_not(product):
     generator = torch.Generator().manual_seed(0)
@@ -43,6 +53,7 @@ def test_factors_are_rounded_and_what_is_added_is_not(product):
     assert (found - product(x, weight, *bias)).abs().max() > 1e-4, "rounding shows"
 
 
+@pytest.mark.usefixtures("allowed")
 def test_a_layer_is_caught_and_attention_left_exact():
     torch.manual_seed(0)
     layer, x, (q, k, v) = nn.Linear(16, 8), torch.randn(4, 16), torch.randn(3, 2, 4, 5, 8)
@@ -51,6 +62,28 @@ def test_a_layer_is_caught_and_attention_left_exact():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
     assert not torch.equal(layer(x), F.linear(round_to_tf32(x), round_to_tf32(layer.weight), layer.bias))
+
+
+@pytest.mark.usefixtures("allowed")
+def test_the_search_for_the_nearest_code_is_left_exact():
+    generator = torch.Generator().manual_seed(0)
+    quantizer, latents = VectorQuantizer(1024, 8), torch.randn(32, 256, 8, generator=generator)
+    with torch.no_grad():
+        quantizer.codebook.copy_(F.normalize(torch.randn(1024, 8, generator=generator), dim=-1))
+    products = F.normalize(latents.double(), dim=-1) @ quantizer.codebook.double().T
+    nearest = products.argmax(dim=-1)
+    with TF32():
+        assert ((F.normalize(latents, dim=-1) @ quantizer.codebook.T).argmax(dim=-1) != nearest).sum() > 10
+        found = quantizer.nearest(latents)
+    assert (found != nearest).sum() <= 1, "float32 and float64 may differ where two codes are equally near"
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_without_permission_nothing_is_rounded():
+    x, weight = torch.randn(2, 4, 4)
+    with TF32():
+        assert torch.equal(x @ weight, torch.matmul(x, weight))
+        assert not torch.equal(x @ weight, round_to_tf32(x) @ round_to_tf32(weight))
 
 
 def test_figures():

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.devices import exact_products
+
 COMMITMENT_WEIGHT = 0.25
 BLOCK = 128  # codes of which the search first keeps only the largest product
 # Latents and blocks of codes in one matrix product. On a CPU the products (4 MB) stay in its cache; tiles of a fifth of
@@ -31,9 +33,10 @@ class VectorQuantizer(nn.Module):
         On the unit sphere the nearest code is the one of largest inner product. Finding a maximum is much faster than
         finding its place, so the first pass takes the maximum of every block of codes, and the second looks for its
         place in the winning block alone. No more than a tile of the products exists at a time, so memory does not grow
-        with batch x codebook.
+        with batch x codebook. TF32 is kept out: it would give a tenth of the shipped tokenizer's latents another code
+        (`benchmarks/precision.py`).
         """
-        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), exact_products():
             z = F.normalize(latents.float(), dim=-1).flatten(0, -2)
             codes = F.normalize(self.codebook.float(), dim=-1)
             rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
