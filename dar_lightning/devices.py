@@ -31,8 +31,16 @@ def round_convolutions_as_products() -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 matrix products without TF32, where its rounding would decide. A setting of the process."""
-    before = torch.get_float32_matmul_precision()
+    """float32 matrix products without TF32, where its rounding would decide.
+
+    A setting of the process, for one thread at a time. Where it was made by torch's newer `fp32_precision`, with
+    which this cannot be mixed, nothing is changed.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield

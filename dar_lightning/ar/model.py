@@ -134,8 +134,9 @@ class ARModel(nn.Module, PretrainedMixin):
 
     def _apply(self, fn, recurse: bool = True):
         """What `to`, `cuda` and the like go through: they cast weights, but leave RoPE's table its float32."""
+        before = self.rotary
         super()._apply(fn, recurse)
-        if not self.rotary.is_meta:
+        if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
             self.rotary = self.tables()["rotary"].to(self.rotary.device)
         return self
 

@@ -37,6 +37,7 @@ def compiled(monkeypatch) -> list:
     parts: list = []
     for command in (sample, reconstruct):
         monkeypatch.setattr(command, "compile_blocks", lambda *given: parts.extend(given))
+        monkeypatch.setattr(command, "check_compiler", lambda device: None)
     return parts
 
 
@@ -45,7 +46,8 @@ def cast(pipeline: str) -> DARPipeline:
 
 
 def test_sample(pipeline, tmp_path, compiled):
-    words = ["--pipeline", pipeline, "--classes", "1,3", "--per_class", "1", "--guidance", "2", "--dtype", "bfloat16"]
+    words = ["--pipeline", pipeline, "--device", "cpu", "--classes", "1,3", "--per_class", "1", "--guidance", "2"]
+    words += ["--dtype", "bfloat16"]
     main(["sample", *words, "--compile", "true", "--output", str(tmp_path / "drawn")])
     assert [type(part).__name__ for part in compiled] == ["PixelDecoder"]
     generators = [torch.Generator().manual_seed(image_seed(0, label, 0)) for label in (1, 3)]
@@ -69,7 +71,7 @@ def test_sample(pipeline, tmp_path, compiled):
 def test_reconstruct(pipeline, photos, tmp_path, compiled):
     folder = f"{pipeline}/tokenizer"
     words = ["reconstruct", "--tokenizer", folder, "--shards", photos, "--output", str(tmp_path)]
-    main([*words, "--dtype", "bfloat16", "--compile", "true", "--seed", "2"])
+    main([*words, "--device", "cpu", "--dtype", "bfloat16", "--compile", "true", "--seed", "2"])
     assert [type(part).__name__ for part in compiled] == ["Encoder", "PixelDecoder"]
     originals = np.stack([np.array(picture(number)) for number in range(6)])
     model = cast(pipeline).tokenizer
@@ -86,7 +88,7 @@ def test_weights_stay_as_they_are_stored(pipeline, tmp_path):
     cast(pipeline).save_pretrained(tmp_path / "half")
     dtypes = {"drawn": None, "same": "bfloat16", "exact": "float32"}
     for name, dtype in dtypes.items():
-        sample.sample(str(tmp_path / name), str(tmp_path / "half"), per_class=4, dtype=dtype)
+        sample.sample(str(tmp_path / name), str(tmp_path / "half"), per_class=4, dtype=dtype, device="cpu")
     drawn, same, exact = (json.loads((tmp_path / name / "samples.json").read_text()) for name in dtypes)
     assert [record["dtype"]["ar"] for record in (drawn, same, exact)] == ["bfloat16", "bfloat16", "float32"]
     assert drawn["pixels_sha256"] == same["pixels_sha256"] != exact["pixels_sha256"]
@@ -97,7 +99,19 @@ def test_weights_stay_as_they_are_stored(pipeline, tmp_path):
 def test_compiling_without_a_compiler_is_one_line(pipeline, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit) as stop:
-        main(["sample", "--pipeline", pipeline, "--compile", "true", "--output", str(tmp_path / "drawn")])
+        main(
+            [
+                "sample",
+                "--pipeline",
+                pipeline,
+                "--device",
+                "cpu",
+                "--compile",
+                "true",
+                "--output",
+                str(tmp_path / "drawn"),
+            ]
+        )
     assert stop.value.code == 2
     assert "compile: on a CPU this needs a C++ compiler, and there is no no-such-compiler" in capsys.readouterr().err
     assert not (tmp_path / "drawn").exists()
