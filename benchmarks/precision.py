@@ -1,6 +1,6 @@
 """What lower precision changes: codes, logits and pixels against float32, with trained weights and real photos.
 
-python -m benchmarks.precision [--pipelines fruit64] [--images 64] [--output benchmarks/results/precision.json]
+python -m benchmarks.precision [--pipelines fruit64] [--presets v1 B] [--images 64] [--output FILE.json]
 
 "tf32" is a model of what NVIDIA GPUs make of float32 when they are allowed to: the factors of products and convolutions
 are rounded to 10 bits of mantissa, here to the nearest, and summed in float32. Fused attention stays exact, as theirs
@@ -87,18 +87,21 @@ def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict:
     return found | {"tf32": differences(rounded, exact), "bfloat16": differences(outputs(half, *given), exact)}
 
 
-def random_pipeline() -> DARPipeline:
-    """v1 and B at full size."""
+def random_pipeline(tokenizer: str, ar: str) -> DARPipeline:
+    """Two presets."""
     torch.manual_seed(0)
-    tokenizer = filled(SequentialDiffusionTokenizer(TokenizerConfig.preset("v1")))
-    return DARPipeline(tokenizer.eval(), filled(ARModel(ARConfig.preset("B"))).eval())
+    first = filled(SequentialDiffusionTokenizer(TokenizerConfig.preset(tokenizer)))
+    return DARPipeline(first.eval(), filled(ARModel(ARConfig.preset(ar))).eval())
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--pipelines", nargs="+", default=["fruit64"], help="of 64x64 pixels and fruit64's classes")
-    parser.add_argument("--images", type=int, default=64, help="validation photos; v1 and B see a sixteenth of them")
+    parser.add_argument(
+        "--presets", nargs=2, default=["v1", "B"], help="a tokenizer and an AR model, with random weights"
+    )
+    parser.add_argument("--images", type=int, default=64, help="validation photos; the presets see a sixteenth of them")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/precision.json")
     arguments = parser.parse_args()
     data = "data/fruit64/val"
@@ -109,8 +112,10 @@ def main() -> None:
     for name in arguments.pipelines:
         result["rows"][name] = compare(DARPipeline.from_pretrained(name), images, labels)
     few = max(1, arguments.images // 16)
-    large = F.interpolate(images[:few], size=256, mode="bicubic").clamp(-1, 1)
-    result["rows"]["v1 and B, random weights, enlarged photos"] = compare(random_pipeline(), large, labels[:few])
+    random = random_pipeline(*arguments.presets)
+    large = F.interpolate(images[:few], size=random.tokenizer.config.image_size, mode="bicubic").clamp(-1, 1)
+    name = f"{' and '.join(arguments.presets)}, random weights, enlarged photos"
+    result["rows"][name] = compare(random, large, labels[:few])
     print(json.dumps(result["rows"], indent=2))
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 

@@ -101,8 +101,10 @@ def test_figures():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    words = [sys.executable, "-m", "benchmarks.precision", "--images", "2", "--output", tmp_path / "precision.json"]
+    words = [sys.executable, "-m", "benchmarks.precision", "--images", "2", "--presets", "tiny", "tiny"]
+    words += ["--output", tmp_path / "precision.json"]
     subprocess.run(words, check=True, cwd=ROOT, capture_output=True, timeout=300)
     rows = json.loads((tmp_path / "precision.json").read_text())["rows"]
     assert [row["images"] for row in rows.values()] == [2, 1]
+    assert [*rows] == ["fruit64", "tiny and tiny, random weights, enlarged photos"]
     assert rows["fruit64"]["bfloat16"]["pixels_error"] > 0
