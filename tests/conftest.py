@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from tiny_models import make_pipeline
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -28,6 +29,14 @@ def pytest_collection_finish():
 def from_recipe(seed: int, shape, std: float = 1.0) -> torch.Tensor:
     """A tensor that a golden does not store but describes."""
     return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * std).astype("float32"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> str:
+    """The folder of a small random pipeline, not to be written to."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dar_lightning.cli import main
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import choose_device, exact_products
 from dar_lightning.errors import UserError
 
 
@@ -56,3 +56,20 @@ def test_convolutions_are_as_exact_as_products(monkeypatch, products, convolutio
     with pytest.raises(SystemExit):
         main(["sample", "--output", "x"])  # a mistake, found when the process has been set up
     assert torch.backends.cudnn.allow_tf32 == convolutions
+
+
+def test_products_are_exact_for_a_while_and_left_alone_under_the_newer_way(monkeypatch):
+    told = ["high"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    with pytest.raises(ZeroDivisionError), exact_products():
+        1 / (told[-1] != "highest")
+    assert told == ["high", "highest", "high"]
+
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    with exact_products():
+        pass
+    assert told == ["high", "highest", "high"]

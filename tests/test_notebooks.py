@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from tiny_models import make_pipeline, write_images
+from tiny_models import write_images
 from tiny_sweep import write_sweep
 
 pytestmark = pytest.mark.slow  # each starts a kernel
@@ -37,13 +37,6 @@ def execute(name: str, **values) -> list[bytes]:
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in outputs if output.get("name") == "stderr"] == []
     return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -163,18 +163,10 @@ def sample(
     given |= {"layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
-    record = (
-        given
-        | precision
-        | {
-            "token_draws": races.METHOD,
-            "weights": weights,
-            "ema": pipe.averaged,
-            "steps": config.num_groups if num_steps is None else num_steps,
-            "classes": rows,
-            "command": command_line("sample", given | {"output": output}),
-        }
-    )
+    record = given | precision
+    record |= {"token_draws": races.METHOD, "weights": weights, "ema": pipe.averaged, "classes": rows}
+    record["steps"] = config.num_groups if num_steps is None else num_steps
+    record["command"] = command_line("sample", given | {"output": output})
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256 if layout is not None else None
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None

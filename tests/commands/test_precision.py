@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_pipeline, picture, write_images
+from tiny_models import picture, write_images
 
 from dar_lightning.cli import main
 from dar_lightning.commands import reconstruct, sample
@@ -17,13 +17,6 @@ from dar_lightning.drawing import image_seed
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.seeding import image_generator
 from dar_lightning.weights import fingerprint
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,6 @@ from dar_lightning.pipeline import DARPipeline
 from dar_lightning.weights import fingerprint
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
 def arrays(folder) -> tuple[np.ndarray, np.ndarray]:
     with np.load(folder / "samples.npz") as file:
         assert set(file.files) == {"arr_0", "labels"}

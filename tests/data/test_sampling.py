@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import CLASSES, GROUPS, SIZE, make_pipeline
+from tiny_models import CLASSES, GROUPS, SIZE
 
 from dar_lightning import DARPipeline
 from dar_lightning.callbacks import sample_writer
@@ -22,13 +22,6 @@ from dar_lightning.seeding import image_generator
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CONFIG = Path(__file__).parents[2] / "experiments" / "evaluate" / "sample50k.yaml"
 COUNT = 13
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    root = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(root)
-    return str(root)
 
 
 def command(pipeline: str, output: Path, *more: str) -> list[str]:
