@@ -213,11 +213,14 @@ def one_line(error: BaseException) -> str:
 def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
     """A config dataclass from plain values; a value that is absent keeps its default, so that old files stay readable.
 
+    Names that the dataclass lists as REMOVED are left out.
+
     Raises:
         UserError: for a name that the dataclass does not have, a value of another type, or an impossible one.
     """
     hints = typing.get_type_hints(config_class)
     hints = {name: hints[name] for name in config_class.__dataclass_fields__}
+    values = {name: value for name, value in values.items() if name not in getattr(config_class, "REMOVED", ())}
     unknown = sorted(str(name) for name in values if name not in hints)
     if unknown:
         raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")

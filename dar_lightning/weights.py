@@ -203,10 +203,7 @@ def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[s
 # ---- identity
 
 # Hyperparameters and weights that leave a trained model's tokens, logits and images as they are.
-TRAINING_ONLY = {
-    *("gate_init", "modulation_init_std", "position_init_std", "input_init_scale", "repa_layer"),
-    *("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"),
-}
+TRAINING_ONLY = {"repa_layer", "class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"}
 REPA_HEAD = "decoder.repa_head."
 
 
@@ -216,7 +213,7 @@ def fingerprint(module: nn.Module) -> str:
 
     The same on every device, and for every dtype that holds the weights' values exactly: they are hashed as float32.
     Hyperparameters count where they differ from their defaults, so an option that is added later, off by default,
-    changes no older fingerprint; those that only training or initialisation reads, and the REPA head, never count.
+    changes no older fingerprint; those that only training reads, and the REPA head, never count.
 
     Args:
         module: a module with a `config`, such as SequentialDiffusionTokenizer or ARModel.

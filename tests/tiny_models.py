@@ -31,9 +31,8 @@ TOKENIZER = dict(
     decoder_patch_size=8,
     head_dim=16,
     repa_layer=None,
-    gate_init=1.0,
-    modulation_init_std=0.1,
 )
+INIT = dict(gate=1.0, modulation_std=0.1)  # so that the first steps of training already do something
 AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32, depth=2, num_heads=2, multiple_of=32)
 
 
@@ -106,7 +105,11 @@ def options(prefix: str, values: dict) -> list[str]:
 def fit_tokenizer(train: str, val: str, folder: Path, **trainer) -> list[str]:
     """Arguments of `dar` that train the tiny tokenizer."""
     return _fit(
-        ["--model=dar_lightning.lit.TokenizerModule", f"--model.init_args.config={json.dumps(TOKENIZER)}"],
+        [
+            "--model=dar_lightning.lit.TokenizerModule",
+            f"--model.init_args.config={json.dumps(TOKENIZER)}",
+            f"--model.init_args.init={json.dumps(INIT)}",
+        ],
         ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.image_size={SIZE}"],
         (train, val, folder),
         trainer,

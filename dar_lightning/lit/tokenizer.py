@@ -22,6 +22,7 @@ from dar_lightning.plan import TrainingPlan
 from dar_lightning.pretrained import build_config
 from dar_lightning.seeding import seed_batch
 from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
+from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -31,6 +32,7 @@ class TokenizerModule(LightningModule):
     Args:
         config: hyperparameters of the tokenizer.
         optimizer: AdamW settings.
+        init: initial weights, where they differ from the official ones.
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
@@ -52,6 +54,7 @@ class TokenizerModule(LightningModule):
         self,
         config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
+        init: TokenizerInit = TokenizerInit(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
         freeze_encoder: bool = False,
@@ -70,7 +73,7 @@ class TokenizerModule(LightningModule):
         elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
             config = build_config(TokenizerConfig, config, "config")
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
-        self.tokenizer = SequentialDiffusionTokenizer(config)
+        self.tokenizer = SequentialDiffusionTokenizer(config, init)
         if repa is not None and config.repa_layer is None:
             raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
         if repa is None and config.repa_layer is not None:

@@ -18,9 +18,8 @@ class Conditioner(nn.Module):
         self.recompute = False  # activation checkpointing
         self.from_latent = nn.Linear(config.codebook_dim, dim, bias=False)
         self.positions = nn.Embedding(TABLE_ROWS, dim)
-        nn.init.normal_(self.positions.weight, std=config.position_init_std)
         self.blocks = nn.ModuleList(
-            GatedBlock(dim, config.head_dim, config.gate_init) for _ in range(config.conditioner_depth)
+            GatedBlock(dim, config.head_dim) for _ in range(config.conditioner_depth)
         )
 
     def make_cache(self) -> list[KVCache]:

@@ -9,14 +9,12 @@ from dar_lightning.errors import UserError
 # Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
 TABLE_ROWS = 1024
 
-# Hyperparameters that must be at least 1, and at least 0.
+# Hyperparameters that must be at least 1.
 POSITIVE = (
     *("image_size", "encoder_patch_size", "encoder_dim", "encoder_depth", "conditioner_dim", "conditioner_depth"),
     *("codebook_size", "codebook_dim", "num_tokens", "num_groups"),
     *("decoder_dim", "decoder_depth", "decoder_patch_size", "head_dim"),
 )
-NOT_NEGATIVE = ("modulation_init_std", "position_init_std", "input_init_scale")
-
 
 # What decides the tokens of an image, beside the weights.
 TOKEN_FIELDS = ("encoder_patch_size", "encoder_dim", "encoder_depth", "head_dim", "low_rank_queries", "num_tokens")
@@ -56,15 +54,12 @@ class TokenizerConfig:
             learn "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
-        gate_init: start of every residual gate. 0 (official) lets blocks open slowly; 1 suits short runs.
-        modulation_init_std: spread of the modulation layer's initial weights; 0 (official) starts without conditioning.
-        position_init_std: spread of the conditioner's initial position table; 1 (official) drowns the tokens, whose
-            projection has a spread of 0.2, until training has raised it.
-        input_init_scale: factor on the initial weights through which noisy pixels enter the decoder. At 1 (official)
-            the noise drowns positions and tokens at first; 0.02 lets the decoder learn what the tokens mean, first.
         quantizer: "vq" (the paper), or for ablations "fsq" or "lfq" (tokenizer.scalar_quantizer); their codebook_size
             is a number of levels, for "lfq" 2, to the power of codebook_dim.
     """
+
+    # Names in files of older versions that say nothing of a trained model; such files are read without them.
+    REMOVED = frozenset(("gate_init", "modulation_init_std", "position_init_std", "input_init_scale"))
 
     image_size: int = 256
     encoder_patch_size: int = 16
@@ -89,22 +84,15 @@ class TokenizerConfig:
     absolute_positions: bool = False
     prediction: Literal["velocity", "image"] = "velocity"
     latent_norm: Literal["none", "batch"] = "none"
-    gate_init: float = 0.0
-    modulation_init_std: float = 0.0
-    position_init_std: float = 1.0
-    input_init_scale: float = 1.0
     quantizer: Literal["vq", "fsq", "lfq"] = "vq"
 
     def __post_init__(self):
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("data_std", "time_shift", "gate_init", *NOT_NEGATIVE):
+        for name in ("data_std", "time_shift"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.num_tokens > TABLE_ROWS:
             raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
         if self.num_tokens % self.num_groups:

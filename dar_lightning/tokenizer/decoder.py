@@ -43,10 +43,6 @@ class DiffusionBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
         self.attention = Attention(dim, config.head_dim)
         self.mlp = MLP(dim, 4 * dim)
-        nn.init.normal_(self.modulation.weight, std=config.modulation_init_std)
-        gates = torch.zeros(6, dim)
-        gates[2::3] = config.gate_init
-        self.modulation.bias.data.copy_(gates.flatten())
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, rotary: Tensor) -> Tensor:
         """x (B, P, D), sinusoids of time (B, 1, D), cond (B, n, D), rotary of the patch grid -> (B, P, D)."""
@@ -75,9 +71,6 @@ class PixelDecoder(nn.Module):
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
         self.conv_out = nn.Conv2d(dim, 3 * patch * patch, 1)
-        self.conv_in.weight.data.mul_(config.input_init_scale)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
         if config.repa_layer is not None:
             self.repa_head = nn.Sequential(
                 nn.Linear(dim, REPA_HIDDEN), nn.SiLU(), MLP(REPA_HIDDEN, REPA_HIDDEN, REPA_DIM)

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
         self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
         self.blocks = nn.ModuleList(
-            GatedBlock(dim, config.head_dim, config.gate_init) for _ in range(config.encoder_depth)
+            GatedBlock(dim, config.head_dim) for _ in range(config.encoder_depth)
         )
         self.to_latent = nn.Linear(dim, config.codebook_dim, bias=False)
         # Every channel of every token has its own statistics, so that each token must differ between images.

@@ -114,16 +114,16 @@ class MLP(nn.Sequential):
 
 
 class GatedBlock(nn.Module):
-    """Pre-norm transformer block; each branch is added through a learned per-channel gate that starts at gate_init."""
+    """Pre-norm transformer block; each branch is added through a learned per-channel gate."""
 
-    def __init__(self, dim: int, head_dim: int, gate_init: float):
+    def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attention = Attention(dim, head_dim)
-        self.gate1 = nn.Parameter(torch.full((dim,), gate_init))
+        self.gate1 = nn.Parameter(torch.zeros(dim))
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLP(dim, 4 * dim)
-        self.gate2 = nn.Parameter(torch.full((dim,), gate_init))
+        self.gate2 = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None) -> Tensor:  # (B, L, D)
         x = x + self.gate1 * self.attention(self.norm1(x), q_rotary=rotary, k_rotary=rotary, mask=mask, cache=cache)

@@ -13,6 +13,7 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
+from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizer import VectorQuantizer
 from dar_lightning.tokenizer.scalar_quantizer import ScalarQuantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
@@ -28,12 +29,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     Args:
         config: hyperparameters.
+        init: initial weights, where they differ from the official ones.
     """
 
     config_class = TokenizerConfig
     pipeline_part = "tokenizer"
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerConfig, init: TokenizerInit = TokenizerInit()):  # noqa: B008  (frozen)
         super().__init__()
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
@@ -44,6 +46,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             self.quantizer = ScalarQuantizer(config)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
+        init_weights(self, init)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,73 @@
+"""Initial weights of the tokenizer: the official rule for every parameter, in one place."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dar_lightning.errors import UserError
+
+LINEAR_STD = TABLE_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TokenizerInit:
+    """How training of a tokenizer starts, where that differs from D-AR; the defaults are D-AR's.
+
+    Args:
+        gate: residual gates of all blocks. 0 (official) opens them slowly.
+        modulation_std: spread of the modulation layers' weights. 0 (official) starts without conditioning.
+        position_std: spread of the conditioner's position table.
+        input_scale: factor on the weights through which noisy pixels enter the decoder.
+
+    Raises:
+        UserError: for a value that is not finite, or negative (the gate may be).
+    """
+
+    gate: float = 0.0
+    modulation_std: float = 0.0
+    position_std: float = TABLE_STD
+    input_scale: float = 1.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not math.isfinite(value) or (value < 0 and name != "gate"):
+                wanted = "a finite number" if name == "gate" else "a finite number, 0 or more"
+                raise UserError(f"init.{name} is {value}: it must be {wanted}")
+
+
+@torch.no_grad()
+def init_weights(tokenizer: nn.Module, init: TokenizerInit = TokenizerInit()) -> None:  # noqa: B008  (frozen)
+    """Fill a new tokenizer's weights as D-AR's training starts.
+
+    Inside transformer blocks every linear layer starts from N(0, 0.02), whatever its width, with biases of 0; residual
+    gates, the modulation layer and the decoder's last convolution start at 0. Tables start from N(0, 0.02), low-rank
+    queries from a standard normal distribution cut at -2 and 2. All other layers keep torch's default, uniform within
+    1 / sqrt(fan_in): the patchify and input convolutions, the projections between encoder, codebook, conditioner and
+    decoder, and the REPA head. Norms start at 1 and 0; the codebook's start is its quantizer's.
+
+    Args:
+        tokenizer: a SequentialDiffusionTokenizer; changed in place.
+        init: what differs from the official start.
+    """
+    encoder, conditioner, decoder = tokenizer.encoder, tokenizer.conditioner, tokenizer.decoder
+    for blocks in (encoder.blocks, conditioner.blocks, decoder.blocks):
+        for layer in blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=LINEAR_STD)
+                nn.init.zeros_(layer.bias)
+    for block in (*encoder.blocks, *conditioner.blocks):
+        nn.init.constant_(block.gate1, init.gate)
+        nn.init.constant_(block.gate2, init.gate)
+    for block in decoder.blocks:
+        nn.init.normal_(block.modulation.weight, std=init.modulation_std)  # a std of 0 gives zeros
+        block.modulation.bias.unflatten(0, (6, -1))[2::3] = init.gate  # of (shift, scale, gate) twice
+    if tokenizer.config.low_rank_queries:
+        nn.init.trunc_normal_(encoder.queries.weight, std=1.0, a=-2.0, b=2.0)
+    else:
+        nn.init.normal_(encoder.queries.weight, std=TABLE_STD)
+    nn.init.normal_(conditioner.positions.weight, std=init.position_std)
+    decoder.conv_in.weight *= init.input_scale
+    nn.init.zeros_(decoder.conv_out.weight)
+    nn.init.zeros_(decoder.conv_out.bias)
