@@ -288,7 +288,7 @@ def test_another_codebook_starts_from_k_means(vgg, tmp_path, capsys):
 
     given = yaml.safe_load(CONFIGS[base].read_text())["model"]["init_args"]["config"]
     small = given | SMALL["TokenizerModule"] | {"image_size": 64, "repa_layer": 0}
-    make_tokenizer(**small, gate_init=0.0, modulation_init_std=0.0).save_pretrained(tmp_path / "source")
+    make_tokenizer(**small).save_pretrained(tmp_path / "source")
     words = ["--config", CODEBOOK, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1"]
     words += ["--trainer.callbacks.warmup_steps=1", "--trainer.callbacks.collect_steps=1", "--trainer.devices=1"]
     words += [f"--model.init_args.init_from={tmp_path / 'source'}", *lpips_of(base, vgg)]

@@ -30,7 +30,7 @@ def test_it_sees_weights_config_and_class():
 def test_it_does_not_see_what_only_training_reads():
     tokenizer, ar = make_tokenizer(), make_ar()
     marks = fingerprint(tokenizer), fingerprint(ar)
-    tokenizer.config = TokenizerConfig(**(tokenizer.config.to_dict() | {"gate_init": 1.0, "repa_layer": 0}))
+    tokenizer.config = TokenizerConfig(**(tokenizer.config.to_dict() | {"repa_layer": 0}))
     tokenizer.decoder.repa_head = torch.nn.Linear(2, 2)
     ar.config = ARConfig(**(ar.config.to_dict() | {"class_dropout": 0.5, "ffn_dropout": 0.0}))
     assert (fingerprint(tokenizer), fingerprint(ar)) == marks

@@ -298,7 +298,7 @@ def test_an_option_younger_than_the_file_has_its_default(tmp_path):
     tokenizer, _ = tiny_models()
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
-    del config["modulation_init_std"]
+    del config["latent_norm"]
     (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
     assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == tokenizer.config
 

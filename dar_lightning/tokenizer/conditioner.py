@@ -18,9 +18,7 @@ class Conditioner(nn.Module):
         self.recompute = False  # activation checkpointing
         self.from_latent = nn.Linear(config.codebook_dim, dim, bias=False)
         self.positions = nn.Embedding(TABLE_ROWS, dim)
-        self.blocks = nn.ModuleList(
-            GatedBlock(dim, config.head_dim) for _ in range(config.conditioner_depth)
-        )
+        self.blocks = nn.ModuleList(GatedBlock(dim, config.head_dim) for _ in range(config.conditioner_depth))
 
     def make_cache(self) -> list[KVCache]:
         """Empty caches, one per block, for extending a sequence of up to num_tokens tokens."""

@@ -23,9 +23,7 @@ class Encoder(nn.Module):
         self.patchify = nn.Conv2d(3, dim, config.encoder_patch_size, stride=config.encoder_patch_size)
         self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
         self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
-        self.blocks = nn.ModuleList(
-            GatedBlock(dim, config.head_dim) for _ in range(config.encoder_depth)
-        )
+        self.blocks = nn.ModuleList(GatedBlock(dim, config.head_dim) for _ in range(config.encoder_depth))
         self.to_latent = nn.Linear(dim, config.codebook_dim, bias=False)
         # Every channel of every token has its own statistics, so that each token must differ between images.
         channels = config.num_tokens * config.codebook_dim

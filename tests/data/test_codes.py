@@ -22,6 +22,7 @@ from dar_lightning.data.token_shards import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -46,9 +47,8 @@ def make_tokenizer(seed: int, codebook_size: int = CODEBOOK) -> SequentialDiffus
         decoder_patch_size=8,
         repa_layer=None,
         head_dim=16,
-        gate_init=1.0,
     )
-    return SequentialDiffusionTokenizer(config).eval()
+    return SequentialDiffusionTokenizer(config, TokenizerInit(gate=1.0)).eval()
 
 
 @pytest.fixture(scope="module")

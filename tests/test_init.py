@@ -1,0 +1,105 @@
+"""Every initial weight against the official models': rule, spread and bounds, for three seeds."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TOKENIZER
+
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.errors import UserError
+from dar_lightning.official import AR_NAMES, TOKENIZER_NAMES, official_name
+from dar_lightning.tokenizer.init import TokenizerInit
+
+GOLDENS = Path(__file__).parent / "goldens" / "init"
+LIGHT = TokenizerConfig.preset("light").to_dict() | {"low_rank_queries": False}
+MODELS = {
+    "tokenizer_v1": lambda: SequentialDiffusionTokenizer(TokenizerConfig.preset("v1")),
+    "tokenizer_light_fullrank": lambda: SequentialDiffusionTokenizer(TokenizerConfig(**LIGHT)),
+    "GPT-B": lambda: ARModel(ARConfig.preset("B")),
+}
+
+
+def check(name: str, values: torch.Tensor, golden: dict, rule: dict) -> None:
+    """One tensor against its rule, within five standard errors."""
+    assert values.numel() == math.prod(golden["shape"]), name  # a 1x1 convolution there is a linear layer here
+    if golden["rule"] in ("zeros", "ones"):
+        assert (values == rule["mean"]).all(), name
+        return
+    n, std = values.numel(), golden["std"]
+    bound = golden.get("b", rule.get("bound", 10 * std))  # nothing of 300 million normals is 10 spreads away
+    assert max(map(abs, torch.stack(values.aminmax()).tolist())) <= bound * (1 + 1e-6), name
+    if golden["rule"] == "codebook":
+        assert torch.allclose(values.norm(dim=1), torch.ones(len(values))), name
+    squares, kurtosis = values.square(), rule.get("kurtosis", 3)  # the means are far below the spreads
+    mean, spread = values.mean().item(), squares.mean().sqrt().item()
+    assert abs(mean) < 5 * std / math.sqrt(n), name
+    assert abs(spread / std - 1) < 5 * math.sqrt((kurtosis - 1) / (4 * n)), name
+    if n > 2000 and "kurtosis" in rule:
+        assert abs(squares.square_().mean().item() / spread**4 - kurtosis) < 0.3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_starts_as_the_official_one(name, seed):
+    golden = json.loads((GOLDENS / f"{name}.json").read_text())
+    rules = {word: rule for word, rule in golden["rules"].items() if word != "buffer_zeros"}
+    expected = {word: entry for word, entry in golden["parameters"].items() if entry["rule"] in rules}
+    torch.manual_seed(seed)
+    names = AR_NAMES if name.startswith("GPT") else TOKENIZER_NAMES
+    found = {official_name(ours, names): weight.detach() for ours, weight in MODELS[name]().named_parameters()}
+    assert found.keys() == expected.keys()
+    for word, entry in expected.items():
+        check(word, found[word], entry, rules[entry["rule"]])
+
+
+def test_tokens_make_up_nearly_all_of_a_fresh_conditioning():
+    """Share of the conditioner's variance that comes from the tokens: 99% at v1's width (a table of N(0, 1) leaves 4%)."""
+    torch.manual_seed(0)
+    shallow = TokenizerConfig(encoder_depth=1, conditioner_depth=1, decoder_depth=1, repa_layer=None)  # of v1's widths
+    conditioner = SequentialDiffusionTokenizer(shallow).conditioner
+    codes = torch.nn.functional.normalize(torch.randn(4096, 8), dim=-1)
+    token, place = conditioner.from_latent(codes).var(), conditioner.positions.weight.var()
+    assert token / (token + place) > 0.98
+
+
+def test_what_differs_from_the_official_start():
+    torch.manual_seed(0)
+    official = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER)).state_dict()
+    torch.manual_seed(0)
+    init = TokenizerInit(gate=0.7, modulation_std=0.3, position_std=0.0, input_scale=0.5)
+    changed = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER), init).state_dict()
+    assert all(
+        (changed[f"{part}.blocks.0.gate{i}"] == 0.7).all() for part in ("encoder", "conditioner") for i in (1, 2)
+    )
+    width = TOKENIZER["decoder_dim"]
+    bias = changed["decoder.blocks.0.modulation.bias"].view(2, 3, width)  # (attention, MLP) of (shift, scale, gate)
+    assert (bias[:, 2] == 0.7).all()
+    assert not bias[:, :2].any()
+    assert abs(changed["decoder.blocks.0.modulation.weight"].std() / 0.3 - 1) < 0.1
+    assert not changed["conditioner.positions.weight"].any()
+    ratio = changed["decoder.conv_in.weight"].std() / official["decoder.conv_in.weight"].std()
+    assert abs(ratio - 0.5) < 0.1
+    assert not changed["decoder.conv_out.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("gate", math.nan), ("modulation_std", -0.1), ("position_std", math.inf), ("input_scale", -1.0)],
+)
+def test_impossible_starts(option, value):
+    with pytest.raises(UserError, match=f"^init.{option} is [^\n]*$"):
+        TokenizerInit(**{option: value})
+
+
+def test_old_names_of_the_start_are_read_and_left_out(tmp_path):
+    """Files of version 0.1 kept the start among the hyperparameters."""
+    torch.manual_seed(0)
+    SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    old = {"gate_init": 1.0, "modulation_init_std": 0.2, "position_init_std": 0.05, "input_init_scale": 0.02}
+    path.write_text(json.dumps(json.loads(path.read_text()) | old))
+    assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == TokenizerConfig(**TOKENIZER)
