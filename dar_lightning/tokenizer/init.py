@@ -38,7 +38,7 @@ class TokenizerInit:
 
 
 @torch.no_grad()
-def init_weights(tokenizer: nn.Module, init: TokenizerInit = TokenizerInit()) -> None:  # noqa: B008  (frozen)
+def init_weights(tokenizer: nn.Module, init: TokenizerInit = TokenizerInit()) -> None:
     """Fill a new tokenizer's weights as D-AR's training starts.
 
     Inside transformer blocks every linear layer starts from N(0, 0.02), whatever its width, with biases of 0; residual
