@@ -57,7 +57,7 @@ def test_every_weight_starts_as_the_official_one(name, seed):
 
 
 def test_tokens_make_up_nearly_all_of_a_fresh_conditioning():
-    """Share of the conditioner's variance that comes from the tokens: 99% at v1's width (a table of N(0, 1) leaves 4%)."""
+    """Of the conditioner's variance; a position table of N(0, 1) would leave them 4%."""
     torch.manual_seed(0)
     shallow = TokenizerConfig(encoder_depth=1, conditioner_depth=1, decoder_depth=1, repa_layer=None)  # of v1's widths
     conditioner = SequentialDiffusionTokenizer(shallow).conditioner
