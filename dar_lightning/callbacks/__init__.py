@@ -18,6 +18,7 @@ from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.callbacks.samples import Samples
 from dar_lightning.callbacks.stop import StopOnSignal
 from dar_lightning.callbacks.throughput import Throughput
+from dar_lightning.callbacks.token_influence import TokenInfluence
 
 __all__ = [
     "EMA",
@@ -38,4 +39,5 @@ __all__ = [
     "SkipBadSteps",
     "StopOnSignal",
     "Throughput",
+    "TokenInfluence",
 ]

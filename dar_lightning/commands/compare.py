@@ -15,7 +15,8 @@ def compare(files: str) -> None:
     feature network, reference, number of images, size and method. What else they hold does not matter.
 
     Args:
-        files: two or more JSON files that `dar evaluate` or the FID callbacks wrote, separated by commas.
+        files: two or more JSON files that `dar evaluate`, `dar reconstruct` or the FID callbacks wrote, separated by
+            commas.
 
     Raises:
         UserError: there is no such figure; it names all that they differ in.

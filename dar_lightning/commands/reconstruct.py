@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from dar_lightning.compilation import check_compiler, compile_blocks
+from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
@@ -14,6 +18,7 @@ from dar_lightning.files import write_text
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
+from dar_lightning.metrics.token_influence import TOKEN_INFLUENCE_PROTOCOL, token_influence, token_influence_names
 from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -27,6 +32,7 @@ def reconstruct(
     solver: str = "adams2",
     num_steps: int | None = None,
     num_shown: int = 12,
+    num_exchanged: int = 64,
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
@@ -36,7 +42,7 @@ def reconstruct(
     """Encode and decode all images of some shards; write figures and pictures.
 
     Writes `reconstructions.png` (original, then the preview after each group of tokens, coarse to fine; a row per
-    image) and `reconstruction.json` (PSNR, SSIM, codebook use, with their protocol).
+    image) and `reconstruction.json` (PSNR, SSIM, codebook use, and how much the tokens decide, with their protocol).
 
     Args:
         tokenizer: folder or Hugging Face repository of a tokenizer.
@@ -45,6 +51,8 @@ def reconstruct(
         solver: "adams2", "euler" or "adams2_variable".
         num_steps: diffusion steps; None is the tokenizer's number of groups.
         num_shown: rows of the picture, spread over the shards.
+        num_exchanged: images, spread over the shards, that are also decoded from other noise and with another image's
+            tokens, five times each; they are kept in memory. 0 measures none.
         batch_size: images at a time.
         seed: of the noise that decoding starts from.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -63,12 +71,14 @@ def reconstruct(
     images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
     if num_shown < 1:
         raise UserError(f"num_shown is {num_shown}: show at least one image")
+    if num_exchanged < 0 or num_exchanged == 1:
+        raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
     Path(output).mkdir(parents=True, exist_ok=True)
     total = len(images_set)
-    shown = set(torch.linspace(0, total - 1, min(num_shown, total)).long().tolist())
+    shown, measured = (_spread(count, total) for count in (num_shown, num_exchanged))
     quality = reconstruction_metrics().to(place)
     codebook = CodebookUse(model.config.codebook_size).to(place)
-    rows = []
+    rows, kept = [], []
     start = 0
     for images, _ in with_progress(images_set, batch_size, "reconstruct"):
         images = images.to(place)
@@ -80,10 +90,15 @@ def reconstruct(
         quality.update(previews[:, -1].float(), images.float())
         codebook.update(codes)
         rows += [torch.cat([images[i : i + 1], previews[i]]) for i, index in enumerate(indices) if index in shown]
+        kept += [(index, images[i], codes[i]) for i, index in enumerate(indices) if index in measured]
     use, perplexity = codebook.compute()
     scores = {name: float(value) for name, value in quality.compute().items()}
+    scores |= {"codebook_use": float(use), "codebook_perplexity": float(perplexity)}
+    influence, influence_protocol = {}, {}
+    if len(kept) > 1:
+        influence, influence_protocol = _influence(model, kept, batch_size, seed, solver, num_steps)
     result = {
-        "metrics": scores | {"codebook_use": float(use), "codebook_perplexity": float(perplexity)},
+        "metrics": scores | influence,
         "protocol": RECONSTRUCTION_PROTOCOL
         | {
             "num_images": total,
@@ -96,10 +111,42 @@ def reconstruct(
             "compile": compile,
             "tokenizer": weights,
             "ema": {"tokenizer": model.averaged},
-        },
+        }
+        | influence_protocol,
     }
     text = json.dumps(result, indent=2) + "\n"
     write_text(Path(output) / "reconstruction.json", text)
     columns = ["original", *(f"group {m}" for m in range(1, model.config.num_groups + 1))]
     save_png(image_grid(torch.stack(rows), column_labels=columns), Path(output) / "reconstructions.png")
-    print(f"{output}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, {float(use):.1%} of the codes in use")
+    psnr = f"PSNR {scores['psnr']:.2f} dB"
+    if influence:
+        own, other, same = (influence[f"psnr_{name}_tokens"] for name in ("own", "other", "same"))
+        psnr += f" ({own:.2f} with own, {other:.2f} with other tokens; {same:.2f} between two noises)"
+    print(f"{output}: {psnr}, SSIM {scores['ssim']:.3f}, {float(use):.1%} of the codes in use")
+
+
+def _spread(count: int, total: int) -> set[int]:
+    """At most `count` numbers below `total`, evenly spread."""
+    return set(torch.linspace(0, total - 1, min(count, total)).long().tolist())
+
+
+def _influence(
+    model: SequentialDiffusionTokenizer,
+    kept: list[tuple[int, Tensor, Tensor]],
+    batch_size: int,
+    seed: int,
+    solver: str,
+    num_steps: int | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """How much the tokens decide of these images (number, pixels, tokens): means over them, and their protocol."""
+    numbers, images, codes = zip(*kept, strict=True)
+    images, codes = torch.stack(images), torch.stack(codes)
+    others, parts = codes.roll(-1, dims=0), []
+    for part in tqdm(torch.arange(len(kept)).split(batch_size), desc="exchange tokens", unit="batch"):
+        generators = [image_generator(seed, numbers[i]) for i in part]
+        parts.append(token_influence(model, images[part], codes[part], others[part], generators, solver, num_steps))
+    means = torch.cat(parts).mean(dim=0).tolist()
+    pixels = {"n": len(kept), "sha256": set_sha256(image_digests(images.permute(0, 2, 3, 1).cpu().numpy()))}
+    names = token_influence_names(model.config.num_groups)
+    protocol = {"token_influence": {"images": pixels} | TOKEN_INFLUENCE_PROTOCOL}
+    return dict(zip(names, means, strict=True)), protocol

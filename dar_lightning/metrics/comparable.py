@@ -18,6 +18,10 @@ DEPENDS = {
     "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), "images"),
     "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), "images"),
     "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), "images"),
+    "psnr_own_tokens": (("token_influence",), None),  # whose images it names itself
+    "psnr_other_tokens": (("token_influence",), None),
+    "psnr_same_tokens": (("token_influence",), None),
+    "psnr_exchanged_from_group": (("token_influence",), None),
     "probe_accuracy_samples": (("features", "probe"), None),
     "probe_accuracy_reference": (("features", "probe"), "images"),
 }
@@ -54,7 +58,8 @@ def differences(name: str, protocol: dict[str, Any], other: dict[str, Any]) -> d
 
 
 def _facts(name: str, protocol: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    parts, of_reference = DEPENDS.get(name.removesuffix("_std"), (None, "images"))
+    kind = re.sub(r"(?<=_from_group)_\d+$", "", name.removesuffix("_std"))
+    parts, of_reference = DEPENDS.get(kind, (None, "images"))
     if parts is None:
         parts = [part for part in protocol if part not in ("samples", "reference", "versions", "image_size")]
     if name != "probe_accuracy_reference":
