@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
+from dar_lightning.metrics.comparable import EXPLAINS
 from dar_lightning.pretrained import read_json
 from dar_lightning.report.curves import Curve, read_scalars
 
 SWEEP, RUN, METRICS, SAMPLES = "sweep.json", "cell.json", "metrics.json", "samples.png"
 STATUSES = ("done", "failed", "pending")
-# Of protocols, what need not be equal: how images were made (dar reconstruct notes it apart), and versions.
-MADE = ("samples", "tokenizer", "solver", "num_steps", "seed", "ema", "versions")
+# Of protocols, what need not be equal: how images were made (dar reconstruct notes it apart), and what explains.
+MADE = ("samples", "tokenizer", "solver", "num_steps", "seed", "ema", *EXPLAINS)
 PLACES = ("npz", "folder", "shards", "statistics_of")  # of a set that a hash identifies
 
 
