@@ -16,6 +16,7 @@ from tiny_models import fit_ar, make_tokenizer, write_images
 from dar_lightning import provenance
 from dar_lightning.cli import main
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 MODULE = Path(provenance.__file__)
 MAIN = """
 import json
@@ -102,6 +103,8 @@ def test_without_a_commit_there_is_none(case, tmp_path):
     if case == "a git that hangs":
         (tmp_path / "bin" / "git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
         (tmp_path / "bin" / "git").chmod(0o755)
+        module = folder / MODULE.name
+        module.write_text(module.read_text().replace("GIT_SECONDS = 5", "GIT_SECONDS = 0.2"))
     found = ask(folder, tmp_path, PATH=path)["code"]
     assert (found["version"], found["commit"], found["changed"]) == ("9.8", None, None)
     assert len(found["sha256"]) == 64
@@ -193,7 +196,6 @@ RECORDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's
 @pytest.mark.parametrize("kind", RECORDS)
 def test_every_result_says_what_made_it(kind, made):
     precision, record = RECORDS[kind]
@@ -212,12 +214,11 @@ def test_every_result_says_what_made_it(kind, made):
 
 def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
     """The second part is of other code, the third one of the same."""
-    shutil.copytree(made / "run", tmp_path / "run")
     codes = str(made / "codes")
     monkeypatch.setattr(provenance, "_code_at_first_call", lambda: {"sha256": "other"})
-    for steps in (2, 3):
+    for steps, start in ((2, made / "run/checkpoints/last.ckpt"), (3, "last")):
         words = fit_ar(codes, codes, tmp_path / "run", max_steps=steps, limit_val_batches=0)
-        main([*map(str, words), f"--config={made}/layer.yaml", "--ckpt_path=last"])
+        main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={start}"])
     listed = read(tmp_path / "run/logs/provenance.json")
     assert [one["from_step"] for one in listed] == [0, 1]
     assert listed[0] == read(made / "run/logs/provenance.json")[0]
@@ -226,13 +227,11 @@ def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_before_is_resumed(made, tmp_path):
-    shutil.copytree(made / "run", tmp_path / "run")
-    path = tmp_path / "run/checkpoints/last.ckpt"
-    checkpoint = torch.load(path)
+    checkpoint = torch.load(made / "run/checkpoints/last.ckpt")
     del checkpoint["provenance"]
-    torch.save(checkpoint, path)
+    torch.save(checkpoint, tmp_path / "before.ckpt")
     words = fit_ar(str(made / "codes"), str(made / "codes"), tmp_path / "run", max_steps=2, limit_val_batches=0)
-    main([*map(str, words), f"--config={made}/layer.yaml", "--ckpt_path=last"])
+    main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={tmp_path}/before.ckpt"])
     assert [one["from_step"] for one in read(tmp_path / "run/logs/provenance.json")] == [1]
 
 
