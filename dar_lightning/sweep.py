@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dar_lightning.data.shards import INDEX
 from dar_lightning.errors import UserError
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
@@ -61,6 +63,7 @@ class Work:
         words: its options, in which {name} stands for the folder of the work that it needs.
         needs: that work by its stage's name.
         hash: of words, config files and the work that it needs; equal hashes are the same work.
+        texts: every text in its options and config files.
     """
 
     stage: str
@@ -68,11 +71,21 @@ class Work:
     words: tuple[str, ...]
     needs: dict[str, "Work"]
     hash: str
+    texts: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
         """Below the sweep's."""
         return f"shared/{self.stage}-{self.hash}"
+
+    def data(self) -> dict[str, str]:
+        """Folders of shards that options or config files name -> SHA-256 of their index, which has those of the shards.
+
+        Not those that earlier stages make.
+        """
+        indices = {text: os.path.join(text, INDEX) for text in sorted({*self.texts})}
+        found = {text: index for text, index in indices.items() if os.path.isfile(index)}
+        return {text: hashlib.sha256(Path(index).read_bytes()).hexdigest() for text, index in found.items()}
 
     def command(self, root: Path) -> list[str]:
         """Options of `dar`, with the verb first."""
@@ -169,14 +182,16 @@ class Sweep:
         for name, stage in self.stages.items():
             given = cell.variables | {"seed": seed}
             configs = [_text(_filled(path, given)) for path in stage.config]
+            contents = [_config_text(path) for path in configs]
+            options = _filled(stage.options, given)
             words = [f"--config={path}" for path in configs]
-            for option, value in stage.options.items():
-                words.append(f"--{option}={_text(_filled(value, given))}")
+            words += [f"--{option}={_text(value)}" for option, value in options.items()]
             needs = {place: done[place] for place in _places(stage.options) if place in done}
             facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}]
-            facts.append([_config_text(path) for path in configs])
+            facts.append(contents)
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-            done[name] = Work(name, stage.verb, tuple(words), needs, digest)
+            texts = tuple(_texts([options, *map(json.loads, contents)]))
+            done[name] = Work(name, stage.verb, tuple(words), needs, digest, texts)
         return done
 
     def runs(self) -> Iterator[tuple[Cell, int]]:
@@ -211,11 +226,16 @@ def shown(command: list[str]) -> str:
     return shlex.join(["dar", *command])
 
 
+def _texts(value: Any) -> list[str]:
+    """Every text anywhere in a value."""
+    if isinstance(value, Mapping | list):
+        return [text for part in (value.values() if isinstance(value, Mapping) else value) for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
 def _places(value: Any) -> list[str]:
     """Names in braces anywhere in a value."""
-    if isinstance(value, Mapping | list):
-        return [name for part in (value.values() if isinstance(value, Mapping) else value) for name in _places(part)]
-    return PLACE.findall(value) if isinstance(value, str) else []
+    return [name for text in _texts(value) for name in PLACE.findall(text)]
 
 
 def _filled(value: Any, variables: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dar_lightning.callbacks import StopOnSignal
+from dar_lightning.callbacks import Provenance, StopOnSignal
 from dar_lightning.callbacks.config_text import ConfigText
 from dar_lightning.callbacks.global_batch import GlobalBatch
 from dar_lightning.data.codes import CodesDataModule
@@ -55,7 +55,7 @@ class TrainerCLI(LightningCLI):
             parser_kwargs={"prog": "dar"},
             save_config_callback=ConfigText,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [StopOnSignal()]},  # whatever callbacks a config has
+            trainer_defaults={"callbacks": [StopOnSignal(), Provenance()]},  # whatever callbacks a config has
         )
 
     @staticmethod

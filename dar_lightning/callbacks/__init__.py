@@ -13,6 +13,7 @@ from dar_lightning.callbacks.memory import Memory
 from dar_lightning.callbacks.optimization import OptimizerMonitor
 from dar_lightning.callbacks.positions import PositionLoss
 from dar_lightning.callbacks.previews import Reconstructions
+from dar_lightning.callbacks.provenance import Provenance
 from dar_lightning.callbacks.reconstruction_fid import ReconstructionFID
 from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.callbacks.samples import Samples
@@ -32,6 +33,7 @@ __all__ = [
     "Memory",
     "OptimizerMonitor",
     "PositionLoss",
+    "Provenance",
     "ReconstructionFID",
     "Reconstructions",
     "SampleWriter",

@@ -17,7 +17,8 @@ from dar_lightning.losses.frozen import FrozenNetwork
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
+from dar_lightning.metrics.protocol import FRECHET, write_figures
+from dar_lightning.provenance import provenance
 from dar_lightning.weights import has_average
 
 
@@ -140,7 +141,8 @@ class FrechetCallback(Callback):
             "n": samples.count,
         }
         network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
-        common = {"features": network, "frechet": FRECHET, "versions": versions()}
+        made = provenance(trainer.strategy.root_device, trainer.precision)
+        common = {"features": network, "frechet": FRECHET, "provenance": made}
         protocol = protocol | common | {"samples": facts | protocol["samples"]}
         try:
             write_figures(self._file(trainer), {self.figure: value} | others, protocol)

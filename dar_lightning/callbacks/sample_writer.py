@@ -3,10 +3,8 @@
 import glob
 import hashlib
 import json
-import platform
 import signal
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from dar_lightning import __version__
 from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.npz import write_npz
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.metrics.drawn import PIXELS
+from dar_lightning.provenance import provenance
 
 SETTINGS = "settings.json"
 FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that has moved, or that now says more
-RUNS = "drawn_by-*.json"  # in the folder of pieces: each machine and set of versions that drew some
+RUNS = "drawn_by-*.json"  # in the folder of pieces: the provenance of each kind of process that drew some
 
 
 class SampleWriter(BasePredictionWriter):
@@ -33,8 +31,8 @@ class SampleWriter(BasePredictionWriter):
 
     Until all are drawn, the pieces of `data.LabelsDataModule` lie in `NAME.parts/`, each written whole or not at all,
     with the settings they were drawn with. The same command, started again, draws what is missing; with other settings
-    it is refused. A piece is in memory at a time, however many there are. The protocol lists every kind of device and
-    version that drew a piece.
+    it is refused. A piece is in memory at a time, however many there are. The protocol lists what drew pieces:
+    every code, device and command.
 
     Args:
         output: the .npz file.
@@ -61,10 +59,7 @@ class SampleWriter(BasePredictionWriter):
             "precision": trainer.precision,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
-        self.drawn_by = {
-            "versions": {"dar_lightning": __version__, "torch": version("torch")},
-            "device": _device_name(trainer.strategy.root_device),
-        }
+        self.made = provenance(trainer.strategy.root_device, trainer.precision)
         self.open: dict[int, np.ndarray] = {}  # pieces that are being drawn, by their first number
         mistake, missing = None, []
         if trainer.is_global_zero:
@@ -143,7 +138,7 @@ class SampleWriter(BasePredictionWriter):
         # Not before: settings that no image can be drawn with would stand in the way of the right ones.
         if not (self.parts / SETTINGS).is_file():
             write_text(self.parts / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
-        text = json.dumps(self.drawn_by)
+        text = json.dumps(self.made)
         run = self.parts / RUNS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
         if not run.is_file():  # a file for each kind, so that ranks need not agree who writes
             write_text(run, text + "\n")
@@ -184,10 +179,5 @@ class SampleWriter(BasePredictionWriter):
         pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
         digest = write_npz(self.path, pieces, (len(dataset), self.size, self.size, 3), labels)
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
-        record = self.settings | {"drawn_by": runs, PIXELS: digest}
+        record = self.settings | {"provenance": runs, PIXELS: digest}
         write_text(self.protocol_path, json.dumps(record, indent=2) + "\n")
-
-
-def _device_name(device: torch.device) -> str:
-    """What computes, by the maker's name where there is one."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"

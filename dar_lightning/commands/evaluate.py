@@ -16,11 +16,12 @@ from dar_lightning.metrics.frechet import frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import LinearProbe
-from dar_lightning.metrics.protocol import FRECHET, versions, write_figures
+from dar_lightning.metrics.protocol import FRECHET, write_figures
 from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
 from dar_lightning.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
 from dar_lightning.pretrained import SHIPPED_NAMES, read_json, resolve_folder
+from dar_lightning.provenance import provenance
 
 
 def evaluate(
@@ -88,6 +89,7 @@ def evaluate(
     if lpips is not None and not paired:
         raise UserError(f"--lpips {lpips}: compares pairs; add --paired")
     place = choose_device(device)
+    made = provenance(place, "float32")
     stored = read_statistics(reference, "--reference")
     reference_set = None
     if stored is None or stored.has_images:
@@ -171,7 +173,7 @@ def evaluate(
     if paired:
         metrics |= _reconstruction(sample_set, reference_set, batch_size, place, perceptual)
         protocol["reconstruction"] = reconstruction_protocol(perceptual)
-    protocol["versions"] = versions()
+    protocol["provenance"] = made
     if save_statistics is not None:
         facts = {"features_sha256": feature_facts["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)

@@ -1,5 +1,6 @@
 """`dar extract`: run a tokenizer over image shards, once, and keep the tokens."""
 
+import json
 import signal
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -21,7 +22,8 @@ from dar_lightning.data.stream import Loader
 from dar_lightning.data.token_shards import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
-from dar_lightning.files import locked
+from dar_lightning.files import locked, write_text
+from dar_lightning.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
 
@@ -48,8 +50,8 @@ def extract(
 
     One file is written per image shard, whole or not at all, and the index last: a run that was interrupted goes on
     with the shards that are missing, and a finished one is left alone. With several devices, each takes a part of the
-    shards, and the files are the same. A sample that cannot be used is left out, and named in the header of the token
-    shard and in the index.
+    shards, and the files are the same. Only `provenance.json`, which lists what made them, differs. A sample that
+    cannot be used is left out, and named in the header of the token shard and in the index.
 
     Args:
         tokenizer: Folder of a tokenizer (config.json, model.safetensors) or its Hugging Face repository.
@@ -265,7 +267,7 @@ class Extractor(L.LightningModule):
 
 
 class ShardWriter(L.Callback):
-    """Collects the tokens of one shard, then writes it."""
+    """Collects the tokens of one shard, then writes it; first of all, notes what makes the shards."""
 
     def __init__(
         self, root: Path, index: ShardIndex, about: dict[str, Any], codebook_size: int, skipped: Skipped
@@ -273,6 +275,20 @@ class ShardWriter(L.Callback):
         self.root, self.index, self.about, self.skipped = root, index, about, skipped
         self.dtype = np.uint16 if codebook_size <= 2**16 else np.uint32
         self._start()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Adds to the list of what made the shards; a line says so if other code made those that are there."""
+        if not trainer.is_global_zero:
+            return
+        path, done = self.root / FILE, len(self.index.shards) - len(trainer.datamodule.missing)
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        before = listed[-1]["code"] if listed else None
+        made = provenance(trainer.strategy.root_device, trainer.precision)
+        if done and (before is None or before["sha256"] != made["code"]["sha256"]):
+            names = f"{code_name(before)}, the others will be of {code_name(made['code'])}"
+            print(f"{self.root}: {done} of {len(self.index.shards)} token shards are of {names}", flush=True)
+        if made not in listed[-1:]:
+            write_text(path, json.dumps([*listed, made], indent=2) + "\n")
 
     def _start(self) -> None:
         self.codes: list[np.ndarray] = []  # of (V, N)

@@ -19,6 +19,7 @@ from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
 from dar_lightning.metrics.token_influence import TOKEN_INFLUENCE_PROTOCOL, token_influence, token_influence_names
+from dar_lightning.provenance import provenance
 from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -111,6 +112,7 @@ def reconstruct(
             "compile": compile,
             "tokenizer": weights,
             "ema": {"tokenizer": model.averaged},
+            "provenance": provenance(place, dtype_name(model.dtype)),
         }
         | influence_protocol,
     }

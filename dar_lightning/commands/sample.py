@@ -23,6 +23,7 @@ from dar_lightning.figures import blend, image_grid, mosaic, save_animation, sav
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.metrics.drawn import PIXELS
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.provenance import provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.weights import fingerprint
 
@@ -131,6 +132,7 @@ def sample(
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
     dtypes = {"tokenizer": dtype_name(pipe.tokenizer.dtype), "ar": dtype_name(pipe.ar.head.weight.dtype)}
     precision = {"dtype": dtypes, "compile": compile}
+    made = provenance(place, ", ".join(sorted({*dtypes.values()})))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,7 +172,7 @@ def sample(
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256 if layout is not None else None
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    record[PIXELS] = pixels
+    record |= {"provenance": made, PIXELS: pixels}
     write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 

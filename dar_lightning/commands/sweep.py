@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import yaml
 from filelock import FileLock, Timeout
@@ -18,13 +18,15 @@ from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
 from dar_lightning.figures import mosaic, save_png
 from dar_lightning.files import write_text
+from dar_lightning.finished import DONE, LOCK, codes, is_of_others, is_outdated, made_from, put_aside, read_done
 from dar_lightning.metrics.images import NpzImages
 from dar_lightning.pretrained import read_json
+from dar_lightning.provenance import read_code
 from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
 
 METRICS, SAMPLES = "metrics.json", "samples.png"
 PROGRAM = [sys.executable, "-m", "dar_lightning"]
-DONE, LOG, LOCK = "done.json", "log.txt", ".sweep.lock"  # the verbs may lock the folder themselves
+LOG = "log.txt"
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
 PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
@@ -43,7 +45,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --chdir={cwd}
 #SBATCH --output={log}
 unset SLURM_NTASKS SLURM_JOB_NAME # Lightning then starts one process per GPU itself
-exec {python} -m dar_lightning sweep {file} --output {root} --only "[$SLURM_ARRAY_TASK_ID]"
+exec {python} -m dar_lightning sweep {file} --output {root} --redo {redo} --only "[$SLURM_ARRAY_TASK_ID]"
 """
 
 
@@ -61,13 +63,15 @@ def sweep(
     only: list[int] | None = None,
     dry_run: bool = False,
     slurm: bool = False,
+    redo: Literal["none", "changed"] = "none",
 ) -> None:
     """Run the stages of every cell of a grid, with every seed.
 
     A stage whose command, config files and earlier stages are the same in several cells is done once. What is done is
-    not done again; what has changed since is, in a new folder, and a line says so. A stage that fails ends its cell,
-    not the sweep: the exit code is then 1. An interrupted training goes on from its last checkpoint. SIGTERM,
-    SIGUSR1 and Ctrl+C are passed on to the running command, which ends first, a training with a checkpoint.
+    not done again; what has changed since is, in a new folder, and a line says so. Another line names the cells that
+    other code of this package or other data made. A stage that fails ends its cell, not the sweep: the exit code is
+    then 1. An interrupted training goes on from its last checkpoint. SIGTERM, SIGUSR1 and Ctrl+C are passed on to the
+    running command, which ends first, a training with a checkpoint.
 
     Writes `sweep.json`, `shared/STAGE-HASH/` (results, `log.txt`, `config.yaml`) and, for every cell and seed,
     `cells/CELL/seedS/` with `cell.json` (stages, commands, state), `metrics.json` and `samples.png`.
@@ -87,6 +91,8 @@ def sweep(
         only: run these cells alone, by number from 0, in the order of --dry_run.
         dry_run: print the commands, and run nothing.
         slurm: write a SLURM script, an array with a task per cell and seed, and run nothing.
+        redo: of what is done, "none" is made anew, or what is "changed": made by other code or from other shards than
+            there are now. What it was goes to `replaced/`. Whatever needs a stage that was made anew, is so too.
     """
     plan = Sweep(name, stages, grid, title, budget, seeds, x_axis, figures, paper)
     root = Path(output or f"runs/sweeps/{name}")
@@ -96,31 +102,42 @@ def sweep(
         raise UserError(f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
     for cell, seed in runs:  # a mistake in any cell is found before the first one begins
         plan.work(cell, seed)
+    code = read_code()["sha256"]
+    others = [
+        runs[number]
+        for number in chosen
+        if any(is_of_others(work, root, code) for work in plan.work(*runs[number]).values())
+    ]
+    if others and not dry_run:
+        names = "all" if len(others) == len(chosen) else ", ".join(f"{cell.name} seed {seed}" for cell, seed in others)
+        how = "they are made anew" if redo == "changed" else "--redo changed makes them anew"
+        print(f"other code or data made {len(others)} of {len(chosen)} cells, {how}: {names}", flush=True)
+    wanted = code if redo == "changed" else None
     if dry_run:
-        _print_commands(plan, root, chosen)
+        _print_commands(plan, root, chosen, wanted)
         return
-    _prepare(plan, root)
+    _prepare(plan, root, wanted)
     if slurm:
         path = root / "sweep.sbatch"
         whole = root.resolve()
         places = {"path": whole / path.name, "cwd": Path.cwd(), "log": whole / "slurm-%A_%a.log", "root": whole}
         places |= {"file": whole / "sweep.yaml", "python": sys.executable}
         quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
-        write_text(path, SCRIPT.format(name=name, last=len(runs) - 1, **quoted))
+        write_text(path, SCRIPT.format(name=name, last=len(runs) - 1, redo=redo, **quoted))
         print(f"{path}: an array of {len(runs)} tasks; sbatch {shlex.quote(str(path))}")
         return
-    failed: set[str] = set()  # hashes; a cell with the same work does not try again
+    tried: dict[str, str] = {}  # hash -> done or failed; a cell with the same work does not try again
     states = []
     for turn, number in enumerate(chosen, start=1):
         cell, seed = runs[number]
         print(f"[{turn}/{len(chosen)}] {cell.name} seed {seed}", flush=True)
-        states.append(_run_cell(plan, cell, seed, root, failed))
+        states.append(_run_cell(plan, cell, seed, root, wanted, tried))
     _print_states([runs[number] for number in chosen], states)
     if any(state["status"] == "failed" for state in states):
         sys.exit(1)
 
 
-def _print_commands(plan: Sweep, root: Path, chosen: list[int]) -> None:
+def _print_commands(plan: Sweep, root: Path, chosen: list[int], wanted: str | None) -> None:
     seen: set[str] = set()
     for number, (cell, seed) in enumerate(plan.runs()):
         if number not in chosen:
@@ -130,11 +147,12 @@ def _print_commands(plan: Sweep, root: Path, chosen: list[int]) -> None:
             if work.hash in seen:
                 print(f"# {work.stage}: as above, {work.folder}")
             else:
-                print(shown(work.command(root)) + ("  # done" if (root / work.folder / DONE).exists() else ""))
+                done = read_done(work, root) is not None and not is_outdated(work, root, wanted)
+                print(shown(work.command(root)) + ("  # done" if done else ""))
             seen.add(work.hash)
 
 
-def _prepare(plan: Sweep, root: Path) -> None:
+def _prepare(plan: Sweep, root: Path, wanted: str | None = None) -> None:
     """Make the folder, or go on in one of the same sweep; a cell that is not what the plan says is pending again."""
     mark = root / "sweep.json"  # it comes first, so that another process finds nothing else without it
     root.mkdir(parents=True, exist_ok=True)
@@ -148,14 +166,15 @@ def _prepare(plan: Sweep, root: Path) -> None:
         settings["stages"] = {name: vars(stage) for name, stage in plan.stages.items()}
         write_text(root / "sweep.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
         for cell, seed in plan.runs():
-            _prepare_cell(plan, cell, seed, root)
+            _prepare_cell(plan, cell, seed, root, wanted)
 
 
-def _prepare_cell(plan: Sweep, cell: Cell, seed: int, root: Path) -> None:
+def _prepare_cell(plan: Sweep, cell: Cell, seed: int, root: Path, wanted: str | None) -> None:
     folder, works = _folder(root, cell, seed), plan.work(cell, seed)
     if (folder / "cell.json").exists():
         before = {stage["name"]: stage for stage in read_json(folder / "cell.json")["stages"]}
-        if {name: stage["hash"] for name, stage in before.items()} == {name: work.hash for name, work in works.items()}:
+        same = {name: stage["hash"] for name, stage in before.items()} == {name: w.hash for name, w in works.items()}
+        if same and not any(is_outdated(work, root, wanted) for work in works.values()):
             return
         for name, work in works.items():
             old = before.get(name)
@@ -186,11 +205,13 @@ def _record(plan: Sweep, root: Path, cell: Cell, seed: int, done: dict[str, dict
     return state
 
 
-def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) -> dict[str, Any]:
+def _run_cell(
+    plan: Sweep, cell: Cell, seed: int, root: Path, wanted: str | None, tried: dict[str, str]
+) -> dict[str, Any]:
     works, folder = plan.work(cell, seed), _folder(root, cell, seed)
     done: dict[str, dict[str, Any]] = {}
     for name, work in works.items():
-        done[name] = _run_work(work, root, failed)
+        done[name] = _run_work(work, root, wanted, tried)
         state = _record(plan, root, cell, seed, done)
         if done[name]["status"] == "failed":
             return state
@@ -198,10 +219,10 @@ def _run_cell(plan: Sweep, cell: Cell, seed: int, root: Path, failed: set[str]) 
     return state
 
 
-def _run_work(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
+def _run_work(work: Work, root: Path, wanted: str | None, tried: dict[str, str]) -> dict[str, Any]:
     """Do a stage, unless it is done; other processes that need the same wait."""
     folder = root / work.folder
-    if work.hash in failed:
+    if tried.get(work.hash) == "failed":
         print(f"  {work.stage}  failed before: {folder / LOG}", flush=True)
         return {"status": "failed", "seconds": None}
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,15 +233,21 @@ def _run_work(work: Work, root: Path, failed: set[str]) -> dict[str, Any]:
         print(f"  {work.stage}  waits for another process, which does {work.folder}", flush=True)
         held = lock.acquire()
     with held:
-        if (folder / DONE).exists():
-            seconds = read_json(folder / DONE)["seconds"]
+        done, again = read_done(work, root), work.hash not in tried and is_outdated(work, root, wanted)
+        if done is not None and not again:
             print(f"  {work.stage}  done already: {folder}", flush=True)
-            return {"status": "done", "seconds": seconds}
-        return _execute(work, root, failed, lock)
+            return _state(done)
+        if again:
+            print(f"  {work.stage}  is made anew; what it was: {put_aside(work, root)}", flush=True)
+        return _execute(work, root, tried, lock)
 
 
-def _execute(work: Work, root: Path, failed: set[str], lock: FileLock) -> dict[str, Any]:
-    folder, command = root / work.folder, work.command(root)
+def _state(done: dict[str, Any]) -> dict[str, Any]:
+    return {"status": "done", "seconds": done["seconds"], "code": done.get("made", {}).get("code")}
+
+
+def _execute(work: Work, root: Path, tried: dict[str, str], lock: FileLock) -> dict[str, Any]:
+    folder, command, made = root / work.folder, work.command(root), made_from(work, root)
     write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
     start = time.monotonic()
     with open(folder / LOG, "a", encoding="utf-8") as log:
@@ -228,19 +255,22 @@ def _execute(work: Work, root: Path, failed: set[str], lock: FileLock) -> dict[s
         status, stopped = _call([*PROGRAM, *command], log, lock)
     seconds = round(time.monotonic() - start, 1)
     if status and not stopped:
-        failed.add(work.hash)
+        tried[work.hash] = "failed"
         last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         print(f"  {work.stage}  failed with status {status}: {last} ({folder / LOG})", flush=True)
         return {"status": "failed", "seconds": seconds}
     if not status:
         if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
             shutil.copyfile(resolved, folder / "config.yaml")
-        write_text(folder / DONE, json.dumps({"hash": work.hash, "command": command, "seconds": seconds}) + "\n")
+        done = {"hash": work.hash, "command": command, "seconds": seconds}
+        done["made"] = made | {"codes": codes(work, root)}
+        write_text(folder / DONE, json.dumps(done) + "\n")
+        tried[work.hash] = "done"
         print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
     if stopped:
         print(f"  {work.stage}  {signal.Signals(stopped).name}: stopped; start again to go on", flush=True)
         sys.exit(128 + stopped)
-    return {"status": "done", "seconds": seconds}
+    return _state(done)
 
 
 def _call(words: list[str], log: IO[str], lock: FileLock) -> tuple[int, int]:

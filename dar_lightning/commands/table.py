@@ -5,7 +5,6 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -14,7 +13,6 @@ import lightning as L
 import numpy as np
 import torch
 
-from dar_lightning import __version__
 from dar_lightning.ar import races
 from dar_lightning.callbacks.sample_writer import SampleWriter
 from dar_lightning.commands.evaluate import evaluate
@@ -22,7 +20,7 @@ from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.npz import write_npz
 from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import to_float, to_uint8
-from dar_lightning.devices import choose_device
+from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.lit.generation import GenerationModule
@@ -32,6 +30,7 @@ from dar_lightning.metrics.images import ImageSet, open_images, with_progress
 from dar_lightning.metrics.protocol import PAPER_COUNT
 from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
 from dar_lightning.pipeline import DARPipeline
+from dar_lightning.provenance import provenance
 from dar_lightning.seeding import image_generator
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.flow import SOLVERS
@@ -108,7 +107,7 @@ def table(
         raise UserError(f"{len(rows)} rows, seeds {seeds}: need at least one row, and one seed or several that differ")
     if importlib.util.find_spec("matplotlib") is None:  # before the hours of work, not after
         raise UserError("the plot needs matplotlib: pip install 'dar-lightning[notebooks]'")
-    choose_device(device)
+    made = provenance(choose_device(device), "float32")
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
         raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
     identities = {model: _identity(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
@@ -149,7 +148,7 @@ def table(
                 write_text(place / MEASURED, json.dumps(found, indent=2) + "\n")
             measured.append(found)
         results.append(_summary(row, model, config, num_groups, measured))
-    _write(root, title, frechet_name(features), results)
+    _write(root, title, frechet_name(features), results, made)
 
 
 def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
@@ -235,8 +234,7 @@ def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: in
         "steps": row.num_steps or tokenizer.config.num_groups,
         "groups": row.groups or tokenizer.config.num_groups,
         "batch_size": batch_size,
-        "device": place.type,
-        "versions": {"dar_lightning": __version__, "torch": version("torch")},
+        "provenance": provenance(place, dtype_name(tokenizer.dtype)),
     }
     write_text(output.with_suffix(".json"), json.dumps(record | {PIXELS: pixels}, indent=2) + "\n")
 
@@ -289,11 +287,11 @@ def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
     return f"Small scale: {counted}. This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
 
 
-def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]]) -> None:
+def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], made: dict[str, Any]) -> None:
     varied = [name for name in results[0]["settings"] if len({row["settings"][name] for row in results}) > 1]
     varied = varied or ["pipeline"]
     caveat = _caveat(frechet, results)
-    summary = {"title": title, "caveat": caveat, "rows": results}
+    summary = {"title": title, "caveat": caveat, "rows": results, "provenance": made}
     write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     metrics, papers = (list(dict.fromkeys(name for row in results for name in row[of])) for of in ("metrics", "paper"))

@@ -1,13 +1,15 @@
 """Which parts of a protocol a figure depends on, and so when two figures can be compared.
 
 How the samples were made is what figures compare: of them, only the number must be equal. Sets are the same if their
-pixels are, wherever they lie and however they were cropped. Versions are kept to explain what nothing else does.
+pixels are, wherever they lie and however they were cropped. Provenance explains what nothing else does.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
+# What no figure depends on; "versions" is what files had before provenance.
+EXPLAINS = ("provenance", "versions")
 # kind of figure -> parts of the protocol, and what of the reference
 DEPENDS = {
     "FD": (("features", "frechet"), "statistics"),
@@ -41,7 +43,7 @@ def differences(name: str, protocol: dict[str, Any], other: dict[str, Any]) -> d
     """What makes a figure incomparable under two protocols: {field: "value, other value"}, empty if nothing does.
 
     Args:
-        name: its common name; one that is not known here depends on everything but the samples and the versions.
+        name: its common name; one that is not known here depends on everything but the samples and the provenance.
         protocol: of one file.
         other: of the other.
     """
@@ -61,7 +63,7 @@ def _facts(name: str, protocol: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     kind = re.sub(r"(?<=_from_group)_\d+$", "", name.removesuffix("_std"))
     parts, of_reference = DEPENDS.get(kind, (None, "images"))
     if parts is None:
-        parts = [part for part in protocol if part not in ("samples", "reference", "versions", "image_size")]
+        parts = [part for part in protocol if part not in ("samples", "reference", "image_size", *EXPLAINS)]
     if name != "probe_accuracy_reference":
         yield "samples.n", protocol.get("samples", {}).get("n")
     yield "image_size", protocol.get("image_size")

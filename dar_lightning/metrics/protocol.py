@@ -1,27 +1,14 @@
 """The protocol that stands beside every figure, in JSON."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dar_lightning import __version__
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
 PAPER_COUNT = 50_000  # images behind each of the paper's figures
 FRECHET = "float64, unbiased covariances"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures may depend on."""
-    found = {"dar_lightning": __version__}
-    for name in ("torch", "torchmetrics", "torchvision", "timm", "torch-fidelity"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # torch-fidelity is optional
-            continue
-    return found
 
 
 def write_figures(path: str | Path, metrics: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:

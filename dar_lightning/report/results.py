@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
+from dar_lightning.metrics.comparable import EXPLAINS
 from dar_lightning.pretrained import read_json
 from dar_lightning.report.curves import Curve, read_scalars
 
 SWEEP, RUN, METRICS, SAMPLES = "sweep.json", "cell.json", "metrics.json", "samples.png"
 STATUSES = ("done", "failed", "pending")
-# Of protocols, what need not be equal: how images were made (dar reconstruct notes it apart), and versions.
-MADE = ("samples", "tokenizer", "solver", "num_steps", "seed", "ema", "versions")
+# Of protocols, what need not be equal: how images were made (dar reconstruct notes it apart), and what explains.
+MADE = ("samples", "tokenizer", "solver", "num_steps", "seed", "ema", *EXPLAINS)
 PLACES = ("npz", "folder", "shards", "statistics_of")  # of a set that a hash identifies
 
 
@@ -27,12 +28,14 @@ class Stage:
         folder: where it worked; runs that share the work have the same.
         status: done, failed or pending.
         seconds: how long it took.
+        code: that made it, see `dar_lightning.provenance.read_code`; None where it was not noted.
     """
 
     name: str
     folder: Path
     status: str
     seconds: float | None
+    code: dict[str, Any] | None = None
 
     @cached_property
     def scalars(self) -> dict[str, Curve]:
@@ -168,7 +171,8 @@ def _run(root: Path, cell: str, seed: int) -> Run:
     if told["status"] not in STATUSES:
         raise UserError(f"{folder / RUN}: status is {told['status']!r}: it must be {', '.join(STATUSES)}")
     stages = tuple(
-        Stage(stage["name"], root / stage["folder"], stage["status"], stage.get("seconds")) for stage in told["stages"]
+        Stage(stage["name"], root / stage["folder"], stage["status"], stage.get("seconds"), stage.get("code"))
+        for stage in told["stages"]
     )
     if told["status"] != "done":
         return Run(cell, seed, folder, told["status"], stages)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dar_lightning.files import write_text
 from dar_lightning.metrics.protocol import PAPER_COUNT
+from dar_lightning.provenance import code_name
 from dar_lightning.report.results import STATUSES, Cell, Results, Run
 
 CURVES = ("val/loss", "val/flow")  # what the two kinds of training are judged by
@@ -128,6 +129,9 @@ def remarks(sweep: Results) -> list[str]:
         texts += [f"Measured: {text}." for text in measured if text]
         if any(cell.paper for cell in sweep.cells) and not any(map(_is_paper_scale, done[0].protocols.values())):
             texts.append(f"Not comparable with the paper's figures: FID of {PAPER_COUNT:,} ImageNet images.")
+    stages = [stage for run in sweep.runs for stage in run.stages if stage.status == "done"]
+    if any(stage.code for stage in stages):
+        texts.append(f"Made by {'; '.join(dict.fromkeys(code_name(stage.code) for stage in stages))}.")
     counts = {status: sum(run.status == status for run in sweep.runs) for status in STATUSES}
     if counts["done"] < len(sweep.runs):
         texts.append(f"Runs: {', '.join(f'{count} {status}' for status, count in counts.items())}.")

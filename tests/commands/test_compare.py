@@ -17,7 +17,7 @@ BASE = {
     "image_size": [16, 16],
     "features": NETWORK,
     "frechet": "float64",
-    "versions": {"torch": "2.0"},
+    "provenance": {"code": {"commit": "a"}, "versions": {"torch": "2.0"}},
 }
 FULL = {"kernel_distance": "cubic", "precision_recall": "3 neighbours"}
 FULL_FIGURES = {"FD-net": 1.0, "KD-net": 0.1, "precision-net": 0.5, "recall-net": 0.6}
@@ -62,7 +62,7 @@ def refusal(*files: str) -> str:
     "changes",
     [
         {"samples__seed": 5, "samples__npz": "b.npz", "samples__sha256": "9" * 64, "samples__guidance": 3.0},
-        {"versions__torch": "3.0"},
+        {"provenance__code": {"commit": "b"}, "versions": {"torch": "1.9"}},  # as files had them before
         {"reference": {"folder": "elsewhere", "crop": "none", "n": 30, "sha256": "2" * 64}},
         {"reconstruction": PAIRS, "probe": {"classifier": "logistic"}, **FULL},
         {
@@ -75,11 +75,18 @@ def refusal(*files: str) -> str:
             }
         },
     ],
-    ids=["samples", "versions", "place and crop", "more figures", "stored statistics of the same images"],
+    ids=["samples", "provenance", "place and crop", "more figures", "stored statistics of the same images"],
 )
 def test_what_does_not_change_the_number_is_no_obstacle(written, capsys, changes):
     found = table(capsys, written({"FD-net": 1.0}), written({"FD-net": 2.0}, **changes))
     assert found == (["FD-net"], [["1.0000"], ["2.0000"]], [])
+
+
+def test_provenance_is_no_obstacle_for_a_figure_of_ones_own(written, capsys):
+    """Which depends on all of a protocol that says how it was measured."""
+    change = {"provenance__code": {"commit": "b"}, "versions": {"torch": "1.9"}}
+    found = table(capsys, written({"own": 1.0}), written({"own": 2.0}, **change))
+    assert found == (["own"], [["1.0000"], ["2.0000"]], [])
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_what_dar_predict_draws_and_what_the_pipeline_draws_itself(pipeline, ref
     names += ["tokenizer_sha256", "ar_sha256", "sha256"]
     assert {name: drawn[name] for name in names} == {name: itself[name] for name in names}
     assert drawn["steps"] == 8
-    assert drawn["drawn_by"][0]["versions"]
+    assert drawn["provenance"][0]["versions"]
 
 
 def test_a_record_of_other_images_is_refused(pipeline, reference, tmp_path):

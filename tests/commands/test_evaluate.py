@@ -104,7 +104,7 @@ def test_protocol_says_what_was_measured(tmp_path, capsys):
         "resize": "area to 32x32",
     }
     assert len(protocol["features"]["sha256"]) == 64
-    assert protocol["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert protocol["provenance"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     shown = capsys.readouterr().out
     assert "FD-color_edges" in shown
     assert "12 samples, 14 reference images, 16x16" in shown

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from filelock import FileLock, Timeout
 from PIL import Image
+from small_sweep import ONE, cell, plan
 from tiny_models import AR, CLASSES, GROUPS, SIZE, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
@@ -22,51 +23,6 @@ from dar_lightning.errors import UserError
 from dar_lightning.sweep import Stage, Sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
-
-
-def plan(**changes) -> dict:
-    """A sweep of two stages; what `weights` does depends on the axis, what `train` does on nothing."""
-    return {
-        "name": "study",
-        "seeds": [0, 1],
-        "grid": {"K": [1, 2], "size": {"S": {"width": 8}, "L": {"width": 16}}},
-        "stages": {
-            "train": {"verb": "extract", "options": {"tokenizer": "t", "shards": "s"}},
-            "weights": {"verb": "export", "options": {"ckpt": "{train}/x", "weights": "{K}-{width}-{seed}"}},
-        },
-    } | changes
-
-
-ONE = {"seeds": [0], "grid": {"K": [1], "size": {"S": {"width": 8}}}}
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Runs a sweep file; its commands do nothing, but for those that have a word in `broken`."""
-    monkeypatch.chdir(tmp_path)
-    done, broken = [], []
-
-    def call(words, log, lock):
-        assert words[:3] == [sys.executable, "-m", "dar_lightning"]
-        done.append(words[3:])
-        failed = any(word in " ".join(words) for word in broken)
-        print("no such thing" if failed else "fine", file=log, flush=True)
-        return 2 if failed else 0, 0
-
-    monkeypatch.setattr(command, "_call", call)
-
-    def sweep(settings: dict, *options: str) -> list[list[str]]:
-        Path("sweep.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        done.clear()
-        main(["sweep", "sweep.yaml", "--output", "out", *options])
-        return list(done)
-
-    sweep.broken = broken
-    return sweep
-
-
-def cell(name: str, seed: int = 0) -> dict:
-    return json.loads(Path(f"out/cells/{name}/seed{seed}/cell.json").read_text())
 
 
 def test_equal_commands_are_done_once(runs, capsys):

@@ -80,6 +80,7 @@ def test_ten_crop_is_what_the_tokenizer_says(ten):
     assert sorted(path.name for path in ten.glob("[!.]*")) == [
         *(f"00000{i}.safetensors" for i in range(3)),
         "index.json",
+        "provenance.json",
     ]
     number = 0
     for i, size in enumerate(SIZES):
@@ -247,7 +248,7 @@ def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
 
 def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
     def names() -> list[str]:
-        return sorted(path.name for path in tmp_path.glob("[!.]*"))
+        return sorted(path.name for path in tmp_path.glob("[!.]*") if path.name != "provenance.json")
 
     options = dict(crops="center", batch_size=2)
     with pytest.raises(UserError, match=r"^shards: 1 of 12 samples .* max_bad_share is 1\.00%\), the first is 0\.t"):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_models import CLASSES, GROUPS, SIZE
 
-from dar_lightning import DARPipeline
-from dar_lightning.callbacks import sample_writer
+from dar_lightning import DARPipeline, provenance
 from dar_lightning.cli import main
 from dar_lightning.data.labels import LabelsDataModule
 from dar_lightning.data.transforms import to_uint8
@@ -190,13 +189,13 @@ def test_every_kind_of_machine_that_drew_is_named(pipeline, whole, tmp_path, mon
     """A run goes on elsewhere; of a piece that was cut to nothing, nothing is left but its name."""
     output = tmp_path / "x.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(sample_writer, "_device_name", lambda device: "another machine")
+        patch.setattr(provenance, "device_name", lambda device: "another machine")
         main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
     (tmp_path / "x.parts/0000000.npy").write_bytes(b"")
     main(command(pipeline, output))
     assert output.read_bytes() == whole.read_bytes()
-    runs = json.loads(output.with_suffix(".json").read_text())["drawn_by"]
-    here = sample_writer._device_name(torch.device("cpu"))
+    runs = json.loads(output.with_suffix(".json").read_text())["provenance"]
+    here = provenance.device_name(torch.device("cpu"))
     assert sorted(run["device"] for run in runs) == sorted(["another machine", here])
     assert all(run["versions"]["torch"] for run in runs)
 

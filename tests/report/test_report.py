@@ -87,6 +87,20 @@ def test_the_table_has_the_paper_beside_it_and_names_what_is_missing(reported):
     assert "Not comparable with the paper's figures" in text
 
 
+def test_the_table_says_which_code_made_it(tmp_path):
+    write_sweep(tmp_path)
+    code = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": False, "sha256": "f" * 64}
+    for seed, changes in enumerate(({}, {"commit": None, "changed": None})):
+        path = tmp_path / "cells" / "coarse" / f"seed{seed}" / "cell.json"
+        told = json.loads(path.read_text())
+        told["stages"][0]["code"] = code | changes
+        write_json(path, told)
+    main(["report", str(tmp_path)])
+    text = (tmp_path / "report" / "table.md").read_text()
+    one, other = "dar_lightning 0.1.0, commit 0123456789ab (package ffffffff)", "dar_lightning 0.1.0 (package ffffffff)"
+    assert f"Made by {one}; code that was not noted; {other}.  \n" in text
+
+
 def test_plots_show_the_numbers(sweep, reported):
     found = read_sweep(sweep)
     here, paper = plot_figures(found, summarize(found)).axes

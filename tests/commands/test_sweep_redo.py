@@ -1,0 +1,164 @@
+"""dar sweep and results of other code or data: one line names them, --redo changed makes them anew."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_sweep import cell, plan
+
+from dar_lightning import provenance
+
+LINE = "other code or data made "
+TWO = {"seeds": [0], "grid": {"K": [1, 2]}}
+
+
+def stages(**more: dict) -> dict:
+    """`train` is the same for all cells, `weights` needs it, `apart` does not."""
+    return {
+        "train": {"verb": "extract", "options": {"tokenizer": "t", "shards": "s"}},
+        "weights": {"verb": "export", "options": {"ckpt": "{train}/x", "weights": "{K}"}},
+        "apart": {"verb": "export", "options": {"weights": "apart-{K}"}},
+    } | more
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch) -> Path:
+    """A module of the package that the sweep takes for its own."""
+    module = tmp_path / "package" / "module.py"
+    module.parent.mkdir()
+    module.write_text("first = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", module.parent)
+    return module
+
+
+def folder(stage: str, number: int = 1) -> Path:
+    """Of a cell's stage."""
+    return Path("out", next(one["folder"] for one in cell(f"K={number}")["stages"] if one["name"] == stage))
+
+
+def verbs(commands: list[list[str]]) -> list[str]:
+    return [words[0] for words in commands]
+
+
+def lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(LINE)]
+
+
+def test_other_code_is_named_in_one_line_and_nothing_is_done_again(runs, code, capsys):
+    alone = {"apart": stages()["apart"]}
+    settings = plan(**TWO, stages=alone)
+    runs(settings, "--only", "[0]")
+    code.write_text("second = 2\n")
+    runs(settings, "--only", "[1]")
+    assert lines(capsys) == []
+    assert runs(settings) == []
+    assert lines(capsys) == [f"{LINE}1 of 2 cells, --redo changed makes them anew: K=1 seed 0"]
+    code.write_text("third = 3\n")
+    assert runs(settings) == []
+    assert lines(capsys) == [f"{LINE}2 of 2 cells, --redo changed makes them anew: all"]
+    code.write_text("second = 2\n")
+    assert runs(settings) == []
+    assert lines(capsys)[0].startswith(f"{LINE}1 of 2 "), "what counts is what the code says"
+
+
+def test_redo_makes_anew_what_other_code_made(runs, code, capsys):
+    settings = plan(**TWO, stages=stages())
+    assert verbs(runs(settings)) == ["extract", "export", "export", "export", "export"]
+    (folder("train") / "checkpoints").mkdir()
+    before = json.loads((folder("train") / "done.json").read_text())
+    code.write_text("second = 2\n")
+    assert runs(settings, "--redo", "changed", "--dry-run") == []
+    assert "  # done" not in capsys.readouterr().out
+    assert verbs(runs(settings, "--redo", "changed")) == ["extract", "export", "export", "export", "export"]
+    assert lines(capsys) == [f"{LINE}2 of 2 cells, they are made anew: all"]
+    (old,) = Path("out/replaced").glob("train-*")
+    assert old.name == f"{folder('train').name}-1"
+    assert json.loads((old / "done.json").read_text()) == before
+    assert (old / "checkpoints").is_dir()
+    assert not (folder("train") / "checkpoints").exists(), "a training would go on from there"
+    assert runs(settings, "--redo", "changed") == []
+    assert lines(capsys) == []
+    assert cell("K=1")["stages"][0]["code"]["sha256"] != before["made"]["code"]["sha256"]
+
+
+@pytest.mark.parametrize("index", ["s/index.json", "c/index.json"])
+def test_what_follows_other_data_is_made_anew(index, runs, code, capsys):
+    """An option names the folder of shards, or a config file does."""
+    Path("layer.yaml").write_text("data: {train: c}\n")
+    train = {"verb": "extract", "config": ["layer.yaml"], "options": {"shards": "s"}}
+    settings = plan(**TWO, stages=stages(train=train))
+    for path in ("s", "c"):
+        Path(path).mkdir()
+        Path(path, "index.json").write_text("first")
+    runs(settings)
+    Path(index).write_text("second")
+    capsys.readouterr()
+    assert runs(settings) == []
+    assert len(lines(capsys)) == 1
+    runs(settings, "--redo", "changed", "--dry-run")
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dar ")]
+    assert [line.endswith("  # done") for line in shown] == [False, False, True, False, True], "apart needs no shards"
+    done = runs(settings, "--redo", "changed")
+    assert verbs(done) == ["extract", "export", "export"]
+    assert not any("apart" in word for words in done for word in words)
+
+
+def test_an_interrupted_redo_goes_on_without_being_asked_again(runs, code, capsys):
+    """Once the first stage is new, what needs it is, too; until then its cells have no figures."""
+    settings = plan(**TWO, stages=stages())
+    runs(settings)
+    code.write_text("second = 2\n")
+    runs.broken.append("export")
+    with pytest.raises(SystemExit):
+        runs(settings, "--redo", "changed", "--only", "[0]")
+    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["failed", "pending"]
+    assert not Path("out/cells/K=2/seed0/metrics.json").exists()
+    runs.broken.clear()
+    capsys.readouterr()
+    done = runs(settings)
+    assert [word for words in done for word in words if word.startswith("--weights=")] == ["--weights=1", "--weights=2"]
+    assert len(lines(capsys)) == 1, "`apart` is still of the first code"
+    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["done", "done"]
+    assert verbs(runs(settings, "--redo", "changed")) == ["export", "export"]
+
+
+def test_an_earlier_stage_that_is_gone_and_made_again_alike_changes_nothing(runs, code):
+    settings = plan(**TWO, stages=stages())
+    runs(settings)
+    shutil.rmtree(folder("train"))
+    assert verbs(runs(settings)) == ["extract"]
+
+
+def test_stages_of_versions_before_are_kept_until_redo(runs, code, capsys):
+    settings = plan(**TWO, stages=stages())
+    runs(settings)
+    for path in Path("out/shared").glob("*/done.json"):
+        done = json.loads(path.read_text())
+        del done["made"]
+        path.write_text(json.dumps(done))
+    assert runs(settings) == []
+    assert lines(capsys) == [f"{LINE}2 of 2 cells, --redo changed makes them anew: all"]
+    assert cell("K=1")["stages"][0]["code"] is None
+    assert len(runs(settings, "--redo", "changed")) == 5
+
+
+def test_a_stage_that_other_code_began_is_of_others(runs, code, capsys):
+    """A training that was interrupted has noted what code did its first steps."""
+    settings = plan(**TWO, stages={"apart": stages()["apart"]})
+    runs.broken.append("apart-1")
+    with pytest.raises(SystemExit):
+        runs(settings)
+    runs.broken.clear()
+    noted = folder("apart") / "tensorboard" / "provenance.json"
+    noted.parent.mkdir()
+    noted.write_text(json.dumps([{"from_step": 0, "code": {"sha256": "0" * 64}}]))
+    assert len(runs(settings)) == 1, "it goes on"
+    assert len(lines(capsys)) == 1
+    assert runs(settings) == []
+    assert lines(capsys) == [f"{LINE}1 of 2 cells, --redo changed makes them anew: K=1 seed 0"]
+    assert len(runs(settings, "--redo", "changed")) == 1
+    assert not noted.exists()
+    capsys.readouterr()
+    assert runs(settings) == []
+    assert lines(capsys) == []
