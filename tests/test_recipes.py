@@ -96,10 +96,17 @@ TABLE = {
 
 SEEDS = ("seed_everything", "data.init_args.seed")
 LOSSES = tuple(f"{MODEL}.{name}.init_args.weight" for name in ("perceptual", "repa"))
-AS_V1 = ("trainer.gradient_clip_val", EMA, *(f"{OPTIMIZER}.{name}" for name in ("lr", "betas", "weight_decay")), *LOSSES)
+LIKE_V1 = (
+    f"{OPTIMIZER}.lr",
+    f"{OPTIMIZER}.betas",
+    f"{OPTIMIZER}.weight_decay",
+    "trainer.gradient_clip_val",
+    EMA,
+    *LOSSES,
+)
 OURS = {
     "tokenizer/v1": (*SEEDS, f"{OPTIMIZER}.warmup_steps"),
-    "tokenizer/light": (*SEEDS, f"{OPTIMIZER}.warmup_steps", *AS_V1, f"{CONFIG}.repa_layer"),
+    "tokenizer/light": (*SEEDS, f"{OPTIMIZER}.warmup_steps", *LIKE_V1, f"{CONFIG}.repa_layer"),
     "tokenizer/codebook4096": [name for name in CODEBOOK if name != f"{CONFIG}.codebook_size"],
     **{f"ar/{name}": SEEDS for name in ("B", "L", "XL", "XXL")},
 }
@@ -138,10 +145,11 @@ def test_a_recipe_has_its_numbers(name):
     wrong = {path: (found.get(path), value) for path, value in TABLE[name].items() if found.get(path) != value}
     assert wrong == {}
     # What a recipe sets beside that must not be another way to change what is computed.
-    whole = ("trainer.default_root_dir", "trainer.callbacks", "trainer.check_val_every_n_epoch")
-    whole += ("trainer.log_every_n_steps", f"{MODEL}.compile", f"{MODEL}.activation_checkpointing", f"{MODEL}.init_from")
-    known = (*TABLE[name], *whole, "data.init_args.train", "data.init_args.val", "data.init_args.batch_size")
-    known += ("data.init_args.num_workers", "data.init_args.num_classes", "ckpt_path", "trainer.callbacks+")
+    trainer = ("default_root_dir", "callbacks", "callbacks+", "check_val_every_n_epoch", "log_every_n_steps")
+    model = ("compile", "activation_checkpointing", "init_from")
+    data = ("train", "val", "batch_size", "num_workers", "num_classes")
+    known = (*TABLE[name], "ckpt_path", *(f"trainer.{key}" for key in trainer))
+    known += (*(f"{MODEL}.{key}" for key in model), *(f"data.init_args.{key}" for key in data))
     left = [path for path in found if not path.startswith(known) and not any(k.startswith(f"{path}.") for k in known)]
     assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
 

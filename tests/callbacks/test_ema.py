@@ -1,7 +1,6 @@
 """EMA against the formula, where its average lies, and what it leaves out."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch

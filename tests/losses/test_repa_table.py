@@ -55,7 +55,7 @@ def resampling(old: int, new: int, scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("road", ["file", "download"])
 def test_the_table_is_resampled_as_dinov2_does(road, released, loss_of):
-    path, table = released
+    _, table = released
     loss = loss_of[road]()
     assert loss.grid == (16, 16)
     axis = resampling(37, 16, 16.1 / 37)
