@@ -71,7 +71,7 @@ def command(model: str, data: Path, run: Path, steps: int, workers: int = 0, **t
     words += [f"--data.init_args.batch_size={BATCH}", f"--data.init_args.num_workers={workers}"]
     words += ["--model.init_args.optimizer.lr=0.01", "--model.init_args.optimizer.warmup_steps=5"]
     words += callback("dar_lightning.callbacks.LastStepCheckpoint", every_n_train_steps=SAVE_EVERY, save_top_k=0)
-    words += callback("EMAWeightAveraging", decay=0.9, use_buffers="false")
+    words += callback("dar_lightning.callbacks.EMA", decay=0.9)
     words += callback("dar_lightning.callbacks.SkipBadSteps", max_in_a_row=3)
     if model == "tokenizer":
         options = dict(warmup_steps=6, collect_steps=4, revive_every=4, revive_until=20)

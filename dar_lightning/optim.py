@@ -13,11 +13,14 @@ from dar_lightning.errors import UserError
 class OptimizerConfig:
     """AdamW and its learning-rate schedule: linear warm-up, constant, linear to final_lr.
 
+    Steps are optimizer steps, counted from 0.
+
     Args:
         lr: peak learning rate.
         betas: AdamW's decay rates.
         weight_decay: on parameters of two or more dimensions; the others get none.
-        warmup_steps: steps from 0 to lr.
+        warmup_steps: W; step s < W has lr * s / W, so that the first one moves no weight and only fills AdamW's
+            moments, as in the official code. 0 for none.
         decay_steps: length, in steps, of the linear descent that ends with the last training step; 0 for none.
         decay_epochs: the same in epochs, instead.
         final_lr: learning rate at its end.
@@ -54,7 +57,7 @@ class OptimizerConfig:
 
     def factor(self, step: int, max_steps: int) -> float:
         """Learning rate at a step (from 0), divided by lr; of a config in steps."""
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         if not self.decay_steps:
             return warmup
         left = min(max(max_steps - step, 0) / self.decay_steps, 1.0)

@@ -41,7 +41,7 @@ class TrainingPlan:
         )
 
     def __str__(self) -> str:
-        """In one line: "global batch 1024 = 64 x 8 devices x 2 accumulated; 375,300 steps (300 epochs of 1,251)"."""
+        """In one line: "global batch 1024 = 64 x 8 devices x 2 accumulated; 360,000 steps (287.8 epochs of 1,251)"."""
         size = "?" if self.batch_size is None else self.batch_size * self.devices * self.accumulate
         devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         batch = f"global batch {size} = {self.batch_size or '?'} x {devices} x {self.accumulate} accumulated"

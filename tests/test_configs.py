@@ -25,16 +25,16 @@ LONGER = "experiments/quickstart/longer_ar.yaml"
 OVER = (*FINETUNE, *LPIPS, LONGER, CODEBOOK)
 TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
 SWEEPS = [name for name in CONFIGS if name.startswith("experiments/sweeps/")]  # test_shipped_sweeps runs them
+DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
 FIT = [
     name
     for name, path in CONFIGS.items()
-    if "model" in yaml.safe_load(path.read_text()) and name not in (*OVER, *SWEEPS, PREDICT)
+    if "model" in yaml.safe_load(path.read_text()) and name not in (*OVER, *SWEEPS, *DEBUG, PREDICT)
 ]
 RECIPES = [name for name in FIT if name.startswith(("experiments/tokenizer/", "experiments/ar/"))]
 FSDP = "experiments/trainer/fsdp.yaml"  # a layer over a machine's
 MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/trainer/") and n != FSDP}
-DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
 # tests/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
 OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES, *SWEEPS, FSDP, PREDICT)

@@ -37,9 +37,9 @@ def test_weight_decay_on_matrices_only():
     ("settings", "corners"),
     [
         ({}, [(0, 1.0), (20, 1.0)]),
-        ({"warmup_steps": 4}, [(0, 0.2), (4, 1.0), (20, 1.0)]),
+        ({"warmup_steps": 4}, [(0, 0.0), (4, 1.0), (20, 1.0)]),
         ({"decay_steps": 8}, [(0, 1.0), (12, 1.0), (20, 0.0)]),
-        ({"warmup_steps": 4, "decay_steps": 8, "final_lr": 0.005}, [(0, 0.2), (4, 1.0), (12, 1.0), (20, 0.1)]),
+        ({"warmup_steps": 4, "decay_steps": 8, "final_lr": 0.005}, [(0, 0.0), (4, 1.0), (12, 1.0), (20, 0.1)]),
         ({"decay_steps": 40, "final_lr": 0.005}, [(0, 0.55), (20, 0.1)]),
     ],
 )
@@ -93,7 +93,7 @@ def test_the_trainer_steps_along_it(length, decay, accumulate):
         **length,
     )
     trainer.fit(module, DataLoader(torch.ones(4, 1)))
-    expected = 0.1 * np.interp(np.arange(12), [0, 3, 8, 12], [0.25, 1.0, 1.0, 0.0])
+    expected = 0.1 * np.interp(np.arange(12), [0, 3, 8, 12], [0.0, 1.0, 1.0, 0.0])
     assert np.allclose(module.used, expected[:, None])
 
 

@@ -1,12 +1,11 @@
-"""EMA against Lightning's own, where its average lies, and what it leaves out."""
+"""EMA against the formula, where its average lies, and what it leaves out."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_models import SIZE, TOKENIZER, make_tokenizer
 
 from dar_lightning.callbacks import EMA, ReconstructionFID
@@ -16,6 +15,7 @@ from dar_lightning.lit import TokenizerModule
 from dar_lightning.losses.frozen import FrozenNetwork
 from dar_lightning.optim import OptimizerConfig
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.weights import has_average
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
@@ -27,33 +27,54 @@ def module() -> TokenizerModule:
     return made
 
 
-def checkpoints(images, callback: EMAWeightAveraging, folder: Path) -> list[dict]:
-    """After 4 steps and after 7, the last 3 of which go on from the first checkpoint; with validation in between."""
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1)
+class Followed(Callback):
+    """The average by hand, in float64; and what validation and the module's end see."""
+
+    def __init__(self, decay: float, start: int):
+        self.decay, self.start, self.validated = decay, start, []
+
+    def weights(self, pl_module) -> list[torch.Tensor]:
+        return [parameter.detach().double() for parameter in pl_module.parameters()]
+
+    def on_train_start(self, trainer, pl_module):
+        if not trainer.global_step:
+            self.average = self.weights(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        step, new = trainer.global_step - 1, self.weights(pl_module)
+        keep = self.decay if step >= self.start else 0.0
+        self.average = [keep * old + (1 - keep) * now for old, now in zip(self.average, new, strict=True)]
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.validated.append(same(self.weights(pl_module), self.average))
+
+
+def same(found, expected) -> bool:
+    return all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_it_is_the_formula_from_the_start_weights_on(images, tmp_path, start):
+    """Over 4 steps and 3 more, which go on from a checkpoint; in validation, checkpoints and at the end.
+
+    With a start of 5, the average has not begun in the first checkpoint.
+    """
+    seen = Followed(0.8, start)
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
     for steps in (4, 7):
-        saving = ModelCheckpoint(folder, f"{steps}", every_n_train_steps=steps)
-        trainer = Trainer(
-            accelerator="cpu", max_steps=steps, callbacks=[callback, saving], val_check_interval=2, **quiet
-        )
-        data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-        trainer.fit(module(), datamodule=data, ckpt_path=folder / "4.ckpt" if steps == 7 else None)
-    return [torch.load(folder / f"{steps}.ckpt", weights_only=True) for steps in (4, 7)]
-
-
-NAME = "tokenizer.encoder.patchify.weight"
-
-
-@pytest.mark.parametrize("start", [None, 2])
-def test_it_is_lightnings_average(images, tmp_path, start):
-    options = dict(decay=0.8, update_starting_at_step=start)
-    theirs = checkpoints(images, EMAWeightAveraging(use_buffers=False, **options), tmp_path / "theirs")
-    ours = checkpoints(images, EMA(**options), tmp_path / "ours")
-    for mine, other in zip(ours, theirs, strict=True):
-        assert not torch.equal(mine["state_dict"][NAME], mine["current_model_state"][NAME])
-        for key in ("state_dict", "current_model_state", "averaging_state"):
-            assert mine[key].keys() == other[key].keys()
-            for name, tensor in mine[key].items():
-                torch.testing.assert_close(tensor, other[key][name], rtol=1e-5, atol=1e-6)
+        saving = ModelCheckpoint(tmp_path, f"{steps}", every_n_train_steps=steps)
+        callbacks = [EMA(0.8, update_starting_at_step=start), seen, saving]
+        options = dict(max_steps=steps, val_check_interval=2, limit_val_batches=1)
+        trainer, trained = Trainer(accelerator="cpu", callbacks=callbacks, **options, **quiet), module()
+        trainer.fit(trained, data, ckpt_path=tmp_path / "4.ckpt" if steps == 7 else None)
+        assert same(trained.parameters(), seen.average), "at the end"
+        saved = torch.load(tmp_path / f"{steps}.ckpt", weights_only=True)
+        names = [name for name, _ in trained.named_parameters()]
+        assert same([saved["state_dict"][name] for name in names], seen.average)
+        differ = not torch.equal(saved["state_dict"][names[0]], saved["current_model_state"][names[0]])
+        assert differ == has_average(saved) == (steps > start)
+    assert seen.validated == 3 * [True]
 
 
 def test_it_lies_where_the_model_trains_and_reads_nothing_there():
@@ -62,6 +83,7 @@ def test_it_lies_where_the_model_trains_and_reads_nothing_there():
     average = Average(model, torch.device("meta"), 0.9)
     assert average.module.weight.is_meta
     model.to("meta")
+    average.begin_anew(model)
     for _ in range(3):
         average.update_parameters(model)
     assert int(average.n_averaged) == 3

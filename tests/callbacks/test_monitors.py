@@ -177,7 +177,7 @@ def test_flow_and_gain_by_group_in_validation(run, images):
 def test_learning_rate_and_gradients(run):
     logged, spy = run
     assert list(logged["optimizer/lr"]) == [1, 3, 5]
-    assert list(logged["optimizer/lr"].values()) == pytest.approx([5e-4, 1e-3, 1e-3])  # warm-up: 1/4, 2/4, 3/4, 1
+    assert list(logged["optimizer/lr"].values()) == pytest.approx([1e-3 / 3, 1e-3, 1e-3])  # warm-up: 0, 1/3, 2/3, 1
     for name in ("tokenizer", "adversarial"):
         by_hand = [spy.norms[step][name] for step in (1, 3, 5)]
         assert list(logged[f"optimizer/grad_norm_{name}"].values()) == pytest.approx(by_hand, rel=1e-4)

@@ -40,8 +40,8 @@ def _shorten(callback: dict[str, Any]) -> None:
     name = callback["class_path"].rpartition(".")[2]
     if name == "LastStepCheckpoint":
         callback["init_args"]["every_n_train_steps"] = 4
-    elif name == "EMAWeightAveraging":
-        callback["init_args"] = {"decay": 0.5, "use_buffers": False}
+    elif name == "EMA":
+        callback["init_args"] = {"decay": 0.5}
     elif name == "CodebookWarmup":
         callback["init_args"] = {"warmup_steps": 4, "collect_steps": 2}
 

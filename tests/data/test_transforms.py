@@ -133,6 +133,28 @@ def test_random_crop_scales_and_places_uniformly():
     assert 0.05 < np.mean(places) < 0.15  # mean of (1 - size / side) / 2 is 0.06, in parts of the side
 
 
+class Extreme:
+    """A generator that draws the smallest integers, or the largest ones."""
+
+    def __init__(self, largest: bool):
+        self.largest = largest
+
+    def integers(self, low: int, high: int | None = None) -> int:
+        low, high = (0, low) if high is None else (low, high)
+        return high - 1 if self.largest else low
+
+
+@pytest.mark.parametrize(("largest", "side"), [(False, 256), (True, 320)])
+def test_crops_at_the_papers_size(largest, side):
+    """Training: a short side of 256 to 320, both included. AR tokens: from the middle square of 281 pixels."""
+    image = photo(400, 700)
+    crop = transforms.random_crop(image, 256, Extreme(largest)).permute(1, 2, 0).numpy().astype(int)
+    whole = adm(image, side).astype(int)
+    expected = whole[-256:, -256:] if largest else whole[:256, :256]
+    assert np.abs(crop - expected).max() <= 2
+    assert transforms.ten_crop_square(image, 256).size == (281, 281)
+
+
 def test_flip_is_fair_and_mirrors():
     image = photo(20, 10)
     generator = np.random.default_rng(0)

@@ -42,9 +42,18 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
     tensors = torch.load(vgg_file, weights_only=True)
     for name, parameter in by_hand.net.named_parameters():
         parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
-    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(loss(a, b, torch.rand(2)), by_hand(a, b).mean())
-    assert loss(a, a, torch.rand(2)) == 0
+    a, b, t = torch.rand(2, 3, 32, 32) * 4 - 2, torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2)
+    torch.testing.assert_close(loss(a, b, t), by_hand(a, b).mean())
+    assert loss(b, b, t) == 0
+
+    # In training too: nothing is dropped, and the estimate is not clipped.
+    module = TokenizerModule(TokenizerConfig.preset("tiny"), perceptual=loss).train()
+    module._trainer = SimpleNamespace(global_step=0)
+    zero = torch.zeros(())
+    total, parts = module.total_loss({"flow": zero, "vq": zero, "commit": zero, "x1_hat": a, "t": t}, b)
+    torch.testing.assert_close(parts["perceptual"], by_hand(a, b).mean())
+    torch.testing.assert_close(total, 0.5 * by_hand(a, b).mean())
+    assert abs(by_hand(a.clamp(-1, 1), b).mean() - parts["perceptual"]) > 0.01 * parts["perceptual"]
 
 
 def test_perceptual_weighs_times_and_sees_a_part(vgg_file):

@@ -1,0 +1,174 @@
+"""Runs of `dar fit` whose data and random draws are those of a training golden, and how far they end from it."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pandas
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from safetensors.torch import load_file
+from tiny_models import options
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dar_lightning.official import AR_NAMES, TOKENIZER_NAMES, official_name
+from dar_lightning.trainer_cli import TrainerCLI
+from dar_lightning.weights import load_lightning_checkpoint, load_official_ar, load_official_tokenizer
+
+GOLDENS = Path(__file__).parent / "goldens"
+STEPS = 12
+
+
+def tensors(golden: str, name: str) -> dict[str, Tensor]:
+    """A golden's file, halves as float32."""
+    found = load_file(GOLDENS / golden / f"{name}.safetensors")
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+
+
+def numbers(golden: str, name: str) -> dict:
+    return json.loads((GOLDENS / golden / f"{name}.json").read_text())
+
+
+class Batches(LightningDataModule):
+    """The batches that a golden was trained on, as a loader gives them: images as pixels, tokens with their labels."""
+
+    def __init__(self, golden: str):
+        super().__init__()
+        self.inputs = tensors(golden, "inputs")
+
+    def train_dataloader(self) -> DataLoader:
+        if "images" in self.inputs:
+            pixels = ((self.inputs["images"].double() + 1) * 127.5).float()
+            batches = [{"image": pixels[step % len(pixels)]} for step in range(STEPS)]
+        else:
+            pairs = zip(self.inputs["tokens"].long(), self.inputs["labels"].long(), strict=True)
+            batches = [{"codes": codes, "label": labels} for codes, labels in pairs]
+        return DataLoader(batches, batch_size=None)
+
+
+class Draws(Callback):
+    """Lets torch draw what the golden drew, exactly once a step, and keeps the codes that the module chose."""
+
+    def __init__(self, golden: str):
+        inputs = tensors(golden, "inputs")
+        if "u" in inputs:
+            noise = inputs["noise"]
+            self.draws = {"rand": inputs["u"], "randn_like": torch.stack([noise[s % len(noise)] for s in range(STEPS)])}
+        else:
+            self.draws = {"rand": inputs["class_drop_u"]}
+        self.codes: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.patches = [
+            mock.patch.object(torch, name, return_value=values[batch_idx]) for name, values in self.draws.items()
+        ]
+        self.mocks = [patch.start() for patch in self.patches]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        for patch in self.patches:
+            patch.stop()
+        assert [mocked.call_count for mocked in self.mocks] == [1] * len(self.mocks)
+        self.codes.append(outputs.get("codes"))
+
+
+def tokenizer_run(folder: Path, *more: str) -> dict[str, float]:
+    """Train the tokenizer golden; the largest deviation of each quantity, relative to it or to what training changed.
+
+    Args:
+        folder: for the start weights and the run's files, empty.
+        more: options behind those of the golden.
+    """
+    golden = "train_tokenizer"
+    config = numbers(golden, "config")
+    start = tensors(golden, "start")
+    for name in config["tables"]["names"]:
+        table = start[name]
+        start[name] = torch.cat([table, table.new_zeros(config["tables"]["rows"] - len(table), table.shape[1])])
+    model = load_official_tokenizer(start, {"model": config["model"]})
+    words = ["--model=dar_lightning.lit.TokenizerModule"]
+    words += options("model.init_args.optimizer", {"lr": 2e-4, "betas": "[0.9,0.95]", "warmup_steps": 4})
+    words += ["--trainer.callbacks+=dar_lightning.callbacks.EMA", "--trainer.callbacks.decay=0.999"]
+    logged, codes = _fit(golden, model, folder, [*words, *more])
+    steps = numbers(golden, "steps")["steps"]
+    found = {name: worst(logged[f"train/{name}"], [step[name] for step in steps]) for name in ("flow", "vq", "commit")}
+    found |= _optimizer(logged, steps, "tokenizer")
+    found["codes"] = sum(int((a != b).sum()) for a, b in zip(codes, tensors(golden, "inputs")["codes"], strict=True))
+    skip = set(config["rounding_noise"])
+    for what, file in (("weights", "final"), ("average", "final_ema")):
+        expected = {name: tensor for name, tensor in tensors(golden, file).items() if name not in skip}
+        found[what] = change(folder, TOKENIZER_NAMES, start, expected, "raw" if what == "weights" else "ema")
+    return found
+
+
+def ar_run(folder: Path, *more: str) -> dict[str, float]:
+    """The same of the AR golden."""
+    golden = "train_ar"
+    start = tensors(golden, "start")
+    model = load_official_ar(start, numbers(golden, "config")["model"])
+    optimizer = {"lr": 4e-4, "betas": "[0.9,0.95]", "weight_decay": 0.05, "decay_steps": 8, "final_lr": 1e-5}
+    words = ["--model=dar_lightning.lit.ARModule", *options("model.init_args.optimizer", optimizer)]
+    logged, _ = _fit(golden, model, folder, [*words, *more])
+    steps = numbers(golden, "steps")["steps"]
+    found = {"loss": worst(logged["train/loss"], [step["loss"] for step in steps])} | _optimizer(logged, steps, "ar")
+    return found | {"weights": change(folder, AR_NAMES, start, tensors(golden, "final"), "raw")}
+
+
+def _fit(golden: str, model: nn.Module, folder: Path, words: list[str]) -> tuple[pandas.DataFrame, list[Tensor]]:
+    """Start weights come as init_from, and the rest as in experiments/; the curves of the run, and its codes."""
+    model.save_pretrained(folder / "start")
+    trainer = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": STEPS,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 1,
+        "default_root_dir": folder / "run",
+        "enable_progress_bar": "false",
+        "enable_model_summary": "false",
+        "logger": "CSVLogger",
+        "logger.save_dir": folder,
+        "logger.name": "",
+        "logger.version": "logs",
+        "callbacks+": "dar_lightning.callbacks.LastStepCheckpoint",
+        "callbacks.every_n_train_steps": STEPS,
+        "callbacks.save_last": "true",
+    }
+    more = ["SkipBadSteps", "OptimizerMonitor"]
+    cli = TrainerCLI(
+        [
+            *("fit", "--seed_everything=0", *options("trainer", trainer)),
+            *(f"--trainer.callbacks+=dar_lightning.callbacks.{name}" for name in more),
+            *("--trainer.callbacks+=golden_training.Draws", f"--trainer.callbacks.golden={golden}"),
+            *("--data=golden_training.Batches", f"--data.init_args.golden={golden}"),
+            *words,
+            f"--model.init_args.config={json.dumps(model.config.to_dict())}",
+            f"--model.init_args.init_from={folder / 'start'}",
+        ]
+    )
+    logged = pandas.read_csv(folder / "logs" / "metrics.csv").groupby("step").first()
+    (draws,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, Draws))
+    return logged, draws.codes
+
+
+def _optimizer(logged: pandas.DataFrame, steps: list[dict], part: str) -> dict[str, float]:
+    lr = worst(logged["optimizer/lr"], [step["lr"] for step in steps])
+    return {"lr": lr, "grad_norm": worst(logged[f"optimizer/grad_norm_{part}"], [step["grad_norm"] for step in steps])}
+
+
+def worst(found, expected) -> float:
+    """The largest deviation of a step, as a part of the largest value."""
+    found, expected = torch.tensor(list(found), dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def change(folder: Path, rules, start: dict[str, Tensor], expected: dict[str, Tensor], weights: str) -> float:
+    """|ours - golden| / |golden - start| over all tensors, ours from the run's checkpoint."""
+    state = load_lightning_checkpoint(folder / "run" / "checkpoints" / "last.ckpt", weights).state_dict()
+    ours = {official_name(name, rules): tensor for name, tensor in state.items()}
+    off, moved = 0.0, 0.0
+    for name, tensor in expected.items():
+        rows = slice(len(tensor))  # of the two tables that a golden stores the beginning of
+        off += float((ours[name][rows].flatten() - tensor.flatten()).double().square().sum())
+        moved += float((tensor.flatten() - start[name][rows].flatten()).double().square().sum())
+    return (off / moved) ** 0.5

@@ -1,0 +1,160 @@
+"""The paper's recipes, number by number, and what in them is our choice because the paper is silent."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPES = Path(__file__).parents[1] / "experiments"
+CALLBACKS = "dar_lightning.callbacks"
+MODEL, OPTIMIZER, CONFIG = "model.init_args", "model.init_args.optimizer", "model.init_args.config"
+EMA = f"trainer.callbacks.{CALLBACKS}.EMA.decay"
+
+# Keys are paths in the YAML; a callback's options stand behind its class path.
+COMMON = {
+    "seed_everything": 0,
+    "trainer.precision": "bf16-mixed",
+    "trainer.gradient_clip_val": 1.0,
+    f"{OPTIMIZER}.betas": [0.9, 0.95],
+    "data.init_args.seed": 0,
+}
+TOKENIZER = COMMON | {
+    "trainer.max_steps": 210_000,
+    "global_batch": 1024,
+    f"{OPTIMIZER}.lr": 2e-4,
+    f"{OPTIMIZER}.weight_decay": 0.0,
+    f"{OPTIMIZER}.warmup_steps": 5000,
+    EMA: 0.999,
+    f"{MODEL}.time_sampling": "uniform",
+    f"{MODEL}.perceptual.class_path": "dar_lightning.losses.PerceptualLoss",
+    f"{MODEL}.perceptual.init_args": {"weight": 0.5},
+    f"{MODEL}.repa.class_path": "dar_lightning.losses.RepaLoss",
+    f"{MODEL}.repa.init_args": {"weight": 0.5},
+    f"{CONFIG}.image_size": 256,
+    f"{CONFIG}.encoder_patch_size": 16,
+    f"{CONFIG}.encoder_dim": 768,
+    f"{CONFIG}.encoder_depth": 8,
+    f"{CONFIG}.conditioner_dim": 768,
+    f"{CONFIG}.conditioner_depth": 8,
+    f"{CONFIG}.codebook_size": 16384,
+    f"{CONFIG}.codebook_dim": 8,
+    f"{CONFIG}.num_tokens": 256,
+    f"{CONFIG}.num_groups": 8,
+    f"{CONFIG}.decoder_dim": 768,
+    f"{CONFIG}.decoder_depth": 12,
+    f"{CONFIG}.decoder_patch_size": 8,
+    f"{CONFIG}.data_std": 0.6,
+    f"{CONFIG}.time_shift": 2.0,
+    f"{CONFIG}.repa_layer": 8,
+    "data.init_args.image_size": 256,
+    "data.init_args.crop": "adm",
+    "data.init_args.flip": True,
+}
+LIGHT = {
+    "trainer.max_steps": 50_000,
+    "global_batch": 256,
+    **{f"{CONFIG}.{part}_dim": 512 for part in ("encoder", "conditioner", "decoder")},
+    f"{CONFIG}.decoder_depth": 8,
+    f"{CONFIG}.repa_layer": 5,
+}
+CODEBOOK = {
+    "trainer.max_steps": 50_000,
+    f"{OPTIMIZER}.lr": 1e-4,
+    f"{OPTIMIZER}.warmup_steps": 500,
+    f"{OPTIMIZER}.decay_steps": 10_000,
+    f"{CONFIG}.codebook_size": 4096,
+}
+AR = COMMON | {
+    "trainer.max_steps": 360_000,
+    "global_batch": 1024,
+    f"{OPTIMIZER}.lr": 4e-4,
+    f"{OPTIMIZER}.weight_decay": 0.05,
+    f"{OPTIMIZER}.warmup_steps": 0,
+    f"{OPTIMIZER}.decay_steps": 60_000,
+    f"{OPTIMIZER}.final_lr": 1e-5,
+    EMA: None,
+    f"{CONFIG}.vocab_size": 16384,
+    f"{CONFIG}.num_tokens": 256,
+    f"{CONFIG}.num_classes": 1000,
+    **{f"{CONFIG}.{what}_dropout": 0.1 for what in ("class", "token", "residual", "ffn")},
+}
+
+
+def size(depth: int, heads: int, dim: int) -> dict:
+    return AR | {f"{CONFIG}.depth": depth, f"{CONFIG}.num_heads": heads, f"{CONFIG}.dim": dim}
+
+
+TABLE = {
+    "tokenizer/v1": TOKENIZER,
+    "tokenizer/light": TOKENIZER | LIGHT,
+    "tokenizer/codebook4096": CODEBOOK,
+    "ar/B": size(12, 12, 768),
+    "ar/L": size(24, 16, 1024),
+    "ar/XL": size(36, 20, 1280),
+    "ar/XXL": size(48, 24, 1536),
+}
+
+SEEDS = ("seed_everything", "data.init_args.seed")
+LOSSES = tuple(f"{MODEL}.{name}.init_args.weight" for name in ("perceptual", "repa"))
+LIKE_V1 = (
+    f"{OPTIMIZER}.lr",
+    f"{OPTIMIZER}.betas",
+    f"{OPTIMIZER}.weight_decay",
+    "trainer.gradient_clip_val",
+    EMA,
+    *LOSSES,
+)
+OURS = {
+    "tokenizer/v1": (*SEEDS, f"{OPTIMIZER}.warmup_steps"),
+    "tokenizer/light": (*SEEDS, f"{OPTIMIZER}.warmup_steps", *LIKE_V1, f"{CONFIG}.repa_layer"),
+    "tokenizer/codebook4096": [name for name in CODEBOOK if name != f"{CONFIG}.codebook_size"],
+    **{f"ar/{name}": SEEDS for name in ("B", "L", "XL", "XXL")},
+}
+
+
+def lines(name: str) -> dict[str, tuple[object, str]]:
+    """Each path in a recipe -> its value, and the line of its key."""
+    text = (RECIPES / f"{name}.yaml").read_text()
+    found = {}
+
+    def walk(node, value, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            if "class_path" in value and prefix == "trainer.callbacks":
+                prefix, value = f"{prefix}.{value['class_path']}", value.get("init_args", {})
+                node = next((child for key, child in node.value if key.value == "init_args"), None)
+            for key, child in node.value if node else ():
+                path = f"{prefix}.{key.value}".lstrip(".")
+                found[path] = value[key.value], text.splitlines()[key.start_mark.line]
+                walk(child, value[key.value], path)
+        elif isinstance(node, yaml.SequenceNode):
+            for child, one in zip(node.value, value, strict=True):
+                walk(child, one, prefix)
+
+    walk(yaml.compose(text), yaml.safe_load(text), "")
+    return found
+
+
+def test_every_recipe_is_in_the_table():
+    folders = [RECIPES / "tokenizer", RECIPES / "ar"]
+    assert {f"{path.parent.name}/{path.stem}" for folder in folders for path in folder.glob("*.yaml")} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_recipe_has_its_numbers(name):
+    found = {path: value for path, (value, _) in lines(name).items()}
+    wrong = {path: (found.get(path), value) for path, value in TABLE[name].items() if found.get(path) != value}
+    assert wrong == {}
+    # What a recipe sets beside that must not be another way to change what is computed.
+    trainer = ("default_root_dir", "callbacks", "callbacks+", "check_val_every_n_epoch", "log_every_n_steps")
+    model = ("compile", "activation_checkpointing", "init_from")
+    data = ("train", "val", "batch_size", "num_workers", "num_classes")
+    known = (*TABLE[name], "ckpt_path", *(f"trainer.{key}" for key in trainer))
+    known += (*(f"{MODEL}.{key}" for key in model), *(f"data.init_args.{key}" for key in data))
+    left = [path for path in found if not path.startswith(known) and not any(k.startswith(f"{path}.") for k in known)]
+    assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_the_paper_does_not_say_is_called_our_choice(name):
+    called = [path for path, (_, line) in lines(name).items() if "our choice" in line]
+    assert sorted(called) == sorted(OURS[name])
