@@ -28,7 +28,8 @@ class FSDP2Strategy(DDPStrategy):
     Lightning's own FSDPStrategy (FSDP1) runs on GPUs only, its ModelParallelStrategy reads checkpoints past
     SafeCheckpointIO, and neither keeps EMAWeightAveraging.
 
-    With `precision: bf16-mixed`, parameters are gathered as bfloat16 and gradients are summed as float32.
+    With `precision: bf16-mixed`, the blocks' parameters are gathered as bfloat16, embeddings, last norm and head as
+    float32, so that the residual stream is float32 as under DDP; gradients are summed as float32.
 
     Args:
         timeout: how long a device waits for the others before it fails.
@@ -51,8 +52,8 @@ class FSDP2Strategy(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
         if trainer.precision == "bf16-mixed":
-            # Under autocast alone, bfloat16 copies of all weights would outlive their gathering, until the backward
-            # pass. Activations are autocast's business.
+            # Under autocast alone, bfloat16 copies of the blocks' weights would outlive their gathering, until the
+            # backward pass. Activations are autocast's business.
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         shard(module.ar, mesh, policy)
         for callback in trainer.callbacks:
