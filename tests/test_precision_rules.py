@@ -79,7 +79,9 @@ def on_fake_cuda(module: nn.Module, dtype: torch.dtype = F32) -> nn.Module:
     """Weights and tables as if moved there; Module.to cannot do it with tensors that have no data."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad))
+            part.register_parameter(
+                name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+            )
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return module
@@ -305,14 +307,14 @@ def test_greedy_is_the_first_of_equal_logits():
 
 
 def test_guidance_of_bfloat16_weights_adds_no_rounding():
-    """Guided logits are linear in the two that the head gives: exact to float32, for steps of 1/8 in bfloat16."""
+    """Guided logits are exact in what the head gives; in bfloat16 they would be off by up to 1.9 here."""
     ar = make_ar()
     ar.head.weight.data *= 30
     labels, codes = torch.tensor([1, 2, 4, 4]), torch.zeros(4, 8, dtype=torch.long)
     logits = ar.to(BF16)(labels, codes)
     cond, uncond = logits.double().chunk(2)
     assert (guide(logits, 10.0) - (uncond + 10 * (cond - uncond))).abs().max() < 1e-4
-    assert logits.abs().max() > 8, "where a step of bfloat16 is 1/16 and more"
+    assert logits.abs().max() > 8, "so that bfloat16 would show"
 
 
 # ---- the flow at sampling
@@ -359,7 +361,7 @@ def mesh():
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of RMSNorm, which a CPU's autocast does not know
 def test_sharded_gradients_are_as_exact_as_whole_ones(mesh):
-    """bf16-mixed: embeddings gathered as bfloat16 would start a stream in it, with 1.1 times the error."""
+    """bf16-mixed: norms gathered as bfloat16 would add 14% to the error, embeddings the stream that they start."""
     base = ARModel(ARConfig(**AR | {"dim": 64, "depth": 8})).eval()
     torch.manual_seed(0)
     for parameter in base.parameters():
@@ -380,5 +382,4 @@ def test_sharded_gradients_are_as_exact_as_whole_ones(mesh):
         found = streams(ar=model)
         errors[name] = ((gradient(model, precise=False) - exact).norm() / exact.norm()).item()
         assert set(found["ar"]) == {F32}, name
-    print(errors)
-    assert errors["sharded"] == pytest.approx(errors["one device"], rel=0.05)
+    assert errors["sharded"] == pytest.approx(errors["one device"], rel=0.01)
