@@ -31,21 +31,24 @@ def round_convolutions_as_products() -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 matrix products without TF32, where its rounding would decide.
+    """float32 matrix products without TF32 or bfloat16, where their rounding would decide.
 
-    A setting of the process, for one thread at a time. Where it was made by torch's newer `fp32_precision`, with
-    which this cannot be mixed, nothing is changed.
+    A setting of the process, for one thread at a time.
     """
+    parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        yield
-        return
+    except RuntimeError:  # set by torch's newer fp32_precision, for each part
+        before = [part.fp32_precision for part in parts]
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
+        else:
+            for part, precision in zip(parts, before, strict=True):
+                part.fp32_precision = precision
 
 
 def choose_device(name: str = "auto") -> torch.device:

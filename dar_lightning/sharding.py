@@ -18,7 +18,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
     Args:
         model: with a list `blocks`; its device is the mesh's.
         mesh: of one dimension, all devices.
-        policy: dtypes of gathered parameters and of summed gradients.
+        policy: dtypes of a block's gathered parameters and of its summed gradients. What is outside of the blocks
+            stays as it is: the sum of embeddings starts the residual stream, which autocast keeps in float32.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, src=0)
@@ -26,7 +27,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default what is outside of the blocks stays gathered until the backward pass. In validation there is none, and
     # whoever looks at the parameters then (EMAWeightAveraging, checkpoints) must find slices.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Devices by name, on machines that have them and on those that do not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,18 +60,28 @@ def test_convolutions_are_as_exact_as_products(monkeypatch, products, convolutio
     assert torch.backends.cudnn.allow_tf32 == convolutions
 
 
-def test_products_are_exact_for_a_while_and_left_alone_under_the_newer_way(monkeypatch):
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_exact_for_a_while(monkeypatch, newer):
+    """Whichever of torch's two settings the process uses; the older one cannot be read once the newer is used."""
     told = ["high"]
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: told[-1])
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    parts = [SimpleNamespace(matmul=SimpleNamespace(fp32_precision=value)) for value in ("tf32", "bf16")]
+
+    def read() -> str:
+        if newer:
+            raise RuntimeError("mix of the legacy and new APIs")
+        return told[-1]
+
+    def write(value: str) -> None:
+        told.append(value)
+        for part in parts:
+            part.matmul.fp32_precision = "ieee"
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", read)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", write)
+    for name, part in zip(("cuda", "mkldnn"), parts, strict=True):
+        monkeypatch.setattr(torch.backends, name, part)
     with pytest.raises(ZeroDivisionError), exact_products():
         1 / (told[-1] != "highest")
-    assert told == ["high", "highest", "high"]
-
-    def mixed():
-        raise RuntimeError("mix of the legacy and new APIs")
-
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
-    with exact_products():
-        pass
-    assert told == ["high", "highest", "high"]
+    assert told == (["high", "highest"] if newer else ["high", "highest", "high"])
+    if newer:
+        assert [part.matmul.fp32_precision for part in parts] == ["tf32", "bf16"]

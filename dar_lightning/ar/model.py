@@ -165,7 +165,8 @@ class ARModel(nn.Module, PretrainedMixin):
             order: (B, N) int64, the codes' places; read by a model of order "random_per_sample" alone, which needs it.
 
         Returns:
-            (B, N, vocab_size).
+            (B, N, vocab_size) float32, whatever the weights are: CUDA's autocast would leave the loss of bfloat16
+            logits in bfloat16, and guidance multiplies their rounding.
         """
         if codes.shape[1] > self.config.num_tokens:
             raise UserError(f"codes hold {codes.shape[1]} tokens: this model has at most {self.config.num_tokens}")
@@ -219,4 +220,4 @@ class ARModel(nn.Module, PretrainedMixin):
             cache.length = end
         if last_only:
             x = x[:, -1:]
-        return self.head(self.norm(x))
+        return self.head(self.norm(x)).float()

@@ -42,7 +42,13 @@ def read_guidance(guidance: Guidance | str) -> Guidance:
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf the logits (B, V) outside the k largest (ties are kept) and outside the nucleus of mass top_p."""
+    """Set to -inf the logits (B, V) outside the k largest and outside the nucleus of mass top_p.
+
+    Ties with the k-th are kept, except for top_k 1, which is greedy: of equal logits it keeps the first alone.
+    """
+    if top_k == 1:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -61,7 +67,7 @@ def draw(logits: Tensor, keys: Tensor) -> Tensor:
     By exponential races (argmin of E_i / p_i with unit exponentials E_i): nothing is copied to the host, and where
     rounding changes p_i a little, the winner seldom changes.
     """
-    probabilities = logits.float().softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1)
     return (probabilities / exponentials(keys, logits.shape[-1])).argmax(dim=-1)
 
 

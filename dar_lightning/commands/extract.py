@@ -69,7 +69,8 @@ def extract(
         max_bad_share: Largest share of the samples that may be bad.
         accelerator: Lightning's: `auto`, `cpu`, `gpu`, ...
         devices: Lightning's: number of devices, or `auto`.
-        precision: Lightning's. Lower precision changes a few tokens.
+        precision: Lightning's, for weights in float32, however they are stored; the search for the nearest code is
+            always in float32. Lower precision changes a few tokens.
 
     Raises:
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
@@ -85,7 +86,7 @@ def extract(
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"max_bad_share: {max_bad_share} is not a share, give 0 to 1")
     index = ShardIndex.load(shards, "shards", cache_dir)
-    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
+    model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).float()  # weights that are stored in bfloat16, too
     views = Views(crops, random_crops, image_size or model.config.image_size, seed)
     made_by = {
         "tokenizer": fingerprint(model),

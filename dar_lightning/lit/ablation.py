@@ -58,7 +58,7 @@ class AblationModule(ARModule):
         kept = valid if count else ~valid
         codes, order = self.arrange(batch["codes"], torch.Generator().manual_seed(batch_idx))
         logits = self.ar(batch["label"], codes, order)
-        codes, order, log_p = codes[kept], order[kept], F.log_softmax(logits[kept].float(), dim=-1)  # (b, N, V)
+        codes, order, log_p = codes[kept], order[kept], F.log_softmax(logits[kept], dim=-1)  # (b, N, V)
         values = {
             "token_loss": -log_p.gather(2, codes[:, :, None])[:, :, 0],
             "hit": (log_p.argmax(dim=-1) == codes).float(),

@@ -128,7 +128,7 @@ class ARModule(LightningModule):
         count = int(valid.sum())
         kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
         logits = self.ar(batch["label"], codes)
-        token_loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")[kept]
+        token_loss = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")[kept]
         hit = (logits.argmax(dim=-1) == codes)[kept].float()
         values = {f"{stage}/loss": token_loss.mean(), f"{stage}/accuracy": hit.mean()}
         # ranks average the weights; integers would be cut

@@ -1,6 +1,7 @@
 """Fully sharded data parallel (FSDP2) as a Trainer strategy, with checkpoints that any other strategy reads."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,17 @@ from dar_lightning.errors import UserError
 from dar_lightning.sharding import shard, sliced, whole
 
 
+def mixed_precision() -> MixedPrecisionPolicy:
+    """How a block computes in bf16-mixed: its matrices in bfloat16, and what autocast leaves in float32 in float32.
+
+    Under autocast alone, bfloat16 copies of the matrices would outlive their gathering, until the backward pass.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if not hasattr(policy, "param_dtype_override_fn"):
+        return policy
+    return replace(policy, param_dtype_override_fn=lambda parameter: parameter.dtype if parameter.ndim == 1 else None)
+
+
 class FSDP2Strategy(DDPStrategy):
     """Each device keeps a slice of every parameter, gradient, optimizer state and average of an AR model.
 
@@ -28,7 +40,9 @@ class FSDP2Strategy(DDPStrategy):
     Lightning's own FSDPStrategy (FSDP1) runs on GPUs only, its ModelParallelStrategy reads checkpoints past
     SafeCheckpointIO, and neither keeps EMAWeightAveraging.
 
-    With `precision: bf16-mixed`, parameters are gathered as bfloat16 and gradients are summed as float32.
+    With `precision: bf16-mixed`, the blocks' matrices are gathered as bfloat16; embeddings, norms and head as float32,
+    so that the residual stream is float32 as under DDP (before torch 2.15, the blocks' norms are rounded); gradients
+    are summed as float32.
 
     Args:
         timeout: how long a device waits for the others before it fails.
@@ -51,9 +65,7 @@ class FSDP2Strategy(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
         if trainer.precision == "bf16-mixed":
-            # Under autocast alone, bfloat16 copies of all weights would outlive their gathering, until the backward
-            # pass. Activations are autocast's business.
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+            policy = mixed_precision()
         shard(module.ar, mesh, policy)
         for callback in trainer.callbacks:
             if isinstance(callback, WeightAveraging):

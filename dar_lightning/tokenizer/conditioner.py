@@ -32,8 +32,8 @@ class Conditioner(nn.Module):
         """
         start = cache[0].length if cache else 0
         end = start + latents.shape[1]
-        x = self.from_latent(latents)
-        x = x + self.positions.weight[start:end].to(x.dtype)
+        # Under autocast the product is bfloat16, but this sum, where the residual stream starts, is float32.
+        x = self.from_latent(latents) + self.positions.weight[start:end]
         mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(diagonal=start)
         for i, block in enumerate(self.blocks):
             x = run_block(block, x, None, mask, cache[i] if cache else None, recompute=self.recompute and not cache)

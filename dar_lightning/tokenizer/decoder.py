@@ -24,10 +24,8 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def velocity_to(image: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at x (B, 3, H, W) and flow time t (B,) towards an estimate of the scaled image; in the dtype of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    time_left = (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
-    return ((image.to(wide) - x.to(wide)) / time_left).to(x.dtype)
+    """Velocity at x (B, 3, H, W) and flow time t (B,) towards an estimate of the scaled image."""
+    return (image - x) / (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
 
 
 class DiffusionBlock(nn.Module):
@@ -77,7 +75,10 @@ class PixelDecoder(nn.Module):
             )
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Velocity at x (B, 3, H, W) and flow time t (B,), reading cond (B, n, D_cond): (B, 3, H, W)."""
+        """Velocity at x (B, 3, H, W) and flow time t (B,), reading cond (B, n, D_cond): (B, 3, H, W) float32.
+
+        x is float32 for any weights: rounded to bfloat16, the state of a solver would lose what small steps add.
+        """
         output, _ = self.predict(x, t, cond)
         return velocity_to(output, x, t) if self.prediction == "image" else output
 
@@ -85,9 +86,10 @@ class PixelDecoder(nn.Module):
         """What the network itself puts out, and what REPA reads. Arguments as in forward.
 
         Returns:
-            (B, 3, H, W), by config.prediction the velocity or the estimate of the scaled image; and the hidden patch
-            grid (B, D, H / p, W / p) before block `repa_layer`, or None without a REPA head.
+            (B, 3, H, W) float32, by config.prediction the velocity or the estimate of the scaled image; and the hidden
+            patch grid (B, D, H / p, W / p) before block `repa_layer`, or None without a REPA head.
         """
+        x = x.to(self.conv_in.weight.dtype)
         x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
         x = self.conv_in(x)
         height, width = x.shape[-2:]
@@ -105,7 +107,7 @@ class PixelDecoder(nn.Module):
         x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
         x = self.conv_out(x)
         x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch)
-        return x, hidden
+        return x.float(), hidden
 
     def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """REPA head on the hidden grid, average-pooled to the teacher's grid: (B, D, h, w) -> (B, rows * columns, 768).

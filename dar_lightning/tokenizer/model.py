@@ -50,7 +50,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype; images and noise are cast to it."""
+        """The weights' dtype; images are cast to it, and noise where the decoder reads it."""
         return self.decoder.conv_in.weight.dtype
 
     # ---- images -> tokens
@@ -91,7 +91,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             generator: source of the drawn noise: one torch.Generator, or a list with one per image.
 
         Returns:
-            (B, 3, H, W) images, not clipped to [-1, 1].
+            (B, 3, H, W) float32 images, not clipped to [-1, 1].
 
         Raises:
             UserError: for a group, solver, size or number of tokens that cannot be decoded.
@@ -165,7 +165,6 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         if num_steps < 1:
             raise UserError(f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
-        noise = noise.to(self.dtype)
         cond = None
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
@@ -173,7 +172,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
             return self.decoder(x, time, cond[:, start : start + self.config.window])
 
-        steps = integrate(velocity, noise, sampling_times(num_steps, self.config.time_shift), solver)
+        steps = integrate(velocity, noise.float(), sampling_times(num_steps, self.config.time_shift), solver)
         done = 0
         for group, cond in enumerate(conds, start=1):  # noqa: B007  (velocity reads cond)
             while done < self.schedule.steps_for_groups(group, num_steps):
@@ -182,20 +181,19 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             yield preview / self.config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Standard normal noise (batch, 3, H, W), by default at image_size, with the model's device and dtype.
+        """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device.
 
         With a list of generators, one per image, an image's noise does not depend on its batch.
         """
         height, width = size or (self.config.image_size, self.config.image_size)
-        parameter = self.decoder.conv_in.weight
+        device = self.decoder.conv_in.weight.device
         if isinstance(generator, list):
             if len(generator) != batch:
                 raise UserError(f"generator is a list of {len(generator)}: {batch} images need {batch}")
             return torch.cat([self.draw_noise(1, one, (height, width)) for one in generator])
         # A CPU generator draws the same noise for every device.
-        device = parameter.device if generator is None else generator.device
-        noise = torch.randn(batch, 3, height, width, generator=generator, device=device, dtype=torch.float32)
-        return noise.to(parameter)
+        source = device if generator is None else generator.device
+        return torch.randn(batch, 3, height, width, generator=generator, device=source, dtype=torch.float32).to(device)
 
     # ---- training
 
@@ -248,13 +246,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         x0 = torch.randn_like(x1) if noise is None else noise
         t = shift_time(u, config.time_shift)
         x_t = interpolate(x0, x1, t)
-        output, hidden = self.decoder.predict(x_t.to(self.dtype), t, cond)
+        output, hidden = self.decoder.predict(x_t, t, cond)
         # An image estimate is compared with the image: in velocity, the steps near t = 1 would drown all others.
         if config.prediction == "image":
-            target, estimate = x1, output.float()
+            target, estimate = x1, output
         else:
             target, estimate = x1 - x0, jump(x_t, output, t)
-        flow = (output.float() - target).square() / config.data_std**2
+        flow = (output - target).square() / config.data_std**2
         losses = {"flow": flow.mean(), "flow_each": flow.detach().mean(dim=(1, 2, 3))}
         losses |= {"x1_hat": estimate / config.data_std, "t": t}
         return losses if hidden is None else losses | {"hidden": hidden}
