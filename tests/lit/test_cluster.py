@@ -69,7 +69,7 @@ def arguments(tokens, folder: Path, every: int = 1000) -> list[str]:
         *("--ckpt_path=last", "--data.init_args.batch_size=2", "--data.init_args.num_workers=1"),
         "--trainer.callbacks+=dar_lightning.callbacks.LastStepCheckpoint",
         *(f"--trainer.callbacks.every_n_train_steps={every}", "--trainer.callbacks.save_top_k=0"),
-        *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.use_buffers=false"),
+        "--trainer.callbacks+=dar_lightning.callbacks.EMA",
     ]
 
 

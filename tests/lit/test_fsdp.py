@@ -78,8 +78,7 @@ def command(images, tokens, tmp_path_factory):
             f"--data.init_args.batch_size={4 // devices}",
             "--trainer.callbacks+=dar_lightning.callbacks.LastStepCheckpoint",
             "--trainer.callbacks.every_n_train_steps=2",
-            *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.7"),
-            "--trainer.callbacks.use_buffers=false",
+            *("--trainer.callbacks+=dar_lightning.callbacks.EMA", "--trainer.callbacks.decay=0.7"),
             *("--trainer.callbacks+=dar_lightning.callbacks.Samples", f"--trainer.callbacks.tokenizer={tokenizer}"),
             "--trainer.callbacks+=dar_lightning.callbacks.GenerationFID",  # of three batches: rank 0 draws two
             *(f"--trainer.callbacks.tokenizer={tokenizer}", f"--trainer.callbacks.reference={images[1]}"),

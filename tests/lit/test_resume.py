@@ -32,8 +32,8 @@ def run(command: list, every: int, die_at: int | None = None) -> None:
     callbacks = [
         *("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={every}"),
         *("--trainer.callbacks.save_last=true", "--trainer.callbacks.save_top_k=0"),
-        *("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.7"),
-        *("--trainer.callbacks.use_buffers=false", "--trainer.callbacks.update_starting_at_step=3"),
+        *("--trainer.callbacks+=dar_lightning.callbacks.EMA", "--trainer.callbacks.decay=0.7"),
+        "--trainer.callbacks.update_starting_at_step=3",
         *("--ckpt_path=last", "--model.init_args.optimizer.lr=0.01", "--model.init_args.optimizer.weight_decay=0.1"),
         *("--model.init_args.optimizer.warmup_steps=3", "--model.init_args.optimizer.decay_steps=6"),
     ]
