@@ -53,8 +53,8 @@ def outputs(pipe: DARPipeline, images: Tensor, codes: Tensor, labels: Tensor, no
     found: dict[str, list[Tensor]] = {"codes": [], "pixels": [], "logits": []}
     for some in torch.arange(len(images)).split(16):
         found["codes"].append(pipe.tokenizer.tokenize(images[some]))
-        found["pixels"].append(pipe.tokenizer.detokenize(codes[some], noise[some]).float())
-        found["logits"].append(pipe.ar(labels[some], codes[some]).float())
+        found["pixels"].append(pipe.tokenizer.detokenize(codes[some], noise[some]))
+        found["logits"].append(pipe.ar(labels[some], codes[some]))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
