@@ -121,8 +121,8 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
         ),
         Stage(
             "reconstruct",
-            "encode and decode the validation photos",
-            0.6,
+            "encode and decode the validation photos, some also with the tokens of others",
+            1.3,
             out / "reconstruction.json",
             (("reconstruct", "--tokenizer", f"{tokenizer}", "--shards", VAL, "--output", f"{out}"),),
         ),
