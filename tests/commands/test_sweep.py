@@ -222,6 +222,7 @@ def test_slurm_writes_an_array_whose_tasks_are_the_cells(runs, capsys):
 def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch):
     runs(plan(**ONE))
     (folder,) = Path("out/shared").glob("train-*")
+    done = json.loads((folder / "done.json").read_text())
     (folder / "done.json").unlink()
     other = FileLock(folder / ".sweep.lock")
     other.acquire()
@@ -229,7 +230,7 @@ def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch)
     def finish(lock, blocking=True, original=FileLock.acquire):
         # The sweep begins to wait for this work: the other process comes to its end.
         if blocking and Path(lock.lock_file).parent == folder:
-            (folder / "done.json").write_text('{"seconds": 5.0}')
+            (folder / "done.json").write_text(json.dumps(done | {"seconds": 5.0}))
             other.release()
         return original(lock, blocking=blocking)
 

@@ -8,6 +8,7 @@ import pytest
 from small_sweep import cell, plan
 
 from dar_lightning import provenance
+from dar_lightning.commands import sweep as command
 
 LINE = "other code or data made "
 TWO = {"seeds": [0], "grid": {"K": [1, 2]}}
@@ -127,7 +128,24 @@ def test_an_earlier_stage_that_is_gone_and_made_again_alike_changes_nothing(runs
     settings = plan(**TWO, stages=stages())
     runs(settings)
     shutil.rmtree(folder("train"))
+    runs(settings, "--slurm")
+    assert cell("K=1")["status"] == "done", "its figures are still those of its stages"
     assert verbs(runs(settings)) == ["extract"]
+
+
+def test_code_that_is_edited_meanwhile_makes_no_stage_twice(runs, code, monkeypatch):
+    """`val`, which both cells share, is already of a third code when the second cell comes to it."""
+    settings = plan(**TWO, stages=stages(val={"verb": "extract", "options": {"shards": "v"}}))
+    runs(settings)
+    code.write_text("second = 2\n")
+    call = command._call
+
+    def edit(*arguments):
+        code.write_text("third = 3\n")
+        return call(*arguments)
+
+    monkeypatch.setattr(command, "_call", edit)
+    assert sorted(verbs(runs(settings, "--redo", "changed"))) == [*4 * ["export"], *2 * ["extract"]]
 
 
 def test_stages_of_versions_before_are_kept_until_redo(runs, code, capsys):

@@ -222,7 +222,7 @@ def test_an_infinite_psnr(tmp_path):
     protocol = {"samples": {"n": 2}, "reference": {"n": 2}}
     both = zip(settings, metrics, strict=True)
     rows = [{"settings": one, "metrics": two, "paper": {}, "seeds": [0], "protocol": protocol} for one, two in both]
-    _write(tmp_path, "T", "FD-x", rows)
+    _write(tmp_path, "T", "FD-x", rows, {})
     assert (tmp_path / "table.md").read_text().splitlines()[-2:] == ["| 1 | 0.5 | 14.2 |", "| 2 | 0.5 | infinite |"]
 
 

@@ -61,10 +61,10 @@ FILES = [f"{number:06d}.safetensors" for number in range(3)]
 @pytest.mark.parametrize(
     ("deaths", "left"),
     [
-        # before the first shard has its name, then in the second batch of the second shard
-        ([("replace", 1, signal.SIGKILL), ("tokenize", 5, signal.SIGKILL)], [[], FILES[:1]]),
+        # before the first shard has its name (provenance.json has), then in the second batch of the second shard
+        ([("replace", 2, signal.SIGKILL), ("tokenize", 5, signal.SIGKILL)], [[], FILES[:1]]),
         # all shards are there, the index has no name yet
-        ([("replace", 4, signal.SIGKILL)], [FILES]),
+        ([("replace", 5, signal.SIGKILL)], [FILES]),
         # asked to end, as by a batch system: after the batch
         ([("tokenize", 5, signal.SIGTERM)], [FILES[:1]]),
     ],
