@@ -10,7 +10,7 @@ from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
-from dar_lightning.files import write_text
+from dar_lightning.files import users_path, write_text
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
@@ -63,7 +63,8 @@ def reconstruct(
     images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
     if num_shown < 1:
         raise UserError(f"num_shown is {num_shown}: show at least one image")
-    Path(output).mkdir(parents=True, exist_ok=True)
+    with users_path("output"):
+        Path(output).mkdir(parents=True, exist_ok=True)
     total = len(images_set)
     shown = set(torch.linspace(0, total - 1, min(num_shown, total)).long().tolist())
     quality = reconstruction_metrics().to(place)
