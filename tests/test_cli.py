@@ -1,5 +1,7 @@
 """A user's mistake gets one line that names it, status 2 and no traceback, and leaves nothing half-written."""
 
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -314,3 +316,38 @@ def test_a_finished_run_leaves_its_process_group(capsys):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+# ---- what the system refuses
+
+
+def test_an_error_of_the_program_stays_a_traceback(monkeypatch):
+    """Also where it names a file: the user has not asked for that one."""
+    monkeypatch.setattr("dar_lightning.commands.sweep.sweep", lambda config: open("/no/such/file"))
+    with pytest.raises(FileNotFoundError, match="/no/such/file"):
+        main(["sweep", "experiments/sweeps/small/order.yaml"])
+
+
+@pytest.mark.parametrize("file", ["/full/log.txt", None])
+def test_a_full_disk_is_one_line_wherever_it_is_met(file, monkeypatch, capsys):
+    def fill(config: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([file] if file else []))
+
+    monkeypatch.setattr("dar_lightning.commands.sweep.sweep", fill)
+    line = refusal(capsys, ["sweep", "any.yaml"])
+    assert line == f"dar sweep: {f'{file}: ' if file else ''}No space left on device"
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "sweep", "sample", "reconstruct", "extract"])
+def test_an_output_that_lies_in_no_folder(verb, capsys, tmp_path, pipeline, images):
+    """A file stands where a folder would have to be."""
+    (tmp_path / "file").write_text("")
+    options = {
+        "quickstart": [],
+        "sweep": ["--config", ROOT / "experiments/sweeps/small/order.yaml"],
+        "sample": ["--pipeline", pipeline, "--per_class", 1],
+        "reconstruct": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
+        "extract": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
+    }[verb]
+    output = tmp_path / "file" if verb == "quickstart" else tmp_path / "file" / "out"
+    assert refusal(capsys, [verb, *options, "--output", output]) == f"dar {verb}: output: {output}: Not a directory"

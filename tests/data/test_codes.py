@@ -416,3 +416,8 @@ def test_datasets_travel_to_spawned_workers(ten, shards):
         clone = pickle.loads(pickle.dumps(dataset))[Ticket(12, 3)]
         for name, value in item.items():
             assert np.array_equal(value, clone[name])
+
+
+def test_without_any_split_there_is_one_line():
+    with pytest.raises(UserError, match=r"^data.train and data.val: neither is set; give folders that `dar extract`"):
+        CodesDataModule().setup("validate")
