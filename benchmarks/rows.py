@@ -14,7 +14,7 @@ from benchmarks.frechet import gaussian
 from benchmarks.machine import ROOT
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.commands.extract import extract
-from dar_lightning.compilation import compile_blocks
+from dar_lightning.compilation import compile_blocks, compile_graphs
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex
 from dar_lightning.metrics.frechet import frechet_distance
@@ -33,7 +33,7 @@ class Setting:
         device: where.
         dtype: of the weights in sampling, of autocast in training.
         batch: images per call.
-        compile: "none", "default", or a mode of torch.compile: "reduce-overhead" uses CUDA graphs.
+        compile: "none", "default", or "reduce-overhead", which is default in training, else CUDA graphs.
     """
 
     size: str
@@ -49,7 +49,8 @@ class Setting:
             model.requires_grad_(False)
         if self.compile != "none":
             parts = [part for part in (model, *model.children()) if hasattr(part, "blocks")]
-            compile_blocks(*parts, mode=None if self.compile == "default" else self.compile)
+            graphs = self.compile == "reduce-overhead" and not training
+            (compile_graphs if graphs else compile_blocks)(*parts)
         return model
 
     def images(self, side: int) -> Tensor:

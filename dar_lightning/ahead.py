@@ -1,19 +1,66 @@
 """An iterator of tensors that runs ahead of its reader, in a thread and on a CUDA stream of its own."""
 
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from queue import SimpleQueue
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+class Worker:
+    """A thread, on CUDA with a stream, that lives as long as the process and does one job after the other.
+
+    A new stream's memory is not that of the streams before it, and cuDNN makes its plans anew in every new thread.
+
+    Args:
+        device: where its jobs compute.
+    """
+
+    idle: ClassVar[dict[torch.device, deque["Worker"]]] = defaultdict(deque)  # of each device, with nothing to do
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._jobs = device, SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="run_ahead", daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Worker":
+        """One that has nothing to do; a new one where all are busy, so nobody waits for somebody else's job."""
+        try:
+            return cls.idle[device].pop()
+        except IndexError:
+            return cls(device)
+
+    def start(self, job: Callable[[], None]) -> threading.Event:
+        """Do a job that raises nothing; the event is set when it is done, and the worker free for another."""
+        done = threading.Event()
+        self._jobs.put((job, done))
+        return done
+
+    def _work(self) -> None:
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):  # sets the device too
+            while True:
+                job, done = self._jobs.get()
+                job()
+                del job  # and with it the iterator's cache
+                self.idle[self._device].append(self)
+                done.set()
+
+
+os.register_at_fork(after_in_child=Worker.idle.clear)  # threads stay behind
 
 
 def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Yield what `tensors` yields, which meanwhile goes on: the reader's work and the iterator's overlap.
 
     The values are the same, as long as the reader changes nothing that the iterator reads. Closing the returned
-    generator stops the thread at the tensor that it is making, and waits for it.
+    generator stops the work at the tensor that is being made, and waits for it.
 
     Args:
         tensors: an iterator; it is used in the thread only, and closed there.
@@ -24,24 +71,20 @@ def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
     """
     made: SimpleQueue[tuple[Tensor | None, torch.cuda.Event | None, BaseException | None]] = SimpleQueue()
     unwanted = threading.Event()
-    on_cuda = device.type == "cuda"
-    # A new thread starts without the autocast, and on the first CUDA device.
+    # The thread has neither this one's autocast, nor its device, which is its stream's.
     autocast = torch.autocast(
         device.type, torch.get_autocast_dtype(device.type), enabled=torch.is_autocast_enabled(device.type)
     )
-    side = None
-    if on_cuda:
-        side = torch.cuda.Stream(device)
+    worker = Worker.of(device)
+    side = worker.stream
+    if side is not None:
         side.wait_stream(torch.cuda.current_stream(device))
 
     def make() -> None:
-        with ExitStack() as stack:
-            stack.enter_context(autocast)
-            if on_cuda:
-                stack.enter_context(torch.cuda.stream(side))  # sets the device too
+        with autocast:
             try:
                 for tensor in tensors:
-                    made.put((tensor, side.record_event() if on_cuda else None, None))
+                    made.put((tensor, None if side is None else side.record_event(), None))
                     if unwanted.is_set():
                         break
                 made.put((None, None, None))
@@ -50,8 +93,7 @@ def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
             finally:
                 getattr(tensors, "close", lambda: None)()
 
-    thread = threading.Thread(target=make, name="run_ahead", daemon=True)
-    thread.start()
+    done = worker.start(make)
     try:
         while True:
             tensor, ready, error = made.get()
@@ -59,11 +101,12 @@ def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
                 raise error
             if tensor is None:
                 return
-            if on_cuda:
+            if side is not None:
                 current = torch.cuda.current_stream(device)
                 current.wait_event(ready)
                 tensor.record_stream(current)  # its memory is not used again before the reader is done with it
             yield tensor
     finally:
         unwanted.set()
-        thread.join()
+        if threading.current_thread() is not worker.thread:  # where garbage collection may close this, too
+            done.wait()

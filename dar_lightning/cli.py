@@ -79,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"dar {verb}: stopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.filename is None:
+        # Where the user's files are opened, OSErrors become UserErrors. A full disk can be met anywhere.
+        if error.errno not in importlib.import_module("dar_lightning.files").DISK:
             raise
-        print(f"dar {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"dar {verb}: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,5 +1,6 @@
 """Where commands compute, and in which precision."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -49,6 +50,28 @@ def exact_products() -> Iterator[None]:
         else:
             for part, precision in zip(parts, before, strict=True):
                 part.fp32_precision = precision
+
+
+_found: list[bool] = []  # the setting as each who is inside of no_cudnn_attention has found it
+_lock = threading.Lock()
+
+
+@contextmanager
+def no_cudnn_attention() -> Iterator[None]:
+    """Attention without cuDNN, which makes a plan for every length of a sequence, in each thread, and keeps them all.
+
+    A setting of the process. Threads may be inside together; the last to leave brings back what was before.
+    """
+    with _lock:
+        _found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _found.pop()
+            if not _found:
+                torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def choose_device(name: str = "auto") -> torch.device:

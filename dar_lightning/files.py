@@ -16,6 +16,25 @@ LOCK = ".lock"
 
 
 @contextmanager
+def users_path(option: str) -> Iterator[None]:
+    """Around the opening or making of what the user named: what the system refuses there is one line.
+
+    Everywhere else such an error is one of this program, and stays a traceback.
+
+    Args:
+        option: what the user calls it.
+
+    Raises:
+        UserError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        raise UserError(f"{option}: {reason}") from error
+
+
+@contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; when that is done, it is on the disk under its real name.
 

@@ -8,6 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from dar_lightning.files import users_path
+
 RETRY_SECONDS = 60.0
 
 
@@ -20,7 +22,8 @@ class TensorBoard(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        writer = super().experiment
+        with users_path("trainer.logger"):
+            writer = super().experiment
         files = writer.file_writer if rank_zero_only.rank == 0 else None  # None after it was closed, too
         if files is not None and not isinstance(files.event_writer, SurvivingWriter):
             files.event_writer = SurvivingWriter(files.event_writer)

@@ -1,7 +1,10 @@
 """A user's mistake gets one line that names it, status 2 and no traceback, and leaves nothing half-written."""
 
+import errno
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -314,3 +317,57 @@ def test_a_finished_run_leaves_its_process_group(capsys):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+# ---- what the system refuses
+
+
+def broken(error: OSError) -> Callable:
+    """A verb's function."""
+
+    def compare(results: str) -> None:
+        raise error
+
+    return compare
+
+
+def test_an_error_of_the_program_stays_a_traceback(monkeypatch):
+    """Also where it names a file: it is not one that the user has named."""
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/package/page.html")
+    monkeypatch.setattr("dar_lightning.commands.compare.compare", broken(error))
+    with pytest.raises(FileNotFoundError, match=r"page.html"):
+        main(["compare", "--results", "any"])
+
+
+@pytest.mark.parametrize("file", [["/full/log.txt"], []])
+def test_a_full_disk_is_one_line_wherever_it_is_met(file, monkeypatch, capsys):
+    error = OSError(errno.ENOSPC, "No space left on device", *file)
+    monkeypatch.setattr("dar_lightning.commands.compare.compare", broken(error))
+    line = refusal(capsys, ["compare", "--results", "any"])
+    assert line == f"dar compare: {''.join(f'{name}: ' for name in file)}No space left on device"
+
+
+@pytest.mark.parametrize("logger", ["true", "false"])
+def test_a_run_whose_folder_lies_in_no_folder(logger, capsys, tmp_path, tokens):
+    (tmp_path / "file").write_text("")
+    options = {"enable_checkpointing": "false", "logger": logger}
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in fit_ar(tokens, tokens, tmp_path / "file" / "run", max_steps=1, **options)])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # after what Lightning says of devices
+    assert re.match(r"dar fit: trainer.(logger|default_root_dir): .*file/run.*: Not a directory", line)
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "sweep", "sample", "reconstruct", "extract"])
+def test_an_output_that_lies_in_no_folder(verb, capsys, tmp_path, pipeline, images):
+    """A file stands where a folder would have to be."""
+    (tmp_path / "file").write_text("")
+    options = {
+        "quickstart": [],
+        "sweep": ["--config", ROOT / "experiments/sweeps/small/order.yaml"],
+        "sample": ["--pipeline", pipeline, "--per_class", 1],
+        "reconstruct": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
+        "extract": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
+    }[verb]
+    output = tmp_path / "file" if verb == "quickstart" else tmp_path / "file" / "out"
+    assert refusal(capsys, [verb, *options, "--output", output]) == f"dar {verb}: output: {output}: Not a directory"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.order import Generators, fixed_order, random_orders
+from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError
 from dar_lightning.pretrained import PretrainedMixin
 from dar_lightning.recompute import run_block
@@ -186,6 +187,7 @@ class ARModel(nn.Module, PretrainedMixin):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return KVCache(self.config, batch, weight.device, dtype, order)
 
+    @no_cudnn_attention()
     def start(self, labels: Tensor, codes: Tensor, cache: KVCache) -> Tensor:
         """Fill an empty cache with the class token and the first tokens; logits of the next one.
 
@@ -200,6 +202,7 @@ class ARModel(nn.Module, PretrainedMixin):
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes)], dim=1)
         return self._run(x, cache, cache.order, last_only=True)[:, 0]
 
+    @no_cudnn_attention()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
         return self._run(self.token_embedding(tokens)[:, None], cache, cache.order, last_only=True)[:, 0]

@@ -3,13 +3,16 @@
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dar_lightning.files import users_path
+
 
 class ConfigText(SaveConfigCallback):
     """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that training uses."""
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":  # what only reads a run must not replace the config that made it
-            super().setup(trainer, pl_module, stage)
+            with users_path("trainer.default_root_dir"):
+                super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer, pl_module, stage) -> None:
         text = self.parser.dump(self.config, skip_none=False)

@@ -162,7 +162,10 @@ class FrechetCallback(Callback):
 
     def log_distance(self, pl_module: LightningModule, value: float) -> None:
         """Log under `val/`; every rank has the same value."""
-        pl_module.log(f"val/{self.name}", torch.tensor(value, dtype=torch.float32), sync_dist=True)
+        # On the device, since NCCL reduces no tensor of the CPU.
+        pl_module.log(
+            f"val/{self.name}", torch.tensor(value, dtype=torch.float32, device=pl_module.device), sync_dist=True
+        )
 
 
 def _training(trainer: Trainer) -> bool:

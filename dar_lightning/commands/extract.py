@@ -22,7 +22,7 @@ from dar_lightning.data.stream import Loader
 from dar_lightning.data.token_shards import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
-from dar_lightning.files import locked, write_text
+from dar_lightning.files import locked, users_path, write_text
 from dar_lightning.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import fingerprint
@@ -106,10 +106,8 @@ def extract(
         found = CodesIndex.load(root, "output")
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
         return
-    try:
+    with users_path("output"):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be made ({error.strerror})") from error
 
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dar_lightning
 from dar_lightning.child import call
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import users_path, write_text
 from dar_lightning.pretrained import read_json
 
 ROOT = Path(dar_lightning.__file__).parent.parent
@@ -75,11 +75,14 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
 def claim(out: Path, fresh: bool, from_scratch: bool) -> None:
     """Make the output folder, or go on in one of the same kind; only what quickstart made is ever deleted."""
     mark, start = out / "quickstart.json", {"from_scratch": from_scratch}
-    if out.exists() and any(out.iterdir()):
+    with users_path("output"):
+        used = out.exists() and any(out.iterdir())
+    if used:
         if not mark.exists():
             raise UserError(f"output {out} holds other files: give a new folder")
         if fresh:
-            shutil.rmtree(out)
+            with users_path("output"):
+                shutil.rmtree(out)
         elif read_json(mark) != start:
             other = "the shipped weights" if from_scratch else "nothing"
             raise UserError(f"output {out} holds a run that started from {other}: give another folder, or --fresh")

@@ -14,7 +14,7 @@ from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.figures import image_grid, save_png
-from dar_lightning.files import write_text
+from dar_lightning.files import users_path, write_text
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
@@ -74,7 +74,8 @@ def reconstruct(
         raise UserError(f"num_shown is {num_shown}: show at least one image")
     if num_exchanged < 0 or num_exchanged == 1:
         raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
-    Path(output).mkdir(parents=True, exist_ok=True)
+    with users_path("output"):
+        Path(output).mkdir(parents=True, exist_ok=True)
     total = len(images_set)
     shown, measured = (_spread(count, total) for count in (num_shown, num_exchanged))
     quality = reconstruction_metrics().to(place)

@@ -20,7 +20,7 @@ from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
 from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
-from dar_lightning.files import atomic_path, write_text
+from dar_lightning.files import atomic_path, users_path, write_text
 from dar_lightning.metrics.drawn import PIXELS
 from dar_lightning.pipeline import DARPipeline
 from dar_lightning.provenance import provenance
@@ -134,7 +134,8 @@ def sample(
     precision = {"dtype": dtypes, "compile": compile}
     made = provenance(place, ", ".join(sorted({*dtypes.values()})))
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with users_path("output"):
+        folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
     for job, drawn in zip(jobs, draw(pipe, jobs, seed, batch_size, options), strict=True):

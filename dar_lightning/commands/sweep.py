@@ -17,7 +17,7 @@ from dar_lightning.child import call
 from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
 from dar_lightning.figures import mosaic, save_png
-from dar_lightning.files import write_text
+from dar_lightning.files import users_path, write_text
 from dar_lightning.finished import DONE, LOCK, codes, is_of_others, is_outdated, made_from, put_aside, read_done
 from dar_lightning.metrics.images import NpzImages
 from dar_lightning.pretrained import read_json
@@ -155,7 +155,8 @@ def _print_commands(plan: Sweep, root: Path, chosen: list[int], wanted: str | No
 def _prepare(plan: Sweep, root: Path, wanted: str | None = None) -> None:
     """Make the folder, or go on in one of the same sweep; a cell that is not what the plan says is pending again."""
     mark = root / "sweep.json"  # it comes first, so that another process finds nothing else without it
-    root.mkdir(parents=True, exist_ok=True)
+    with users_path("output"):
+        root.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(".") for path in root.iterdir()) and not mark.exists():
         raise UserError(f"output: {root} holds other files, give a new folder")
     with FileLock(root / LOCK):

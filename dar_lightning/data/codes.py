@@ -55,6 +55,8 @@ class CodesDataModule(StreamDataModule):
     def setup(self, stage: str) -> None:
         """Check that all tokens are of one tokenizer, and of the one that was named."""
         super().setup(stage)
+        if self.train is None and self.val is None:
+            raise UserError("data.train and data.val: neither is set; give folders that `dar extract` wrote")
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
             # not at the top: the data layer needs no model for anything else

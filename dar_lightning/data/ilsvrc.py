@@ -15,6 +15,7 @@ from pathlib import Path
 from dar_lightning.data.sources import Sample, Source
 from dar_lightning.data.tar import Walk
 from dar_lightning.errors import UserError
+from dar_lightning.files import users_path
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -25,7 +26,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 def first_names(path: Path, count: int = 10) -> list[str]:
     """Names of the first files in a tar, damaged or not, to tell what it is."""
-    with path.open("rb") as file:
+    with users_path("input"), path.open("rb") as file:
         members = Walk(file, path.stat().st_size)
         return [member.name for member in islice((each for each in members if each.isreg()), count)]
 
@@ -86,14 +87,15 @@ def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
     Raises:
         UserError: The file is not one of those that `val_archive` takes.
     """
-    if path.is_dir():
-        files = {each.name: each for each in path.rglob("*") if each.name in (TRUTH, META)}
-        contents = {name: each.read_bytes() for name, each in files.items()}
-    elif path.name.endswith((".tar.gz", ".tgz")):
-        contents = _devkit_files(path)
-    else:
-        meta = path.with_name(META)
-        contents = {TRUTH: path.read_bytes()} | ({META: meta.read_bytes()} if meta.is_file() else {})
+    with users_path("labels"):
+        if path.is_dir():
+            files = {each.name: each for each in path.rglob("*") if each.name in (TRUTH, META)}
+            contents = {name: each.read_bytes() for name, each in files.items()}
+        elif path.name.endswith((".tar.gz", ".tgz")):
+            contents = _devkit_files(path)
+        else:
+            meta = path.with_name(META)
+            contents = {TRUTH: path.read_bytes()} | ({META: meta.read_bytes()} if meta.is_file() else {})
     if TRUTH not in contents:
         raise UserError(f"labels: {path} has no {TRUTH}")
     words = contents[TRUTH].decode(errors="replace").split()
@@ -140,7 +142,7 @@ def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tar
     end = path.stat().st_size if end is None else end
     try:
         # unbuffered: only headers are read, and they lie far apart
-        with path.open("rb", buffering=0) as file:
+        with users_path("input"), path.open("rb", buffering=0) as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from dar_lightning.errors import UserError
@@ -75,14 +74,11 @@ class Skipped:
 
     def _share(self) -> None:
         """Tell all ranks of what any of them has met: a sample comes to another rank in the next epoch."""
-        new = torch.tensor(len(self._unshared), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(new)
-        if int(new):
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, self._unshared)
-            for found in ranks:
-                self._met |= found
-            self._unshared = {}
+        ranks: list[dict[str, Bad]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(ranks, self._unshared)  # on the device that the group serves
+        for found in ranks:
+            self._met |= found
+        self._unshared = {}
 
 
 def check_share(option: str, bad: Collection[str], total: int, max_share: float) -> None:

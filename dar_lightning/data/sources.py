@@ -16,6 +16,7 @@ from dar_lightning.data import tar
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex
 from dar_lightning.errors import UserError
+from dar_lightning.files import users_path
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -88,7 +89,8 @@ def image_folder(path: Path) -> Source:
     Raises:
         UserError: It has no class folders, or those of a whole data set (`train`, `val`).
     """
-    folders = sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    with users_path("input"):
+        folders = sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
     if not folders:
         raise UserError(f"input: {path} holds neither folders of images (one per class) nor .tar files")
     if set(folders) <= SPLIT_NAMES:

@@ -154,7 +154,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             tokens = torch.cat(waiting, dim=1) if waiting else None
             if needed > done:
                 self._check_codes(tokens)
-                conds.append(self.conditioner(self.quantizer.lookup(tokens[:, : needed - done]), cache))
+                # not compiled: what grows from call to call is no CUDA graph's
+                conds.append(self.conditioner.forward(self.quantizer.lookup(tokens[:, : needed - done]), cache))
                 waiting, done = [tokens[:, needed - done :]], needed
             yield torch.cat(conds, dim=1)
 

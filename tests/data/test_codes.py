@@ -185,7 +185,7 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
     with pytest.raises(UserError, match="another kind of index"):
         run(tokenizers, shards, shards)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output: .* cannot be made"):
+    with pytest.raises(UserError, match=r"output: .*codes: Not a directory"):
         run(tokenizers, shards, tmp_path / "file" / "codes")
 
 
@@ -417,3 +417,8 @@ def test_datasets_travel_to_spawned_workers(ten, shards):
         clone = pickle.loads(pickle.dumps(dataset))[Ticket(12, 3)]
         for name, value in item.items():
             assert np.array_equal(value, clone[name])
+
+
+def test_without_any_split_there_is_one_line():
+    with pytest.raises(UserError, match=r"^data.train and data.val: neither is set; give folders that `dar extract`"):
+        CodesDataModule().setup("validate")
