@@ -83,15 +83,16 @@ def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
     def make() -> None:
         with autocast:
             try:
-                for tensor in tensors:
-                    made.put((tensor, None if side is None else side.record_event(), None))
-                    if unwanted.is_set():
-                        break
+                try:
+                    for tensor in tensors:
+                        made.put((tensor, None if side is None else side.record_event(), None))
+                        if unwanted.is_set():
+                            break
+                finally:
+                    getattr(tensors, "close", lambda: None)()
                 made.put((None, None, None))
             except BaseException as error:
                 made.put((None, None, error))
-            finally:
-                getattr(tensors, "close", lambda: None)()
 
     done = worker.start(make)
     try:

@@ -135,14 +135,24 @@ def test_readers_beside_and_inside_each_other_do_not_wait(cuda):
 
 
 def test_a_failed_call_gives_its_thread_back():
-    def failing(used):
-        yield from threads(used)
-        raise UserError("no more")
+    """One that fails while it is closed, too."""
+
+    def failing():
+        try:
+            yield from threads(used, 1)
+        finally:
+            raise UserError("no more")
+
+    def work():
+        for _ in range(3):
+            with pytest.raises(UserError, match="no more"):
+                list(run_ahead(failing(), CPU))
+            reader = run_ahead(failing(), CPU)
+            next(reader)
+            reader.close()
 
     used = set()
-    for _ in range(3):
-        with pytest.raises(UserError, match="no more"):
-            list(run_ahead(failing(used), CPU))
+    within(60, work)
     assert len(used) == 1
 
 
