@@ -36,20 +36,20 @@ def exact_products() -> Iterator[None]:
 
     A setting of the process, for one thread at a time.
     """
-    parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    parts: tuple = ()
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer fp32_precision, for each part
+    except RuntimeError:  # set by fp32_precision, which torch has since 2.9, for each part
+        parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
         before = [part.fp32_precision for part in parts]
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        if isinstance(before, str):
+        if not parts:
             torch.set_float32_matmul_precision(before)
-        else:
-            for part, precision in zip(parts, before, strict=True):
-                part.fp32_precision = precision
+        for part, precision in zip(parts, before if parts else (), strict=True):
+            part.fp32_precision = precision
 
 
 _found: list[bool] = []  # the setting as each who is inside of no_cudnn_attention has found it

@@ -10,12 +10,18 @@ from dar_lightning.pretrained import read_json
 from dar_lightning.provenance import FILE, read_code
 from dar_lightning.sweep import Work
 
-DONE, LOCK = "done.json", ".sweep.lock"
+DONE, BEGUN, LOCK = "done.json", "begun.json", ".sweep.lock"
 
 
 def read_done(work: Work, root: Path) -> dict[str, Any] | None:
     """The record of a finished stage in a sweep's folder, None of another."""
     path = root / work.folder / DONE
+    return read_json(path) if path.exists() else None
+
+
+def read_begun(work: Work, root: Path) -> dict[str, Any] | None:
+    """What a stage that is not finished was begun from (`made_from`), None where nothing notes it."""
+    path = root / work.folder / BEGUN
     return read_json(path) if path.exists() else None
 
 
@@ -25,18 +31,19 @@ def made_from(work: Work, root: Path) -> dict[str, Any]:
     return {"code": read_code(), "data": work.data(), "needs": needs}
 
 
-def codes(work: Work, root: Path) -> list[str]:
+def code_hashes(work: Work, root: Path) -> list[str]:
     """Hashes of the code that worked in a stage's folder, where the verb notes it: an interrupted stage has several."""
     paths = [root / work.folder / place / FILE for place in ("", "tensorboard")]
     made = [one for path in paths if path.is_file() for one in json.loads(path.read_text(encoding="utf-8"))]
-    return sorted({one["code"]["sha256"] for one in made})
+    return sorted({str(one["code"]["sha256"]) for one in made})
 
 
 def is_of_others(work: Work, root: Path, code: str) -> bool:
     """Whether a stage is finished or begun, and other code than that of this hash, or other data, made it."""
     done = read_done(work, root)
     if done is None:
-        return not {*codes(work, root)} <= {code}
+        begun = read_begun(work, root)
+        return not {*code_hashes(work, root)} <= {code} or (begun is not None and begun["data"] != work.data())
     made = done.get("made")  # not noted by versions before
     return made is None or {made["code"]["sha256"], *made["codes"]} != {code} or made["data"] != work.data()
 
@@ -52,9 +59,10 @@ def is_outdated(work: Work, root: Path, wanted: str | None) -> bool:
     if wanted is not None and is_of_others(work, root, wanted):
         return True
     done = read_done(work, root)
-    if done is None:
+    made = read_begun(work, root) if done is None else done.get("made", {"needs": dict.fromkeys(work.needs)})
+    if made is None:
         return False
-    noted = done.get("made", {"needs": dict.fromkeys(work.needs)})["needs"]
+    noted = made["needs"]
     for name, need in work.needs.items():
         found = read_done(need, root)
         if is_outdated(need, root, wanted) or (found is not None and _mark(found) != noted[name]):

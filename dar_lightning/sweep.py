@@ -83,7 +83,7 @@ class Work:
 
         Not those that earlier stages make.
         """
-        indices = {text: os.path.join(text, INDEX) for text in sorted({*self.texts})}
+        indices = {text: os.path.join(text, INDEX) for text in sorted({*self.texts}) if text}
         found = {text: index for text, index in indices.items() if os.path.isfile(index)}
         return {text: hashlib.sha256(Path(index).read_bytes()).hexdigest() for text, index in found.items()}
 

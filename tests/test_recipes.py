@@ -94,6 +94,15 @@ TABLE = {
     "ar/XXL": size(48, 24, 1536),
 }
 
+SAVE = {"LastStepCheckpoint": {"every_n_train_steps": 1000, "save_last": True, "save_top_k": 0}}
+WATCH = {"SkipBadSteps": {}, "DataSpeed": {}}
+CALLS = dict.fromkeys(TABLE, SAVE | WATCH) | {
+    **dict.fromkeys(
+        ("tokenizer/v1", "tokenizer/light"), SAVE | {"EMA": {"decay": 0.999}, "Reconstructions": {}} | WATCH
+    ),
+    "tokenizer/codebook4096": {"CodebookWarmup": {"warmup_steps": 20, "collect_steps": 4}},
+}
+
 SEEDS = ("seed_everything", "data.init_args.seed")
 LOSSES = tuple(f"{MODEL}.{name}.init_args.weight" for name in ("perceptual", "repa"))
 LIKE_V1 = (
@@ -144,13 +153,20 @@ def test_a_recipe_has_its_numbers(name):
     found = {path: value for path, (value, _) in lines(name).items()}
     wrong = {path: (found.get(path), value) for path, value in TABLE[name].items() if found.get(path) != value}
     assert wrong == {}
+    trainer = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["trainer"]
+    callbacks = [
+        (one["class_path"], one.get("init_args", {})) for key in trainer if "callbacks" in key for one in trainer[key]
+    ]
+    assert callbacks == [(f"{CALLBACKS}.{word}", options) for word, options in CALLS[name].items()]
     # What a recipe sets beside that must not be another way to change what is computed.
     trainer = ("default_root_dir", "callbacks", "callbacks+", "check_val_every_n_epoch", "log_every_n_steps")
-    model = ("compile", "activation_checkpointing", "init_from")
+    model = ("compile", "activation_checkpointing", *["init_from"] * ("codebook" in name))
     data = ("train", "val", "batch_size", "num_workers", "num_classes")
     known = (*TABLE[name], "ckpt_path", *(f"trainer.{key}" for key in trainer))
     known += (*(f"{MODEL}.{key}" for key in model), *(f"data.init_args.{key}" for key in data))
-    left = [path for path in found if not path.startswith(known) and not any(k.startswith(f"{path}.") for k in known)]
+    left = [
+        path for path in found if not any(f"{path}.".startswith(f"{k}.") or k.startswith(f"{path}.") for k in known)
+    ]
     assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
 
 

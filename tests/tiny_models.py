@@ -12,6 +12,7 @@ from PIL import Image
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
+from dar_lightning.tokenizer.init import TokenizerInit
 
 SIZE, TOKENS, GROUPS, CODES = 32, 8, 4, 32
 CLASSES = ("red", "green", "blue", "grey")
@@ -39,7 +40,7 @@ AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32,
 def make_tokenizer(seed: int = 0, **changes) -> SequentialDiffusionTokenizer:
     """As if trained: a new decoder puts out zeros."""
     torch.manual_seed(seed)
-    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes)).eval()
+    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes), TokenizerInit(**INIT)).eval()
     for parameter in tokenizer.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return tokenizer

@@ -58,12 +58,12 @@ class EMA(WeightAveraging):
     Args:
         decay: share of the average that stays at a step.
         update_starting_at_step: the first step, from 0, that the average follows. Until then it is the weights
-            themselves.
+            themselves. None is 0.
     """
 
-    def __init__(self, decay: float = 0.999, update_starting_at_step: int = 0):
+    def __init__(self, decay: float = 0.999, update_starting_at_step: int | None = None):
         super().__init__(use_buffers=False)
-        self.decay, self.update_starting_at_step = decay, update_starting_at_step
+        self.decay, self.update_starting_at_step = decay, update_starting_at_step or 0
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
@@ -72,6 +72,8 @@ class EMA(WeightAveraging):
     def on_train_start(self, trainer, pl_module) -> None:
         if not self._average_model.n_averaged:
             self._average_model.begin_anew(pl_module)  # DDP has given all ranks rank 0's weights since setup
+        # A checkpoint of Lightning's EMAWeightAveraging does not tell; the step that it stands at is averaged already.
+        self._latest_update_step = max(self._latest_update_step, trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step <= self.update_starting_at_step:

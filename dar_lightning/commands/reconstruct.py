@@ -66,6 +66,7 @@ def reconstruct(
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
     weights = fingerprint(model)  # as they are stored
     model.to(device=place, dtype=torch_dtype(dtype))
+    made = provenance(place, dtype_name(model.dtype))
     if compile:
         check_compiler(place)
         compile_blocks(model.encoder, model.decoder)
@@ -113,7 +114,7 @@ def reconstruct(
             "compile": compile,
             "tokenizer": weights,
             "ema": {"tokenizer": model.averaged},
-            "provenance": provenance(place, dtype_name(model.dtype)),
+            "provenance": made,
         }
         | influence_protocol,
     }

@@ -18,7 +18,17 @@ from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
 from dar_lightning.figures import mosaic, save_png
 from dar_lightning.files import users_path, write_text
-from dar_lightning.finished import DONE, LOCK, codes, is_of_others, is_outdated, made_from, put_aside, read_done
+from dar_lightning.finished import (
+    BEGUN,
+    DONE,
+    LOCK,
+    code_hashes,
+    is_of_others,
+    is_outdated,
+    made_from,
+    put_aside,
+    read_done,
+)
 from dar_lightning.metrics.images import NpzImages
 from dar_lightning.pretrained import read_json
 from dar_lightning.provenance import read_code
@@ -250,6 +260,8 @@ def _state(done: dict[str, Any]) -> dict[str, Any]:
 def _execute(work: Work, root: Path, tried: dict[str, str], lock: FileLock) -> dict[str, Any]:
     folder, command, made = root / work.folder, work.command(root), made_from(work, root)
     write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
+    if not (folder / BEGUN).exists():  # an interrupted training goes on from what it was begun from
+        write_text(folder / BEGUN, json.dumps(made) + "\n")
     start = time.monotonic()
     with open(folder / LOG, "a", encoding="utf-8") as log:
         print(f"$ {shown(command)}", file=log, flush=True)
@@ -264,7 +276,7 @@ def _execute(work: Work, root: Path, tried: dict[str, str], lock: FileLock) -> d
         if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
             shutil.copyfile(resolved, folder / "config.yaml")
         done = {"hash": work.hash, "command": command, "seconds": seconds}
-        done["made"] = made | {"codes": codes(work, root)}
+        done["made"] = made | {"codes": code_hashes(work, root)}
         write_text(folder / DONE, json.dumps(done) + "\n")
         tried[work.hash] = "done"
         print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)

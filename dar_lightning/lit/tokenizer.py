@@ -32,7 +32,6 @@ class TokenizerModule(LightningModule):
     Args:
         config: hyperparameters of the tokenizer.
         optimizer: AdamW settings.
-        init: initial weights, where they differ from the official ones.
         time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
@@ -48,13 +47,13 @@ class TokenizerModule(LightningModule):
         compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
         activation_checkpointing: parts whose blocks compute their activations again in the backward pass instead of
             keeping them: less memory, one more forward pass of these parts, the same gradients.
+        init: initial weights, where they differ from the official ones; with init_from, of tensors that do not fit it.
     """
 
     def __init__(
         self,
         config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
-        init: TokenizerInit = TokenizerInit(),  # noqa: B008  (frozen)
         time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
         freeze_encoder: bool = False,
@@ -64,6 +63,7 @@ class TokenizerModule(LightningModule):
         adversarial: AdversarialLoss | None = None,
         compile: bool = False,
         activation_checkpointing: list[Literal["encoder", "conditioner", "decoder"]] | None = None,
+        init: TokenizerInit = TokenizerInit(),  # noqa: B008  (frozen)
     ):
         super().__init__()
         if preset is not None:

@@ -88,11 +88,12 @@ def resize_positions(vit: nn.Module, size: int) -> None:
         vit: a VisionTransformer of timm.
         size: side of the square images.
     """
-    table, (rows, columns) = vit.pos_embed.detach(), vit.patch_embed.grid_size
+    table, (rows, columns) = vit.pos_embed, vit.patch_embed.grid_size
     vit.set_input_size(img_size=(size, size))
     grid = vit.patch_embed.grid_size
-    if grid == (rows, columns):
+    if table is None or grid == (rows, columns):  # None: RoPE alone
         return
+    table = table.detach()
     first = table.shape[1] - rows * columns  # places of the class token and the like, which stay
     patches = table[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     scale = ((grid[0] + TABLE_OFFSET) / rows, (grid[1] + TABLE_OFFSET) / columns)

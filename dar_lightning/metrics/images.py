@@ -18,6 +18,7 @@ from dar_lightning.data.decode import BadSample
 from dar_lightning.data.shard_dataset import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
+from dar_lightning.devices import dtype_name
 from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
 from dar_lightning.pipeline import DARPipeline
@@ -198,6 +199,7 @@ class DrawnImages:
             "token_draws": races.METHOD,
             "steps": self.num_steps,
             "rows": self.rows,
+            "dtype": dtype_name(self.pipeline.tokenizer.dtype),
             "device": self.pipeline.device.type,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         } | self.options

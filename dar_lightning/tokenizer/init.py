@@ -64,7 +64,9 @@ def init_weights(tokenizer: nn.Module, init: TokenizerInit = TokenizerInit()) ->
         nn.init.normal_(block.modulation.weight, std=init.modulation_std)  # a std of 0 gives zeros
         block.modulation.bias.unflatten(0, (6, -1))[2::3] = init.gate  # of (shift, scale, gate) twice
     if tokenizer.config.low_rank_queries:
-        nn.init.trunc_normal_(encoder.queries.weight, std=1.0, a=-2.0, b=2.0)
+        # By the inverse of the distribution function: nn.init.trunc_normal_ reads values, which fake tensors have not.
+        mass = math.erf(2 / math.sqrt(2))  # of a normal distribution within 2 spreads
+        encoder.queries.weight.uniform_(-mass, mass).erfinv_().mul_(math.sqrt(2)).clamp_(-2.0, 2.0)
     else:
         nn.init.normal_(encoder.queries.weight, std=TABLE_STD)
     nn.init.normal_(conditioner.positions.weight, std=init.position_std)

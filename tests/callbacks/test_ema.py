@@ -53,6 +53,10 @@ def same(found, expected) -> bool:
     return all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
+def test_the_null_of_older_configs_is_the_first_step():
+    assert EMA(update_starting_at_step=None).update_starting_at_step == 0
+
+
 @pytest.mark.parametrize("start", [0, 2, 5])
 def test_it_is_the_formula_from_the_start_weights_on(images, tmp_path, start):
     """Over 4 steps and 3 more, which go on from a checkpoint; in validation, checkpoints and at the end.

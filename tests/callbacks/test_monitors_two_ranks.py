@@ -17,7 +17,7 @@ import sys
 import torch
 from lightning.pytorch import Callback
 from event_file import trainer
-from tiny_models import SIZE, TOKENIZER
+from tiny_models import SIZE, TOKENIZER, make_tokenizer
 from dar_lightning.callbacks import CodebookMonitor, GroupLoss, OptimizerMonitor, Throughput
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.lit import TokenizerModule
@@ -38,6 +38,7 @@ torch.manual_seed(0)
 monitors = [CodebookMonitor(), GroupLoss(), OptimizerMonitor(), Throughput(peak_tflops=1)]
 fit = trainer(out, [Keep(), *monitors], devices=2, strategy="ddp", max_steps=3, log_every_n_steps=3)
 module = TokenizerModule(TokenizerConfig(**TOKENIZER))
+module.tokenizer.load_state_dict(make_tokenizer().state_dict())  # a new one gives all images the same tokens
 fit.fit(module, datamodule=ImageNetDataModule(train, val, image_size=SIZE, batch_size=3))
 """
 

@@ -180,3 +180,20 @@ def test_a_stage_that_other_code_began_is_of_others(runs, code, capsys):
     capsys.readouterr()
     assert runs(settings) == []
     assert lines(capsys) == []
+
+
+def test_a_stage_that_was_begun_from_what_was_made_anew_begins_anew(runs, code):
+    """An interrupted training would go on, from its checkpoint, with other tokens."""
+    settings = plan(**TWO, stages=stages())
+    runs.broken.append("export")
+    with pytest.raises(SystemExit):
+        runs(settings)
+    runs.broken.clear()
+    half = folder("weights") / "half"
+    half.write_text("")
+    runs(settings, "--only", "[1]")
+    assert half.exists(), "what it needs is as it was"
+    code.write_text("second = 2\n")
+    shutil.rmtree(folder("train"))
+    runs(settings)
+    assert not half.exists()
