@@ -22,12 +22,12 @@ from torch import nn
 from benchmarks import counting, plain
 from benchmarks.machine import describe, limits
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.ar.packed import PackedLinear, packed
+from dar_lightning.ar.onednn import PackedLinear, packed
 from dar_lightning.ar.sampling import generate
-from dar_lightning.compilation import compile_blocks
 from dar_lightning.files import write_text
-from dar_lightning.tokenizer.quantizer import BLOCK, VectorQuantizer
-from dar_lightning.tokenizer.quantizer import CPU_TILE as QUANTIZER_TILE
+from dar_lightning.layers import compile_blocks
+from dar_lightning.tokenizer.quantizers.vector import BLOCK, VectorQuantizer
+from dar_lightning.tokenizer.quantizers.vector import CPU_TILE as QUANTIZER_TILE
 
 LEAST_PAIRS, MOST_PAIRS = 3, 31
 ROW_KEYS = {"what", "goal", "at_most", "ratio", "bare_ratio", "pairs", "milliseconds", "gflops", "share_of_limit"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from dar_lightning.lit import checkpoint_io
+from dar_lightning.training import checkpoint_io
 
 
 class Diary(Callback):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dar_lightning.cli import main as dar
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
+from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 
 SIZE, TOKENS, CODES, BATCH = 32, 8, 32, 4
 SAVE_EVERY, VALIDATE_EVERY = 3, 2  # optimizer steps; each validation saves, too
@@ -25,7 +25,7 @@ TOKENIZER = {
 }
 AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=4, dim=32, depth=2, num_heads=2, multiple_of=32)
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fault_callbacks", "dar_lightning.trainer_cli", "dar_lightning.callbacks"])
+context.set_forkserver_preload(["fault_callbacks", "dar_lightning.commands.fit", "dar_lightning.training.callbacks"])
 
 
 def write_data(root: Path) -> None:
@@ -55,11 +55,11 @@ def callback(name: str, /, **options) -> list[str]:
 def command(model: str, data: Path, run: Path, steps: int, workers: int = 0, **trainer) -> list[str]:
     """What a user types, and types again."""
     if model == "tokenizer":
-        words = ["--model=dar_lightning.lit.TokenizerModule", f"--model.init_args.config={json.dumps(TOKENIZER)}"]
+        words = ["--model=dar_lightning.training.TokenizerModule", f"--model.init_args.config={json.dumps(TOKENIZER)}"]
         words += ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.image_size={SIZE}"]
         splits = data / "images"
     else:
-        words = ["--model=dar_lightning.lit.ARModule", f"--model.init_args.config={json.dumps(AR)}"]
+        words = ["--model=dar_lightning.training.ARModule", f"--model.init_args.config={json.dumps(AR)}"]
         words += ["--data=dar_lightning.data.codes.CodesDataModule"]
         splits = data / "tokens"
     options = dict(accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=2)
@@ -70,12 +70,14 @@ def command(model: str, data: Path, run: Path, steps: int, workers: int = 0, **t
     words += [f"--data.init_args.{split}={splits / split}" for split in ("train", "val")]
     words += [f"--data.init_args.batch_size={BATCH}", f"--data.init_args.num_workers={workers}"]
     words += ["--model.init_args.optimizer.lr=0.01", "--model.init_args.optimizer.warmup_steps=5"]
-    words += callback("dar_lightning.callbacks.LastStepCheckpoint", every_n_train_steps=SAVE_EVERY, save_top_k=0)
-    words += callback("dar_lightning.callbacks.EMA", decay=0.9)
-    words += callback("dar_lightning.callbacks.SkipBadSteps", max_in_a_row=3)
+    words += callback(
+        "dar_lightning.training.callbacks.LastStepCheckpoint", every_n_train_steps=SAVE_EVERY, save_top_k=0
+    )
+    words += callback("dar_lightning.training.callbacks.EMA", decay=0.9)
+    words += callback("dar_lightning.training.callbacks.SkipBadSteps", max_in_a_row=3)
     if model == "tokenizer":
         options = dict(warmup_steps=6, collect_steps=4, revive_every=4, revive_until=20)
-        words += callback("dar_lightning.callbacks.CodebookWarmup", **options)
+        words += callback("dar_lightning.training.callbacks.CodebookWarmup", **options)
     return ["fit", "--seed_everything=1", "--ckpt_path=last", *words]
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dar_lightning.lit import ARModule, TokenizerModule
+from dar_lightning.training import ARModule, TokenizerModule
 
 PARTS = ["encoder", "conditioner", "decoder"]
 MODELS: dict[str, Callable[[], LightningModule]] = {

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_lightning.ar.model import ARModel, KVCache
-from dar_lightning.ar.races import draw_keys
+from dar_lightning.ar.cache import KVCache
+from dar_lightning.ar.gumbel import draw_keys
+from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw
-from dar_lightning.tokenizer.quantizer import COMMITMENT_WEIGHT
+from dar_lightning.tokenizer.quantizers.vector import COMMITMENT_WEIGHT
 
 
 def quantize(latents: Tensor, codebook: Tensor, one_hot: bool = True, entropy: bool = False) -> tuple[Tensor, Tensor]:

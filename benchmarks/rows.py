@@ -14,9 +14,9 @@ from benchmarks.frechet import gaussian
 from benchmarks.machine import ROOT
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.commands.extract import extract
-from dar_lightning.compilation import compile_blocks, compile_graphs
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex
+from dar_lightning.layers import compile_blocks, compile_graphs
 from dar_lightning.metrics.frechet import frechet_distance
 
 TOKENIZERS, AR_MODELS = ("tiny", "light", "v1"), ("tiny", "B", "L", "XL")

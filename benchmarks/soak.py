@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
+from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 from dar_lightning.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def command(case: str, steps: int, folder: Path) -> list[str]:
         write_tokens(folder / "tokens")
         SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER)).save_pretrained(folder / "tokenizer")
         options += ["--data.init_args.train", folder / "tokens", "--data.init_args.val", folder / "tokens"]
-        options += ["--trainer.callbacks+=dar_lightning.callbacks.Samples"]
+        options += ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples"]
         options += ["--trainer.callbacks.tokenizer", folder / "tokenizer"]
     words = [sys.executable, "-m", "dar_lightning", "fit", "--config", f"experiments/quickstart/{kind}.yaml"]
     words += [*options, "--model.init_args.config", json.dumps(model), "--data.init_args.num_workers", workers]

@@ -2,7 +2,7 @@
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
-from dar_lightning.pipeline import DARPipeline
+from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 

@@ -127,7 +127,7 @@ def spell_out_flags(function: Callable, options: list[str]) -> list[str]:
 
 def run_trainer(argv: list[str]) -> None:
     """Hand a Trainer verb to LightningCLI."""
-    from dar_lightning.trainer_cli import TrainerCLI
+    from dar_lightning.commands.fit import TrainerCLI
 
     TrainerCLI(argv)
 

@@ -26,3 +26,9 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         found = error if isinstance(error, UserError) else found
         error = error.__cause__ or error.__context__
     return found
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, for an error of our own."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

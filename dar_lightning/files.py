@@ -1,14 +1,16 @@
 """Files that are there whole or not at all."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, one_line
 
 # What a body that only writes to the given path can fail with: the disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -109,3 +111,20 @@ def locked(folder: str | Path, option: str) -> Iterator[None]:
         raise UserError(f"{option}: cannot write {folder} ({error.strerror})") from error
     with lock:
         yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: if the file is missing or holds anything else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the folder holds no complete model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}: need an object of hyperparameters")
+    return values

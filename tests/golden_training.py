@@ -12,9 +12,10 @@ from tiny_models import options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dar_lightning.official import AR_NAMES, TOKENIZER_NAMES, official_name
-from dar_lightning.trainer_cli import TrainerCLI
-from dar_lightning.weights import load_lightning_checkpoint, load_official_ar, load_official_tokenizer
+from dar_lightning.commands.fit import TrainerCLI
+from dar_lightning.weights import load_official_ar, load_official_tokenizer
+from dar_lightning.weights.lightning import load_lightning_checkpoint
+from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
 
 GOLDENS = Path(__file__).parent / "goldens"
 STEPS = 12
@@ -86,9 +87,9 @@ def tokenizer_run(folder: Path, *more: str) -> dict[str, float]:
         table = start[name]
         start[name] = torch.cat([table, table.new_zeros(config["tables"]["rows"] - len(table), table.shape[1])])
     model = load_official_tokenizer(start, {"model": config["model"]})
-    words = ["--model=dar_lightning.lit.TokenizerModule"]
+    words = ["--model=dar_lightning.training.TokenizerModule"]
     words += options("model.init_args.optimizer", {"lr": 2e-4, "betas": "[0.9,0.95]", "warmup_steps": 4})
-    words += ["--trainer.callbacks+=dar_lightning.callbacks.EMA", "--trainer.callbacks.decay=0.999"]
+    words += ["--trainer.callbacks+=dar_lightning.training.callbacks.EMA", "--trainer.callbacks.decay=0.999"]
     logged, codes = _fit(golden, model, folder, [*words, *more])
     steps = numbers(golden, "steps")["steps"]
     found = {name: worst(logged[f"train/{name}"], [step[name] for step in steps]) for name in ("flow", "vq", "commit")}
@@ -107,7 +108,7 @@ def ar_run(folder: Path, *more: str) -> dict[str, float]:
     start = tensors(golden, "start")
     model = load_official_ar(start, numbers(golden, "config")["model"])
     optimizer = {"lr": 4e-4, "betas": "[0.9,0.95]", "weight_decay": 0.05, "decay_steps": 8, "final_lr": 1e-5}
-    words = ["--model=dar_lightning.lit.ARModule", *options("model.init_args.optimizer", optimizer)]
+    words = ["--model=dar_lightning.training.ARModule", *options("model.init_args.optimizer", optimizer)]
     logged, _ = _fit(golden, model, folder, [*words, *more])
     steps = numbers(golden, "steps")["steps"]
     found = {"loss": worst(logged["train/loss"], [step["loss"] for step in steps])} | _optimizer(logged, steps, "ar")
@@ -130,7 +131,7 @@ def _fit(golden: str, model: nn.Module, folder: Path, words: list[str]) -> tuple
         "logger.save_dir": folder,
         "logger.name": "",
         "logger.version": "logs",
-        "callbacks+": "dar_lightning.callbacks.LastStepCheckpoint",
+        "callbacks+": "dar_lightning.training.callbacks.LastStepCheckpoint",
         "callbacks.every_n_train_steps": STEPS,
         "callbacks.save_last": "true",
     }
@@ -138,7 +139,7 @@ def _fit(golden: str, model: nn.Module, folder: Path, words: list[str]) -> tuple
     cli = TrainerCLI(
         [
             *("fit", "--seed_everything=0", *options("trainer", trainer)),
-            *(f"--trainer.callbacks+=dar_lightning.callbacks.{name}" for name in more),
+            *(f"--trainer.callbacks+=dar_lightning.training.callbacks.{name}" for name in more),
             *("--trainer.callbacks+=golden_training.Draws", f"--trainer.callbacks.golden={golden}"),
             *("--data=golden_training.Batches", f"--data.init_args.golden={golden}"),
             *words,

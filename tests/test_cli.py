@@ -14,7 +14,7 @@ import torch
 from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, random_codes, write_images, write_tokens
 
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main, spell_out_flags
-from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
+from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -136,14 +136,17 @@ def test_a_missing_option_is_named(capsys):
         (["--model.init_args.optimizer.lr=-1"], ["lr"]),
         (["--model.init_args.preset=light"], ["light", "keep one of them"]),
         (["--model.init_args.nope=3"], ["nope"]),
-        (["--model=dar_lightning.lit.NoModule"], ["NoModule"]),
+        (["--model=dar_lightning.training.NoModule"], ["NoModule"]),
         (["--data.init_args.crop=diagonal"], ["diagonal"]),
         (["--data.init_args.batch_size=0"], ["batch_size"]),
         (["--trainer.nope=3"], ["nope"]),
         (["--trainer.max_steps=many"], ["max_steps", "many"]),
         (["--trainer.callbacks+=NoCallback"], ["NoCallback"]),
         (
-            ["--trainer.callbacks+=dar_lightning.callbacks.CodebookWarmup", "--trainer.callbacks.warmup_steps=3"],
+            [
+                "--trainer.callbacks+=dar_lightning.training.callbacks.CodebookWarmup",
+                "--trainer.callbacks.warmup_steps=3",
+            ],
             ["collect_steps is 40"],
         ),
     ],
@@ -157,7 +160,7 @@ def test_a_config_that_cannot_be(images, tmp_path, options, named, capsys):
 
 def test_a_preset_of_the_other_model(tokens, tmp_path, capsys):
     data = ["--data=dar_lightning.data.codes.CodesDataModule", f"--data.init_args.train={tokens}"]
-    run = ["fit", "--model=dar_lightning.lit.ARModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    run = ["fit", "--model=dar_lightning.training.ARModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
     line = refusal(capsys, [*run, "--model.init_args.preset=Q"])
     assert "'Q'" in line
     assert "XXL" in line
@@ -301,7 +304,12 @@ def test_flags_may_stand_alone(typed, meant):
 
 def test_presets(images, tmp_path, capsys):
     data = ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.train={images}"]
-    run = ["fit", "--model=dar_lightning.lit.TokenizerModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    run = [
+        "fit",
+        "--model=dar_lightning.training.TokenizerModule",
+        *data,
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
     line = refusal(capsys, [*run, "--model.init_args.preset=v2"])
     assert "unknown tokenizer preset 'v2': choose from v1, light, tiny" in line
     line = refusal(capsys, [*run, "--model.init_args.preset=light", "--model.init_args.config.codebook_size=5"])

@@ -12,7 +12,7 @@ from tiny_models import make_tokenizer, write_tokens, write_vgg
 
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.cli import main
-from dar_lightning.plan import accumulation
+from dar_lightning.training.batch_plan import accumulation
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments").rglob("*.yaml"))}
@@ -26,7 +26,7 @@ OVER = (*FINETUNE, *LPIPS, LONGER, CODEBOOK)
 TABLES = [name for name, path in CONFIGS.items() if "rows" in yaml.safe_load(path.read_text())]  # test_table runs them
 SWEEPS = [name for name in CONFIGS if name.startswith("experiments/sweeps/")]  # test_shipped_sweeps runs them
 DEBUG = [name for name in CONFIGS if name.startswith("experiments/debug/")]
-PREDICT = "experiments/evaluate/sample50k.yaml"  # test_sampling runs it
+PREDICT = "experiments/evaluate/sample50k.yaml"  # test_predict runs it
 FIT = [
     name
     for name, path in CONFIGS.items()
@@ -35,7 +35,7 @@ FIT = [
 RECIPES = [name for name in FIT if name.startswith(("experiments/tokenizer/", "experiments/ar/"))]
 FSDP = "experiments/trainer/fsdp.yaml"  # a layer over a machine's
 MACHINES = {n: path for n, path in CONFIGS.items() if n.startswith("experiments/trainer/") and n != FSDP}
-# tests/callbacks/test_monitor_layers.py runs these
+# tests/training/callbacks/test_monitor_layers.py runs these
 MONITORS = [name for name in CONFIGS if name.startswith("experiments/monitor/")]
 OTHERS = (*LAYERS, *FIT, *OVER, *MACHINES, *DEBUG, *MONITORS, *METRICS, *TABLES, *SWEEPS, FSDP, PREDICT)
 TOOLS = [name for name in CONFIGS if name not in OTHERS]

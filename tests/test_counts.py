@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counting
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw, filter_logits, guide
-from dar_lightning.flops import step_flops
-from dar_lightning.lit import TokenizerModule
-from dar_lightning.losses import PerceptualLoss, RepaLoss
-from dar_lightning.losses import repa as repa_file
+from dar_lightning.ar.sampling import draw, filter_logits
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.tokenizer.quantizer import VectorQuantizer
+from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
+from dar_lightning.training import TokenizerModule
+from dar_lightning.training.flops import step_flops
+from dar_lightning.training.losses import PerceptualLoss, RepaLoss
+from dar_lightning.training.losses import repa as repa_file
 
 V1 = TokenizerConfig.preset("v1")
 GFLOP = 1e9

@@ -1,7 +1,8 @@
-"""The rules of the house: who may import whom, which names are public, and how large things may grow."""
+"""The house as docs/architecture.md describes it: who may import whom, which names are public, how large things are."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,37 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dar_lightning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+PAGE = ROOT / "docs" / "architecture.md"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+
+# ---- the table
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of the page, without its own heading."""
+    text = PAGE.read_text().split(f"## {heading}\n", 1)[1]
+    rows = [line for line in re.split(r"\n## ", text)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def room_names(cell: str) -> list[str]:
+    """`data/prepare/`, `cli.py` -> data.prepare, cli."""
+    return [name.removesuffix(".py").strip("/").replace("/", ".") for name in re.findall(r"`([^`]+)`", cell)]
+
+
+ROOMS = {room_names(room)[0]: set(room_names(allowed)) for room, _, allowed, _ in table("Rooms")}
+WITH_LIGHTNING = {room_names(room)[0] for room, _, _, lightning in table("Rooms") if lightning == "yes"}
+LIMITS = {what: int(number) for what, number in table("Limits")}
+
+
+def room_of(module: str) -> str:
+    """The innermost room that holds a module: data.prepare, not data."""
+    parts = module.split(".")[1:] or ["__init__"]
+    return next(name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in ROOMS)
+
+
+# ---- what files import
 
 
 def module_name(path: Path) -> str:
@@ -33,20 +64,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def reaching(paths: list[Path], *targets: str) -> list[str]:
-    """The imports by which these files reach one of the targets or something inside it."""
-    return [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in paths
-        for name in sorted(imports(path))
-        if any(name == target or name.startswith(f"{target}.") for target in targets)
-    ]
+NAMES = {module_name(path): path for path in MODULES}
 
 
-def inside(folder: str) -> list[Path]:
-    files = sorted((PACKAGE / folder).rglob("*.py"))
-    assert files, f"dar_lightning/{folder} has no files"
-    return files
+def rooms_reached(path: Path) -> set[str]:
+    """The other rooms whose modules a file imports. The package itself, where `__version__` is, is none."""
+    found = {room_of(name) for name in imports(path) if name in NAMES and name != "dar_lightning"}
+    return found - {room_of(module_name(path))}
 
 
 def test_the_import_reader_sees_every_form(tmp_path, monkeypatch):
@@ -57,17 +81,51 @@ def test_the_import_reader_sees_every_form(tmp_path, monkeypatch):
     assert imports(path) == {"a.b", "pkg", "pkg.cli", "pkg.sub.near", "pkg.sub.near.x", "d", "d.e"}
 
 
-@pytest.mark.parametrize("folder", ["tokenizer", "ar"])
-def test_models_are_plain_torch(folder):
-    assert reaching(inside(folder), *LIGHTNING, "dar_lightning.lit", "dar_lightning.callbacks") == []
+def test_every_file_has_a_room():
+    assert {room_of(name) for name in NAMES} == set(ROOMS)
 
 
-def test_ar_knows_nothing_of_the_tokenizer():
-    assert reaching(inside("ar"), "dar_lightning.tokenizer", "dar_lightning.data", "dar_lightning.pipeline") == []
+def test_imports_go_where_the_table_allows():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {room}"
+        for path in MODULES
+        for room in sorted(rooms_reached(path) - ROOMS[room_of(module_name(path))])
+    ]
+    assert wrong == []
 
 
-def test_nothing_imports_the_command_line():
-    assert reaching([path for path in MODULES if path.name != "__main__.py"], "dar_lightning.cli") == []
+def test_the_table_allows_no_more_than_is_used():
+    used = {room: set() for room in ROOMS}
+    for path in MODULES:
+        used[room_of(module_name(path))] |= rooms_reached(path)
+    assert {room: allowed - used[room] for room, allowed in ROOMS.items() if allowed - used[room]} == {}
+
+
+def test_imports_run_one_way():
+    """Each room imports rooms that stand above it in the table."""
+    order = list(ROOMS)
+    wrong = [(room, name) for i, room in enumerate(order) for name in ROOMS[room] if name not in order[:i]]
+    assert wrong == []
+
+
+def test_rooms_without_lightning():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in MODULES
+        if room_of(module_name(path)) not in WITH_LIGHTNING
+        for name in sorted(imports(path))
+        if name.split(".")[0] in LIGHTNING
+    ]
+    assert wrong == []
+
+
+def test_what_the_table_must_never_say():
+    """The models are plain torch and do not know each other; nothing but `python -m` imports the command line."""
+    assert not {"tokenizer", "ar"} & WITH_LIGHTNING
+    assert not ROOMS["tokenizer"] & {"ar", "data", "training"}
+    assert not ROOMS["ar"] & {"tokenizer", "data", "training"}
+    assert [room for room, allowed in ROOMS.items() if "cli" in allowed] == ["__main__"]
+    assert [room for room, allowed in ROOMS.items() if "commands" in allowed] == ["cli"]
 
 
 def test_importing_the_models_loads_no_lightning():
@@ -91,9 +149,12 @@ for name in sys.argv[1:]:
     except ModuleNotFoundError as error:  # of an extra that is not installed
         assert error.name.partition(".")[0] != "dar_lightning", error
 """
-    names = [module_name(path) for path in MODULES if path.name != "__main__.py"]
+    names = [name for name in NAMES if name != "dar_lightning.__main__"]
     run = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+# ---- names
 
 
 def test_public_names():
@@ -115,6 +176,33 @@ def test_public_names():
     ] == []
 
 
+def exported(path: Path) -> list[str]:
+    """The names in a module's `__all__`."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def definition(path: Path, name: str) -> ast.AST | None:
+    """Where a name of a module comes from: its function or class, in this file or in that which it is imported from."""
+    for node in ast.parse(path.read_text()).body:
+        if getattr(node, "name", None) == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and any(name == (alias.asname or alias.name) for alias in node.names):
+            return definition(NAMES[node.module], name)
+    return None
+
+
+def test_what_packages_export_has_a_docstring():
+    found = {f"{module}.{name}": definition(path, name) for module, path in NAMES.items() for name in exported(path)}
+    assert len(found) > 25
+    assert [name for name, node in found.items() if node is None or not ast.get_docstring(node)] == []
+
+
+# ---- sizes
+
+
 def tracked() -> list[Path]:
     run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -122,17 +210,32 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in run.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_files_stay_short_and_named_for_one_idea():
+def test_the_root_stays_small():
+    assert len(list(PACKAGE.glob("*.py"))) <= LIMITS["files in the root of the package"]
+
+
+@pytest.mark.parametrize("folder", ["dar_lightning", "tests", "benchmarks"])
+def test_files_stay_short(folder):
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > LIMITS[f"lines of a file in `{folder}/`"]} == {}
+
+
+def test_files_are_named_for_one_idea():
     python = [*MODULES, *sorted((ROOT / "tests").rglob("*.py"))]
-    long = {
-        str(path.relative_to(ROOT)): lines for path in python if (lines := len(path.read_text().splitlines())) > 450
-    }
-    assert long == {}
     assert [path for path in python if path.stem in ("utils", "util", "helpers", "misc", "common")] == []
+
+
+def test_the_page_names_files_that_exist():
+    """Every path in backticks, from the package or from the root."""
+    paths = re.findall(r"`((?:[\w.]+/)+[\w.]*|\w+\.(?:py|md|yaml))`", PAGE.read_text())
+    assert [path for path in paths if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []
 
 
 def test_no_large_file_is_tracked():
     assert [str(path.relative_to(ROOT)) for path in tracked() if path.stat().st_size > 10 * 2**20] == []
+
+
+# ---- make
 
 
 def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess:

@@ -10,8 +10,8 @@ from tiny_models import TOKENIZER
 
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.errors import UserError
-from dar_lightning.official import AR_NAMES, TOKENIZER_NAMES, official_name
 from dar_lightning.tokenizer.init import TokenizerInit
+from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
 
 GOLDENS = Path(__file__).parent / "goldens" / "init"
 LIGHT = TokenizerConfig.preset("light").to_dict() | {"low_rank_queries": False}

@@ -8,8 +8,8 @@ import torch
 from tiny_models import AR, TOKENIZER
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.lit import ARModule, TokenizerModule
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.training import ARModule, TokenizerModule
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 spec = importlib.util.spec_from_file_location("memory_benchmark", PATH)

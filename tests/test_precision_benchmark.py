@@ -13,7 +13,7 @@ from tiny_models import make_pipeline
 from torch import Tensor, nn
 
 from benchmarks.precision import TF32, compare, round_to_tf32
-from dar_lightning.tokenizer.quantizer import VectorQuantizer
+from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 
 ROOT = Path(__file__).parents[1]
 

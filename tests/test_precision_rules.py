@@ -21,20 +21,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.guidance import guide
+from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.races import draw_keys
-from dar_lightning.ar.sampling import draw, filter_logits, guide
+from dar_lightning.ar.sampling import draw, filter_logits
 from dar_lightning.commands.extract import extract
-from dar_lightning.lit import AblationModule, ARModule, TokenizerModule
-from dar_lightning.lit.fsdp import mixed_precision
-from dar_lightning.losses import PerceptualLoss, RepaLoss
-from dar_lightning.losses.frozen import FrozenNetwork
-from dar_lightning.rotary import rotate
-from dar_lightning.sharding import shard, whole
+from dar_lightning.layers import rotate
+from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.tokenizer.blocks import axial_rotary
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.layers import axial_rotary
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.tokenizer.quantizer import VectorQuantizer
+from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
+from dar_lightning.training import AblationModule, ARModule, TokenizerModule
+from dar_lightning.training.fsdp import mixed_precision
+from dar_lightning.training.losses import PerceptualLoss, RepaLoss
+from dar_lightning.training.sharding import shard, whole
 
 BF16, F32 = torch.bfloat16, torch.float32
 BATCH = 2

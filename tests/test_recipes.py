@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 RECIPES = Path(__file__).parents[1] / "experiments"
-CALLBACKS = "dar_lightning.callbacks"
+CALLBACKS = "dar_lightning.training.callbacks"
 MODEL, OPTIMIZER, CONFIG = "model.init_args", "model.init_args.optimizer", "model.init_args.config"
 EMA = f"trainer.callbacks.{CALLBACKS}.EMA.decay"
 
@@ -26,9 +26,9 @@ TOKENIZER = COMMON | {
     f"{OPTIMIZER}.warmup_steps": 5000,
     EMA: 0.999,
     f"{MODEL}.time_sampling": "uniform",
-    f"{MODEL}.perceptual.class_path": "dar_lightning.losses.PerceptualLoss",
+    f"{MODEL}.perceptual.class_path": "dar_lightning.training.losses.PerceptualLoss",
     f"{MODEL}.perceptual.init_args": {"weight": 0.5},
-    f"{MODEL}.repa.class_path": "dar_lightning.losses.RepaLoss",
+    f"{MODEL}.repa.class_path": "dar_lightning.training.losses.RepaLoss",
     f"{MODEL}.repa.init_args": {"weight": 0.5},
     f"{CONFIG}.image_size": 256,
     f"{CONFIG}.encoder_patch_size": 16,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.data.token_shards import CodesIndex, describe, write_codes
+from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 from dar_lightning.tokenizer.init import TokenizerInit
 
 SIZE, TOKENS, GROUPS, CODES = 32, 8, 4, 32
@@ -107,7 +107,7 @@ def fit_tokenizer(train: str, val: str, folder: Path, **trainer) -> list[str]:
     """Arguments of `dar` that train the tiny tokenizer."""
     return _fit(
         [
-            "--model=dar_lightning.lit.TokenizerModule",
+            "--model=dar_lightning.training.TokenizerModule",
             f"--model.init_args.config={json.dumps(TOKENIZER)}",
             f"--model.init_args.init={json.dumps(INIT)}",
         ],
@@ -120,7 +120,7 @@ def fit_tokenizer(train: str, val: str, folder: Path, **trainer) -> list[str]:
 def fit_ar(train: str, val: str, folder: Path, **trainer) -> list[str]:
     """Arguments of `dar` that train the tiny AR model."""
     return _fit(
-        ["--model=dar_lightning.lit.ARModule", f"--model.init_args.config={json.dumps(AR)}"],
+        ["--model=dar_lightning.training.ARModule", f"--model.init_args.config={json.dumps(AR)}"],
         ["--data=dar_lightning.data.codes.CodesDataModule"],
         (train, val, folder),
         trainer,

@@ -31,7 +31,7 @@ class ARConfig:
         ffn_dropout: dropout on the feed-forward branch's output.
         order: in which order tokens are written: "coarse_to_fine" (the paper), or for ablations "reversed", "random"
             (one permutation), "interleaved" (across groups) or "random_per_sample", whose model is told by a learned
-            embedding where the next token belongs. lit.AblationModule trains the others.
+            embedding where the next token belongs. training.AblationModule trains the others.
         order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
             num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.ar.cache import KVCache
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.order import Generators, fixed_order, random_orders
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError
-from dar_lightning.pretrained import PretrainedMixin
-from dar_lightning.recompute import run_block
-from dar_lightning.rotary import rotate
+from dar_lightning.formats.pretrained import PretrainedMixin
+from dar_lightning.layers import rotate, run_block
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
@@ -18,30 +18,6 @@ def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.arange(length, device=device)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-class KVCache:
-    """Keys and values of every block for up to num_tokens positions, allocated once.
-
-    Args:
-        config: the model's hyperparameters.
-        batch: number of sequences.
-        order: (batch, N) int64, the place of each token that is written; for a model that embeds it.
-    """
-
-    def __init__(self, config: ARConfig, batch: int, device=None, dtype=None, order: Tensor | None = None):
-        shape = (config.depth, 2, batch, config.kv_heads, config.num_tokens, config.dim // config.num_heads)
-        self.buffer = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.order = order
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, kv_heads, n, head_dim) after `length`; return views of all (B, kv_heads, m, .)."""
-        end = self.length + keys.shape[2]
-        k, v = self.buffer[layer]
-        k[:, :, self.length : end] = keys
-        v[:, :, self.length : end] = values
-        return k[:, :, :end], v[:, :, :end]
 
 
 class Attention(nn.Module):

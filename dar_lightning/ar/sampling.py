@@ -5,40 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
+from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.onednn import packed
 from dar_lightning.ar.order import Generators, placed
-from dar_lightning.ar.packed import packed
-from dar_lightning.ar.races import draw_keys, exponentials
 from dar_lightning.errors import UserError
-
-Guidance = float | tuple[float, float]
-
-
-def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
-    """Guidance scale of each token: a constant, or linear from a at the first token to b at the last.
-
-    A schedule that starts at exactly 1.0 starts at 1.001, as in the official code, whose numbers we reproduce.
-    """
-    if not isinstance(guidance, tuple | list):
-        return [float(guidance)] * num_tokens
-    first, last = guidance
-    first = 1.001 if first == 1.0 else first
-    return [first + (last - first) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
-
-
-def read_guidance(guidance: Guidance | str) -> Guidance:
-    """Guidance as a number or a pair, from those or from the text "a,b", the way it is typed in a shell.
-
-    Raises:
-        UserError: the text is neither one number nor two.
-    """
-    if not isinstance(guidance, str):
-        return guidance
-    try:
-        first, last = (float(word) for word in guidance.split(","))
-    except ValueError as error:
-        raise UserError(f"guidance is {guidance!r}: give a number, or a,b for linear over the tokens") from error
-    return first, last
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -126,12 +98,6 @@ def stream_tokens(
                 logits = model.step(tokens.repeat(2) if guided else tokens, cache)
     finally:
         ar.train(was_training)
-
-
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on stacked [conditional, unconditional] logits: (2B, V) -> (B, V)."""
-    cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)
 
 
 def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:

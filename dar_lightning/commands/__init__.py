@@ -1,0 +1,1 @@
+"""The verbs of `dar`, one file each; nothing below imports them."""

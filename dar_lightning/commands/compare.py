@@ -4,8 +4,7 @@ import re
 from typing import Any
 
 from dar_lightning.errors import UserError
-from dar_lightning.metrics.comparable import common_name, differences
-from dar_lightning.metrics.protocol import read_figures
+from dar_lightning.records.protocol import common_name, differences, read_figures
 
 
 def compare(files: str) -> None:

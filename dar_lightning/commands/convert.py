@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dar_lightning.checkpoint import Weights, pick_weights, read_checkpoint
-from dar_lightning.errors import UserError
-from dar_lightning.pretrained import one_line
-from dar_lightning.weights import fingerprint, load_official_ar, load_official_tokenizer
+from dar_lightning.errors import UserError, one_line
+from dar_lightning.formats.checkpoint import Weights, pick_weights, read_checkpoint
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.weights import load_official_ar, load_official_tokenizer
 
 
 def convert(

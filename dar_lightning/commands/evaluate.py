@@ -6,22 +6,23 @@ from typing import Any
 
 import torch
 
-from dar_lightning.ar.sampling import Guidance, read_guidance
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
+from dar_lightning.files import read_json
+from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
+from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
 from dar_lightning.metrics.distribution import distribution_figures
-from dar_lightning.metrics.drawn import drawn_facts, read_drawn
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import LinearProbe
-from dar_lightning.metrics.protocol import FRECHET, write_figures
 from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
-from dar_lightning.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
-from dar_lightning.pretrained import SHIPPED_NAMES, read_json, resolve_folder
-from dar_lightning.provenance import provenance
+from dar_lightning.records.drawn import drawn_facts, read_drawn
+from dar_lightning.records.protocol import FRECHET, write_figures
+from dar_lightning.records.provenance import provenance
 
 
 def evaluate(

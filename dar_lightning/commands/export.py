@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
-from dar_lightning.pipeline import EXPORTED, DARPipeline
-from dar_lightning.pretrained import PretrainedMixin, read_json
+from dar_lightning.files import read_json, write_text
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.pretrained import PretrainedMixin
+from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.weights import fingerprint, load_lightning_checkpoint
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 
 def export(

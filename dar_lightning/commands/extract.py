@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from dar_lightning.data import transforms, workers
+from dar_lightning.data.bad_samples import Bad, Skipped, check_share
+from dar_lightning.data.loader import Loader
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, sha256
-from dar_lightning.data.skipped import Bad, Skipped, check_share
-from dar_lightning.data.stream import Loader
-from dar_lightning.data.token_shards import CodesIndex, describe, read_header, write_codes
+from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked, users_path, write_text
-from dar_lightning.provenance import FILE, code_name, provenance
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.weights import fingerprint
 
 STOP = "dar_extract_stop"  # in the process group's store: why all ranks must stop
 

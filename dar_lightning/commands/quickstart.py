@@ -12,10 +12,9 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dar_lightning
-from dar_lightning.child import call
 from dar_lightning.errors import UserError
-from dar_lightning.files import users_path, write_text
-from dar_lightning.pretrained import read_json
+from dar_lightning.files import read_json, users_path, write_text
+from dar_lightning.sweeps.child import call
 
 ROOT = Path(dar_lightning.__file__).parent.parent
 CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"

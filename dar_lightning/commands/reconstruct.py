@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dar_lightning.compilation import check_compiler, compile_blocks
-from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.figures import image_grid, save_png
 from dar_lightning.files import users_path, write_text
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.generation.grids import image_grid, save_png
+from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages, with_progress
 from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
 from dar_lightning.metrics.token_influence import TOKEN_INFLUENCE_PROTOCOL, token_influence, token_influence_names
-from dar_lightning.provenance import provenance
-from dar_lightning.seeding import image_generator
+from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.weights import fingerprint
 
 
 @torch.no_grad()

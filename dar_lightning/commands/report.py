@@ -5,9 +5,9 @@ from pathlib import Path
 
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
-from dar_lightning.report.results import read_sweep
-from dar_lightning.report.summary import summarize, write_tables
-from dar_lightning.report.tensorboard import write_tensorboard
+from dar_lightning.sweeps.results import read_sweep
+from dar_lightning.sweeps.tables import summarize, write_tables
+from dar_lightning.sweeps.tensorboard import write_tensorboard
 
 
 def report(sweep: str, output: str | None = None) -> None:
@@ -27,7 +27,7 @@ def report(sweep: str, output: str | None = None) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the plots need matplotlib: pip install 'dar-lightning[notebooks]'")
-    from dar_lightning.report.plots import plot_curves, plot_figures, plot_groups, samples_side_by_side, save_figure
+    from dar_lightning.sweeps.plots import plot_curves, plot_figures, plot_groups, samples_side_by_side, save_figure
 
     found = read_sweep(sweep)
     folder = found.folder / "report" if output is None else Path(output)

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dar_lightning.ar import races
-from dar_lightning.ar.sampling import Guidance, read_guidance
-from dar_lightning.compilation import check_compiler, compile_blocks
-from dar_lightning.data.pixels import image_digests, set_sha256
+from dar_lightning.ar import gumbel
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
-from dar_lightning.drawing import Job, draw
 from dar_lightning.errors import UserError
-from dar_lightning.figures import blend, image_grid, mosaic, save_animation, save_png
 from dar_lightning.files import atomic_path, users_path, write_text
-from dar_lightning.metrics.drawn import PIXELS
-from dar_lightning.pipeline import DARPipeline
-from dar_lightning.provenance import provenance
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import Job, draw
+from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png
+from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.layers import check_compiler, compile_blocks
+from dar_lightning.records.drawn import PIXELS
+from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.weights import fingerprint
 
 ANIMATED = 16  # images in the animation, at most
 PREVIEW_SECONDS = 0.5  # that it shows each preview for
@@ -143,7 +143,7 @@ def sample(
         if job.number == start and len(strips) < len(labels):
             strips.append(drawn.previews)
         about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | {"token_draws": races.METHOD, "weights": weights} | precision
+        about |= options | {"token_draws": gumbel.METHOD, "weights": weights} | precision
         about |= {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
@@ -167,7 +167,7 @@ def sample(
     given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | precision
-    record |= {"token_draws": races.METHOD, "weights": weights, "ema": pipe.averaged, "classes": rows}
+    record |= {"token_draws": gumbel.METHOD, "weights": weights, "ema": pipe.averaged, "classes": rows}
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     # the command names a file, which may have changed when it is repeated

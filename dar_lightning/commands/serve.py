@@ -5,10 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dar_lightning.demo import Work, draw, read_photo, reconstructions, repeat_command, repeat_python, tokens_html
+from dar_lightning.commands.serve_page import (
+    Work,
+    draw,
+    read_photo,
+    reconstructions,
+    repeat_command,
+    repeat_python,
+    tokens_html,
+)
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.pipeline import DARPipeline
+from dar_lightning.generation.pipeline import DARPipeline
 
 CSS = """
 .token { display: inline-block; width: 3.2em; margin: 1px; font: 11px/1.6 monospace; text-align: center; }

@@ -19,12 +19,12 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from dar_lightning.data import ilsvrc
-from dar_lightning.data.hf_dataset import hf_dataset, is_saved
-from dar_lightning.data.packing import Packed, Packer, Skipped, make_shard
+from dar_lightning.data.prepare import ilsvrc
+from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
+from dar_lightning.data.prepare.packing import Packed, Packer, Skipped, make_shard
+from dar_lightning.data.prepare.sources import Sample, Source, choose_classes, image_folder, shards, with_safe_keys
 from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
-from dar_lightning.data.sources import Sample, Source, choose_classes, image_folder, shards, with_safe_keys
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked, write_text
 

@@ -13,12 +13,14 @@ from typing import IO, Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
-from dar_lightning.child import call
 from dar_lightning.commands.quickstart import last_scalars
 from dar_lightning.errors import UserError
-from dar_lightning.figures import mosaic, save_png
-from dar_lightning.files import users_path, write_text
-from dar_lightning.finished import (
+from dar_lightning.files import read_json, users_path, write_text
+from dar_lightning.generation.grids import mosaic, save_png
+from dar_lightning.metrics.images import NpzImages
+from dar_lightning.records.provenance import read_code
+from dar_lightning.sweeps.child import call
+from dar_lightning.sweeps.finished import (
     BEGUN,
     DONE,
     LOCK,
@@ -29,10 +31,7 @@ from dar_lightning.finished import (
     put_aside,
     read_done,
 )
-from dar_lightning.metrics.images import NpzImages
-from dar_lightning.pretrained import read_json
-from dar_lightning.provenance import read_code
-from dar_lightning.sweep import Cell, Stage, Sweep, Work, shown
+from dar_lightning.sweeps.plan import Cell, Stage, Sweep, Work, shown
 
 METRICS, SAMPLES = "metrics.json", "samples.png"
 PROGRAM = [sys.executable, "-m", "dar_lightning"]

@@ -13,30 +13,30 @@ import lightning as L
 import numpy as np
 import torch
 
-from dar_lightning.ar import races
-from dar_lightning.callbacks.sample_writer import SampleWriter
+from dar_lightning.ar import gumbel
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.data.labels import LabelsDataModule
-from dar_lightning.data.npz import write_npz
-from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
-from dar_lightning.lit.generation import GenerationModule
-from dar_lightning.metrics.drawn import PIXELS, read_drawn
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.generation.labels import LabelsDataModule
+from dar_lightning.generation.npz import write_npz
+from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.generation.predict import GenerationModule
+from dar_lightning.generation.writer import SampleWriter
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.images import ImageSet, open_images, with_progress
-from dar_lightning.metrics.protocol import PAPER_COUNT
 from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
-from dar_lightning.pipeline import DARPipeline
-from dar_lightning.provenance import provenance
-from dar_lightning.seeding import image_generator
+from dar_lightning.records.drawn import PIXELS, read_drawn
+from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.protocol import PAPER_COUNT
+from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
-from dar_lightning.weights import fingerprint
 
 SAMPLES, MEASURED = "samples.npz", "measured.json"
 
@@ -163,7 +163,7 @@ def _identity(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, st
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": fingerprint(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
     hashes = {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
-    hashes["token_draws"] = races.METHOD
+    hashes["token_draws"] = gumbel.METHOD
     return pipe.tokenizer.config, pipe.num_groups, hashes
 
 

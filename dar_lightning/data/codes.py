@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dar_lightning.data.order import shuffled
-from dar_lightning.data.stream import Loader, StreamDataModule
-from dar_lightning.data.token_shards import CodesDataset, CodesIndex
+from dar_lightning.data.loader import Loader, StreamDataModule
+from dar_lightning.data.sampler import shuffled
+from dar_lightning.data.token_dataset import CodesDataset, CodesIndex
 from dar_lightning.errors import UserError
 
 
@@ -60,11 +60,11 @@ class CodesDataModule(StreamDataModule):
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
             # not at the top: the data layer needs no model for anything else
-            from dar_lightning import weights
+            from dar_lightning.formats.fingerprint import fingerprint
             from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
             tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer)
-            prints = {"data.tokenizer": weights.fingerprint(tokenizer)} | prints
+            prints = {"data.tokenizer": fingerprint(tokenizer)} | prints
         first, *others = prints.items()
         for name, value in others:
             if value != first[1]:

@@ -5,11 +5,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dar_lightning.data.order import shuffled
-from dar_lightning.data.shard_dataset import Crop, ShardDataset, select
+from dar_lightning.data.bad_samples import Skipped
+from dar_lightning.data.image_dataset import Crop, ShardDataset, select
+from dar_lightning.data.loader import Loader, StreamDataModule
+from dar_lightning.data.sampler import shuffled
 from dar_lightning.data.shards import ShardIndex, ShardReader
-from dar_lightning.data.skipped import Skipped
-from dar_lightning.data.stream import Loader, StreamDataModule
 from dar_lightning.errors import UserError
 
 SHUFFLE_SHARDS = 16  # shards whose samples are mixed; some 20,000 images of ImageNet

@@ -2,7 +2,7 @@
 
 A shard is an uncompressed tar; the members of one sample share a key (`KEY.jpg`, `KEY.cls`, `KEY.json`), as in
 webdataset. Being uncompressed, any sample can be read by its offset, so the order of training is free: it is decided
-in `stream.py`, not by the order of the files.
+in `loader.py`, not by the order of the files.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from typing import BinaryIO
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
-from dar_lightning.data.skipped import Bad
 from dar_lightning.data.tar import Contents, Sample, read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from dar_lightning.data import shard_dataset, token_shards, views  # noqa: F401
+from dar_lightning.data import image_dataset, token_dataset, views  # noqa: F401
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 for number in STOPS:

@@ -1,0 +1,1 @@
+"""What is measured: Frechet distances, PSNR, SSIM, LPIPS, a linear probe, codebook use."""

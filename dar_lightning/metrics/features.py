@@ -18,10 +18,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dar_lightning.checkpoint import read_checkpoint
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, one_line
+from dar_lightning.formats.checkpoint import read_checkpoint
 from dar_lightning.metrics.color_edges import ColorEdges
-from dar_lightning.pretrained import one_line
 
 
 class TimmFeatures(nn.Module):

@@ -13,16 +13,16 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from dar_lightning.ar import races
+from dar_lightning.ar import gumbel
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.shard_dataset import decode, describe, read_label
+from dar_lightning.data.image_dataset import decode, describe, read_label
 from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
-from dar_lightning.drawing import ROWS, draw_rows
 from dar_lightning.errors import UserError
-from dar_lightning.pipeline import DARPipeline
-from dar_lightning.weights import fingerprint
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import ROWS, draw_rows
+from dar_lightning.generation.pipeline import DARPipeline
 
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -196,7 +196,7 @@ class DrawnImages:
             "ema": self.pipeline.averaged,
             "classes": "balanced: image i is of class i mod num_classes",
             "seed": self.seed,
-            "token_draws": races.METHOD,
+            "token_draws": gumbel.METHOD,
             "steps": self.num_steps,
             "rows": self.rows,
             "dtype": dtype_name(self.pipeline.tokenizer.dtype),

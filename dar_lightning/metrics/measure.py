@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.images import ImageSet, with_progress
+from dar_lightning.records.pixels import image_digests, set_sha256
 
 
 class Measured(NamedTuple):
@@ -17,7 +17,7 @@ class Measured(NamedTuple):
     Attributes:
         statistics: of the features.
         size: of the images, (H, W).
-        sha256: of all pixels, in order (`data.pixels.set_sha256`): equal for equal sets, wherever they lie.
+        sha256: of all pixels, in order (`records.pixels.set_sha256`): equal for equal sets, wherever they lie.
         features: (n, D) float32, if they were to be kept.
         labels: (n,) int64, if features are kept and the set has labels.
     """

@@ -8,9 +8,9 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from dar_lightning.data.transforms import to_float
-from dar_lightning.losses import PerceptualLoss
-from dar_lightning.losses.frozen import FrozenNetwork
 from dar_lightning.metrics.features import fingerprint
+from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.lpips import lpips_network
 
 # Recorded beside every value: the figures change with each of these choices.
 RECONSTRUCTION_PROTOCOL = {
@@ -59,7 +59,7 @@ def load_lpips(weights: str) -> FrozenNetwork:
     Raises:
         UserError: the file is no VGG16, or the download fails.
     """
-    return PerceptualLoss(weights_path=None if weights == "download" else weights).distance
+    return lpips_network(None if weights == "download" else weights)
 
 
 def reconstruction_protocol(lpips: FrozenNetwork | None = None) -> dict[str, Any]:

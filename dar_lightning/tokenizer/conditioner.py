@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from dar_lightning.recompute import run_block
+from dar_lightning.layers import run_block
+from dar_lightning.tokenizer.blocks import GatedBlock, KVCache, plain_norm
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
-from dar_lightning.tokenizer.layers import GatedBlock, KVCache, plain_norm
 
 
 class Conditioner(nn.Module):

@@ -54,7 +54,7 @@ class TokenizerConfig:
             learn "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
-        quantizer: "vq" (the paper), or for ablations "fsq" or "lfq" (tokenizer.scalar_quantizer); their codebook_size
+        quantizer: "vq" (the paper), or for ablations "fsq" or "lfq" (tokenizer.quantizers.scalar); their codebook_size
             is a number of levels, for "lfq" 2, to the power of codebook_dim.
     """
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dar_lightning.recompute import run_block
+from dar_lightning.layers import run_block
+from dar_lightning.tokenizer.blocks import MLP, Attention, axial_rotary, axial_sincos, plain_norm
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.layers import MLP, Attention, axial_rotary, axial_sincos, plain_norm
 
 REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
 MIN_TIME_LEFT = 0.05  # least 1 - t by which a sampling step turns an image estimate into a velocity

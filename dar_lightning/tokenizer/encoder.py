@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.recompute import run_block
+from dar_lightning.layers import run_block
+from dar_lightning.tokenizer.blocks import GatedBlock, axial_rotary, axial_sincos, identity_rotary, plain_norm
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
-from dar_lightning.tokenizer.layers import GatedBlock, axial_rotary, axial_sincos, identity_rotary, plain_norm
 
 QUERY_RANK = 8
 

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
-from dar_lightning.pretrained import PretrainedMixin
+from dar_lightning.formats.pretrained import PretrainedMixin
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
-from dar_lightning.tokenizer.quantizer import VectorQuantizer
-from dar_lightning.tokenizer.scalar_quantizer import ScalarQuantizer
+from dar_lightning.tokenizer.quantizers.scalar import ScalarQuantizer
+from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dar_lightning.ar.sampling import generate, guidance_schedule, guide
-from dar_lightning.official import AR_NAMES, official_name
+from dar_lightning.ar.guidance import guidance_schedule, guide
+from dar_lightning.ar.sampling import generate
+from dar_lightning.weights.official_names import AR_NAMES, official_name
 
 TOLERANCE = 1e-4
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.guidance import guidance_schedule, guide
+from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.races import draw_keys
-from dar_lightning.ar.sampling import draw, filter_logits, generate, guidance_schedule, guide, stream_tokens
+from dar_lightning.ar.sampling import draw, filter_logits, generate, stream_tokens
 from dar_lightning.errors import UserError
 
 

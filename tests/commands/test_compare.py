@@ -7,7 +7,7 @@ import pytest
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.errors import UserError
-from dar_lightning.metrics.protocol import write_figures
+from dar_lightning.records.protocol import write_figures
 
 NETWORK = {"name": "net", "sha256": "f" * 64, "resize": "none", "dim": 4}
 PAIRS = {"images": "uint8", "data_range": 255, "psnr": "mean", "ssim": "mean"}

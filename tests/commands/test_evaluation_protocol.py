@@ -10,10 +10,10 @@ from tiny_models import write_vgg
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.data.pixels import image_digests, set_sha256
 from dar_lightning.errors import UserError
-from dar_lightning.losses import PerceptualLoss
 from dar_lightning.metrics import features, statistics_file
+from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.training.losses import PerceptualLoss
 
 
 def pixels(n: int, seed: int, size: int = 16) -> np.ndarray:

@@ -11,12 +11,11 @@ from tiny_models import picture, write_images
 
 from dar_lightning.cli import main
 from dar_lightning.commands import reconstruct, sample
-from dar_lightning.compilation import compile_blocks
 from dar_lightning.data.transforms import to_uint8
-from dar_lightning.drawing import image_seed
-from dar_lightning.pipeline import DARPipeline
-from dar_lightning.seeding import image_generator
-from dar_lightning.weights import fingerprint
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import image_generator, image_seed
+from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.layers import compile_blocks
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def photos(tmp_path_factory) -> str:
 
 @pytest.fixture
 def compiled(monkeypatch) -> list:
-    """The modules that the commands have compiled; that compiled blocks compute the same is tested in tests/lit."""
+    """The modules that the commands have compiled; tests/training shows that compiled blocks compute the same."""
     parts: list = []
     for command in (sample, reconstruct):
         monkeypatch.setattr(command, "compile_blocks", lambda *given: parts.extend(given))

@@ -14,7 +14,7 @@ from dar_lightning.cli import main
 from dar_lightning.commands import quickstart as module
 from dar_lightning.commands.quickstart import Stage, quickstart, road, run_stage
 from dar_lightning.errors import UserError
-from dar_lightning.pipeline import DARPipeline
+from dar_lightning.generation.pipeline import DARPipeline
 
 ROOT = Path(__file__).parents[2]
 ROADS = {"on": road(Path("OUT"), from_scratch=False), "scratch": road(Path("OUT"), from_scratch=True)}

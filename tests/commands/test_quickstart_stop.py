@@ -12,7 +12,7 @@ import torch
 from small_quickstart import small_configs, small_photos
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from dar_lightning.pretrained import read_json
+from dar_lightning.files import read_json
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 STEPS = 30

@@ -13,9 +13,9 @@ from dar_lightning.commands.compare import compare
 from dar_lightning.commands.reconstruct import reconstruct
 from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 from dar_lightning.errors import UserError
-from dar_lightning.figures import image_grid
-from dar_lightning.seeding import image_generator
-from dar_lightning.weights import fingerprint
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.generation.grids import image_grid
 
 COUNT = 7
 

@@ -13,11 +13,11 @@ from tiny_models import CLASSES, GROUPS, SIZE, TOKENS, make_pipeline, picture
 from dar_lightning.cli import main
 from dar_lightning.commands.sample import preview_numbers, sample
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
-from dar_lightning.drawing import image_seed
 from dar_lightning.errors import UserError
-from dar_lightning.figures import image_grid
-from dar_lightning.pipeline import DARPipeline
-from dar_lightning.weights import fingerprint
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import image_seed
+from dar_lightning.generation.grids import image_grid
+from dar_lightning.generation.pipeline import DARPipeline
 
 
 def arrays(folder) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
         command += [
             f"--model.init_args.init_from={root}/start/{part}",
             "--model.init_args.optimizer.lr=0.05",
-            "--trainer.callbacks+=dar_lightning.callbacks.LastStepCheckpoint",
+            "--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint",
             "--trainer.callbacks.save_last=true",
             "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
             "--trainer.callbacks.decay=0.5",

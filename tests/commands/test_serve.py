@@ -9,7 +9,7 @@ from served import wait_for
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
 from dar_lightning.commands.serve import CSS, build_page, serve
-from dar_lightning.demo import Work
+from dar_lightning.commands.serve_page import Work
 from dar_lightning.errors import UserError
 
 gradio = pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")

@@ -16,9 +16,9 @@ from PIL import Image
 from served import Served, served, wait_for
 
 from dar_lightning.commands.serve import NO_PHOTO
+from dar_lightning.commands.serve_page import draw, read_photo, reconstructions, tokenize
 from dar_lightning.data.decode import MAX_PIXELS
-from dar_lightning.demo import draw, read_photo, reconstructions, tokenize
-from dar_lightning.pipeline import DARPipeline
+from dar_lightning.generation.pipeline import DARPipeline
 
 pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
 client = pytest.importorskip("gradio_client")

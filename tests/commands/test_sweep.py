@@ -20,7 +20,7 @@ from tiny_models import AR, CLASSES, GROUPS, SIZE, make_tokenizer, write_images,
 from dar_lightning.cli import main
 from dar_lightning.commands import sweep as command
 from dar_lightning.errors import UserError
-from dar_lightning.sweep import Stage, Sweep
+from dar_lightning.sweeps.plan import Stage, Sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
@@ -177,7 +177,7 @@ def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, 
 
 def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path):
     code = (
-        "from dar_lightning.commands import sweep; from dar_lightning.sweep import Stage\n"
+        "from dar_lightning.commands import sweep; from dar_lightning.sweeps.plan import Stage\n"
         f"sweep.PROGRAM = [{sys.executable!r}, '-c', {CHILD!r}]\n"
         "sweep.sweep('study', {'a': Stage('export')}, {'K': [1]}, output='out')"
     )
@@ -301,7 +301,7 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
     fit = {
         "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
         "model": {
-            "class_path": "dar_lightning.lit.AblationModule",
+            "class_path": "dar_lightning.training.AblationModule",
             "init_args": {"config": AR | {"order_groups": GROUPS}},
         },
         "data": {
@@ -311,11 +311,11 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
     }
     fit["trainer"]["callbacks"] = [
         {
-            "class_path": "dar_lightning.callbacks.LastStepCheckpoint",
+            "class_path": "dar_lightning.training.callbacks.LastStepCheckpoint",
             "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
         },
         {
-            "class_path": "dar_lightning.callbacks.GenerationFID",
+            "class_path": "dar_lightning.training.callbacks.GenerationFID",
             "init_args": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
         },
     ]

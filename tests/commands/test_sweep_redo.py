@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from small_sweep import cell, plan
 
-from dar_lightning import provenance
 from dar_lightning.commands import sweep as command
+from dar_lightning.records import provenance
 
 LINE = "other code or data made "
 TWO = {"seeds": [0], "grid": {"K": [1, 2]}}

@@ -16,10 +16,10 @@ from dar_lightning import DARPipeline
 from dar_lightning.cli import main
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.table import Row, _write, table
-from dar_lightning.data.npz import write_npz
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
-from dar_lightning.seeding import image_generator
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.generation.npz import write_npz
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 CONFIGS = [

@@ -16,7 +16,7 @@ from tiny_shards import CLASSES, sample
 
 from dar_lightning.cli import main
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.order import EvalSampler, TrainSampler
+from dar_lightning.data.sampler import EvalSampler, TrainSampler
 from dar_lightning.data.shards import Shard, ShardIndex, write_shard
 from dar_lightning.errors import UserError
 

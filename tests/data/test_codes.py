@@ -16,15 +16,15 @@ from dar_lightning.commands.extract import ShardWriter, extract
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.order import Ticket
+from dar_lightning.data.sampler import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.data.token_shards import CodesIndex, read_header
+from dar_lightning.data.token_dataset import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
+from dar_lightning.formats.fingerprint import fingerprint
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.weights import fingerprint
 
 SIZE, TOKENS, CODEBOOK = 32, 8, 300
 

@@ -13,8 +13,8 @@ import pytest
 from encoded import encode, picture, png
 from PIL import Image
 
-from dar_lightning.data import packing
 from dar_lightning.data.decode import MAX_PIXELS, BadSample, decode_rgb
+from dar_lightning.data.prepare import packing
 
 LOSSY = 12  # mean difference of levels that a JPEG of the test picture stays far below
 

@@ -13,12 +13,12 @@ import torch
 from killable import run
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dar_lightning.callbacks import LastStepCheckpoint
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardReader
-from dar_lightning.data.token_shards import CodesDataset, CodesIndex, describe, write_codes
+from dar_lightning.data.token_dataset import CodesDataset, CodesIndex, describe, write_codes
 from dar_lightning.errors import UserError
+from dar_lightning.training.callbacks import LastStepCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
 STEPS, EPOCH, BATCH = 15, 6, 4  # 26 samples in global batches of 4: step 6 begins the second epoch, step 12 the third

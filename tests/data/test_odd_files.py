@@ -13,8 +13,8 @@ from encoded import encode, picture, png
 from PIL import Image
 from tiny_shards import CLASSES
 
-from dar_lightning.callbacks import DataSpeed
 from dar_lightning.data.shards import ShardIndex, write_shard
+from dar_lightning.training.callbacks import DataSpeed
 
 SIZE = 16
 # The middle of these is cut out and not scaled; turned by an orientation tag, it would be another.

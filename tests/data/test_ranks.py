@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 import lightning as L
 import torch
-from test_stream import Recorder, make
+from test_loader import Recorder, make
 shards, out, world, steps, checkpoint = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
 
 

@@ -15,7 +15,7 @@ from tiny_shards import CLASSES, SIZES, picture, sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
-from dar_lightning.data.token_shards import read_header, write_codes
+from dar_lightning.data.token_dataset import read_header, write_codes
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
 

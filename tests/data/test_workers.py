@@ -15,7 +15,7 @@ from tiny_models import SIZE, write_images, write_tokens
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.stream import Loader
+from dar_lightning.data.loader import Loader
 from dar_lightning.data.views import ViewBatches, Views
 from dar_lightning.data.workers import options
 from dar_lightning.errors import UserError

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.blocks import axial_rotary, rotate
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.encoder import query_mask
-from dar_lightning.tokenizer.layers import axial_rotary, rotate
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 # Other matrix shapes round differently.

@@ -7,9 +7,9 @@ import torch
 from tiny_models import SIZE, TOKENIZER, make_tokenizer
 
 from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.callbacks import CodebookWarmup
 from dar_lightning.errors import UserError
-from dar_lightning.lit import TokenizerModule
+from dar_lightning.training import TokenizerModule
+from dar_lightning.training.callbacks import CodebookWarmup
 
 KINDS = {"fsq": dict(codebook_size=81, codebook_dim=4), "lfq": dict(codebook_size=32, codebook_dim=5)}
 

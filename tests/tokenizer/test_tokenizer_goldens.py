@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dar_lightning.official import TOKENIZER_NAMES, official_name
 from dar_lightning.tokenizer.flow import sampling_times, shift_time
+from dar_lightning.weights.official_names import TOKENIZER_NAMES, official_name
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,147 @@
+"""LightningCLI for the Trainer verbs, with what a run of this project always wants."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.loader import StreamDataModule
+from dar_lightning.devices import round_convolutions_as_products
+from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
+from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
+from dar_lightning.training.ar import ARModule
+from dar_lightning.training.callbacks import Provenance, StopOnSignal
+from dar_lightning.training.callbacks.config_text import ConfigText
+from dar_lightning.training.callbacks.global_batch import GlobalBatch
+from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
+
+
+class TrainerCLI(LightningCLI):
+    """`dar fit|validate|test|predict`: any LightningModule and DataModule by class path.
+
+    Args:
+        argv: verb and options.
+    """
+
+    def __init__(self, argv: Sequence[str]):
+        try:
+            self._run(argv)
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    def _run(self, argv: Sequence[str]) -> None:
+        super().__init__(
+            args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "dar"},
+            save_config_callback=ConfigText,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [StopOnSignal(), Provenance()]},  # whatever callbacks a config has
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """A checkpoint is data, not a program: no option says otherwise."""
+        return {verb: skip | {"weights_only"} for verb, skip in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--global_batch",
+            type=int | None,
+            default=None,
+            help="Samples per optimizer step over all devices, from which trainer.accumulate_grad_batches is derived.",
+        )
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="torch's: high lets GPUs multiply float32 matrices (and convolve) in TF32: faster, with 10 bits kept.",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # an unknown strategy; other devices than SLURM's tasks
+            raise find_user_error(error) or UserError(f"trainer: {one_line(error)}") from error
+        except RuntimeError as error:
+            if not (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))):
+                raise
+            raise UserError(
+                f"trainer.callbacks: two of type {found[1]}, whose states in a checkpoint have the same name; leave "
+                "one out or, if it has the option, give it a label"
+            ) from error
+        if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
+            raise UserError(
+                f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
+                "or, for AR models, dar_lightning.training.FSDP2Strategy"
+            )
+        trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
+        given = type(trainer.strategy.checkpoint_io)
+        if given is not TorchCheckpointIO:
+            raise UserError(
+                f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
+            )
+        trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters never override what config and command line say."""
+
+    def before_fit(self) -> None:
+        """Wrong data is found before the run writes its first file."""
+        data = self.datamodule
+        if isinstance(data, StreamDataModule):
+            for split in ("train", "val") if data.val is not None else ("train",):
+                data.index(split)
+        self.global_batch.derive(self.trainer, data)
+        if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
+            self.model.check_data(data)
+
+    def _before_evaluation(self) -> None:
+        """Random weights have no score: without its checkpoint, only training goes on."""
+        if self.config[self.config.subcommand].ckpt_path == "last":
+            callbacks = [found for found in self.trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)]
+            if not any(found._find_last_checkpoints(self.trainer) for found in callbacks):
+                folders = ", ".join(str(found.dirpath) for found in callbacks) or "no ModelCheckpoint's folder"
+                raise UserError(
+                    f"ckpt_path: last: there is no last checkpoint in {folders}; train first or name a file"
+                )
+
+    before_validate = before_test = before_predict = _before_evaluation
+
+    def before_instantiate_classes(self) -> None:
+        """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
+        torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
+        round_convolutions_as_products()
+        trainer = self.config[self.config.subcommand].trainer
+        root = Path(trainer.default_root_dir or "runs/default")
+        callbacks = trainer.callbacks or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            if issubclass(resolve_name(callback.class_path), ModelCheckpoint) and callback.init_args.dirpath is None:
+                callback.init_args.dirpath = str(root / "checkpoints")
+        if trainer.logger in (None, True):
+            arguments = Namespace(save_dir=str(root), name="", version="logs")
+            trainer.logger = Namespace(class_path="dar_lightning.training.loggers.TensorBoard", init_args=arguments)

@@ -1,0 +1,83 @@
+"""Image data sets in the format of Hugging Face `datasets` (optional extra), as a source of shards."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.prepare.sources import Sample, Source
+from dar_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """Reads the encoded image of a row; the table's files are mapped into memory, so copies are cheap."""
+
+    table: "Dataset"
+
+    def __call__(self, row: int) -> tuple[bytes, dict[str, bytes]]:
+        (value,) = self.table[row].values()
+        if value is None:
+            raise BadSample("no image")
+        try:
+            return value["bytes"] or Path(value["path"]).read_bytes(), {}
+        except OSError as error:
+            raise BadSample(f"cannot be read: {error.strerror}") from error
+
+
+def hf_dataset(name: str, split: str | None) -> Source:
+    """Rows of a data set whose columns are found by their types: one `Image`, one `ClassLabel`.
+
+    Args:
+        name: A folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
+        split: Which split; needed where there are several.
+
+    Raises:
+        UserError: `datasets` is not installed, or the data set is not as described.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"input: {name} needs Hugging Face datasets: pip install 'dar-lightning[datasets]'") from error
+    try:
+        on_disk = is_saved(Path(name))
+        table = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name)
+    except Exception as error:  # its readers and the Hub's client raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"input: {name} cannot be loaded: {reason}") from error
+    if split is not None and isinstance(table, datasets.Dataset):
+        raise UserError(f"split: {name} holds one table and no splits; leave it out")
+    if isinstance(table, datasets.DatasetDict):
+        if split is None and len(table) > 1:
+            raise UserError(f"split: {name} has {', '.join(table)}; choose one")
+        if split is not None and split not in table:
+            raise UserError(f"split: {name} has no {split!r}, only {', '.join(table)}")
+        table = table[split or next(iter(table))]
+    image = _only(table, datasets.Image, name)
+    label = _only(table, datasets.ClassLabel, name)
+    classes = tuple(table.features[label].names)
+    samples = []
+    for row, value in enumerate(table[label]):
+        known = value is not None and 0 <= value < len(classes)
+        key = f"{classes[value]}-{row:08d}" if known else f"{row:08d}"
+        samples.append(Sample(key, str(row), value if known else -1, 0, row, "" if known else f"label {value}"))
+    encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return Source("Hugging Face data set", classes, samples, ReadRow(encoded))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _only(table: "Dataset", kind: type, name: str) -> str:
+    columns = [column for column, feature in table.features.items() if isinstance(feature, kind)]
+    if len(columns) != 1:
+        raise UserError(
+            f"input: {name} has {len(columns)} columns of type {kind.__name__} among {', '.join(table.features)}; "
+            "exactly one is needed (select_columns or cast_column of `datasets` make it so)"
+        )
+    return columns[0]

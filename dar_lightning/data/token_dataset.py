@@ -1,0 +1,213 @@
+"""Token shards: what `dar extract` writes, and how it is read.
+
+A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
+65,536, `labels` (n,) int64, and in the header the samples' keys, the samples that could not be used, and what the
+tokens were made from. Its `index.json` names the tokenizer by its fingerprint, and says which crop lies at each
+position. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in memory.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import Dataset
+
+from dar_lightning.data.sampler import Ticket, sample_generator
+from dar_lightning.data.shards import INDEX, VERSION, Shard, check_files, fingerprint, read_index, sha256
+from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
+
+HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
+
+
+@dataclass(frozen=True)
+class CodesIndex:
+    """What a folder of token shards holds.
+
+    Args:
+        root: The folder.
+        tokenizer: Fingerprint of the tokenizer (`dar_lightning.formats.fingerprint.fingerprint`).
+        tokenizer_config: Its config.
+        crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
+        num_crops: Their number.
+        image_size: Side of the crops, in pixels.
+        num_tokens: Tokens per crop, N.
+        codebook_size: Tokens are below this number.
+        classes: Class names in the order of the labels, as in the image shards' index.
+        shards: The files.
+        crop_names: What each position of the crops' axis is.
+        skipped: Samples of the image shards that are in no token shard: `SHARD/KEY: reason`.
+    """
+
+    root: Path
+    tokenizer: str
+    tokenizer_config: dict[str, Any]
+    crops: str
+    num_crops: int
+    image_size: int
+    num_tokens: int
+    codebook_size: int
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    crop_names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all token shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def save(self) -> None:
+        """Write `index.json` into the folder, atomically."""
+        content = {"version": VERSION, "samples": self.num_samples, **asdict(self)}
+        del content["root"]
+        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, option: str = "codes", complete: bool = True) -> "CodesIndex":
+        """Read and check a folder of token shards.
+
+        Args:
+            folder: Where they lie.
+            option: What the user calls the folder, for the error line.
+            complete: Whether all files must be there.
+
+        Raises:
+            UserError: It is missing, is not one, or its files are not those of its index.
+        """
+        root = Path(folder)
+        if not (root / INDEX).is_file():
+            raise UserError(
+                f"{option}: {root / INDEX} does not exist; `dar extract` makes token shards and ends with it"
+            )
+        names = {field.name: field.default is MISSING for field in fields(cls) if field.name not in ("root", "shards")}
+        content, shards = read_index(root, option, tuple(name for name, needed in names.items() if needed))
+        if complete:
+            check_files(root, shards, option)
+        values = {name: content[name] for name in names if name in content}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(root=root, shards=shards, **values)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Refuse labels that are no class of a model: the number after the last one would silently mean "no class".
+
+        Raises:
+            UserError: naming the first shard with such a label, and the label.
+        """
+        for shard in self.shards:
+            path = self.root / shard.name
+            read_header(path)
+            with safe_open(path, framework="numpy") as file:
+                labels = file.get_tensor("labels")
+            wrong = labels[(labels < 0) | (labels >= num_classes)]
+            if len(wrong):
+                raise UserError(f"{path} has label {wrong[0]}: the model's num_classes is {num_classes}")
+
+
+def write_codes(
+    path: Path,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    keys: list[str],
+    made_by: dict[str, Any],
+    skipped: Sequence[str] = (),
+) -> None:
+    """Write one token shard, atomically.
+
+    Args:
+        path: The file.
+        codes: (n, crops, N) uint16 or uint32.
+        labels: (n,) int64.
+        keys: The n samples' keys.
+        made_by: What the tokens depend on; it tells a later run whether this file is what it would write.
+        skipped: Samples of the image shard that could not be used: `SHARD/KEY: reason`.
+    """
+    about = {"made_by": made_by, "samples": len(keys), "keys": keys, "skipped": list(skipped)}
+    header = {HEADER: json.dumps(about)}
+    with atomic_path(path) as part:
+        save_file({"codes": np.ascontiguousarray(codes), "labels": labels}, part, metadata=header)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What `write_codes` put in a token shard's header: `made_by`, `samples`, `keys` and `skipped`.
+
+    Raises:
+        UserError: It cannot be read, or is not a token shard.
+    """
+    try:
+        path.open("rb").close()  # safe_open calls any file missing that it cannot open
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads(file.metadata()[HEADER])
+        return {name: header[name] for name in ("made_by", "samples", "keys", "skipped")}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a token shard ({error}); delete it") from error
+
+
+def describe(path: Path, samples: int) -> Shard:
+    """The index entry of a token shard."""
+    return Shard(path.name, samples, path.stat().st_size, sha256(path))
+
+
+class CodesDataset(Dataset):
+    """One crop of each image, as tokens; which one is a function of (seed, epoch, sample), or the first."""
+
+    def __init__(self, index: CodesIndex, seed: int, random_crop: bool) -> None:
+        self.index, self.seed, self.random_crop = index, seed, random_crop
+        self.fingerprint = fingerprint(index.shards)
+        self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
+        self._open: dict[int, tuple[Any, np.ndarray, list[str]]] = {}
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # a worker maps its own files
+
+    def __getitem__(self, ticket: Ticket | int) -> dict:
+        ticket = Ticket(ticket) if isinstance(ticket, int) else ticket
+        which = int(np.searchsorted(self.ends, ticket.index, side="right"))
+        codes, labels, keys = self._shard(which)
+        row = ticket.index - int(self.ends[which]) + len(keys)
+        crop = 0
+        if self.random_crop:
+            crop = int(sample_generator(self.seed, ticket.epoch, ticket.index).integers(self.index.num_crops))
+        tokens = codes[row, crop].astype(np.int64)  # (N,)
+        if tokens.max() >= self.index.codebook_size:
+            path, size = self.index.root / self.index.shards[which].name, self.index.codebook_size
+            raise UserError(f"{path} is damaged: it has token {tokens.max()}, the codebook {size}; extract it again")
+        return {
+            "codes": torch.from_numpy(tokens),
+            "label": int(labels[row]),
+            "crop": crop,
+            "key": keys[row],
+            "index": ticket.index,
+            "valid": ticket.valid,
+        }
+
+    def _shard(self, which: int) -> tuple[Any, np.ndarray, list[str]]:
+        if which not in self._open:
+            shard = self.index.shards[which]
+            path = self.index.root / shard.name
+            header = read_header(path)
+            keys, tokenizer = header["keys"], header["made_by"].get("tokenizer", self.index.tokenizer)
+            if tokenizer != self.index.tokenizer:
+                raise UserError(f"{path} is of tokenizer {tokenizer[:12]}, {INDEX} of {self.index.tokenizer[:12]}")
+            try:
+                file = safe_open(path, framework="numpy")
+                codes, labels = file.get_slice("codes"), file.get_tensor("labels")  # codes are read when indexed
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}); extract it again") from error
+            wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
+            if codes.get_shape() != wanted or len(keys) != shard.samples:
+                raise UserError(f"{path} holds codes of shape {codes.get_shape()}, its {INDEX} says {wanted}")
+            self._open[which] = codes, labels, keys
+        return self._open[which]

@@ -1,0 +1,106 @@
+"""Reading checkpoints that others made: tensors and plain values come out, no code ever runs.
+
+A .pt or .ckpt file is a pickle, and a pickle is a program. Only safetensors and torch's restricted unpickler
+(weights_only) are used, without a fallback. The official D-AR files pickle two classes beside their tensors; they are
+admitted by name, as inert stand-ins.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dar_lightning.errors import UserError, one_line
+from dar_lightning.formats.pretrained import read_safetensors
+
+Weights = Literal["auto", "ema", "raw"]
+
+
+# Inert classes in the place of those that the pickle names: attributes only. A class bears the name that it stands in
+# for, because that is how torch matches it.
+PickledNamespace = type("Namespace", (), {"__module__": "argparse"})
+# The official code's config: a mapping, kept in the attribute `_data`.
+PickledConfig = type("Config", (), {"__module__": "config_util"})
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a .safetensors, .pt, .pth or .ckpt file, with its tensors on the CPU.
+
+    Raises:
+        UserError: if the file is missing, broken, no dictionary, or names anything but tensors, plain values and the
+            two stand-ins.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
+    try:
+        # The unpickler remarks on unusual files; the error, if there is one, says it better.
+        with (
+            torch.serialization.safe_globals([PickledNamespace, PickledConfig]),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # A broken file can raise anything at all; whatever it is, the file is at fault.
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
+    return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    # torch's own message explains at length how to run the file's code after all: keep only what was found.
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it names {refused[1]}, and only tensors and plain values are loaded"
+    if found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
+        return f"not a plain checkpoint ({found[1].strip()})"
+    return one_line(error)
+
+
+def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint in one of the layouts of the official code's family.
+
+    Layouts: a bare state dict; {"model": ..., "ema": ...}; "module" (DeepSpeed) or "state_dict" instead of "model".
+    The prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`) are taken off the names.
+
+    Args:
+        checkpoint: from read_checkpoint.
+        weights: "ema", "raw", or "auto".
+        prefer_ema: what "auto" takes from a file that has both.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: if the file has no such weights.
+    """
+    raw, ema = _raw_key(checkpoint), isinstance(checkpoint.get("ema"), Mapping)
+    if weights == "ema" and not ema:
+        names = ", ".join(str(name) for name in checkpoint)[:200]
+        raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {names}")
+    if weights == "raw" and ema and raw is None:
+        raise UserError(f"{origin} holds only EMA weights: weights is 'raw'")
+    if takes_ema(checkpoint, weights, prefer_ema):
+        state = checkpoint["ema"]
+    else:
+        state = checkpoint if raw is None else checkpoint[raw]
+    return {_plain_name(name): tensor for name, tensor in state.items()}
+
+
+def takes_ema(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool) -> bool | None:
+    """Whether pick_weights takes EMA weights; None where the file does not tell what its only weights are."""
+    if not isinstance(checkpoint.get("ema"), Mapping):
+        return None
+    return weights == "ema" or (weights == "auto" and (prefer_ema or _raw_key(checkpoint) is None))
+
+
+def _raw_key(checkpoint: Mapping[str, Any]) -> str | None:
+    return next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))

@@ -1,0 +1,318 @@
+"""Our weight format: a folder with config.json and model.safetensors, written atomically and read strictly.
+
+Also the Hugging Face Hub: `from_pretrained` takes a repository name, `push_to_hub` uploads. A local folder never needs
+the network.
+"""
+
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError, one_line
+from dar_lightning.files import atomic_path, read_json, write_text
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+FORMAT_VERSION = 1
+SHIPPED, SHIPPED_NAMES = Path(__file__).parents[1] / "shipped", ("fruit64",)
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+One part of a D-AR model (Diffusion via Autoregressive Models): weights in `model.safetensors`, hyperparameters in
+`config.json`. Load the folder with the class that `config.json` names, from the package `dar_lightning`:
+`SequentialDiffusionTokenizer.from_pretrained(path_or_repo)` or `ARModel.from_pretrained(path_or_repo)`.
+"""
+
+
+class PretrainedMixin(
+    ModelHubMixin,
+    library_name="dar-lightning",
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2505.23660",
+    tags=["d-ar", "image-generation"],
+    model_card_template=MODEL_CARD,
+):
+    """save_pretrained, from_pretrained and push_to_hub for a module that is built from one plain config dataclass.
+
+    A subclass names that dataclass in `config_class` and keeps it in `self.config`, and names its folder within a
+    pipeline's in `pipeline_part`. `averaged` says whether the weights are an average over training steps (EMA), None if
+    nobody has noted it; it is saved with them.
+    """
+
+    config_class: type
+    pipeline_part: str
+    averaged: bool | None = None
+
+    def tables(self) -> dict[str, Tensor]:
+        """Non-persistent buffers by name: no weights, but numbers that follow from the config."""
+        return {}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and a short README.md into a folder.
+
+        Args:
+            save_directory: the folder; made if missing, its older weights replaced.
+            kwargs: those of huggingface_hub's mixin (push_to_hub, repo_id, ...).
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        except OSError as error:
+            raise UserError(f"cannot write weights to {save_directory}: {one_line(error)}") from error
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin has removed config.json. It comes back last, so an interrupted save leaves a folder that is refused
+        # instead of new weights beside an old config.
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(save_directory / WEIGHTS_NAME) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
+        header = {"model_type": type(self).__name__, "format_version": FORMAT_VERSION}
+        header |= {} if self.averaged is None else {"ema": self.averaged}
+        text = json.dumps(header | self.config.to_dict(), indent=2) + "\n"
+        write_text(save_directory / CONFIG_NAME, text)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ):
+        """Build the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
+                repository name such as "someone/dar-l".
+            revision: branch, tag or commit of the repository. This and the next four are for repositories only.
+            cache_dir: where downloads are kept.
+            force_download: download even what is cached.
+            local_files_only: use the cache only.
+            token: access token for a private repository.
+
+        Returns:
+            The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
+
+        Raises:
+            UserError: if the folder, its config or its weights are missing, broken, or of another model.
+        """
+        folder = resolve_folder(
+            pretrained_model_name_or_path,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        if folder.parent == SHIPPED:
+            folder = folder / cls.pipeline_part
+        values = read_json(folder / CONFIG_NAME)
+        model_type = values.pop("model_type", None)
+        if model_type != cls.__name__:
+            raise UserError(f"{folder / CONFIG_NAME}: model_type is {model_type!r}, need {cls.__name__!r}")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder / CONFIG_NAME} has format_version {version}: this dar_lightning reads {FORMAT_VERSION}"
+            )
+        averaged = values.pop("ema", None)
+        if not isinstance(averaged, bool | None):
+            raise UserError(f"{folder / CONFIG_NAME}: ema is {averaged!r}, need true or false")
+        config = build_config(cls.config_class, values, folder / CONFIG_NAME)
+        tensors = read_safetensors(folder / WEIGHTS_NAME)
+        model = outline(cls, config, tensors, folder / CONFIG_NAME)
+        load_tensors(model, tensors, folder / WEIGHTS_NAME)
+        model.averaged = averaged
+        return model.eval()
+
+
+# ---- folders and files
+
+
+def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
+    """A local folder, a pipeline that comes with the package ("fruit64"), or files from the Hugging Face Hub.
+
+    Raises:
+        UserError: if there is neither such a folder nor such a repository.
+    """
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo)
+    if str(path_or_repo) in SHIPPED_NAMES:
+        return SHIPPED / str(path_or_repo)
+    path = Path(path_or_repo)
+    if path.exists():
+        raise UserError(f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    # A repository's name has one slash at most: whatever is a path on this machine, mistyped, asks no network.
+    if path.is_absolute() or str(path_or_repo).startswith(".") or (path.parent != Path() and path.parent.is_dir()):
+        raise UserError(f"{path_or_repo} is not a folder: no such folder")
+    try:
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
+    except HFValidationError as error:
+        raise UserError(f"{path_or_repo} is not a folder, and no name of a Hugging Face repository either") from error
+    except OSError as error:
+        raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: if the file is missing, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: need a safetensors file")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+# ---- checks
+
+
+def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
+    """A config dataclass from plain values; a value that is absent keeps its default, so that old files stay readable.
+
+    Names that the dataclass lists as REMOVED are left out.
+
+    Raises:
+        UserError: for a name that the dataclass does not have, a value of another type, or an impossible one.
+    """
+    hints = typing.get_type_hints(config_class)
+    hints = {name: hints[name] for name in config_class.__dataclass_fields__}
+    values = {name: value for name, value in values.items() if name not in getattr(config_class, "REMOVED", ())}
+    unknown = sorted(str(name) for name in values if name not in hints)
+    if unknown:
+        raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", str(hints[name]))
+            raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
+    try:
+        # 2 and 2.0 are one value: kept as one, since the config is part of a model's fingerprint.
+        return config_class(**{n: float(value) if hints[n] is float else value for n, value in values.items()})
+    except (UserError, OverflowError) as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(hint))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def check_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
+) -> None:
+    """Refuse weights that do not fit a module exactly.
+
+    Args:
+        module: whose state dict says what is needed.
+        tensors: weights under the module's names.
+        origin: file or words that an error message starts with.
+        names: what the file calls a tensor, for error messages, where that is not the module's name.
+
+    Raises:
+        UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity.
+    """
+    wanted, names = module.state_dict(), names or {}
+    problems = []
+    if missing := [names.get(name, name) for name in wanted if name not in tensors]:
+        problems.append(f"missing {_some(missing)}")
+    if unknown := [str(name) for name in tensors if name not in wanted]:
+        problems.append(f"unknown {_some(unknown)}")
+    present = [name for name in wanted if name in tensors]
+    problems += [
+        f"{names.get(name, name)} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))
+    ]
+    # Values come after shapes: a file may claim a shape that no machine can hold.
+    if not problems:
+        problems = [f"{names.get(name, name)} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
+    if problems:
+        more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
+        raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
+
+
+def outline(model_class: type, config: Any, tensors: Mapping[str, Any], origin: Any) -> nn.Module:
+    """A model on the meta device, names and shapes only, for load_tensors to fill.
+
+    Sizes that a config claims cost no memory before they are compared with the weights, and nothing is drawn from the
+    global random numbers.
+
+    Args:
+        model_class: built from `config`.
+        config: its hyperparameters.
+        tensors: the weights that it is for.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: for a model of more layers than there are tensors, or of sizes that no computer can count.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith("depth") and value > len(tensors):
+            raise UserError(f"{origin}: {name} is {value}, the weights are only {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
+) -> None:
+    """Load weights into an outline, every one of them, or none: the strict counterpart of load_state_dict.
+
+    If all of them share one floating dtype, the module takes it. It is then on the CPU, or still on the meta device if
+    the tensors are. Arguments and errors are those of check_tensors.
+    """
+    check_tensors(module, tensors, origin, names)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        module.to(dtypes.pop())
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    module.to_empty(device="cpu").load_state_dict(tensors)
+    with torch.device("cpu"):
+        for name, table in module.tables().items():
+            setattr(module, name, table)
+
+
+def _misfit(tensor: Any, wanted: Tensor) -> str | None:
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout}, need a dense tensor"
+    if tensor.shape != wanted.shape:
+        return f"is {tuple(tensor.shape)}, need {tuple(wanted.shape)}"
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        return f"is {tensor.dtype}, need {wanted.dtype}"
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(tensor.isfinite().all())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,48 @@
+"""The ADM sample format, written piece by piece: one array of images, larger than memory if need be."""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dar_lightning.files import atomic_path
+from dar_lightning.records.pixels import image_digests, set_sha256
+
+
+def write_npz(
+    path: str | Path, pieces: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray | None = None
+) -> str:
+    """Write `arr_0`, and `labels` where there are some, whole or not at all; equal content gives equal bytes.
+
+    The members are stored uncompressed, as np.savez does: ADM's evaluator reads them so.
+
+    Args:
+        path: the .npz file.
+        pieces: uint8 (m, H, W, 3) each, which together are the array; one at a time is in memory.
+        shape: (n, H, W, 3) of it all.
+        labels: (n,) integers.
+
+    Returns:
+        What identifies the images, see `records.pixels.set_sha256`.
+
+    Raises:
+        ValueError: if the pieces do not add up to the shape.
+    """
+    digests = []
+    with atomic_path(path) as part, zipfile.ZipFile(part, "w") as archive:
+        # A ZipInfo of its own has a fixed date; numpy, too, asks for the format of members above 4 GB.
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for piece in pieces:
+                if piece.dtype != np.uint8 or piece.shape[1:] != tuple(shape[1:]):
+                    raise ValueError(f"a piece is {piece.dtype} {piece.shape}: need uint8 (m, {shape[1:]})")
+                member.write(np.ascontiguousarray(piece).data)
+                digests += image_digests(piece)
+        if len(digests) != shape[0]:
+            raise ValueError(f"the pieces hold {len(digests)} images: need {shape[0]}")
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(labels, np.int64))
+    return set_sha256(digests)

@@ -1,0 +1,208 @@
+"""DARPipeline: the AR model writes tokens, the tokenizer turns each group of them into a step of the picture."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dar_lightning.ar.guidance import Guidance
+from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import placed
+from dar_lightning.ar.sampling import Generators, stream_tokens
+from dar_lightning.errors import UserError
+from dar_lightning.files import read_json, write_text
+from dar_lightning.formats.pretrained import resolve_folder
+from dar_lightning.generation.overlap import run_ahead
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.weights.lightning import load_model
+
+PIPELINE_CONFIG = "config.json"
+EXPORTED = "export.json"  # where `dar export` notes which weights these are
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `DARPipeline.stream` yields after each group of tokens.
+
+    Attributes:
+        images: (B, 3, H, W), not clipped to [-1, 1]: the picture as the tokens so far foresee it.
+        codes: (B, m) int64, all tokens so far.
+        group: number of groups decoded, 1 to K; at K the images are final.
+    """
+
+    images: Tensor
+    codes: Tensor
+    group: int
+
+
+class DARPipeline:
+    """Class-conditional image generation by a tokenizer and an AR model (paper, section 3).
+
+    Args:
+        tokenizer: decodes tokens.
+        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer; or it has the tokens of the
+            first groups only, after which the preview is the image.
+        classes: names of the classes, in the order of the labels; empty if they have none.
+    """
+
+    def __init__(self, tokenizer: SequentialDiffusionTokenizer, ar: ARModel, classes: tuple[str, ...] = ()):
+        theirs, ours = ar.config.vocab_size, tokenizer.config.codebook_size
+        if theirs != ours:
+            raise UserError(f"the AR model has vocab_size {theirs}, the tokenizer {ours}: they are of different runs")
+        schedule, tokens = tokenizer.schedule, ar.config.num_tokens
+        counts = {schedule.tokens_for_groups(m): m for m in range(1, schedule.num_groups + 1)}
+        if tokens not in counts:
+            raise UserError(
+                f"the AR model has num_tokens {tokens}, the tokenizer {schedule.num_tokens}: they are of different "
+                f"runs, or that is no whole number of groups ({', '.join(map(str, counts))})"
+            )
+        self.num_groups = counts[tokens]  # that the tokens of the AR model give
+        if classes and len(classes) != ar.config.num_classes:
+            raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
+        self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        labels: Tensor,
+        guidance: Guidance = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix: Tensor | None = None,
+        noise: Tensor | None = None,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        generator: Generators = None,
+        overlap: bool | None = None,
+    ) -> Iterator[Preview]:
+        """Generate, and show the picture after each group of tokens.
+
+        The first preview is there when the first group is: 1/K of the tokens and one diffusion step. An AR model with
+        another order than coarse to fine has to write all tokens first. Closing the returned generator (or leaving a
+        loop over it) stops the work.
+
+        Args:
+            labels: (B,) int64 classes.
+            guidance: scale, or (a, b), linear over the tokens.
+            temperature: of the token distribution.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the most likely tokens with this much probability.
+            prefix: (B, m) tokens that are kept as they are (layout control), m < N.
+            noise: (B, 3, H, W) start of the diffusion; None draws it at the tokenizer's image_size.
+            solver: see tokenizer.flow.integrate.
+            num_steps: diffusion steps; None is K.
+            generator: a torch.Generator, or a list with one per image: then an image does not depend on its batch.
+            overlap: write the next tokens while a diffusion step runs, on a thread and stream of their own; the images
+                are the same. None does so on CUDA, where neither fills the device alone.
+
+        Yields:
+            K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
+        """
+        labels = labels.to(self.device)
+        noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+        codes: list[Tensor] = []
+        order = self.ar.draw_order(len(labels), generator)
+        drawing = {"prefix": prefix, "generator": generator, "order": order}
+        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, **drawing)
+        if self.ar.config.order != "coarse_to_fine":
+            tokens = self._in_place(tokens, order)
+        overlap = self.device.type == "cuda" if overlap is None else overlap
+        with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
+
+            def read() -> Iterator[Tensor]:
+                for column in tokens:
+                    codes.append(column)
+                    yield column[:, None]
+
+            previews = self.tokenizer.stream(read(), noise, solver, num_steps)
+            for group, images in enumerate(previews, start=1):
+                yield Preview(images, torch.stack(codes, dim=1), group)
+
+    @staticmethod
+    def _in_place(tokens: Iterator[Tensor], order: Tensor) -> Iterator[Tensor]:
+        """The tokens (B,) of a sequence that is written in another order, coarse to fine, once all are written."""
+        yield from placed(torch.stack(list(tokens), dim=1), order).unbind(1)
+
+    def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
+        """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
+
+        With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
+        """
+        count = self.num_groups
+        if groups is not None and not 1 <= groups <= count:
+            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}")
+        for preview in islice(self.stream(labels, **options), groups):  # noqa: B007
+            pass
+        return preview.images
+
+    def label(self, name_or_index: str | int) -> int:
+        """The label of a class, by its name or by its number (as int or digits).
+
+        Raises:
+            UserError: if there is no such class.
+        """
+        text = str(name_or_index)
+        if text in self.classes:
+            return self.classes.index(text)
+        if text.isascii() and text.isdigit() and int(text) < self.ar.config.num_classes:
+            return int(text)
+        names = f" or one of {', '.join(self.classes)}" if 0 < len(self.classes) <= 20 else ""
+        raise UserError(f"class {text!r} is unknown: give 0 to {self.ar.config.num_classes - 1}{names}")
+
+    @property
+    def averaged(self) -> dict[str, bool | None]:
+        """Whether each model's weights are an average over training steps (EMA); None where nobody has noted it."""
+        return {"tokenizer": self.tokenizer.averaged, "ar": self.ar.averaged}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.ar.head.weight.device
+
+    def to(self, *args, **kwargs) -> "DARPipeline":
+        """Move both models, as nn.Module.to."""
+        self.tokenizer.to(*args, **kwargs)
+        self.ar.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder with `tokenizer/`, `ar/` and the class names."""
+        path = Path(path)
+        self.tokenizer.save_pretrained(path / "tokenizer")
+        self.ar.save_pretrained(path / "ar")
+        text = json.dumps({"classes": list(self.classes)}, indent=2, ensure_ascii=False) + "\n"
+        write_text(path / PIPELINE_CONFIG, text)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":
+        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files.
+
+        Raises:
+            UserError: if a part is missing or broken, or the parts do not belong together.
+        """
+        folder = resolve_folder(path_or_repo, ["config.json", "*/config.json", "*/model.safetensors"])
+        classes = read_json(folder / PIPELINE_CONFIG).get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"{folder / PIPELINE_CONFIG}: classes must be a list of names")
+        tokenizer = SequentialDiffusionTokenizer.from_pretrained(folder / "tokenizer")
+        return cls(tokenizer, ARModel.from_pretrained(folder / "ar"), tuple(classes))
+
+    @classmethod
+    def from_parts(cls, tokenizer: str | Path, ar: str | Path, classes: tuple[str, ...] = ()) -> "DARPipeline":
+        """Put a pipeline together from two trainings.
+
+        Args:
+            tokenizer: a checkpoint of `dar fit`, a folder or a Hub repository.
+            ar: the same of an AR model.
+            classes: names of the classes.
+
+        Raises:
+            UserError: if one of them cannot be read or is of the other kind, or they do not belong together.
+        """
+        return cls(load_model(tokenizer, SequentialDiffusionTokenizer), load_model(ar, ARModel), classes)

@@ -1,0 +1,104 @@
+"""Drawing many images with a pipeline, under Trainer.predict."""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dar_lightning.ar import gumbel
+from dar_lightning.ar.guidance import Guidance
+from dar_lightning.devices import dtype_name
+from dar_lightning.errors import UserError
+from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.generation.drawing import ROWS, draw_rows
+from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.tokenizer.flow import SOLVERS
+
+
+class GenerationModule(LightningModule):
+    """Draws images by number: each is a function of (seed, number, label), whatever the batch or the rank.
+
+    Every forward pass has `rows` rows, see `drawing.draw_rows`. Numbers that start and end at multiples of `rows` waste
+    nothing.
+
+    Args:
+        pipeline: folder or Hugging Face repository of a pipeline.
+        seed: with its number it seeds an image's generator, 0 to 2^31 - 1.
+        guidance: scale of classifier-free guidance, or (a, b), linear over the tokens.
+        temperature: of the token distribution.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens with this much probability.
+        solver: see tokenizer.flow.integrate.
+        num_steps: diffusion steps; None is the number of groups.
+        groups: draw only the tokens of the first groups and take the preview after them; None draws all.
+        rows: images per forward pass. Another number gives, up to rounding, the same images.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        seed: int = 0,
+        guidance: Guidance = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        groups: int | None = None,
+        rows: int = ROWS,
+    ) -> None:
+        super().__init__()
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seed is {seed}: need 0 to {2**31 - 1}")
+        if rows < 1:
+            raise UserError(f"rows is {rows}: must be at least 1")
+        if solver not in SOLVERS:
+            raise UserError(f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
+        self.path, self.seed, self.rows = pipeline, seed, rows
+        self.pipeline = DARPipeline.from_pretrained(pipeline)
+        self.tokenizer, self.ar = self.pipeline.tokenizer, self.pipeline.ar  # so that Lightning moves them
+        num_groups = self.tokenizer.config.num_groups
+        self.options = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "solver": solver,
+            "num_steps": num_groups if num_steps is None else num_steps,
+            "groups": self.pipeline.num_groups if groups is None else groups,
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below this number."""
+        return self.ar.config.num_classes
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What somebody needs to know to draw the same images, for JSON."""
+        options = dict(self.options)
+        guidance = options.pop("guidance")
+        return {
+            "pipeline": self.path,
+            "tokenizer_sha256": fingerprint(self.tokenizer),
+            "ar_sha256": fingerprint(self.ar),
+            "ema": self.pipeline.averaged,
+            "image_size": self.tokenizer.config.image_size,
+            "seed": self.seed,
+            "token_draws": gumbel.METHOD,
+            "guidance": list(guidance) if isinstance(guidance, tuple | list) else guidance,
+            **options,
+            "num_tokens": self.tokenizer.schedule.tokens_for_groups(self.options["groups"]),
+            "rows": self.rows,
+            "dtype": dtype_name(self.tokenizer.dtype),
+        }
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """{"index": (B,), "label": (B,)} -> uint8 images (B, 3, H, W)."""
+        members = zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+        blocks = groupby(members, key=lambda member: member[0] // self.rows)
+        return torch.cat(
+            [draw_rows(self.pipeline, list(block), self.seed, self.rows, self.options) for _, block in blocks]
+        )

@@ -1,0 +1,183 @@
+"""Drawn images into one npz, by any number of processes, which may be killed and started again."""
+
+import glob
+import hashlib
+import json
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path, write_text
+from dar_lightning.generation.labels import LabelsDataModule
+from dar_lightning.generation.npz import write_npz
+from dar_lightning.records.drawn import PIXELS
+from dar_lightning.records.provenance import provenance
+
+SETTINGS = "settings.json"
+FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that has moved, or that now says more
+RUNS = "drawn_by-*.json"  # in the folder of pieces: the provenance of each kind of process that drew some
+
+
+class SampleWriter(BasePredictionWriter):
+    """Writes `NAME.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and beside it `NAME.json`, the protocol.
+
+    Until all are drawn, the pieces of `data.LabelsDataModule` lie in `NAME.parts/`, each written whole or not at all,
+    with the settings they were drawn with. The same command, started again, draws what is missing; with other settings
+    it is refused. A piece is in memory at a time, however many there are. The protocol lists what drew pieces:
+    every code, device and command.
+
+    Args:
+        output: the .npz file.
+    """
+
+    def __init__(self, output: str) -> None:
+        super().__init__(write_interval="batch")
+        self.path = Path(output)
+        if self.path.suffix != ".npz":
+            raise UserError(f"output is {output}: give the name of an .npz file")
+        self.parts, self.protocol_path = self.path.with_suffix(".parts"), self.path.with_suffix(".json")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.data = trainer.datamodule
+        if not isinstance(self.data, LabelsDataModule):
+            raise UserError("SampleWriter writes what GenerationModule draws for a LabelsDataModule: give it as data")
+        trainer.predict_loop.return_predictions = False  # Lightning would keep all images
+        self.settings = pl_module.protocol | self.data.protocol
+        self.size = self.settings["image_size"]
+        self.settings |= {
+            "piece_size": self.data.piece_size,
+            "device": trainer.strategy.root_device.type,
+            "precision": trainer.precision,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+        self.made = provenance(trainer.strategy.root_device, trainer.precision)
+        self.open: dict[int, np.ndarray] = {}  # pieces that are being drawn, by their first number
+        mistake, missing = None, []
+        if trainer.is_global_zero:
+            try:
+                missing = self._missing()
+            except UserError as error:
+                mistake = error
+        # Ranks that looked for themselves could see each other's first pieces.
+        mistake, self.data.missing = trainer.strategy.broadcast((mistake, missing))
+        if mistake is not None:
+            # Lightning kills rank 0, which is to report it, once another rank has left with an error
+            raise mistake if trainer.is_global_zero else SystemExit(0)
+
+    def _missing(self) -> list[range]:
+        """The pieces to draw.
+
+        Raises:
+            UserError: what is there already was drawn with other settings.
+        """
+        if self._done():
+            self._compare(self.protocol_path)
+            return []
+        if (self.parts / SETTINGS).is_file():
+            self._compare(self.parts / SETTINGS)
+            return [piece for piece in self.data.pieces if not self._is_whole(piece)]
+        if self.path.exists():
+            raise UserError(f"output: {self.path} is there, without its {self.protocol_path.name}; delete it or rename")
+        return self.data.pieces
+
+    def _done(self) -> bool:
+        """The protocol is written last; pieces that lie there still were about to be deleted."""
+        return self.path.exists() and self.protocol_path.is_file()
+
+    def _compare(self, path: Path) -> None:
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"output: {path} is no JSON file; delete it and what it describes") from error
+        for name, ours in json.loads(json.dumps(self.settings)).items():
+            if name not in FREE and there.get(name) != ours:
+                raise UserError(
+                    f"output: {path} tells of images with {name} {there.get(name)}, now it is {ours}; "
+                    "choose another output or delete it and what it describes"
+                )
+
+    def _file(self, piece: range) -> Path:
+        return self.parts / f"{piece.start:07d}.npy"
+
+    def _is_whole(self, piece: range) -> bool:
+        try:
+            return np.load(self._file(piece), mmap_mode="r").shape == (len(piece), self.size, self.size, 3)
+        except (FileNotFoundError, ValueError, EOFError):  # missing, cut, empty
+            return False
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: list[int],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Called by Lightning with images (B, 3, H, W) and their numbers."""
+        for number, image in zip(batch_indices, prediction.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            piece = self.data.pieces[number // self.data.piece_size]
+            images = self.open.setdefault(piece.start, np.empty((len(piece), *image.shape), np.uint8))
+            images[number - piece.start] = image
+            if number == piece[-1]:  # a rank draws its numbers in order
+                self._save(piece, self.open.pop(piece.start))
+        if trainer.received_sigterm:  # Lightning stops for it in training only
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _save(self, piece: range, images: np.ndarray) -> None:
+        # Not before: settings that no image can be drawn with would stand in the way of the right ones.
+        if not (self.parts / SETTINGS).is_file():
+            write_text(self.parts / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
+        text = json.dumps(self.made)
+        run = self.parts / RUNS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
+        if not run.is_file():  # a file for each kind, so that ranks need not agree who writes
+            write_text(run, text + "\n")
+        with atomic_path(self._file(piece)) as part, open(part, "wb") as file:
+            np.save(file, images)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the other ranks, which Lightning would leave running."""
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """When all ranks have drawn theirs, joins the pieces. Lightning calls this also if none was missing."""
+        if trainer.world_size > 1:
+            # Lightning's barrier gives up after 30 minutes; a rank without a piece waits for as long as one takes
+            patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+            torch.distributed.barrier(patient)
+        if not trainer.is_global_zero:
+            return
+        if not self._done():
+            missing = sum(not self._is_whole(piece) for piece in self.data.pieces)
+            if missing:  # the Trainer was told to stop early
+                print(f"{self.path}: {missing} of {len(self.data.pieces)} pieces are missing; the same command goes on")
+                return
+            self._join()
+        if self.parts.is_dir():
+            for file in self.parts.iterdir():
+                file.unlink()
+            self.parts.rmdir()
+        print(f"{self.path}: {len(self.data.dataset)} images; how they were drawn is in {self.protocol_path.name}")
+
+    def _join(self) -> None:
+        for name in (self.path.name, self.protocol_path.name):
+            for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
+                part.unlink()
+        dataset = self.data.dataset
+        labels = np.array([dataset[number]["label"] for number in range(len(dataset))])
+        pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
+        digest = write_npz(self.path, pieces, (len(dataset), self.size, self.size, 3), labels)
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
+        record = self.settings | {"provenance": runs, PIXELS: digest}
+        write_text(self.protocol_path, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,42 @@
+"""How the images of an npz were drawn: what the commands that draw write beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dar_lightning.errors import UserError
+
+PIXELS = "pixels_sha256"  # the field by which a record knows its images
+
+
+def read_drawn(npz: Path) -> dict[str, Any] | None:
+    """`NAME.json` beside `NAME.npz`, if it is such a record."""
+    path = npz.with_suffix(".json")
+    if npz.suffix != ".npz" or not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and PIXELS in record else None
+
+
+def drawn_facts(record: dict[str, Any], npz: Path, option: str, sha256: str) -> dict[str, Any]:
+    """What a record says of the images that were measured, for their protocol.
+
+    Args:
+        record: from read_drawn.
+        npz: the file of the images.
+        option: what the user calls it, for the error line.
+        sha256: of the images, see `records.pixels`.
+
+    Raises:
+        UserError: it is a record of other images.
+    """
+    if record[PIXELS] != sha256:
+        raise UserError(
+            f"{option}: {npz.with_suffix('.json')} tells of other images ({record[PIXELS][:12]}) than {npz} holds "
+            f"({sha256[:12]}); delete or rename it, or draw again"
+        )
+    facts = {name: value for name, value in record.items() if name not in (PIXELS, "n", "image_size")}
+    return {"steps": facts.pop("num_steps", None)} | facts

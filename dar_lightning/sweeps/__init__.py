@@ -1,0 +1,1 @@
+"""Ablations: the plan of a sweep, its runs, and what is read back from them: tables, plots, TensorBoard."""

@@ -1,0 +1,91 @@
+"""A sweep in TensorBoard: every run under its cell's name, an hparams table, and the study's curves side by side."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dar_lightning.sweeps.curves import EVENTS
+from dar_lightning.sweeps.results import SAMPLES, Results
+from dar_lightning.sweeps.tables import CURVES, GROUPS, value_text
+
+FOLDER = "tensorboard"
+
+
+def write_tensorboard(sweep: Results) -> Path:
+    """Write `tensorboard/` in the sweep's folder, in the place of an earlier one.
+
+    - `CELL/seedS`: the run's axes and seed as hyperparameters, its figures as metrics (the HPARAMS tab), and its
+      samples, which are of the same classes and noise in every cell.
+    - `CELL/seedS/STAGE`: what the stage logged, pictures too, under the cell's name.
+    - the root: a layout for the CUSTOM SCALARS tab, with the curves of all cells in one chart each.
+    """
+    root, part = sweep.folder / FOLDER, sweep.folder / f".{FOLDER}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for cell in sweep.cells:
+        for run in cell.having("done"):
+            place = part / cell.name / f"seed{run.seed}"
+            shown = [name for name in sweep.figures or run.figures if name in run.figures]
+            figures = {f"measured/{name}": run.figures[name] for name in shown}
+            settings = {axis: _setting(value) for axis, value in cell.values.items()}
+            _write_run(settings | {"seed": run.seed}, figures, run.folder / SAMPLES, place)
+            for stage in run.stages:
+                _copy_events(stage.folder, place / stage.name)
+    with SummaryWriter(str(part)) as writer:
+        writer.add_custom_scalars(_layout(sweep))
+    shutil.rmtree(root, ignore_errors=True)
+    part.rename(root)
+    return root
+
+
+def _setting(value: Any) -> Any:
+    """An axis' value for the table: numbers, which it sorts as such, or text; true and false would be 1 and 0."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else value_text(value)
+
+
+def _write_run(settings: dict[str, Any], figures: dict[str, float], samples: Path, folder: Path) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for summary in hparams(settings, figures):  # add_hparams puts them into a folder named for the time
+            writer.file_writer.add_summary(summary)
+        for name, value in figures.items():
+            writer.add_scalar(name, value, 0)
+        if samples.is_file():
+            with Image.open(samples) as image:
+                writer.add_image("samples", np.asarray(image.convert("RGB")), dataformats="HWC")
+
+
+def _copy_events(source: Path, folder: Path) -> None:
+    """All events but the hyperparameters that Lightning logs: they would be rows of the sweep's own table."""
+    files = sorted(source.rglob(EVENTS), key=lambda path: path.name)  # names begin with the time
+    if not files:
+        return
+    writer = EventFileWriter(str(folder))
+    for path in files:
+        for event in LegacyEventFileLoader(str(path)).Load():
+            if event.HasField("summary"):
+                kept = [value for value in event.summary.value if value.metadata.plugin_data.plugin_name != PLUGIN_NAME]
+                if len(kept) < len(event.summary.value):
+                    del event.summary.value[:]
+                    event.summary.value.extend(kept)
+            if not event.HasField("file_version"):  # the writer begins with one of its own
+                writer.add_event(event)
+    writer.close()
+
+
+def _layout(sweep: Results) -> dict[str, dict[str, list]]:
+    """Category -> chart -> ["Multiline", tags]: first the losses, of all tokens and group by group, then the rest."""
+    tags = {tag for run in sweep.runs for stage in run.stages for tag in stage.scalars}
+    layout: dict[str, list[str]] = {sweep.title: [tag for tag in CURVES if tag in tags]}
+    for family, _, tag in sorted((match[1], int(match[2]), tag) for tag in tags if (match := GROUPS.match(tag))):
+        category = sweep.title if family.removeprefix("groups/") in ("val_loss", "val_flow") else family
+        layout.setdefault(category, []).append(tag)
+    return {
+        category: {tag: ["Multiline", [f"^{tag}$"]] for tag in charts} for category, charts in layout.items() if charts
+    }

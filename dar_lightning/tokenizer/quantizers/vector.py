@@ -1,0 +1,81 @@
+"""Nearest code on the unit sphere, with a straight-through gradient."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dar_lightning.devices import exact_products
+
+COMMITMENT_WEIGHT = 0.25
+BLOCK = 128  # codes of which the search first keeps only the largest product
+# Latents and blocks of codes in one matrix product. On a CPU the products (4 MB) stay in its cache; tiles of a fifth of
+# that are somewhat faster on a quiet machine, but on a busy one the threads wait for each other at every tile.
+CPU_TILE, GPU_TILE = (256, 32), (4096, 128)
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of unit vectors.
+
+    Args:
+        size: number of codes.
+        dim: channels of a code.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        rows = torch.empty(size, dim).uniform_(-1.0 / size, 1.0 / size)
+        self.codebook = nn.Parameter(F.normalize(rows, dim=-1))
+        self.bypass = False  # lets latents through unquantized, for a warm-up: see training.callbacks.CodebookWarmup
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Index of the nearest code of each latent: (..., dim) -> (...) int64.
+
+        On the unit sphere the nearest code is the one of largest inner product. Finding a maximum is much faster than
+        finding its place, so the first pass takes the maximum of every block of codes, and the second looks for its
+        place in the winning block alone. No more than a tile of the products exists at a time, so memory does not grow
+        with batch x codebook. TF32 is kept out: it would give a tenth of the shipped tokenizer's latents another code
+        (`benchmarks/precision.py`).
+        """
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), exact_products():
+            z = F.normalize(latents.float(), dim=-1).flatten(0, -2)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+            rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
+            indices = [_nearest(some, codes, blocks) for some in z.split(rows)]
+            return torch.cat(indices).view(latents.shape[:-1])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Unit vectors of the codes: (...) int64 -> (..., dim)."""
+        return F.normalize(F.embedding(indices, self.codebook), dim=-1)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Quantize latents (B, N, dim).
+
+        Returns:
+            The quantized latents (B, N, dim), in the dtype of `latents`, whose gradient flows straight through to
+            `latents`; the code indices (B, N); and, in float32, per token (B, N) the codebook loss and the commitment
+            loss (its weight 0.25 included). With `bypass` set, the unit latents themselves, and losses of zero.
+        """
+        indices = self.nearest(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            z = F.normalize(latents.float(), dim=-1)
+            z_q = self.lookup(indices)
+            vq = (z_q - z.detach()).square().mean(dim=-1)
+            commit = COMMITMENT_WEIGHT * (z_q.detach() - z).square().mean(dim=-1)
+            if self.bypass:
+                return z.to(latents.dtype), indices, 0 * vq, 0 * commit
+            return (z + (z_q - z).detach()).to(latents.dtype), indices, vq, commit
+
+
+def _nearest(z: Tensor, codes: Tensor, blocks_per_tile: int) -> Tensor:
+    """Index of the largest product of each row: (n, dim), (size, dim) -> (n,). Of equal ones, the first."""
+    size = len(codes)
+    if size <= 4 * BLOCK:
+        return (z @ codes.T).argmax(dim=1)
+    if missing := -size % BLOCK:  # copies of the last code never come before it
+        codes = torch.cat([codes, codes[-1:].expand(missing, -1)])
+    tiles = codes.split(blocks_per_tile * BLOCK)
+    peaks = torch.cat([(z @ tile.T).unflatten(1, (-1, BLOCK)).amax(dim=-1) for tile in tiles], dim=1)
+    first = peaks.argmax(dim=1, keepdim=True) * BLOCK  # of the winning block, (n, 1)
+    block = F.embedding(first + torch.arange(BLOCK, device=z.device), codes)  # (n, BLOCK, dim)
+    place = torch.bmm(block, z[:, :, None]).squeeze(-1).argmax(dim=1)
+    return (first.squeeze(1) + place).clamp(max=size - 1)

@@ -1,0 +1,172 @@
+"""What the Frechet distances of a training run share: a network outside of the module, sums over ranks, a protocol."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
+from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.measure import float64_device
+from dar_lightning.records.pixels import set_sha256
+from dar_lightning.records.protocol import FRECHET, write_figures
+from dar_lightning.records.provenance import provenance
+from dar_lightning.weights.lightning import has_average
+
+
+class FrechetCallback(Callback):
+    """Logs a Frechet distance in validations, on EMA weights if the run averages them.
+
+    All work that needs weights is done after validation batches: there EMAWeightAveraging has its weights in place,
+    wherever it stands in the list of callbacks. The feature network and the statistics belong to the callback, so
+    checkpoints and EMA copies do not have them.
+
+    Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
+    file of `dar validate`, whose steps are not those of training, replaces none that is there. In training, a file that
+    cannot be written costs a line.
+
+    Args:
+        prefix: of the name: "r" gives val/rFID, and val/rFD-<name> with any other network than Inception.
+        features: a feature network's name, see `metrics.features.load_features`.
+        features_weights: a local file of its weights; None downloads them.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps, whenever the
+            run was resumed; `dar validate` always measures.
+        label: ends the names in logs and of files, for a second callback of the same class; None for none.
+    """
+
+    due = False  # whether the validation at hand is to be measured
+
+    def __init__(
+        self, prefix: str, features: str, features_weights: str | None, every_n_steps: int, label: str | None = None
+    ):
+        if every_n_steps < 1:
+            raise UserError(
+                f"every_n_steps is {every_n_steps}: it must be at least 1, which measures in all validations"
+            )
+        if label is not None and not re.fullmatch(r"[\w.-]+", label):
+            raise UserError(f"label is {label!r}: it is part of file names, use letters, digits and _ . -")
+        self.label = label
+        self.figure = f"{prefix}{frechet_name(features)}"  # the name in the file
+        self.name = self.labelled(self.figure)
+        self.features, self.features_weights = features, features_weights
+        self.every_n_steps = every_n_steps
+        self.reference: Gaussian | None = None  # measured once
+        self._measured_at = 0  # training step of the last measurement
+        self._checkpoint_averaged: bool | None = None
+        self._network: FrozenNetwork | None = None
+
+    def labelled(self, figure: str) -> str:
+        """A figure's name in the logs."""
+        return figure if self.label is None else f"{figure}-{self.label}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage in ("fit", "validate") and self._network is None:
+            option = f"{type(self).__name__}: features"
+            self._network = FrozenNetwork(load_features(self.features, self.features_weights, option))
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"measured_at": self._measured_at}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._measured_at = state_dict["measured_at"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Outside of training, what a checkpoint calls "state_dict" is used.
+        self._checkpoint_averaged = has_average(checkpoint)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        passed = trainer.global_step // self.every_n_steps > self._measured_at // self.every_n_steps
+        self.due = not trainer.sanity_checking and (passed or not _training(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.due and _training(trainer):
+            self._measured_at = trainer.global_step
+
+    def measured(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) -> features (B, D)."""
+        return self._network(images)
+
+    @staticmethod
+    def added(statistics: FeatureStatistics | None, features: Tensor) -> FeatureStatistics:
+        """Statistics with some more features (B, D), B >= 0; None begins them."""
+        if statistics is None:
+            statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
+        statistics.update(features.to(statistics.device))
+        return statistics
+
+    def gathered(self, statistics: FeatureStatistics) -> Gaussian:
+        """Of all ranks, on the CPU, where stored statistics are."""
+        try:
+            mean, covariance, count = statistics.compute()
+            return Gaussian(mean.cpu(), covariance.cpu(), count)
+        except ValueError as error:
+            raise UserError(f"{type(self).__name__}: {error}; validate on more images") from error
+
+    @staticmethod
+    def pixels_of_ranks(trainer: Trainer, digests: dict[int, bytes]) -> str:
+        """What identifies a set (`records.pixels`), of whose images this rank has digests by number."""
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, digests)
+            digests = {number: digest for part in parts for number, digest in part.items()}
+        return set_sha256(digest for _, digest in sorted(digests.items()))
+
+    def averaged(self, trainer: Trainer) -> bool | None:
+        """Whether the weights that are measured are an average over training steps; None where nothing tells."""
+        if _training(trainer):
+            averages = [found._average_model for found in trainer.callbacks if isinstance(found, WeightAveraging)]
+            return any(average.n_averaged > 0 for average in averages)
+        return self._checkpoint_averaged
+
+    def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:
+        """Rank 0 writes down the distance, other figures, and what they depend on."""
+        if not trainer.is_global_zero:
+            return
+        facts = {
+            "step": trainer.global_step if _training(trainer) else None,
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "precision": trainer.precision,
+            "n": samples.count,
+        }
+        network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
+        made = provenance(trainer.strategy.root_device, trainer.precision)
+        common = {"features": network, "frechet": FRECHET, "provenance": made}
+        protocol = protocol | common | {"samples": facts | protocol["samples"]}
+        try:
+            write_figures(self._file(trainer), {self.figure: value} | others, protocol)
+        except UserError as error:
+            if not _training(trainer):
+                raise
+            goes_on = f"val/{self.name} of step {trainer.global_step} is {value:.6g}; training goes on"
+            print(f"WARNING: {error}; {goes_on}", file=sys.stderr, flush=True)
+
+    def _file(self, trainer: Trainer) -> Path:
+        stem = f"{self.name}-{trainer.global_step:07d}"
+        path, number = Path(trainer.default_root_dir) / "evaluation" / f"{stem}.json", 1
+        while path.exists() and not _training(trainer):
+            number += 1
+            path = path.with_name(f"{stem}-{number}.json")
+        return path
+
+    def log_distance(self, pl_module: LightningModule, value: float) -> None:
+        """Log under `val/`; every rank has the same value."""
+        # On the device, since NCCL reduces no tensor of the CPU.
+        pl_module.log(
+            f"val/{self.name}", torch.tensor(value, dtype=torch.float32, device=pl_module.device), sync_dist=True
+        )
+
+
+def _training(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING

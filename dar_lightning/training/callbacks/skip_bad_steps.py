@@ -1,0 +1,119 @@
+"""Steps whose loss or gradients are not finite: left out, counted, and no more than a few in a row."""
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from dar_lightning.errors import UserError
+from dar_lightning.training.sharding import own_slice
+
+
+class SkipBadSteps(Callback):
+    """Leaves the model and the optimizer as they were in a step whose loss or gradients are not finite on any rank.
+
+    Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step.
+    Everything else goes on as if the step had been made: the data, the count of steps, the learning rate, and the
+    moving average, which takes in the unchanged weights once more. Hence a run with a skipped step ends where it would
+    have ended without it. With gradient accumulation, one bad batch costs the whole step.
+
+    The decision is made on the device and never waited for: a fused AdamW skips its update where its `found_inf` is 1,
+    which is how PyTorch's gradient scaler uses it. The price is one more reading of the gradients and, with several
+    ranks, one reduction of a single number per step. The host reads the count one step late on a GPU, so a run ends
+    after `max_in_a_row` bad steps or one more.
+
+    With `precision: 16-mixed`, gradients that are not finite although the loss is are what the loss scale finds its
+    size by: PyTorch's gradient scaler skips such a step, and it counts as no bad one.
+
+    Logs `train/skipped_steps`, the number of steps skipped since the start of training.
+
+    Args:
+        max_in_a_row: so many bad steps one after the other end the run.
+    """
+
+    def __init__(self, max_in_a_row: int = 10) -> None:
+        if max_in_a_row < 1:
+            raise UserError(f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
+        self.max_in_a_row = max_in_a_row
+        self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
+        self._bad_loss: Tensor | None = None  # () bool, of the batches of this step
+        self._buffers: list[Tensor] | None = None  # before the first of them
+        self._steps_done = 0
+        self._read: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # copies of the counts on their way here
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        for optimizer in trainer.optimizers:
+            if not optimizer.defaults.get("fused"):
+                raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
+            if _scaled(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise UserError(  # the gradient scaler would put its own found_inf in the place of this callback's
+                    f"SkipBadSteps with precision {trainer.precision} needs an optimizer whose "
+                    f"_step_supports_amp_scaling is False, as configure_adamw makes it; {type(optimizer).__name__}'s "
+                    "is True"
+                )
+        self.counts = self.counts.to(pl_module.device)
+        self._bad_loss, self._buffers, self._steps_done = None, None, trainer.global_step
+        self._read.clear()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self._buffers is None:
+            self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        bad = ~loss.detach().isfinite()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [own for p in parameters if (own := own_slice(p.grad)).numel()]
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        bad = self._bad_loss | ~largest.isfinite()
+        counted = self._bad_loss if _scaled(trainer) else bad
+        flags = torch.stack([bad, counted]).float()  # what to skip, and what to count
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        optimizer.found_inf, counted = flags
+        for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
+            buffer.copy_(torch.where(optimizer.found_inf > 0, before, buffer))
+        self.counts = torch.stack([self.counts[0] + counted, (self.counts[1] + 1) * counted])
+        self._bad_loss, self._buffers = None, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self._steps_done:  # gradients were only accumulated
+            return
+        self._steps_done = trainer.global_step
+        pl_module.log("train/skipped_steps", self.counts[0])
+        in_a_row = self._in_a_row()
+        if in_a_row >= self.max_in_a_row:
+            raise UserError(
+                f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in "
+                "a row, and these were skipped; look at the data and the learning rate"
+            )
+
+    def _in_a_row(self) -> int:
+        """Bad steps in a row: until now on a CPU, until one step ago on a GPU, which is then not waited for."""
+        if self.counts.device.type != "cuda":
+            return int(self.counts[1])
+        copy = torch.empty(2, pin_memory=True).copy_(self.counts, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._read.append((copy, event))
+        if len(self._read) < 2:
+            return 0
+        copy, event = self._read.popleft()
+        event.synchronize()
+        return int(copy[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts = state_dict["counts"]
+
+
+def _scaled(trainer: Trainer) -> bool:
+    """Whether a gradient scaler looks for the overflows of float16."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -1,0 +1,65 @@
+"""How the Trainer writes checkpoints, whole or not at all, and reads them, as data and only of the model at hand."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+
+from dar_lightning.errors import UserError
+from dar_lightning.files import atomic_path
+from dar_lightning.formats.checkpoint import read_checkpoint
+from dar_lightning.formats.pretrained import check_tensors
+from dar_lightning.weights.lightning import PARTS, split_model
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their target, to the disk, then renames; reads them without running anything in them.
+
+    Lightning's own writer holds a second copy in memory and goes through the temporary folder, which may be full or on
+    another disk. Its own reader would run a checkpoint from a URL, and its error for another model is a page long.
+
+    Args:
+        module: the LightningModule that the checkpoints are for; a checkpoint of another shape is refused by name.
+            Where it has neither a tokenizer nor an AR model, Lightning checks the tensors itself.
+    """
+
+    def __init__(self, module: LightningModule):
+        super().__init__()
+        self.module = module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; until it is complete and on the disk, `path` is what it was before.
+
+        Raises:
+            UserError: if it cannot be written: a full disk, a read-only folder.
+        """
+        with atomic_path(path) as part, open(part, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        """The checkpoint, its tensors on the CPU.
+
+        Raises:
+            UserError: if the file is missing, broken, malicious, or of a model with other tensors.
+        """
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            others = [other for other in Path(path).parent.glob("*.ckpt") if other.name != Path(path).name]
+            if not Path(path).is_file() or not others:
+                raise
+            newest = max(others, key=lambda other: other.stat().st_mtime_ns)
+            raise UserError(f"{error}; the next older checkpoint is {newest}, for --ckpt_path") from error
+        if not any(hasattr(self.module, part) for part in PARTS):
+            return checkpoint
+        # With EMAWeightAveraging there are two sets: the average, and what the optimizer works on.
+        for key in ("state_dict", "current_model_state"):
+            if key == "state_dict" or key in checkpoint:
+                part, tensors = split_model(checkpoint, key, path)
+                model = getattr(self.module, part, None)
+                if model is None:
+                    raise UserError(f"{path} is of the {part} part: this run trains a {type(self.module).__name__}")
+                check_tensors(model, tensors, path)
+        return checkpoint

@@ -1,0 +1,93 @@
+"""Fully sharded data parallel (FSDP2) as a Trainer strategy, with checkpoints that any other strategy reads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from dar_lightning.errors import UserError
+from dar_lightning.training.sharding import shard, sliced, whole
+
+
+def mixed_precision() -> MixedPrecisionPolicy:
+    """How a block computes in bf16-mixed: its matrices in bfloat16, and what autocast leaves in float32 in float32.
+
+    Under autocast alone, bfloat16 copies of the matrices would outlive their gathering, until the backward pass.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if not hasattr(policy, "param_dtype_override_fn"):
+        return policy
+    return replace(policy, param_dtype_override_fn=lambda parameter: parameter.dtype if parameter.ndim == 1 else None)
+
+
+class FSDP2Strategy(DDPStrategy):
+    """Each device keeps a slice of every parameter, gradient, optimizer state and average of an AR model.
+
+    Parameters are gathered block by block where the forward and the backward pass need them. What a step computes is
+    what DDP computes. A checkpoint is one file with whole tensors, as of DDP or of a single device, so each of them
+    resumes from it and `dar export` reads it. Validation alone (`dar validate`) runs on the whole model.
+
+    Lightning's own FSDPStrategy (FSDP1) runs on GPUs only, its ModelParallelStrategy reads checkpoints past
+    SafeCheckpointIO, and neither keeps EMAWeightAveraging.
+
+    With `precision: bf16-mixed`, the blocks' matrices are gathered as bfloat16; embeddings, norms and head as float32,
+    so that the residual stream is float32 as under DDP (before torch 2.15, the blocks' norms are rounded); gradients
+    are summed as float32.
+
+    Args:
+        timeout: how long a device waits for the others before it fails.
+        process_group_backend: nccl or gloo; null takes what suits the device.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=30), process_group_backend: str | None = None):
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
+
+    def configure_ddp(self) -> None:
+        """Shard the model and its average; the optimizer, made after this, works on the slices."""
+        module = self.lightning_module
+        trainer = module.trainer
+        if not hasattr(module, "ar"):
+            raise UserError(
+                f"trainer.strategy: FSDP2Strategy shards AR models, this is a {type(module).__name__}: use ddp"
+            )
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy()
+        if trainer.precision == "bf16-mixed":
+            policy = mixed_precision()
+        shard(module.ar, mesh, policy)
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                shard(callback._average_model.module.ar.to(self.root_device), mesh, policy)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Gather slices on rank 0, tensor by tensor, and write them as one file. All ranks call this together."""
+
+        def gather(tensor: DTensor) -> Tensor | None:
+            full = whole(tensor)
+            return full.cpu() if self.is_global_zero else None
+
+        super().save_checkpoint(tree_map_only(DTensor, gather, checkpoint), filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's slices of a whole optimizer's state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(sliced(state, optimizer))
+
+    def teardown(self) -> None:
+        """Lightning would move the slices to the CPU, where their mesh is not."""
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()

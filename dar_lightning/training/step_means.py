@@ -1,0 +1,39 @@
+"""Curves of training losses: of whole optimizer steps, over all ranks."""
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dar_lightning.training.log_step import is_log_step
+
+
+class StepMeans:
+    """Logs training losses as means over the accumulated batches of an optimizer step and over all ranks.
+
+    Lightning's own `log` keeps the last batch of a step; its `sync_dist` reduces every value of every batch. Here the
+    batches are added up on the device, and the ranks meet once in a step that loggers write.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def add(self, module: LightningModule, values: dict[str, Tensor]) -> None:
+        """Add the scalars of a batch; called at the end of each.
+
+        Args:
+            module: logs them, as train/NAME.
+            values: by name, the same names on all ranks.
+        """
+        trainer = module.trainer
+        if (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches == 0:
+            self._sums, self._batches = {}, 0  # a step begins
+        self._sums = {name: value.detach().float() + self._sums.get(name, 0.0) for name, value in values.items()}
+        self._batches += 1
+        if not is_log_step(trainer):
+            return
+        means = torch.stack(list(self._sums.values())) / (self._batches * trainer.world_size)
+        if trainer.world_size > 1:
+            dist.all_reduce(means)
+        module.log_dict({f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)})

@@ -1,0 +1,238 @@
+"""Training of the sequential diffusion tokenizer."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from dar_lightning.data.transforms import to_float
+from dar_lightning.errors import UserError
+from dar_lightning.formats.pretrained import build_config
+from dar_lightning.layers import compile_blocks
+from dar_lightning.metrics.codebook import CodebookUse
+from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
+from dar_lightning.tokenizer.init import TokenizerInit
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.training.batch_plan import TrainingPlan
+from dar_lightning.training.init_from import init_from_pretrained
+from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss, RepaLoss
+from dar_lightning.training.optim import OptimizerConfig, configure_adamw
+from dar_lightning.training.seeding import seed_batch
+from dar_lightning.training.step_means import StepMeans
+
+
+class TokenizerModule(LightningModule):
+    """Flow matching plus codebook losses (paper, section 3.1).
+
+    Args:
+        config: hyperparameters of the tokenizer.
+        optimizer: AdamW settings.
+        time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
+        init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
+            weights only.
+        freeze_encoder: leave encoder and codebook as init_from, which this needs, brought them, and train conditioner
+            and decoder alone: every image keeps its tokens, and an AR model of them stays valid. Token shards name the
+            whole tokenizer that made them: made anew, they hold the same tokens. The codebook losses are logged, and
+            move nothing.
+        preset: instead of config, the name of one: v1, light or tiny.
+        perceptual: LPIPS of the jump estimate; None leaves it out.
+        repa: alignment with a frozen teacher, for a config with a repa_layer; None leaves it out.
+        adversarial: a PatchGAN that judges the jump estimate; None leaves it out. Its gradients are clipped apart from
+            the tokenizer's, so that neither scales the other down.
+        compile: torch.compile every transformer block; on a CPU this needs a C++ compiler.
+        activation_checkpointing: parts whose blocks compute their activations again in the backward pass instead of
+            keeping them: less memory, one more forward pass of these parts, the same gradients.
+        init: initial weights, where they differ from the official ones; with init_from, of tensors that do not fit it.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
+        time_sampling: Literal["uniform", "stratified"] = "uniform",
+        init_from: str | None = None,
+        freeze_encoder: bool = False,
+        preset: str | None = None,
+        perceptual: PerceptualLoss | None = None,
+        repa: RepaLoss | None = None,
+        adversarial: AdversarialLoss | None = None,
+        compile: bool = False,
+        activation_checkpointing: list[Literal["encoder", "conditioner", "decoder"]] | None = None,
+        init: TokenizerInit = TokenizerInit(),  # noqa: B008  (frozen)
+    ):
+        super().__init__()
+        if preset is not None:
+            if config != TokenizerConfig():
+                raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
+            config = TokenizerConfig.preset(preset)
+        elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
+            config = build_config(TokenizerConfig, config, "config")
+        self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
+        self.tokenizer = SequentialDiffusionTokenizer(config, init)
+        if repa is not None and config.repa_layer is None:
+            raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
+        if repa is None and config.repa_layer is not None:
+            # Parameters that no loss reaches would stop DDP at its second step.
+            self.tokenizer.decoder.repa_head.requires_grad_(False)
+        self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
+        self.optimizer = optimizer
+        self.time_sampling = time_sampling
+        self.step_means = StepMeans()
+        self.freeze_encoder = False
+        source = init_from_pretrained(self.tokenizer, init_from) if init_from is not None else None
+        if freeze_encoder:
+            if source is None:
+                raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
+            for name in TOKEN_FIELDS:
+                if (ours := getattr(config, name)) != (theirs := getattr(source, name)):
+                    raise UserError(
+                        f"freeze_encoder: config.{name} is {ours!r}, and {theirs!r} in {init_from}: images would have "
+                        "other tokens"
+                    )
+            self.freeze_tokens()
+        self.codebook_use = CodebookUse(config.codebook_size)
+        for part in activation_checkpointing or ():
+            self.tokenizer.get_submodule(part).recompute = True
+        if compile:
+            compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
+
+    def freeze_tokens(self) -> None:
+        """Keep encoder and codebook, and so the tokens of every image, from now on."""
+        self.freeze_encoder = True
+        self.tokenizer.encoder.requires_grad_(False)
+        self.tokenizer.quantizer.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TokenizerModule":
+        super().train(mode)
+        if self.freeze_encoder:
+            self.tokenizer.encoder.eval()  # in training mode latent_norm would go on counting
+        return self
+
+    def configure_optimizers(self):
+        plan = TrainingPlan.of(self.trainer)
+        return configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        images = to_float(batch["image"])
+        u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
+        losses = self.tokenizer.training_losses(images, u)
+        loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
+        parts = {name: part.detach() for name, part in parts.items()}  # callbacks may keep them, not a step's graph
+        return {"loss": loss, "parts": parts} | {
+            name: losses[name] for name in ("latents", "codes", "flow_each", "group")
+        }
+
+    def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
+        self.step_means.add(self, outputs["parts"])
+
+    def total_loss(
+        self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum that backward starts from, and its parts by name, unweighted.
+
+        Args:
+            losses: from `training_losses`.
+            images: (B, 3, H, W) in [-1, 1] that they are of.
+            codebook_factor: of "vq" and "commit", see share_of_tokens.
+
+        Returns:
+            The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
+        """
+        parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
+        loss = parts["flow"] + parts["vq"] + parts["commit"]
+        if self.perceptual is not None and self.perceptual.has_started(self.global_step):
+            parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
+            loss = loss + self.perceptual.weight * parts["perceptual"]
+        if self.repa is not None and self.repa.has_started(self.global_step):
+            projected = self.tokenizer.decoder.project_hidden(losses["hidden"], self.repa.grid)
+            parts["repa"] = self.repa(projected, images, losses["t"])
+            loss = loss + self.repa.weight * parts["repa"]
+        elif self.repa is not None:  # DDP waits for a gradient of every parameter
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.tokenizer.decoder.repa_head.parameters())
+        if self.adversarial is None:
+            return loss, parts | {"loss": loss}
+        parts["adversarial"], parts["discriminator"] = self.adversarial(losses["x1_hat"], images, losses["t"])
+        if self.adversarial.has_started(self.global_step):
+            loss = loss + self.adversarial.weight * parts["adversarial"]
+        return loss + parts["discriminator"], parts | {"loss": loss}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.adversarial is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for part in (self.tokenizer, self.adversarial):
+            clip_grad_norm_(part.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["freeze_encoder"] = self.freeze_encoder
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        frozen = checkpoint.get("freeze_encoder", False)
+        resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resumes and frozen != self.freeze_encoder:
+            raise UserError(
+                f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint: give it that "
+                "value, or begin a run of its own with init_from"
+            )
+        has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
+        if has != (self.adversarial is not None):
+            given, kept = ("set", "no") if not has else ("null", "a")
+            raise UserError(
+                f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the "
+                "checkpoint was trained with, or begin a run of its own with init_from"
+            )
+
+    def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
+        return self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
+        """Logs means; returns the valid images with their times, noise and losses, or None where there is none."""
+        images, valid = to_float(batch["image"]), batch["valid"]
+        generator = torch.Generator().manual_seed(batch_idx)
+        u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        count = int(valid.sum())
+        kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
+        inputs = {"images": images[kept], "u": u[kept], "noise": noise[kept]}
+        losses = self.tokenizer.training_losses(**inputs)
+        if count:
+            self.codebook_use.update(losses["codes"])
+        parts = {f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}
+        self.log_dict(parts, batch_size=float(count), sync_dist=True)  # ranks average it; integers would be cut
+        return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_codebook_use("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_codebook_use("test")
+
+    def _log_codebook_use(self, stage: str) -> None:
+        use, perplexity = self.codebook_use.compute()
+        self.log_dict({f"{stage}/codebook_use": use, f"{stage}/codebook_perplexity": perplexity})
+        self.codebook_use.reset()
+
+
+def share_of_tokens(count: Tensor) -> Tensor:
+    """What turns an average over this device's tokens into its share of the average over all devices' tokens.
+
+    The mean of the devices' losses is then the loss of one device with all the images, although each device's images
+    read a number of tokens of their own.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.ones_like(count)
+    total = count.clone()
+    dist.all_reduce(total)  # not Trainer.strategy.reduce, which makes the CPU wait for the GPU
+    return count * dist.get_world_size() / total

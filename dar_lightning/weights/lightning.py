@@ -1,0 +1,95 @@
+"""The model inside a Lightning checkpoint of `dar fit`, averaged weights or raw ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from dar_lightning.ar.model import ARModel
+from dar_lightning.errors import UserError
+from dar_lightning.formats.checkpoint import Weights, read_checkpoint
+from dar_lightning.formats.pretrained import build_config, load_tensors, outline
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+
+Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
+# Attribute of the LightningModule that holds the model -> its class.
+PARTS = {"tokenizer": SequentialDiffusionTokenizer, "ar": ARModel}
+
+
+def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> SequentialDiffusionTokenizer | ARModel:
+    """The plain model inside a checkpoint of `dar fit`.
+
+    Args:
+        ckpt: the .ckpt file.
+        weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one
+            and had begun to average.
+
+    Returns:
+        The model in evaluation mode; its `averaged` says whether these are EMA weights.
+
+    Raises:
+        UserError: if the file cannot be read safely, is no such checkpoint, or has no such weights.
+    """
+    checkpoint = read_checkpoint(ckpt)
+    # EMAWeightAveraging saves the average as "state_dict" and moves the optimizer's weights to "current_model_state".
+    keeps_ema, has_ema = "current_model_state" in checkpoint, has_average(checkpoint)
+    if weights == "ema" and not has_ema:
+        raise UserError(f"{ckpt} holds no EMA weights (yet): weights is 'ema', need 'raw' or 'auto'")
+    raw = keeps_ema and (weights == "raw" or not has_ema)
+    part, tensors = split_model(checkpoint, "current_model_state" if raw else "state_dict", ckpt)
+    hyperparameters = checkpoint.get("hyper_parameters")
+    config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
+    model = outline(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
+    load_tensors(model, tensors, ckpt)
+    model.averaged = keeps_ema and not raw
+    return model.eval()
+
+
+def load_model(source: str | Path, model_class: type[Model]) -> Model:
+    """A model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
+
+    Raises:
+        UserError: if it cannot be read, or is a model of another kind.
+    """
+    if not Path(source).is_file():
+        return model_class.from_pretrained(source)
+    model = load_lightning_checkpoint(source)
+    if not isinstance(model, model_class):
+        raise UserError(f"{source} is of a {type(model).__name__}: need one of a {model_class.__name__}")
+    return model
+
+
+def has_average(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's "state_dict" is an average of weights, one that had begun.
+
+    Until its first update, Lightning's average is the model before training.
+    """
+    state = checkpoint.get("averaging_state")
+    count = state.get("n_averaged") if isinstance(state, Mapping) else None
+    never = isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
+    return "current_model_state" in checkpoint and not never
+
+
+def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
+    """Which part a Lightning checkpoint holds, "tokenizer" or "ar", and that model's own tensors.
+
+    Beside the model, a LightningModule may hold networks of its losses: they stay behind.
+
+    Args:
+        checkpoint: from read_checkpoint.
+        key: where its state dict is.
+        origin: file or words that an error message starts with.
+
+    Raises:
+        UserError: if it holds neither part.
+    """
+    state = checkpoint.get(key)
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+    for part in PARTS:
+        tensors = {name.removeprefix(f"{part}."): state[name] for name in names if name.startswith(f"{part}.")}
+        if tensors:
+            return part, tensors
+    raise UserError(f"{origin} is no checkpoint of a tokenizer or AR training run")

@@ -1,0 +1,135 @@
+"""`dar extract` dies, in processes of its own, and is started again: its files are those of an unbroken run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from killable import run, signal_before
+from tiny_models import make_tokenizer
+
+from dar_lightning import SequentialDiffusionTokenizer
+from dar_lightning.cli import main
+from dar_lightning.data.token_dataset import CodesIndex
+from dar_lightning.records.provenance import FILE
+
+CROPS = 3
+
+
+def command(tokenizer: Path, shards: Path, output: Path, devices: int) -> list[str]:
+    paths = ["--tokenizer", tokenizer, "--shards", shards, "--output", output]
+    crops = ["--crops", "random", "--random_crops", CROPS, "--batch_size", 4 * CROPS]  # 3, 3 and 2 batches per shard
+    where = ["--accelerator", "cpu", "--devices", devices, "--num_workers", 1]
+    return [str(word) for word in ["extract", *paths, *crops, *where]]
+
+
+def extract(words: list[str], rank: int, function: str, calls: int, number: int) -> None:
+    """`dar extract`, sending a signal to itself before the n-th call of a function, if it is that rank."""
+    owner = {"replace": os, "tokenize": SequentialDiffusionTokenizer}[function]
+    signal_before(owner, function, rank, calls, number)
+    main(words)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(root)
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """But for what tells the commands apart."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FILE}
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, shards, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole") / "codes"
+    main(command(tokenizer, shards, output, 1))
+    assert CodesIndex.load(output).num_samples == 26
+    return contents(output)
+
+
+FILES = [f"{number:06d}.safetensors" for number in range(3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("deaths", "left"),
+    [
+        # before the first shard has its name (provenance.json has), then in the second batch of the second shard
+        ([("replace", 2, signal.SIGKILL), ("tokenize", 5, signal.SIGKILL)], [[], FILES[:1]]),
+        # all shards are there, the index has no name yet
+        ([("replace", 5, signal.SIGKILL)], [FILES]),
+        # asked to end, as by a batch system: after the batch
+        ([("tokenize", 5, signal.SIGTERM)], [FILES[:1]]),
+    ],
+    ids=["shard", "index", "asked"],
+)
+def test_one_process(tokenizer, shards, whole, tmp_path, deaths, left):
+    output = tmp_path / "codes"
+    words = command(tokenizer, shards, output, 1)
+    for death, files in zip(deaths, left, strict=True):
+        number = death[-1]
+        assert run(extract, words, 0, *death) == [-number if number == signal.SIGKILL else 128 + number]
+        assert sorted(path.name for path in output.glob("[!.]*")) == [*files, FILE]
+    if number == signal.SIGKILL:
+        assert len(list(output.glob(".*.part"))) == 1
+    main(words)
+    assert contents(output) == whole
+
+
+@pytest.mark.slow
+def test_two_processes(tokenizer, shards, whole, tmp_path):
+    """Shards 0 and 2 are rank 0's, shard 1 is rank 1's."""
+    output = tmp_path / "codes"
+    words = command(tokenizer, shards, output, 2)
+    assert run(extract, words, 1, "replace", 1, signal.SIGKILL, world=2)[1] == -signal.SIGKILL
+    assert not (output / FILES[1]).exists()
+    assert not (output / "index.json").exists()
+    assert run(main, words, world=2) == [0, 0]
+    assert contents(output) == whole
+
+
+@pytest.mark.slow
+def test_more_devices_than_shards(tokenizer, shards, whole, tmp_path):
+    """Started as a user does; Lightning starts the second process, which finds nothing to do."""
+    output = tmp_path / "codes"
+    output.mkdir()
+    for name in FILES[::2]:
+        (output / name).write_bytes(whole[name])
+    words = command(tokenizer, shards, output, 2)
+    process = subprocess.run(
+        [sys.executable, "-m", "dar_lightning", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("26 images x 3 crops x 8 tokens") == 1
+    assert contents(output) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_too_many_bad_samples_on_either_device(damaged, tokenizer, shards, tmp_path):
+    """The rank that meets them stops the other one, and the command ends like any other mistake."""
+    folder, output = tmp_path / "shards", tmp_path / "codes"
+    shutil.copytree(shards, folder)
+    path = sorted(folder.glob("*.tar"))[damaged]  # rank 0 reads shards 0 and 2, rank 1 reads shard 1
+    with tarfile.open(path) as tar:
+        member = next(member for member in tar if member.name.endswith(".png"))
+    content = bytearray(path.read_bytes())
+    middle = member.offset_data + member.size // 2
+    content[middle : middle + 100] = bytes(100)
+    path.write_bytes(content)
+    words = command(tokenizer, folder, output, 2)
+    process = subprocess.run(
+        [sys.executable, "-m", "dar_lightning", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.count("dar extract: shards: ") == 1
+    assert "1 of 26 samples cannot be used" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (output / "index.json").exists()

@@ -1,0 +1,152 @@
+"""What the page shows: the pictures of `dar sample`, tokens in their places, code that repeats them, photos refused."""
+
+import re
+import shlex
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
+
+from dar_lightning.cli import main
+from dar_lightning.commands.serve_page import (
+    Work,
+    draw,
+    enlarge,
+    read_photo,
+    reconstructions,
+    repeat_command,
+    repeat_python,
+    tokens_html,
+)
+from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
+from dar_lightning.devices import torch_dtype
+from dar_lightning.errors import UserError
+from dar_lightning.generation.pipeline import DARPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    picture(5).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+def small(image: Image.Image) -> np.ndarray:
+    factor = image.width // SIZE
+    return np.asarray(image)[::factor, ::factor].astype(int)
+
+
+@pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, None), (3, "bfloat16")])
+def test_the_page_draws_what_the_commands_that_it_offers_draw(folder, photo, tmp_path, prefix, dtype):
+    pipe = DARPipeline.from_pretrained(folder).to(dtype=torch_dtype(dtype))
+    shown = list(draw(pipe, 2, 7, 3.0, read_photo(photo, 1), prefix))
+    assert [state.strip.count("<img") for state in shown] == [1, 2, 3, 4]
+    assert len({state.picture.tobytes() for state in shown}) == GROUPS
+    what = (folder, 2, 7, 3.0, photo, prefix, dtype)
+
+    words = shlex.split(repeat_command(*what))
+    assert words[:2] == ["dar", "sample"]
+    main([*words[1:-1], str(tmp_path / "drawn")])
+    drawn = np.asarray(Image.open(tmp_path / "drawn/images/002-0.png")).astype(int)
+    assert np.abs(small(shown[-1].picture) - drawn).max() <= 1
+
+    names: dict = {}
+    exec(repeat_python(*what), names)
+    again = to_uint8(names["image"])[0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(small(shown[-1].picture) - again).max() <= 1
+    kept = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))[0, :prefix].tolist()
+    assert names["preview"].codes[0, :prefix].tolist() == kept
+
+
+def test_reconstructions_begin_with_the_photo_and_end_with_all_tokens(pipe, photo):
+    pictures = list(reconstructions(pipe, read_photo(photo, 1)))
+    assert len(pictures) == 1 + GROUPS
+    assert np.array_equal(small(pictures[0]), np.asarray(picture(5)))
+    codes = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))
+    for groups in (1, GROUPS):
+        generator = torch.Generator().manual_seed(0)
+        expected = pipe.tokenizer.detokenize(codes, groups=groups, generator=generator)
+        expected = to_uint8(expected)[0].permute(1, 2, 0).numpy()
+        assert np.abs(small(pictures[groups]) - expected).max() <= 1
+
+
+def test_tokens_fill_in_from_the_first(pipe):
+    page = tokens_html([4, 0, 31], num_tokens=TOKENS, num_groups=GROUPS, kept=2)
+    texts = re.findall(r'class="token[^>]*>([^<]*)<', page)
+    assert texts == ["4", "0", "31", *["·"] * (TOKENS - 3)]
+    assert page.count("written") == 3
+    assert page.count('class="group"') == GROUPS
+    assert page.count("outline") == 2
+    assert "outline" not in tokens_html([], TOKENS, GROUPS, kept=2)
+
+
+def test_a_closed_drawing_stops(pipe, monkeypatch):
+    steps = []
+    original = type(pipe.ar).step
+    monkeypatch.setattr(type(pipe.ar), "step", lambda self, *args: steps.append(1) or original(self, *args))
+    drawing = draw(pipe, 0, 0, 2.0)
+    next(drawing)
+    drawing.close()
+    assert len(steps) == TOKENS // GROUPS - 1
+    assert not pipe.ar.training
+
+
+def test_photos_that_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"^the photo cannot be read: not an image of a known format$"):
+        read_photo(tmp_path / "text.png", 1)
+    (tmp_path / "large.png").write_bytes(bytes(1_100_000))
+    with pytest.raises(UserError, match=r"^the photo has 1\.1 MB: at most 1 MB are read$"):
+        read_photo(tmp_path / "large.png", 1)
+    picture(0).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"^the photo cannot be read: damaged"):
+        read_photo(tmp_path / "cut.png", 1)
+
+
+def test_enlarging_keeps_pixels():
+    image = enlarge(picture(0), 100)
+    assert image.size == (128, 128)
+    assert np.array_equal(np.asarray(image)[::4, ::4], np.asarray(picture(0)))
+    assert enlarge(picture(0), 1).size == (SIZE, SIZE)
+
+
+def test_work_that_is_stopped_begins_no_step():
+    work, log = Work(), []
+
+    def drawing():
+        try:
+            log.append("begun")
+            yield 1
+            log.append("went on")
+            yield 2
+        finally:
+            log.append("closed")
+
+    steps = work.steps(drawing())
+    assert next(steps) == 1
+    work.stop()
+    assert log == ["begun", "closed"]
+    assert list(steps) == []
+    other = threading.Thread(target=lambda: [log.append(number) for number in work.steps(drawing())], daemon=True)
+    other.start()
+    other.join(0.3)
+    assert log == ["begun", "closed"], "another thread waits"
+    work.step.release()
+    other.join()
+    assert log[2:] == ["begun", 1, "went on", 2, "closed"]

@@ -1,0 +1,245 @@
+"""`dar predict` that draws: which labels, the same image however it is drawn, and one line for each mistake."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CLASSES, GROUPS, SIZE
+
+from dar_lightning import DARPipeline
+from dar_lightning.cli import main
+from dar_lightning.data.transforms import to_uint8
+from dar_lightning.errors import UserError
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.generation.labels import LabelsDataModule
+from dar_lightning.generation.predict import GenerationModule
+from dar_lightning.records import provenance
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
+CONFIG = Path(__file__).parents[2] / "experiments" / "evaluate" / "sample50k.yaml"
+COUNT = 13
+
+
+def command(pipeline: str, output: Path, *more: str) -> list[str]:
+    words = ["predict", f"--config={CONFIG}", f"--trainer.callbacks.output={output}", "--trainer.accelerator=cpu"]
+    words += ["--trainer.enable_progress_bar=false", f"--model.init_args.pipeline={pipeline}"]
+    words += ["--model.init_args.rows=4", "--model.init_args.seed=5"]
+    sizes = {"num_images": COUNT, "batch_size": 4, "piece_size": 4}
+    return [*words, *(f"--data.init_args.{name}={value}" for name, value in sizes.items()), *more]
+
+
+def refusal(capsys, argv: list[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar predict: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "x.npz"
+    main(command(pipeline, output))
+    return output
+
+
+def test_images_are_those_of_the_pipeline(pipeline, whole):
+    """One by one, without Lightning; batches of other sizes round otherwise."""
+    pipe = DARPipeline.from_pretrained(pipeline)
+    with np.load(whole) as found:
+        images, labels = found["arr_0"], found["labels"]
+    assert labels.tolist() == [i % len(CLASSES) for i in range(COUNT)]
+    for i, image in enumerate(images):
+        generator = image_generator(5, i)
+        alone = to_uint8(pipe.generate(torch.tensor([i % 4]), guidance=(1.1, 8.0), generator=[generator]))
+        assert np.abs(alone[0].permute(1, 2, 0).numpy().astype(int) - image).max() <= 1
+    assert len({image.tobytes() for image in images}) == COUNT
+
+
+def test_every_seed_and_number_has_a_generator_of_its_own(pipeline):
+    first = [torch.rand(4, generator=image_generator(seed, i)) for seed in (0, 1, 2, 9999) for i in range(500)]
+    assert len({tuple(values.tolist()) for values in first}) == 2000
+    starts = sorted(image_generator(seed, 0).initial_seed() for seed in range(10_000))
+    assert min(b - a for a, b in zip(starts, [*starts[1:], starts[0] + 2**32], strict=True)) == 341_411
+    batch = {"index": torch.arange(4), "label": torch.arange(4)}
+    drawn = [GenerationModule(pipeline, seed, rows=4).predict_step(batch, 0) for seed in (0, 1)]
+    assert all(not torch.equal(*pair) for pair in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (3, 4), (64, 4), (5, 100), (2, 3)], ids=str)
+def test_neither_batches_nor_pieces_change_a_bit(pipeline, whole, sizes, tmp_path):
+    more = [f"--data.init_args.batch_size={sizes[0]}", f"--data.init_args.piece_size={sizes[1]}"]
+    main(command(pipeline, tmp_path / "y.npz", *more))
+    assert (tmp_path / "y.npz").read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["y.json", "y.npz"]
+
+
+def test_bfloat16_would_show_the_batch_size(pipeline, tmp_path):
+    """Why passes have a fixed number of rows: this is exact where the last test would have no power."""
+    module = GenerationModule(pipeline, rows=4).to(torch.bfloat16)
+    batch = {"index": torch.arange(8), "label": torch.arange(8) % 4}
+    together = module.predict_step(batch, 0)
+    for parts in ([1] * 8, [3, 5], [7, 1]):
+        split = {name: values.split(parts) for name, values in batch.items()}
+        batches = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+        assert torch.equal(torch.cat([module.predict_step(one, 0) for one in batches]), together)
+
+
+def test_the_protocol_lies_beside(whole):
+    protocol = json.loads(whole.with_suffix(".json").read_text())
+    expected = {"seed": 5, "guidance": [1.1, 8.0], "solver": "adams2", "num_steps": GROUPS, "n": COUNT, "rows": 4}
+    expected |= {"groups": GROUPS, "num_tokens": 8, "image_size": SIZE, "dtype": "float32", "device": "cpu"}
+    expected |= {"token_draws": "races of lowbias32"}
+    assert expected.items() <= protocol.items()
+    with np.load(whole) as found:
+        digests = b"".join(hashlib.sha256(image.tobytes()).digest() for image in found["arr_0"])
+    assert hashlib.sha256(digests).hexdigest() == protocol["pixels_sha256"]
+
+
+def test_a_finished_one_is_left_alone(pipeline, whole, capsys):
+    before = whole.stat().st_mtime_ns
+    main(command(pipeline, whole))
+    assert f"{COUNT} images" in capsys.readouterr().out
+    assert whole.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model.init_args.seed", "6"),
+        ("model.init_args.guidance", "3"),
+        ("model.init_args.num_steps", "3"),
+        ("model.init_args.groups", "2"),
+        ("model.init_args.rows", "5"),
+        ("data.init_args.num_images", "14"),
+        ("data.init_args.classes", "[0,1]"),
+        ("data.init_args.piece_size", "5"),
+        ("trainer.precision", "bf16-mixed"),
+    ],
+)
+def test_other_settings_are_refused(option, value, pipeline, whole, capsys):
+    line = refusal(capsys, command(pipeline, whole, f"--{option}={value}"))
+    name = option.rpartition(".")[2].replace("num_images", "n")
+    assert f"{whole.with_suffix('.json')} tells of images with {name}" in line
+
+
+def test_another_model_is_refused(pipeline, whole, tmp_path, capsys):
+    other = DARPipeline.from_pretrained(pipeline)
+    other.ar.head.weight.data[0] += 1
+    other.save_pretrained(tmp_path)
+    assert "with ar_sha256" in refusal(capsys, command(str(tmp_path), whole))
+
+
+def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
+    (tmp_path / "x.npz").write_bytes(b"mine")
+    assert "without its x.json" in refusal(capsys, command(pipeline, tmp_path / "x.npz"))
+    assert (tmp_path / "x.npz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.init_args.solver=eular", "solver is 'eular'"),
+        ("model.init_args.rows=0", "rows is 0"),
+        ("model.init_args.seed=-1", "seed is -1"),
+        ("model.init_args.groups=9", "groups is 9"),
+        ("model.init_args.groups=0", "groups is 0"),
+        ("model.init_args.num_steps=0", "num_steps is 0"),
+        ("model.init_args.temperature=0", "temperature is 0"),
+        ("model.init_args.pipeline=./nowhere", "./nowhere is not a folder"),
+        ("data.init_args.per_class=3", "give one of the two"),
+        ("data.init_args.batch_size=0", "batch_size is 0"),
+        ("data.init_args.classes=[4]", "classes is [4]: this pipeline has 0 to 3"),
+        ("data.init_args.classes=[1,1]", "name each class once"),
+        ("trainer.callbacks.output=x.zip", "output is x.zip"),
+    ],
+)
+def test_mistakes(option, message, pipeline, tmp_path, capsys):
+    assert message in refusal(capsys, command(pipeline, tmp_path / "x.npz", f"--{option}"))
+    assert list(tmp_path.iterdir()) == [], "nothing stands in the way of the right command"
+
+
+def test_other_data_is_refused(pipeline, tmp_path, capsys):
+    words = command(pipeline, tmp_path / "x.npz", "--data=lightning.pytorch.demos.boring_classes.BoringDataModule")
+    words = [word for word in words if not word.startswith("--data.init_args")]
+    assert "LabelsDataModule" in refusal(capsys, words)
+
+
+def test_another_model_than_one_that_draws_is_refused(pipeline, tmp_path, capsys):
+    words = command(pipeline, tmp_path / "x.npz", "--model=lightning.pytorch.demos.boring_classes.BoringModel")
+    words = [word for word in words if not word.startswith("--model.init_args")]
+    assert "model is BoringModel" in refusal(capsys, words)
+
+
+def test_a_trainer_that_stops_early(pipeline, whole, tmp_path, capsys):
+    output = tmp_path / "x.npz"
+    main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
+    assert "2 of 4 pieces are missing" in capsys.readouterr().out
+    assert not output.exists()
+    main(command(pipeline, output))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_every_kind_of_machine_that_drew_is_named(pipeline, whole, tmp_path, monkeypatch):
+    """A run goes on elsewhere; of a piece that was cut to nothing, nothing is left but its name."""
+    output = tmp_path / "x.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "device_name", lambda device: "another machine")
+        main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
+    (tmp_path / "x.parts/0000000.npy").write_bytes(b"")
+    main(command(pipeline, output))
+    assert output.read_bytes() == whole.read_bytes()
+    runs = json.loads(output.with_suffix(".json").read_text())["provenance"]
+    here = provenance.device_name(torch.device("cpu"))
+    assert sorted(run["device"] for run in runs) == sorted(["another machine", here])
+    assert all(run["versions"]["torch"] for run in runs)
+
+
+def test_images_of_other_draws_are_not_continued(pipeline, whole, tmp_path, capsys):
+    record = json.loads(whole.with_suffix(".json").read_text())
+    del record["token_draws"]  # as versions before wrote it
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts/settings.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as end:
+        main(command(pipeline, tmp_path / "x.npz"))
+    assert end.value.code == 2
+    assert "tells of images with token_draws None, now it is" in capsys.readouterr().err
+
+
+def test_pieces_that_a_kill_left_behind_are_cleared_away(pipeline, whole, tmp_path):
+    for suffix in (".npz", ".json"):
+        shutil.copy(whole.with_suffix(suffix), tmp_path / f"x{suffix}")
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts/settings.json").write_text(whole.with_suffix(".json").read_text())
+    main(command(pipeline, tmp_path / "x.npz"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
+    assert (tmp_path / "x.npz").read_bytes() == whole.read_bytes()
+
+
+def test_per_class_and_fewer_classes():
+    data = LabelsDataModule(per_class=2, classes=[3, 1])
+    data.trainer = type("Trainer", (), {"lightning_module": type("Module", (), {"num_classes": 4})})
+    data.setup("predict")
+    assert [data.dataset[i]["label"] for i in range(len(data.dataset))] == [3, 1, 3, 1]
+    with pytest.raises(UserError, match="num_images is None and per_class None"):
+        LabelsDataModule()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_fewer_groups_are_a_preview_and_cost_less(pipeline, groups):
+    module, pipe = GenerationModule(pipeline, rows=4, groups=groups), DARPipeline.from_pretrained(pipeline)
+    steps = []
+    module.ar.step, step = lambda *a: steps.append(1) or step(*a), module.ar.step
+    batch = {"index": torch.arange(4), "label": torch.arange(4)}
+    images = module.predict_step(batch, 0)
+    generators = [image_generator(0, i) for i in range(4)]
+    previews = list(pipe.stream(torch.arange(4), generator=generators))
+    assert torch.equal(images, to_uint8(previews[groups - 1].images))
+    assert len(steps) == groups * 2 - 1, "2 tokens per group, the first from the class token"
+    assert module.protocol["num_tokens"] == groups * 2

@@ -1,0 +1,265 @@
+"""Provenance: what git, the libraries and the process themselves say, in every kind of result."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from tiny_models import fit_ar, make_tokenizer, write_images
+
+from dar_lightning.cli import main
+from dar_lightning.records import provenance
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
+MODULE = Path(provenance.__file__)
+MAIN = """
+import json
+from types import SimpleNamespace
+from dar_lightning.records.provenance import provenance
+print(json.dumps(provenance(SimpleNamespace(type="cpu"), "bf16-mixed")))
+"""
+
+
+def package(root: Path) -> Path:
+    """A package of this name that has the module at hand and nothing else."""
+    folder = root / "dar_lightning"
+    folder.mkdir(parents=True)
+    shutil.copy(MODULE, folder)
+    (folder / "__init__.py").write_text('__version__ = "9.8"\n')
+    (folder / "__main__.py").write_text(MAIN)
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.check_output(["git", *who, *words], cwd=folder, text=True).strip()
+
+
+def repository(folder: Path) -> str:
+    """Commit everything in a folder; the commit."""
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"of {folder.name}\n")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "all")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def ask(package: Path, cwd: Path, *words: str, **environment: str) -> dict:
+    """What `python -m dar_lightning` says of itself, in a process of its own."""
+    variables = os.environ | {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    command = [sys.executable, "-m", "dar_lightning", *words]
+    return json.loads(subprocess.check_output(command, cwd=cwd, env=variables, text=True))
+
+
+@pytest.fixture
+def checkout(tmp_path) -> tuple[Path, str]:
+    folder = package(tmp_path / "checkout")
+    return folder, repository(folder.parent)
+
+
+def test_a_checkout_is_asked_wherever_the_command_runs(checkout, tmp_path):
+    folder, commit = checkout
+    other = tmp_path / "other"
+    assert repository(other) != commit
+    found = ask(folder, other, "fit", "--name=a b", GIT_DIR=str(other / ".git"))  # as git's hooks have it
+    assert {name: found["code"][name] for name in ("version", "commit", "changed")} == {
+        "version": "9.8",
+        "commit": commit,
+        "changed": False,
+    }
+    assert found["command"] == "dar fit '--name=a b'"
+    assert (found["precision"], found["device"][:5]) == ("bf16-mixed", "cpu (")
+
+
+@pytest.mark.parametrize(
+    ("path", "changed"),
+    [("README.md", True), ("dar_lightning/__init__.py", True), ("dar_lightning/new.py", True), ("notes.txt", False)],
+)
+def test_changes_of_the_tree_are_noted(checkout, path, changed):
+    folder, commit = checkout
+    with (folder.parent / path).open("a") as file:
+        file.write("# more\n")
+    found = ask(folder, folder)["code"]
+    assert (found["commit"], found["changed"]) == (commit, changed)
+
+
+@pytest.mark.parametrize("case", ["no git", "a git that hangs", "no repository", "installed inside of one"])
+def test_without_a_commit_there_is_none(case, tmp_path):
+    folder = package(tmp_path / "venv" / "site-packages")
+    path = os.environ["PATH"]
+    if case == "installed inside of one":
+        (tmp_path / ".gitignore").write_text("venv/\n")
+        repository(tmp_path)
+    if case.endswith(("git", "hangs")):
+        path = str(tmp_path / "bin")
+        (tmp_path / "bin").mkdir()
+    if case == "a git that hangs":
+        (tmp_path / "bin" / "git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+        (tmp_path / "bin" / "git").chmod(0o755)
+        module = folder / MODULE.name
+        module.write_text(module.read_text().replace("GIT_SECONDS = 5", "GIT_SECONDS = 0.2"))
+    found = ask(folder, tmp_path, PATH=path)["code"]
+    assert (found["version"], found["commit"], found["changed"]) == ("9.8", None, None)
+    assert len(found["sha256"]) == 64
+
+
+def test_the_hash_is_of_what_decides_results(checkout, tmp_path):
+    folder, _ = checkout
+    (folder / "shipped").mkdir()
+    (folder / "shipped" / "config.json").write_text("{}")
+    copy = tmp_path / "copy" / "dar_lightning"
+    shutil.copytree(folder, copy)
+    first = ask(folder, tmp_path)["code"]["sha256"]
+    assert ask(copy, tmp_path)["code"]["sha256"] == first
+    (copy / "README.md").write_text("words")
+    assert ask(copy, tmp_path)["code"]["sha256"] == first
+    (copy / "shipped" / "config.json").write_text('{"a": 1}')
+    second = ask(copy, tmp_path)["code"]["sha256"]
+    (copy / "shipped" / "config.json").rename(copy / "shipped" / "other.json")
+    assert len({first, second, ask(copy, tmp_path)["code"]["sha256"]}) == 3
+
+
+def test_names():
+    code = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": True, "sha256": "fedcba9876543210"}
+    names = [provenance.code_name(one) for one in (code, code | {"commit": None, "changed": None}, None)]
+    assert names == [
+        "dar_lightning 0.1.0, commit 0123456789ab with changes (package fedcba98)",
+        "dar_lightning 0.1.0 (package fedcba98)",
+        "code that was not noted",
+    ]
+
+
+# ---- every verb's record
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pipeline) -> Path:
+    """A folder with one small result of every verb."""
+    root = tmp_path_factory.mktemp("made")
+    make_tokenizer().save_pretrained(root / "tokenizer")
+    tokenizer, images = str(root / "tokenizer"), write_images(root / "images", 8)
+    measure = ["--reference", images, "--features", "color_edges", "--device=cpu"]
+    fid = {"tokenizer": tokenizer, "reference": images, "num_samples": 4, "features": "color_edges"}
+    callbacks = [
+        {"class_path": "GenerationFID", "init_args": fid},
+        {"class_path": "LastStepCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}},
+    ]
+    (root / "layer.yaml").write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
+    codes = str(root / "codes")
+    extract = ["extract", "--tokenizer", tokenizer, "--shards", images, "--output", codes, "--crops=center"]
+    rows = ["--title=t", "--task=reconstruct", '--rows=[{"solver": "euler"}]', "--pipeline", tokenizer]
+    draw = [
+        "predict",
+        "--model=dar_lightning.generation.predict.GenerationModule",
+        f"--model.init_args.pipeline={pipeline}",
+    ]
+    draw += ["--data=dar_lightning.generation.labels.LabelsDataModule", "--data.init_args.num_images=4"]
+    draw += ["--trainer.callbacks+=SampleWriter", f"--trainer.callbacks.output={root}/drawn.npz"]
+    for words in (
+        [*extract, "--accelerator=cpu", "--devices=1"],
+        [*fit_ar(codes, codes, root / "run", max_steps=1, val_check_interval=1), f"--config={root}/layer.yaml"],
+        ["reconstruct", "--tokenizer", tokenizer, "--shards", images, "--output", root / "out", "--device=cpu"],
+        ["sample", "--pipeline", pipeline, "--per_class=1", "--output", root / "out", "--device=cpu"],
+        ["evaluate", "--samples", root / "out/samples.npz", *measure, "--output", root / "out/evaluation.json"],
+        ["table", *rows, *measure, "--output", root / "table"],
+        [*draw, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={root}"],
+    ):
+        main([str(word) for word in words])
+    return root
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+RECORDS = {
+    "fit": ("32-true", lambda root: read(root / "run/logs/provenance.json")[0]),
+    "fit, checkpoint": ("32-true", lambda root: torch.load(root / "run/checkpoints/last.ckpt")["provenance"][0]),
+    "fit, FID": (
+        "32-true",
+        lambda root: read(next((root / "run/evaluation").glob("gFD-*")))["protocol"]["provenance"],
+    ),
+    "extract": ("32-true", lambda root: read(root / "codes/provenance.json")[0]),
+    "reconstruct": ("float32", lambda root: read(root / "out/reconstruction.json")["protocol"]["provenance"]),
+    "sample": ("float32", lambda root: read(root / "out/samples.json")["provenance"]),
+    "evaluate": ("float32", lambda root: read(root / "out/evaluation.json")["protocol"]["provenance"]),
+    "of what evaluate measured": (
+        "float32",
+        lambda root: read(root / "out/evaluation.json")["protocol"]["samples"]["provenance"],
+    ),
+    "table": ("float32", lambda root: read(root / "table/table.json")["provenance"]),
+    "table, row": ("float32", lambda root: read(root / "table/table.json")["rows"][0]["protocol"]["provenance"]),
+    "predict": ("32-true", lambda root: read(root / "drawn.json")["provenance"][0]),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_every_result_says_what_made_it(kind, made):
+    precision, record = RECORDS[kind]
+    found = record(made)
+    try:
+        commit = git(MODULE.parent, "rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):  # the tests of a source archive
+        commit = None
+    assert found["code"]["commit"] == commit
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["versions"]["lightning"] == lightning.__version__
+    assert found["device"].startswith("cpu")
+    assert found["precision"] == precision
+    assert shlex.split(found["command"]) == sys.orig_argv, "the tests' own; `python -m dar_lightning` is above"
+
+
+def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
+    """The second part is of other code, the third one of the same."""
+    codes = str(made / "codes")
+    monkeypatch.setattr(provenance, "_code_at_first_call", lambda: {"sha256": "other"})
+    for steps, start in ((2, made / "run/checkpoints/last.ckpt"), (3, "last")):
+        words = fit_ar(codes, codes, tmp_path / "run", max_steps=steps, limit_val_batches=0)
+        main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={start}"])
+    listed = read(tmp_path / "run/logs/provenance.json")
+    assert [one["from_step"] for one in listed] == [0, 1]
+    assert listed[0] == read(made / "run/logs/provenance.json")[0]
+    assert listed[1]["code"] == {"sha256": "other"}
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt")["provenance"] == listed
+
+
+def test_a_checkpoint_of_before_is_resumed(made, tmp_path):
+    checkpoint = torch.load(made / "run/checkpoints/last.ckpt")
+    del checkpoint["provenance"]
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    words = fit_ar(str(made / "codes"), str(made / "codes"), tmp_path / "run", max_steps=2, limit_val_batches=0)
+    main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={tmp_path}/before.ckpt"])
+    assert [one["from_step"] for one in read(tmp_path / "run/logs/provenance.json")] == [1]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_other_code_goes_on_with_an_extraction(noted, made, tmp_path, monkeypatch, capsys):
+    """Of two shards, one is made by the code at hand, or a version before, and the other by other code."""
+    source, output = tmp_path / "images", tmp_path / "codes"
+    shutil.copytree(made / "images", source)
+    (source / "index.json").unlink()
+    shutil.copy(source / "000000.tar", source / "000001.tar")
+    words = ["extract", f"--tokenizer={made}/tokenizer", f"--shards={source}", f"--output={output}", "--crops=center"]
+    words += ["--accelerator=cpu", "--devices=1"]
+    main(words)
+    (output / "index.json").unlink()
+    (output / "000001.safetensors").unlink()
+    (mine,) = read(output / "provenance.json")
+    if not noted:
+        (output / "provenance.json").unlink()
+    other = mine["code"] | {"version": "9.8", "sha256": "0" * 64}
+    monkeypatch.setattr(provenance, "_code_at_first_call", lambda: other)
+    capsys.readouterr()
+    main(words)
+    before = provenance.code_name(mine["code"]) if noted else "code that was not noted"
+    line = f"{output}: 1 of 2 token shards are of {before}, the others will be of {provenance.code_name(other)}\n"
+    assert capsys.readouterr().out.count(line) == 1
+    assert read(output / "provenance.json") == [*[mine] * noted, mine | {"code": other}]
+    assert read(output / "index.json")["samples"] == 16

@@ -1,0 +1,93 @@
+"""Whatever exchanges tensors between ranks, on the simulated GPU: writes what each run logged, or its error."""
+
+import json
+import sys
+import traceback
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from simulated_gpu import make_trainer
+from tiny_models import SIZE, make_ar, make_tokenizer
+
+from dar_lightning.data.bad_samples import Bad, Skipped
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.training import AblationModule, ARModule, TokenizerModule, callbacks
+
+images, val_images, tokens, val_tokens, tokenizer, out = sys.argv[1:]
+
+
+def trainer(name: str, *found: callbacks.StopOnSignal) -> Trainer:
+    folder = f"{out}/{name}"
+    options = dict(max_steps=4, val_check_interval=2, check_val_every_n_epoch=None, log_every_n_steps=1)
+    # Wrapped tensors and inference mode do not go together.
+    options |= dict(inference_mode=False, enable_progress_bar=False, enable_model_summary=False)
+    saver = callbacks.LastStepCheckpoint(dirpath=folder)
+    logger = TensorBoardLogger(folder)
+    return make_trainer(callbacks=[*found, saver], default_root_dir=folder, logger=logger, **options)
+
+
+def watched(name: str, *found) -> Trainer:
+    """With what both kinds of training have; Throughput counts on fake tensors, which know no such device."""
+    names = ("SkipBadSteps", "StopOnSignal", "EMA", "Memory", "OptimizerMonitor", "DataSpeed")
+    return trainer(name, *found, *(getattr(callbacks, name)() for name in names))
+
+
+def tokenizer_run() -> dict:
+    module = TokenizerModule(make_tokenizer().config)
+    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
+    return {"model": module, "datamodule": ImageNetDataModule(images, val_images, image_size=SIZE, batch_size=3)}
+
+
+def ar_run(kind: type[ARModule], **changes) -> dict:
+    module = kind(make_ar(**changes).config)
+    module.ar.load_state_dict(make_ar(**changes).state_dict())
+    return {"model": module, "datamodule": CodesDataModule(tokens, val_tokens, batch_size=4)}
+
+
+def reconstruction_fid() -> dict:
+    found = trainer("reconstruction_fid", callbacks.ReconstructionFID(6, "color_edges"))
+    return found.validate(**tokenizer_run(), verbose=False)[0]
+
+
+def generation_fid() -> dict:
+    fid = callbacks.GenerationFID(tokenizer, val_images, 9, "color_edges", batch_size=2)
+    return trainer("generation_fid", fid).validate(**ar_run(ARModule), verbose=False)[0]
+
+
+def tokenizer_training() -> dict:
+    warmup = callbacks.CodebookWarmup(2, collect_steps=1, revive_every=1, revive_until=9)
+    monitors = [callbacks.CodebookMonitor(), callbacks.GroupLoss(), callbacks.Reconstructions(2, 1)]
+    found = watched("tokenizer", warmup, *monitors)
+    found.fit(**tokenizer_run())
+    return found.callback_metrics
+
+
+def ar_training() -> dict:
+    found = watched("ar", callbacks.PositionLoss(4), callbacks.Samples(tokenizer, per_class=1))
+    found.fit(**ar_run(ARModule))
+    return found.callback_metrics
+
+
+def ablation_training() -> dict:
+    found = watched("ablation")
+    found.fit(**ar_run(AblationModule, order="random"))
+    return found.callback_metrics
+
+
+def bad_samples() -> dict:
+    skipped = Skipped("data.train", 100, 0.5)
+    skipped.add([Bad("0.tar/1", "empty")])
+    skipped.check(everywhere=True)
+    return {"known": len(skipped)}
+
+
+results = {}
+for run in (reconstruction_fid, generation_fid, tokenizer_training, ar_training, ablation_training, bad_samples):
+    try:
+        results[run.__name__] = {name: float(value) for name, value in run().items()}
+    except Exception as error:
+        traceback.print_exc()
+        results[run.__name__] = str(error).splitlines()[0]
+with open(f"{out}/results.json", "w") as file:
+    json.dump(results, file)

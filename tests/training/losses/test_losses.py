@@ -1,0 +1,188 @@
+"""LPIPS and REPA: against the networks called by hand, trained through, and kept out of copies and checkpoints."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from tiny_models import write_vgg
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.training import TokenizerModule
+from dar_lightning.training.losses import PerceptualLoss, RepaLoss
+
+TEACHER = "vit_base_patch16_224"  # width 768, quick to make
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    return write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(1)
+    vit = timm.create_model(TEACHER, pretrained=False, num_classes=0).eval()
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save(vit.state_dict(), path)
+    return vit, path
+
+
+def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
+    loss = PerceptualLoss(weights_path=str(vgg_file))
+    by_hand = _LPIPS(net="vgg", pnet_rand=True)
+    tensors = torch.load(vgg_file, weights_only=True)
+    for name, parameter in by_hand.net.named_parameters():
+        parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
+    a, b, t = torch.rand(2, 3, 32, 32) * 4 - 2, torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2)
+    torch.testing.assert_close(loss(a, b, t), by_hand(a, b).mean())
+    assert loss(b, b, t) == 0
+
+    # In training too: nothing is dropped, and the estimate is not clipped.
+    module = TokenizerModule(TokenizerConfig.preset("tiny"), perceptual=loss).train()
+    module._trainer = SimpleNamespace(global_step=0)
+    zero = torch.zeros(())
+    total, parts = module.total_loss({"flow": zero, "vq": zero, "commit": zero, "x1_hat": a, "t": t}, b)
+    torch.testing.assert_close(parts["perceptual"], by_hand(a, b).mean())
+    torch.testing.assert_close(total, 0.5 * by_hand(a, b).mean())
+    assert abs(by_hand(a.clamp(-1, 1), b).mean() - parts["perceptual"]) > 0.01 * parts["perceptual"]
+
+
+def test_perceptual_weighs_times_and_sees_a_part(vgg_file):
+    """With stride 2, one of the two halves, each as often: on average the whole."""
+    whole = PerceptualLoss(weights_path=str(vgg_file))
+    part = PerceptualLoss(weights_path=str(vgg_file), t_power=2, stride=2)
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    t = torch.tensor([0.0, 0.3, 0.5, 1.0])
+    each = torch.stack([whole(a[i : i + 1], b[i : i + 1], t[i : i + 1]) for i in range(4)])
+    halves = {round(float((each * t**2)[i::2].mean()), 4) for i in range(2)}
+    assert {round(float(part(a, b, t)), 4) for _ in range(20)} == halves
+    assert part(a[:1], b[:1], t[3:]) == each[0], "a batch smaller than the stride is seen"
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}, {"start_step": -1}, {"weight": -0.5}], ids=str)
+def test_perceptual_options_out_of_range(options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
+        PerceptualLoss(weights_path="never read", **options)
+
+
+def test_files_that_are_no_vgg(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is no VGG16 of torchvision"):
+        PerceptualLoss(weights_path=str(tmp_path / "x.pth"))
+    with pytest.raises(UserError, match="missing"):
+        PerceptualLoss(weights_path=str(tmp_path / "nowhere.pth"))
+
+
+def test_repa_compares_with_the_teachers_patches(teacher):
+    vit, path = teacher
+    loss = RepaLoss(model=TEACHER, weights_path=str(path))
+    images = torch.rand(1, 3, 224, 224) * 2 - 1
+    normalised = torchvision.transforms.functional.normalize(
+        (images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
+    with torch.no_grad():
+        patches = vit.forward_features(normalised)[:, 1:]
+    torch.testing.assert_close(loss.features(images), patches, atol=1e-4, rtol=1e-4)
+    assert loss.grid == (14, 14)
+    t = torch.tensor([0.5])
+    assert loss(patches, images, t).abs() < 1e-5
+    projected = torch.randn_like(patches)
+    cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
+    torch.testing.assert_close(loss(projected, images, t), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
+    late = RepaLoss(model=TEACHER, weights_path=str(path), t_power=2)
+    torch.testing.assert_close(late(projected, images, t), 0.25 * loss(projected, images, t))
+
+
+def test_bfloat16_changes_little(vgg_file, teacher):
+    """With bf16-mixed the networks compute in bfloat16, distances and similarities in float32."""
+    perceptual, repa = PerceptualLoss(weights_path=str(vgg_file)), RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+    images, t = torch.rand(1, 3, 64, 64) * 2 - 1, torch.ones(1)
+    estimate = (images + 0.3 * torch.randn_like(images)).requires_grad_()
+    projected = (repa.features(images) + torch.randn(1, 196, 768)).requires_grad_()
+
+    def values_and_gradients() -> list[torch.Tensor]:
+        values = [perceptual(estimate, images, t), repa(projected, images, t)]
+        return values + [torch.autograd.grad(v, x)[0] for v, x in zip(values, (estimate, projected), strict=True)]
+
+    exact = values_and_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = values_and_gradients()
+    for low, high in zip(mixed[:2], exact[:2], strict=True):
+        assert low.dtype == torch.float32
+        assert not torch.equal(low, high), "the network ran in bfloat16"
+        torch.testing.assert_close(low, high, rtol=0.005, atol=0)
+    for low, high in zip(mixed[2:], exact[2:], strict=True):
+        assert F.cosine_similarity(low.flatten(), high.flatten(), dim=0) > 0.98
+
+
+def test_a_teacher_of_another_width_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has width 192: REPA needs 768"):
+        RepaLoss(model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
+
+
+def test_repa_needs_a_layer(teacher):
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+    with pytest.raises(UserError, match="repa_layer is null"):
+        TokenizerModule(TokenizerConfig.preset("tiny"), repa=repa)
+
+
+def test_losses_start_when_told(vgg_file, teacher):
+    """Before that they are neither computed nor logged, and REPA's head has a gradient of zero, which DDP needs."""
+    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
+    perceptual = PerceptualLoss(weights_path=str(vgg_file), start_step=3)
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]), start_step=5)
+    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+    head = module.tokenizer.decoder.repa_head[0].weight
+    seen = {}
+    for done in (2, 3, 4, 5):
+        module._trainer = SimpleNamespace(global_step=done)
+        module.zero_grad()
+        batch = {"image": torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)}
+        output = module.training_step(batch, 0)
+        output["loss"].backward()
+        assert [name for name, p in module.named_parameters() if p.grad is None] == []
+        assert bool(head.grad.any()) == (done == 5)
+        values = seen[done] = {name: float(value) for name, value in output["parts"].items()}
+        named = values["flow"] + values["vq"] + values["commit"]
+        further = 0.5 * values.get("perceptual", 0) + 0.5 * values.get("repa", 0)
+        assert values["loss"] == pytest.approx(named + further, rel=1e-5)
+    assert ["perceptual" in seen[done] for done in (2, 3, 4, 5)] == [False, True, True, True]
+    assert ["repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_path):
+    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
+    perceptual = PerceptualLoss(weights_path=str(vgg_file))
+    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+    names = set(module.state_dict())
+    assert all(name.startswith("tokenizer.") for name in names)
+    assert copy.deepcopy(module).repa.teacher is repa.teacher
+
+    batch = {"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
+    before = module.tokenizer.decoder.repa_head[0].weight.detach().clone()
+    ema = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    options = dict(logger=False, enable_checkpointing=False, log_every_n_steps=1)
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[ema], **options)
+    trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
+    assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
+    assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
+    frozen = [*perceptual.distance.network.parameters(), *repa.teacher.network.parameters()]
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
+    optimized = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in module.tokenizer.parameters()}
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
+    sizes = [sum(p.numel() * p.element_size() for p in list_) for list_ in (module.parameters(), frozen)]
+    assert (tmp_path / "x.ckpt").stat().st_size < 5 * sizes[0] < sizes[1], "weights, average, two moments, and a little"

@@ -1,0 +1,151 @@
+"""AblationModule: the paper's training step under other orders, measured by place, and what it exports."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from tiny_models import AR, CODES, GROUPS, TOKENS, make_ar, make_tokenizer, random_codes, write_images, write_tokens
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.order import fixed_order, placed
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.errors import UserError
+from dar_lightning.training import AblationModule, ARModule
+from dar_lightning.training.callbacks import GenerationFID, Throughput
+from dar_lightning.weights.lightning import load_lightning_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+BATCH = {"codes": torch.from_numpy(random_codes(4)), "label": torch.arange(4), "valid": torch.ones(4, dtype=bool)}
+
+
+def make_module(**changes) -> AblationModule:
+    changes = {"order_groups": GROUPS, "class_dropout": 0.0, "token_dropout": 0.0} | changes
+    changes |= {"residual_dropout": 0.0, "ffn_dropout": 0.0}
+    module = AblationModule(ARConfig(**AR | changes))
+    module.ar.load_state_dict(make_ar(**changes).state_dict())
+    module.log = module.log_dict = lambda *args, **options: None
+    return module
+
+
+@pytest.mark.parametrize("order", ["coarse_to_fine", "reversed", "random", "interleaved"])
+def test_a_step_is_the_plain_one_on_permuted_tokens(order):
+    module, plain = make_module(order=order), make_module()
+    places = fixed_order(order, TOKENS, GROUPS, seed=0)
+    outputs = module.training_step(BATCH, 0)
+    wanted = plain.training_step(BATCH | {"codes": BATCH["codes"][:, places]}, 0)
+    assert outputs["loss"] == wanted["loss"]
+    assert torch.equal(outputs["token_loss"][:, places], wanted["token_loss"]), "each loss at its token's place"
+
+
+def test_validation_by_place():
+    module = make_module(order="random_per_sample").eval()
+    outputs = module._evaluate(BATCH, "val", 3)
+    order = outputs["order"]
+    codes = BATCH["codes"].gather(1, order)
+    p = module.ar(BATCH["label"], codes, order).double().softmax(dim=-1)
+    loss = -p.gather(2, codes[..., None])[..., 0].log()
+    entropy = torch.distributions.Categorical(probs=p).entropy()
+    assert torch.allclose(outputs["token_loss"].double(), placed(loss, order), atol=1e-5)
+    assert torch.allclose(outputs["entropy"].double(), placed(entropy, order), atol=1e-5)
+    assert torch.equal(order, module._evaluate(BATCH, "val", 3)["order"]), "every validation has the same orders"
+    assert not torch.equal(order, module._evaluate(BATCH, "val", 4)["order"])
+    padded = BATCH | {"valid": torch.tensor([True, False, True, False])}
+    assert torch.equal(module._evaluate(padded, "val", 3)["hit"], outputs["hit"][[0, 2]])
+    assert module._evaluate(BATCH | {"valid": torch.zeros(4, dtype=bool)}, "val", 3) is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"order": "reversed"}, {"order": "random_per_sample"}, {"num_tokens": 4, "order_groups": 2}]
+)
+def test_a_run_logs_groups_and_its_own_distance(changes, tmp_path):
+    tokens, images = write_tokens(tmp_path / "tokens", 8), write_images(tmp_path / "images", 8)
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    fid = GenerationFID(str(tmp_path / "tokenizer"), images, num_samples=8, features="color_edges")
+    module = AblationModule(ARConfig(**AR | {"order_groups": GROUPS} | changes))
+    groups = module.ar.config.order_groups
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=CSVLogger(tmp_path, "", ""),
+        callbacks=[fid, Throughput(peak_tflops=1.0)],
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, datamodule=CodesDataModule(tokens, tokens, batch_size=4))
+    figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    for name in (
+        "groups/val_loss",
+        "groups/val_accuracy",
+        "groups/val_entropy",
+        "written/val_loss",
+        "groups/train_loss",
+    ):
+        assert {key for key in figures if key.startswith(f"{name}_")} == {f"{name}_{k}" for k in range(groups)}
+    by_group = [figures[f"groups/val_loss_{k}"] for k in range(groups)]
+    assert sum(by_group) / groups == pytest.approx(figures["val/loss"], rel=1e-5)
+    by_writing = [figures[f"written/val_loss_{k}"] for k in range(groups)]
+    if changes.get("order") == "reversed":
+        assert by_writing == pytest.approx(by_group[::-1])
+    assert 0 < figures["val/entropy"] <= math.log(CODES) + 1e-6
+    assert math.isfinite(figures["val/gFD-color_edges"])
+    (written,) = (tmp_path / "evaluation").glob("*0000002.json")
+    assert json.loads(written.read_text())["metrics"]["gFD-color_edges"] == pytest.approx(
+        figures["val/gFD-color_edges"]
+    )
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    exported = load_lightning_checkpoint(tmp_path / "last.ckpt")
+    assert exported.config == module.ar.config
+    labels = torch.arange(4)
+    codes = BATCH["codes"][:, : exported.config.num_tokens]
+    order = exported.draw_order(4, torch.Generator().manual_seed(0))
+    assert torch.equal(exported(labels, codes, order), module.ar.eval()(labels, codes, order))
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"ARModule trains coarse_to_fine, .*AblationModule the others"):
+        ARModule(ARConfig(**AR | {"order": "reversed"}))
+    data = CodesDataModule(write_tokens(tmp_path / "tokens", 4), batch_size=4)
+    with pytest.raises(UserError, match="num_tokens is 16 in the config: the data has 8 per image"):
+        make_module(num_tokens=16).check_data(data)
+    with pytest.raises(UserError, match="num_tokens is 4 in the config: the data has 8 per image"):
+        ARModule(ARConfig(**AR | {"num_tokens": 4})).check_data(data)
+
+
+def test_the_first_tokens_are_whole_groups_of_the_data(tmp_path):
+    data = CodesDataModule(write_tokens(tmp_path / "tokens", 4), batch_size=4)
+    index = tmp_path / "tokens" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer_config": {"num_groups": GROUPS}}))
+    make_module(num_tokens=TOKENS // 2, order_groups=GROUPS // 2).check_data(data)
+    make_module(order_groups=2 * GROUPS).check_data(data)
+    with pytest.raises(UserError, match=r"order_groups is 4 in the config: num_tokens 4 must be .* of the 2 tokens"):
+        make_module(num_tokens=TOKENS // 2).check_data(data)
+
+
+def test_the_order_is_learnt():
+    """Each token is its left neighbour's successor: reversed, it is still told by the one written before."""
+    torch.manual_seed(0)
+    module = make_module(order="reversed", dim=64)
+    for parameter in module.ar.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+        else:
+            torch.nn.init.ones_(parameter)
+    optimizer = torch.optim.AdamW(module.ar.parameters(), lr=3e-3)
+    for _ in range(150):
+        start = torch.randint(CODES, (32, 1))
+        batch = {"codes": (start + torch.arange(TOKENS)) % CODES, "label": torch.zeros(32, dtype=torch.long)}
+        outputs = module.training_step(batch, 0)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        optimizer.step()
+    by_place = F.relu(outputs["token_loss"]).mean(dim=0)
+    assert by_place[-1] > 2.0, "written first: nothing tells it"
+    assert by_place[:-1].max() < 0.5

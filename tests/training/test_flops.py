@@ -1,0 +1,87 @@
+"""FLOPs of a training step against closed forms; counting leaves everything as it was."""
+
+import pytest
+import torch
+from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, write_vgg
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.training import ARModule, TokenizerModule
+from dar_lightning.training.flops import step_flops
+from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss
+
+IMAGES = {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
+
+
+def test_the_ar_model_in_closed_form():
+    """Per layer and token 2 per weight, and 4 D for each of N / 2 keys; the backward pass is twice that."""
+    module = ARModule(ARConfig(**AR))
+    dim, depth, ffn = AR["dim"], AR["depth"], module.ar.config.ffn_dim
+    per_token = depth * (2 * (4 * dim**2 + 3 * dim * ffn) + 4 * TOKENS // 2 * dim) + 2 * dim * CODES
+    batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
+    assert step_flops(module, batch) == 3 * 5 * TOKENS * per_token
+
+
+class Aligned:
+    """In the place of REPA: its projection is computed, and no teacher."""
+
+    weight, start_step, grid = 0.5, 0, 16
+
+    def has_started(self, step: int) -> bool:
+        return True
+
+    def __call__(self, projected, images, t):
+        return projected.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155), ("light", 457), ("v1", 1294)]
+)
+def test_the_sizes_of_the_paper(size, gflop):
+    """What docs and recipes say, of one image or sequence."""
+    image = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+    tokens = {"codes": torch.zeros(1, 256, dtype=torch.long), "label": torch.zeros(1, dtype=torch.long)}
+    with FakeTensorMode():
+        if size in ("light", "v1"):
+            module, batch = TokenizerModule(preset=size), image
+            module.repa = Aligned()
+        else:
+            module, batch = ARModule(preset=size), tokens
+    assert step_flops(module, batch) / 1e9 == pytest.approx(gflop, rel=0.005)
+
+
+def test_lpips_in_closed_form(vgg_file):
+    """VGG16 over both images, and back to the pixels of one; 1x1 heads over the features, and back."""
+    sides, widths = (32, 16, 8, 4, 2), (64, 128, 256, 512, 512)
+    depths, channels, convolutions, heads = (2, 2, 3, 3, 3), 3, 0, 0
+    for side, width, depth in zip(sides, widths, depths, strict=True):
+        for _ in range(depth):
+            convolutions += 2 * 9 * channels * width * side**2
+            channels = width
+        heads += 2 * width * side**2
+    plain = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER)), IMAGES)
+    for stride in (1, 4):
+        loss = PerceptualLoss(weights_path=vgg_file, stride=stride, start_step=100)
+        found = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER), perceptual=loss), IMAGES)
+        assert found - plain == 4 // stride * (3 * convolutions + 2 * heads)
+        assert loss.start_step == 100
+
+
+def test_counting_changes_nothing(vgg_file):
+    options = dict(perceptual=PerceptualLoss(weights_path=vgg_file), adversarial=AdversarialLoss(channels=4, depth=1))
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"latent_norm": "batch"}), **options)
+    vgg = module.perceptual.distance.network
+    before = {name: tensor.clone() for name, tensor in (module.state_dict() | vgg.state_dict()).items()}
+    state = torch.get_rng_state()
+    assert step_flops(module, IMAGES) == step_flops(module, IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = module.state_dict() | vgg.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -1,0 +1,86 @@
+"""A training step reads nothing back from the device, which would wait for it, except where it logs."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from tiny_models import AR, SIZE, TOKENIZER, TOKENS
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.training import ARModule, TokenizerModule
+from dar_lightning.training.callbacks import GlobalBatch
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("time_sampling", ["uniform", "stratified"])
+def test_a_tokenizer_step_runs_where_nothing_can_be_read(time_sampling, recompute):
+    parts = ["encoder", "conditioner", "decoder"] if recompute else None
+    config = TokenizerConfig(**TOKENIZER | {"latent_norm": "batch"})
+    with FakeTensorMode():
+        module = TokenizerModule(config, time_sampling=time_sampling, activation_checkpointing=parts)
+        check(module, {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_ar_step_runs_where_nothing_can_be_read(recompute):
+    with FakeTensorMode():
+        module = ARModule(ARConfig(**AR), activation_checkpointing=recompute)
+        check(module, {"codes": torch.zeros(4, TOKENS, dtype=torch.int64), "label": torch.zeros(4, dtype=torch.int64)})
+
+
+def check(module, batch: dict) -> None:
+    """Tensors without data: every reading, and every shape that depends on values, is an error."""
+    output = module.training_step(batch, 0)
+    loss = output["loss"] if isinstance(output, dict) else output
+    loss.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    with pytest.raises(DataDependentOutputException):
+        loss.item()
+
+
+READING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class Readings(TorchDispatchMode):
+    """Counts them by the optimizer steps that are done."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self.trainer, self.steps = trainer, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in READING:
+            self.steps.add(self.trainer.global_step)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "ar"])
+def test_the_trainer_reads_only_what_it_logs(part, images, tokens, tmp_path):
+    """With clipping, mixed precision, accumulation and the learning rate's schedule."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        limit_val_batches=0,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        log_every_n_steps=3,
+        logger=CSVLogger(tmp_path),
+        callbacks=[GlobalBatch(4)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if part == "tokenizer":
+        module, data = TokenizerModule(TokenizerConfig(**TOKENIZER)), ImageNetDataModule(*images, SIZE, batch_size=2)
+    else:
+        module, data = ARModule(ARConfig(**AR)), CodesDataModule(*tokens, batch_size=2)
+    with Readings(trainer) as readings:
+        trainer.fit(module, datamodule=data)
+    assert readings.steps == {0, 3}, "the loader's seed, and the log of step 3"

@@ -1,0 +1,328 @@
+"""What a training step computes, against the same by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.sampling import generate
+from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.training import ARModule, TokenizerModule
+from dar_lightning.training.callbacks import EMA, CodebookWarmup
+from dar_lightning.training.flops import step_flops
+from dar_lightning.training.optim import OptimizerConfig
+from dar_lightning.training.seeding import seed_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+
+
+# New models put out zeros, whatever they are given: these have the weights of made-up trained ones.
+def tokenizer_module(time_sampling: str = "uniform") -> TokenizerModule:
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER), time_sampling=time_sampling)
+    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
+    return module
+
+
+def ar_module(**changes) -> ARModule:
+    module = ARModule(ARConfig(**AR | changes))
+    module.ar.load_state_dict(make_ar(**changes).state_dict())
+    return module
+
+
+def trainer(**options) -> Trainer:
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    return Trainer(accelerator="cpu", num_sanity_val_steps=0, log_every_n_steps=1, **quiet | options)
+
+
+def logged_by_first_step(module: LightningModule, data: LightningDataModule) -> dict:
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(module, datamodule=data)
+    return run.logged_metrics
+
+
+def test_the_tokenizer_trains_on_its_losses(images):
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    module = tokenizer_module()
+    tokenizer = copy.deepcopy(module.tokenizer)
+    logged = logged_by_first_step(module, ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+
+    seed_batch(rank=0, batch=0)
+    u = torch.rand(4)
+    noise = torch.randn(4, 3, SIZE, SIZE)
+    losses = tokenizer.train().training_losses(batch["image"] / 127.5 - 1, u, noise)
+    for name in ("flow", "vq", "commit"):
+        assert float(logged[f"train/{name}"]) == pytest.approx(float(losses[name]), rel=1e-5)
+    total = float(losses["flow"] + losses["vq"] + losses["commit"])
+    assert float(logged["train/loss"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_stratified_times_train_each_group_once(images):
+    module = tokenizer_module("stratified")
+    seen = []
+    original = module.tokenizer.training_losses
+    module.tokenizer.training_losses = lambda pixels, u: seen.append(u) or original(pixels, u)
+    trainer(max_steps=5, limit_val_batches=0).fit(
+        module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    )
+    assert len(seen) == 5
+    for u in seen:
+        nearest = (u * 4 + 0.5).floor().clamp(max=3)  # of four groups, and batches of four
+        assert sorted(nearest.int().tolist()) == [0, 1, 2, 3]
+    assert len({tuple(u.tolist()) for u in seen}) == 5
+
+
+def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
+    batch = next(iter(CodesDataModule(*tokens, batch_size=4).train_dataloader()))
+    module = ar_module(class_dropout=0.5)
+    ar = copy.deepcopy(module.ar)
+    logged = logged_by_first_step(module, CodesDataModule(*tokens, batch_size=4))
+
+    seed_batch(rank=0, batch=0)
+    log_p = ar.train()(batch["label"], batch["codes"]).log_softmax(-1)
+    by_hand = -log_p.gather(2, batch["codes"][..., None]).mean()
+    without_dropout = F.cross_entropy(ar.eval()(batch["label"], batch["codes"]).transpose(1, 2), batch["codes"])
+    assert float(logged["train/loss"]) == pytest.approx(float(by_hand), rel=1e-5)
+    assert abs(float(without_dropout) - float(by_hand)) > 1e-4
+
+
+class Outputs(Callback):
+    """Keeps what callbacks are given of the last step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.outputs = outputs
+
+
+@pytest.mark.parametrize("make", [tokenizer_module, ar_module])
+def test_who_keeps_a_steps_outputs_keeps_no_graph(images, tokens, make):
+    seen = Outputs()
+    image_data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    data = CodesDataModule(*tokens, batch_size=4) if make is ar_module else image_data
+    trainer(max_steps=1, limit_val_batches=0, callbacks=[seen]).fit(make(), datamodule=data)
+    tensors = [leaf for leaf in tree_leaves(seen.outputs) if leaf is not None]
+    assert tensors
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_ranks_batches_and_runs_draw_differently(monkeypatch):
+    draws = set()
+    for run in ("0", "1", "7"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", run)
+        for rank in range(8):
+            for batch in range(50):
+                seed_batch(rank, batch)
+                draws.add(float(torch.rand((), dtype=torch.float64)))
+    assert len(draws) == 3 * 8 * 50
+
+
+def test_four_sequences_are_learnt_by_heart():
+    codes = torch.from_numpy(random_codes(4))
+    quiet = dict(class_dropout=0.0, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+    torch.manual_seed(0)
+    module = ARModule(ARConfig(**AR | quiet), OptimizerConfig(lr=1e-2))
+    samples = [{"label": torch.tensor(i), "codes": codes[i]} for i in range(4)]
+    run = trainer(max_epochs=150, max_steps=-1)
+    run.fit(module, DataLoader(samples, batch_size=4))
+    assert float(run.logged_metrics["train/loss"]) < 0.01
+    assert torch.equal(generate(module.ar, torch.arange(4), top_k=1), codes)
+
+
+# ---- validation
+
+
+def test_validation_loss_is_the_mean_over_all_sequences(tokens):
+    """Seven sequences in batches of four: each counts once."""
+    data = CodesDataModule(*tokens, batch_size=4)
+    module = ar_module()
+    logged = trainer().validate(module, datamodule=data, verbose=False)[0]
+    everything = next(iter(CodesDataModule(*tokens, batch_size=7).val_dataloader()))
+    logits = module.ar.eval()(everything["label"], everything["codes"])
+    loss = F.cross_entropy(logits.transpose(1, 2), everything["codes"])
+    assert logged["val/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert logged["val/accuracy"] == pytest.approx(float((logits.argmax(-1) == everything["codes"]).float().mean()))
+
+
+def caught(module: LightningModule, batch: dict) -> dict[str, float]:
+    """What a validation step logs."""
+    found = {}
+    module.log_dict = lambda values, batch_size=None, **_: found.update(values | {"batch_size": batch_size})
+    with torch.no_grad():
+        module.eval().validation_step(batch, 3)
+    return {name: float(value) for name, value in found.items()}
+
+
+VALID = torch.tensor([True, True, False, True, False])
+
+
+def test_validation_does_not_see_padding_in_images():
+    pixels = torch.randint(256, (5, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    module = tokenizer_module()
+    found = caught(module, {"image": pixels, "valid": VALID})
+    used = module.codebook_use.compute()
+    module.codebook_use.reset()
+    other = caught(module, {"image": torch.where(VALID[:, None, None, None], pixels, 255 - pixels), "valid": VALID})
+    assert found == other
+    assert found["batch_size"] == 3
+    assert module.codebook_use.compute() == used
+    codes = module.tokenizer.tokenize(pixels[VALID] / 127.5 - 1)
+    assert float(used[0]) == pytest.approx(len(codes.unique()) / CODES)
+
+
+def test_validation_does_not_see_padding_in_tokens():
+    codes = torch.from_numpy(random_codes(5))
+    module = ar_module()
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    found = caught(module, {"codes": codes, "label": labels, "valid": VALID})
+    kept = caught(module, {"codes": codes[VALID], "label": labels[VALID], "valid": VALID[VALID]})
+    assert found == pytest.approx(kept, rel=1e-5)
+    assert caught(module, {"codes": codes, "label": labels, "valid": ~VALID}) != pytest.approx(kept, rel=1e-3)
+
+
+def test_a_batch_of_padding_alone_weighs_nothing():
+    padding = torch.zeros(2, dtype=torch.bool)
+    pixels = torch.randint(256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tokenizer = tokenizer_module()
+    codes = torch.from_numpy(random_codes(2))
+    for module, batch in (
+        (tokenizer, {"image": pixels, "valid": padding}),
+        (ar_module(), {"codes": codes, "label": torch.tensor([0, 1]), "valid": padding}),
+    ):
+        found = caught(module, batch)
+        assert found.pop("batch_size") == 0
+        assert torch.tensor(list(found.values())).isfinite().all()
+    assert int(tokenizer.codebook_use.counts.sum()) == 0
+
+
+def test_testing_measures_what_validation_does(images, tokens):
+    for module, data in (
+        (tokenizer_module(), ImageNetDataModule(*images, image_size=SIZE, batch_size=4)),
+        (ar_module(), CodesDataModule(*tokens, batch_size=4)),
+    ):
+        validated = trainer().validate(module, datamodule=data, verbose=False)[0]
+        tested = trainer().test(module, datamodule=data, verbose=False)[0]
+        assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()}
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
+    assert not any(parameter.requires_grad for parameter in module.tokenizer.decoder.repa_head.parameters())
+    module.training_step({"image": torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)}, 0)["loss"].backward()
+    assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+# ---- starting from what is there
+
+
+@pytest.mark.parametrize("make", [tokenizer_module, ar_module])
+def test_load_from_checkpoint_needs_nothing_else(make, images, tokens, tmp_path):
+    module = make()
+    data = (
+        ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+        if make is tokenizer_module
+        else CodesDataModule(*tokens, batch_size=4)
+    )
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = type(module).load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    ours, theirs = module.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert again.hparams == module.hparams
+
+
+def test_a_tokenizer_starts_from_one_with_another_codebook(tmp_path, caplog):
+    source = make_tokenizer(5)
+    source.save_pretrained(tmp_path / "source")
+    config = TokenizerConfig(**TOKENIZER | {"codebook_size": 2 * CODES})
+    with caplog.at_level("INFO"):
+        tuned = TokenizerModule(config, init_from=str(tmp_path / "source")).tokenizer
+    assert tuned.config == config
+    theirs = source.state_dict()
+    same = {name for name, tensor in tuned.state_dict().items() if torch.equal(tensor, theirs[name])}
+    assert same == set(theirs) - {"quantizer.codebook"}
+    assert f"loaded {len(theirs) - 1} of {len(theirs)} tensors" in caplog.text
+    assert "1 start fresh: quantizer.codebook" in caplog.text
+
+
+@pytest.fixture
+def frozen(images, tmp_path):
+    """A tokenizer whose latent_norm has seen images, its config with a finer decoder, and the same of others."""
+    source = make_tokenizer(5, latent_norm="batch")
+    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    source.train().training_losses(next(iter(data.train_dataloader()))["image"] / 127.5 - 1)
+    source.eval().save_pretrained(tmp_path / "source")
+
+    def make(freeze_encoder: bool = True, **changes) -> TokenizerModule:
+        config = TokenizerConfig(**TOKENIZER | {"latent_norm": "batch", "decoder_patch_size": 4} | changes)
+        return TokenizerModule(config, init_from=str(tmp_path / "source"), freeze_encoder=freeze_encoder)
+
+    return source, data, make
+
+
+def test_a_finer_decoder_learns_on_frozen_tokens(frozen):
+    """Encoder and codebook stay bit for bit, in the average too; the rest learns."""
+    source, data, make = frozen
+    module, average = make(), EMA(0.5)
+    module.train()
+    before = copy.deepcopy(module.tokenizer.state_dict())
+    trainer(max_steps=4, limit_val_batches=1, val_check_interval=1, callbacks=[average]).fit(module, datamodule=data)
+    after = module.tokenizer.state_dict()
+    assert {name.split(".")[0] for name in after if (after[name] != before[name]).any()} == {"conditioner", "decoder"}
+    batch = next(iter(data.val_dataloader()))["image"] / 127.5 - 1
+    assert torch.equal(module.tokenizer.tokenize(batch), source.tokenize(batch))
+
+
+def test_frozen_tokens_cost_no_backward(frozen):
+    _, data, make = frozen
+    batch = next(iter(data.train_dataloader()))
+    whole, part = (step_flops(make(freeze), batch) for freeze in (False, True))
+    assert part < whole
+
+
+def test_what_would_change_frozen_tokens_is_refused(frozen, tmp_path):
+    _, data, make = frozen
+    for changes in ({"codebook_size": 2 * CODES}, {"absolute_positions": True}, {"latent_norm": "none"}):
+        (name,) = changes
+        with pytest.raises(UserError, match=rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source"):
+            make(**changes)
+    make(freeze_encoder=False, codebook_size=2 * CODES)
+    with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
+        TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True)
+    with pytest.raises(UserError, match="CodebookWarmup moves codes, which freeze_encoder keeps"):
+        trainer(max_steps=1, callbacks=[CodebookWarmup(1, 1)]).fit(make(), datamodule=data)
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
+    _, data, make = frozen
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(make(was), datamodule=data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=f"freeze_encoder is {not was}, and was {was} in the run of the checkpoint"):
+        trainer(max_steps=2).fit(make(not was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    again = trainer(max_steps=2, limit_val_batches=0)
+    again.fit(make(was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert again.global_step == 2
+    trainer(limit_val_batches=1).validate(make(not was), data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+
+
+def test_nothing_to_start_from(tmp_path):
+    make_ar().save_pretrained(tmp_path / "ar")
+    with pytest.raises(UserError, match="no tensor there fits"):
+        ar_module_from(tmp_path / "ar", dim=64, vocab_size=CODES + 1, num_classes=9)
+    with pytest.raises(UserError, match="not a folder"):
+        ar_module_from(tmp_path / "no" / "such" / "folder")
+
+
+def ar_module_from(folder, **changes) -> ARModule:
+    return ARModule(ARConfig(**AR | {"num_tokens": TOKENS} | changes), init_from=str(folder))
