@@ -1,4 +1,4 @@
-"""What both models' transformer blocks share: rotary positions (RoPE), activation checkpointing, torch.compile."""
+"""Transformer parts of both models: rotary positions (RoPE), KV cache, activation checkpointing, torch.compile."""
 
 import os
 import shutil
@@ -33,6 +33,29 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
     return turned.flatten(-2).to(x.dtype)
+
+
+class KVCache:
+    """Key-value cache of all attention layers of a model, allocated once.
+
+    Args:
+        shape: (layers, batch, heads, capacity, head_dim); capacity is the length of the longest sequence.
+        weight: of the model; the cache is on its device, in its dtype or, under autocast, in autocast's.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], weight: Tensor):
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self.buffer = torch.empty(shape[0], 2, *shape[1:], device=weight.device, dtype=dtype)
+        self.length = 0  # of the sequences so far; the model counts on when all layers have written
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, heads, n, head_dim) after `length`; return views of all (B, heads, m, head_dim)."""
+        end = self.length + keys.shape[2]
+        k, v = self.buffer[layer]
+        k[:, :, self.length : end] = keys
+        v[:, :, self.length : end] = values
+        return k[:, :, :end], v[:, :, :end]
 
 
 def run_block(block: nn.Module, *inputs, recompute: bool):

@@ -24,7 +24,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw, filter_logits
+from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.commands.extract import extract
 from dar_lightning.layers import rotate
 from dar_lightning.metrics.frozen import FrozenNetwork
@@ -286,15 +286,15 @@ def test_drawing_is_in_float32_from_the_head_on(weights):
         ar = on_fake_cuda(ARModel(ARConfig(**AR)), weights).eval()
         found = streams(ar=ar)
         labels, codes = torch.zeros(2 * BATCH, dtype=torch.long), torch.zeros(2 * BATCH, 3, dtype=torch.long)
-        cache = ar.make_cache(2 * BATCH)
         with torch.no_grad():
-            logits = [ar.start(labels, codes, cache), ar.step(codes[:, 0], cache), ar(labels, codes)[:, 0]]
+            first, cache = ar.start(labels, codes)
+            logits = [first, ar.step(codes[:, 0], cache), ar(labels, codes)[:, 0]]
         assert {each.dtype for each in logits} == {F32}
         assert set(found["ar"]) == {weights}
         assert cache.buffer.dtype == BF16
         keys = draw_keys(BATCH, 1, None, torch.device("cuda"))[:, 0]
         with Trace() as trace:
-            draw(filter_logits(guide(logits[0], 3.0) / 0.9, top_k=5, top_p=0.9), keys)
+            draw_tokens(filter_logits(guide(logits[0], 3.0) / 0.9, top_k=5, top_p=0.9), keys)
         assert trace.dtypes() == {F32}
         assert trace.inputs("_softmax", "sort", "topk", "log1p_")
 
@@ -304,7 +304,7 @@ def test_greedy_is_the_first_of_equal_logits():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 5.0, 4.0]])
     for seed in range(20):
         keys = draw_keys(3, 1, torch.Generator().manual_seed(seed), torch.device("cpu"))[:, 0]
-        assert draw(filter_logits(logits, 1, 1.0), keys).tolist() == [1, 0, 2]
+        assert draw_tokens(filter_logits(logits, 1, 1.0), keys).tolist() == [1, 0, 2]
 
 
 def test_guidance_of_bfloat16_weights_adds_no_rounding():

@@ -1,7 +1,7 @@
-"""The randomness of drawn tokens: an exponential variable for each sequence, position and code, by hashing.
+"""Gumbel noise of drawn tokens, a hash of a key per sequence and position; kept as E = exp(-G), which is exponential.
 
-It is a function of a key, so that a row does not depend on its batch; hashed in integers, so that devices differ by
-rounding only; computed where the logits are, so that no token waits for the host.
+A row does not depend on its batch; hashed in integers, devices differ by rounding only; computed where the logits are,
+no token waits for the host.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dar_lightning.ar.order import Generators
 
-METHOD = "races of lowbias32"  # for the protocols of drawn images: with another one, the same seeds draw others
+METHOD = "races of lowbias32"  # its name in stored protocols: with another method the same seeds draw other images
 
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
@@ -41,5 +41,5 @@ def _mix_(words: Tensor) -> Tensor:
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Logical shift to the right."""
     return (words >> bits).bitwise_and_(0xFFFFFFFF >> bits)

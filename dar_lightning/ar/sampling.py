@@ -1,4 +1,4 @@
-"""Sampling from the AR model: guidance schedules, temperature, top-k, top-p, and a generator that yields tokens."""
+"""Sampling from the AR model with a KV cache: guidance, temperature, top-k, top-p; a generator that yields tokens."""
 
 from collections.abc import Iterator
 
@@ -33,11 +33,11 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw one index per row from softmax(logits): (B, V), keys (B, 2) -> (B,) int64.
+def draw_tokens(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw one token per row from softmax(logits) by the Gumbel-max trick: (B, V), keys (B, 2) -> (B,) int64.
 
-    By exponential races (argmin of E_i / p_i with unit exponentials E_i): nothing is copied to the host, and where
-    rounding changes p_i a little, the winner seldom changes.
+    The argmax of log p + G with Gumbel noise G, computed as that of p / E, where E = exp(-G) is exponential. Nothing is
+    copied to the host, and where rounding changes p a little, the token seldom changes.
     """
     probabilities = logits.softmax(dim=-1)
     return (probabilities / exponentials(keys, logits.shape[-1])).argmax(dim=-1)
@@ -68,7 +68,7 @@ def stream_tokens(
         prefix: (B, m) int64 tokens that are kept as they are (layout control), m < num_tokens.
         generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
         num_tokens: how many tokens to draw in all; None is all N.
-        order: from `ar.draw_order`, for who wants to know where the tokens belong; None draws it.
+        order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
 
     Raises:
         UserError: for a value outside the ranges above.
@@ -87,27 +87,36 @@ def stream_tokens(
         yield from prefix.unbind(1)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
-        cache = ar.make_cache(len(labels), order.repeat(2, 1) if guided else order)
+            prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         model = packed(ar, rows=len(labels))
-        logits = model.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
+        logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if guided else logits
-            tokens = draw(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
+            tokens = draw_tokens(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
             if position + 1 < count:
-                logits = model.step(tokens.repeat(2) if guided else tokens, cache)
+                logits = model.step(tokens.repeat(2) if guided else tokens, cache, order)
     finally:
         ar.train(was_training)
 
 
-def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
-    """Draw all tokens of a batch: (B, num_tokens) int64, each at its place. Arguments as in stream_tokens.
+def stream_in_place(ar: ARModel, labels: Tensor, **options) -> Iterator[Tensor]:
+    """Yield the tokens of a batch in the tokenizer's order, one (B,) tensor each. Arguments as in stream_tokens.
 
-    With `num_tokens`, what a model of another order than coarse to fine has written so far stays as it was written.
+    A model of another order than coarse to fine writes all its tokens first; with `num_tokens`, those that it has
+    written so far stay in its own order.
     """
+    if ar.config.order == "coarse_to_fine":
+        yield from stream_tokens(ar, labels, **options)
+        return
     order = ar.draw_order(len(labels), options.get("generator"))
     tokens = torch.stack(list(stream_tokens(ar, labels, order=order, **options)), dim=1)
-    return placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens
+    yield from (placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens).unbind(1)
+
+
+def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
+    """Draw all tokens of a batch: (B, num_tokens) int64. Arguments as in stream_tokens, order as in stream_in_place."""
+    return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
 
 
 def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> None:

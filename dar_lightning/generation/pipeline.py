@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.order import placed
-from dar_lightning.ar.sampling import Generators, stream_tokens
+from dar_lightning.ar.sampling import Generators, stream_in_place
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
@@ -107,11 +106,8 @@ class DARPipeline:
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         codes: list[Tensor] = []
-        order = self.ar.draw_order(len(labels), generator)
-        drawing = {"prefix": prefix, "generator": generator, "order": order}
-        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, **drawing)
-        if self.ar.config.order != "coarse_to_fine":
-            tokens = self._in_place(tokens, order)
+        options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
@@ -123,11 +119,6 @@ class DARPipeline:
             previews = self.tokenizer.stream(read(), noise, solver, num_steps)
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
-
-    @staticmethod
-    def _in_place(tokens: Iterator[Tensor], order: Tensor) -> Iterator[Tensor]:
-        """The tokens (B,) of a sequence that is written in another order, coarse to fine, once all are written."""
-        yield from placed(torch.stack(list(tokens), dim=1), order).unbind(1)
 
     def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
         """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.layers import rotate
+from dar_lightning.layers import KVCache, rotate
 
 NORM_EPS = 1e-6
 
@@ -43,30 +43,6 @@ def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, devi
     return turns.flatten(1)
 
 
-class KVCache:
-    """Keys and values of the tokens one attention layer has seen, in buffers that are allocated once.
-
-    Args:
-        capacity: most tokens the cache can hold.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, n, head_dim); return views of all so far (B, heads, length, head_dim)."""
-        if self.length == 0:
-            batch, heads, _, head_dim = keys.shape
-            self._keys = keys.new_empty(batch, heads, self.capacity, head_dim)
-            self._values = torch.empty_like(self._keys)
-        end = self.length + keys.shape[2]
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
-
-
 class Attention(nn.Module):
     """Multi-head attention with per-head LayerNorm on queries and keys; self-attention, or cross with a context."""
 
@@ -88,6 +64,7 @@ class Attention(nn.Module):
         k_rotary: Tensor | None = None,
         mask: Tensor | None = None,  # (L, M) boolean, true = may look
         cache: KVCache | None = None,
+        layer: int = 0,  # of the cache
     ) -> Tensor:  # (B, L, D)
         context = x if context is None else context
         q = self.q_norm(self._split(self.q(x)))
@@ -98,7 +75,7 @@ class Attention(nn.Module):
         if k_rotary is not None:
             k = rotate(k, k_rotary)
         if cache is not None:
-            k, v = cache.extend(k, v)
+            k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(x.transpose(1, 2).flatten(2))
 
@@ -125,8 +102,8 @@ class GatedBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim)
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None) -> Tensor:  # (B, L, D)
-        x = x + self.gate1 * self.attention(self.norm1(x), q_rotary=rotary, k_rotary=rotary, mask=mask, cache=cache)
+    def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), None, rotary, rotary, mask, cache, layer)  # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 

@@ -142,7 +142,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
-        chunks, cache = iter(chunks), self.conditioner.make_cache()
+        chunks, cache = iter(chunks), None
         conds, waiting, done = [], [], 0
         for group in range(1, self.config.num_groups + 1):
             needed = self.schedule.tokens_for_groups(group)
@@ -154,6 +154,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             tokens = torch.cat(waiting, dim=1) if waiting else None
             if needed > done:
                 self._check_codes(tokens)
+                cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
                 conds.append(self.conditioner.forward(self.quantizer.lookup(tokens[:, : needed - done]), cache))
                 waiting, done = [tokens[:, needed - done :]], needed

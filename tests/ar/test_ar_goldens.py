@@ -20,9 +20,8 @@ def assert_close(ours: torch.Tensor, golden: torch.Tensor) -> None:
 def cached_logits(ar, labels, tokens) -> torch.Tensor:
     """Logits (B, N, V) of every token from the KV cache, one position at a time."""
     with torch.no_grad():
-        cache = ar.make_cache(len(labels))
-        logits = [ar.start(labels, tokens[:, :0], cache)]
-        logits += [ar.step(tokens[:, i], cache) for i in range(tokens.shape[1] - 1)]
+        first, cache = ar.start(labels, tokens[:, :0])
+        logits = [first] + [ar.step(tokens[:, i], cache) for i in range(tokens.shape[1] - 1)]
     return torch.stack(logits, dim=1)
 
 

@@ -10,7 +10,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw, filter_logits, generate, stream_tokens
+from dar_lightning.ar.sampling import draw_tokens, filter_logits, generate, stream_tokens
 from dar_lightning.errors import UserError
 
 
@@ -66,9 +66,8 @@ def test_the_cache_continues_a_prefix(ar, prefix):
     codes = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = ar(LABELS, codes)
-        cache = ar.make_cache(3)
-        logits = [ar.start(LABELS, codes[:, :prefix], cache)]
-        logits += [ar.step(codes[:, i], cache) for i in range(prefix, 11)]
+        first, cache = ar.start(LABELS, codes[:, :prefix])
+        logits = [first] + [ar.step(codes[:, i], cache) for i in range(prefix, 11)]
     assert torch.allclose(torch.stack(logits, 1), expected[:, prefix:], atol=1e-5)
 
 
@@ -133,7 +132,7 @@ def test_tokens_come_one_at_a_time(ar):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
     keys = draw_keys(20_000, 1, torch.Generator().manual_seed(0), torch.device("cpu"))[:, 0]
-    tokens = draw(logits.expand(20_000, 4), keys)
+    tokens = draw_tokens(logits.expand(20_000, 4), keys)
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
     assert torch.allclose(shares, logits.softmax(-1), atol=0.01)
     assert shares[3] == 0
