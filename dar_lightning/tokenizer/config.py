@@ -118,24 +118,6 @@ class TokenizerConfig:
         if self.prediction not in ("velocity", "image"):
             raise UserError(f"prediction is {self.prediction!r}: it must be 'velocity' or 'image'")
 
-        if self.quantizer not in ("vq", "fsq", "lfq"):
-            raise UserError(f"quantizer is {self.quantizer!r}: it must be 'vq', 'fsq' or 'lfq'")
-        if self.quantizer != "vq":
-            if self.levels < 2 or self.levels**self.codebook_dim != self.codebook_size:
-                raise UserError(
-                    f"codebook_size is {self.codebook_size}: {self.quantizer} needs a number of levels to the power of "
-                    f"codebook_dim, {self.codebook_dim}"
-                )
-            if self.quantizer == "lfq" and self.levels != 2:
-                raise UserError(
-                    f"codebook_size is {self.codebook_size}: lfq needs 2^codebook_dim, {2**self.codebook_dim}"
-                )
-
-    @property
-    def levels(self) -> int:
-        """Values that a channel of "fsq" and "lfq" takes: the codebook_dim-th root of codebook_size."""
-        return round(self.codebook_size ** (1 / self.codebook_dim))
-
     @property
     def window(self) -> int:
         """Tokens that one diffusion step reads: tokens_per_step, or N / K."""

@@ -14,8 +14,7 @@ from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
-from dar_lightning.tokenizer.quantizers.scalar import ScalarQuantizer
-from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
+from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -40,10 +39,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
         self.encoder = Encoder(config)
-        if config.quantizer == "vq":
-            self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
-        else:
-            self.quantizer = ScalarQuantizer(config)
+        self.quantizer = make_quantizer(config.quantizer, config.codebook_size, config.codebook_dim)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
         init_weights(self, init)

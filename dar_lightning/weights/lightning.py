@@ -9,7 +9,7 @@ from torch import Tensor
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.formats.checkpoint import Weights, read_checkpoint
-from dar_lightning.formats.pretrained import build_config, load_tensors, outline
+from dar_lightning.formats.pretrained import build_config, build_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
@@ -42,8 +42,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
     if not isinstance(config, Mapping):
         raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
-    model = outline(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
-    load_tensors(model, tensors, ckpt)
+    model = build_model(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
     model.averaged = keeps_ema and not raw
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,12 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.formats.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint, takes_ema
-from dar_lightning.formats.pretrained import load_tensors, outline
+from dar_lightning.formats.pretrained import build_model
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.official_names import (
     AR_NAMES,
+    LINEAR_CONVOLUTIONS,
     NOT_WEIGHTS,
     REPA_PREFIX,
     TOKENIZER_NAMES,
@@ -96,18 +98,13 @@ def _carried_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state, rules, origin: str) -> Model:
-    model = outline(model_class, config, state, origin)
-    theirs = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
-    names = {name: official_name(name, rules) for name in model.state_dict()}
-    ours = {}
-    for name, wanted in model.state_dict().items():
-        tensor = theirs.pop(names[name], None)
-        if isinstance(tensor, Tensor):
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-            # 1x1 convolutions there are linear layers here.
-            if tensor.shape == (*wanted.shape, 1, 1):
-                tensor = tensor[:, :, 0, 0]
-        if tensor is not None:
-            ours[name] = tensor
-    load_tensors(model, ours | theirs, origin, names)
-    return model.eval()
+    tensors = {name: _as_ours(name, tensor) for name, tensor in state.items() if name not in NOT_WEIGHTS}
+    return build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).eval()
+
+
+def _as_ours(name: str, tensor: Any) -> Any:
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        tensor = tensor.float()
+        if name in LINEAR_CONVOLUTIONS and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]
+    return tensor

@@ -52,6 +52,7 @@ AR_NAMES = [
 REPA_PREFIX = "diff_decoder.net.repa_out."
 # Statistics and tables that are not weights.
 NOT_WEIGHTS = ("quantize.codebook_used", "freqs_cis")
+LINEAR_CONVOLUTIONS = ("quant_in_conv.weight", "quant_out_conv.weight")  # 1x1 there, linear layers here
 
 
 def official_name(name: str, rules: list[tuple[str, str]]) -> str:
