@@ -1,4 +1,4 @@
-"""Llama that predicts image tokens one by one after a class token. Knows nothing of images or of sampling."""
+"""ARModel: a class-conditional Llama over image tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return tables
 
     def _apply(self, fn, recurse: bool = True):
-        """What `to`, `cuda` and the like go through: they cast weights, but leave RoPE's table its float32."""
+        """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
         before = self.rotary
         super()._apply(fn, recurse)
         if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
@@ -122,10 +122,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return self.config.num_classes
 
     def draw_order(self, batch: int, generator: Generators = None) -> Tensor:
-        """For each of `batch` samples, the places of its tokens in the order they are written: (batch, N) int64.
-
-        One of `ar.order`'s, the same for all samples, or with "random_per_sample" drawn for each.
-        """
+        """The order in which each sample's tokens are written (`ar.order`), as their places: (batch, N) int64."""
         if self.place_embedding is None:
             return self.order.expand(batch, -1)
         return random_orders(batch, self.config.num_tokens, generator, self.head.weight.device)
@@ -176,7 +173,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return self._run(self.token_embedding(tokens)[:, None], order, cache)[:, 0]
 
     def _run(self, x: Tensor, order: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """Logits of all positions of x (B, L, D); with a cache x continues it, and only the last position has logits."""
+        """Logits of every position of x (B, L, D); with a cache, which x continues, of the last position alone."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         # One new token looks at everything in the cache; several need the causal mask, shifted by what is cached.

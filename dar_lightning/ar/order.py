@@ -1,4 +1,4 @@
-"""In which order a model writes an image's tokens: a permutation, and the way back. Plain index arithmetic."""
+"""Orders in which a model writes an image's tokens: permutations, and their inverse."""
 
 from typing import Literal
 
@@ -43,10 +43,10 @@ def random_orders(count: int, num_tokens: int, generator: Generators, device: to
 
 
 def written(values: Tensor, order: Tensor) -> Tensor:
-    """What is kept by place, as it is written: values (B, N), order (B, N) -> (B, N)."""
+    """Values by place, in the order they are written: values (B, N), order (B, N) -> (B, N)."""
     return values.gather(1, order)
 
 
 def placed(values: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `written`: what was written i-th goes to its place."""
+    """The inverse of `written`: the i-th value goes to its place."""
     return torch.empty_like(values).scatter_(1, order, values)

@@ -23,7 +23,7 @@ from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, 
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked, users_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -89,7 +89,7 @@ def extract(
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer).float()  # weights that are stored in bfloat16, too
     views = Views(crops, random_crops, image_size or model.config.image_size, seed)
     made_by = {
-        "tokenizer": fingerprint(model),
+        "tokenizer": model_sha256(model),
         "crops": crops,
         "num_crops": len(views),
         "crop_names": views.names,

@@ -12,7 +12,7 @@ from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.files import users_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid, save_png
 from dar_lightning.layers import check_compiler, compile_blocks
@@ -64,7 +64,7 @@ def reconstruct(
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
     place = choose_device(device)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-    weights = fingerprint(model)  # as they are stored
+    weights = model_sha256(model)  # as they are stored
     model.to(device=place, dtype=torch_dtype(dtype))
     made = provenance(place, dtype_name(model.dtype))
     if compile:

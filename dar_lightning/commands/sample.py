@@ -17,7 +17,7 @@ from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, users_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw
 from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png
 from dar_lightning.generation.pipeline import DARPipeline
@@ -90,7 +90,7 @@ def sample(
     """
     place = choose_device(device)
     pipe = open_pipeline(pipeline, tokenizer, ar)
-    weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}  # as they are stored
+    weights = {"tokenizer": model_sha256(pipe.tokenizer), "ar": model_sha256(pipe.ar)}  # as they are stored
     pipe.to(device=place, dtype=torch_dtype(dtype))
     if compile:
         check_compiler(place)

@@ -19,7 +19,7 @@ from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
@@ -160,9 +160,9 @@ def _identity(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, st
     """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
         tokenizer = _tokenizer(model)
-        return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": fingerprint(tokenizer)}
+        return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
-    hashes = {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+    hashes = {"tokenizer_sha256": model_sha256(pipe.tokenizer), "ar_sha256": model_sha256(pipe.ar)}
     hashes["token_draws"] = gumbel.METHOD
     return pipe.tokenizer.config, pipe.num_groups, hashes
 
@@ -227,7 +227,7 @@ def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: in
     pixels = write_npz(output, pieces(originals), (len(originals), size, size, 3))
     record = {
         "reconstructions": originals.protocol,
-        "tokenizer_sha256": fingerprint(tokenizer),
+        "tokenizer_sha256": model_sha256(tokenizer),
         "ema": {"tokenizer": tokenizer.averaged},
         "seed": seed,
         "solver": row.solver,

@@ -11,7 +11,7 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.flow import SOLVERS
@@ -82,8 +82,8 @@ class GenerationModule(LightningModule):
         guidance = options.pop("guidance")
         return {
             "pipeline": self.path,
-            "tokenizer_sha256": fingerprint(self.tokenizer),
-            "ar_sha256": fingerprint(self.ar),
+            "tokenizer_sha256": model_sha256(self.tokenizer),
+            "ar_sha256": model_sha256(self.ar),
             "ema": self.pipeline.averaged,
             "image_size": self.tokenizer.config.image_size,
             "seed": self.seed,

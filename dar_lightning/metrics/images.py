@@ -20,7 +20,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -191,8 +191,8 @@ class DrawnImages:
     @property
     def protocol(self) -> dict[str, Any]:
         return {
-            "tokenizer_sha256": fingerprint(self.pipeline.tokenizer),
-            "ar_sha256": fingerprint(self.pipeline.ar),
+            "tokenizer_sha256": model_sha256(self.pipeline.tokenizer),
+            "ar_sha256": model_sha256(self.pipeline.ar),
             "ema": self.pipeline.averaged,
             "classes": "balanced: image i is of class i mod num_classes",
             "seed": self.seed,

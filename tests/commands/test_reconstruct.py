@@ -13,7 +13,7 @@ from dar_lightning.commands.compare import compare
 from dar_lightning.commands.reconstruct import reconstruct
 from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid
 
@@ -56,7 +56,7 @@ def test_figures(written, paths):
     perplexity = float(torch.exp(-(shares[shares > 0] * shares[shares > 0].log()).sum()))
     assert result["metrics"]["codebook_perplexity"] == pytest.approx(perplexity, rel=1e-5)
     protocol = result["protocol"]
-    assert protocol["tokenizer"] == fingerprint(make_tokenizer())
+    assert protocol["tokenizer"] == model_sha256(make_tokenizer())
     assert protocol["ema"] == {"tokenizer": None}, "saved by hand, nobody noted it"
     assert (protocol["num_images"], protocol["shards"], protocol["num_steps"], protocol["seed"]) == (7, paths[1], 4, 2)
 

@@ -14,7 +14,7 @@ from dar_lightning.cli import main
 from dar_lightning.commands.sample import preview_numbers, sample
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_seed
 from dar_lightning.generation.grids import image_grid
 from dar_lightning.generation.pipeline import DARPipeline
@@ -55,7 +55,7 @@ def test_the_record_names_the_weights_and_every_option(pipeline, tmp_path):
     sample(str(tmp_path), pipeline, classes="grey,0", per_class=1, guidance=(1.0, 3.0), top_k=5, seed=9)
     record = json.loads((tmp_path / "samples.json").read_text())
     pipe = DARPipeline.from_pretrained(pipeline)
-    assert record["weights"] == {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}
+    assert record["weights"] == {"tokenizer": model_sha256(pipe.tokenizer), "ar": model_sha256(pipe.ar)}
     assert record["classes"] == ["grey", "red"]
     assert (record["guidance"], record["top_k"], record["seed"], record["prefix"]) == ([1.0, 3.0], 5, 9, None)
 

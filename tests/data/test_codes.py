@@ -21,7 +21,7 @@ from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -97,7 +97,7 @@ def test_ten_crop_is_what_the_tokenizer_says(ten):
             number += 1
     index = CodesIndex.load(ten)
     assert (index.num_samples, index.num_crops, index.classes) == (26, 10, CLASSES)
-    assert index.tokenizer == fingerprint(make_tokenizer(0))
+    assert index.tokenizer == model_sha256(make_tokenizer(0))
     assert len(np.unique(tensors["codes"])) > 20  # the comparison above is not of constants
 
 
@@ -111,7 +111,7 @@ def test_a_token_shard_says_what_it_holds(ten):
         assert header["samples"] == len(header["keys"]) == size
         assert header["skipped"] == []
         made_by = header["made_by"]
-        assert made_by["tokenizer"] == fingerprint(make_tokenizer(0))
+        assert made_by["tokenizer"] == model_sha256(make_tokenizer(0))
         assert TokenizerConfig(**made_by["tokenizer_config"]) == make_tokenizer(0).config
         assert tuple(made_by["crop_names"]) == names
         assert made_by["source"]["name"] == f"00000{i}.tar"

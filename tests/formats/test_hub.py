@@ -8,7 +8,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny_models import CLASSES, make_pipeline
 
 from dar_lightning import ARModel, DARPipeline, SequentialDiffusionTokenizer
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import SHIPPED
 
 LABELS = torch.tensor([0, 3, 1])
@@ -56,7 +56,7 @@ def test_one_model_out_of_a_repository(hub, tmp_path):
     ar.save_pretrained(tmp_path / "snapshot")
     folders["someone/dar-ar"] = tmp_path / "snapshot"
     wanted = dict(revision="v2", cache_dir="cache", force_download=True, local_files_only=False, token="secret")
-    assert fingerprint(ARModel.from_pretrained("someone/dar-ar", **wanted)) == fingerprint(ar)
+    assert model_sha256(ARModel.from_pretrained("someone/dar-ar", **wanted)) == model_sha256(ar)
     assert asked == [("someone/dar-ar", {"allow_patterns": ["config.json", "model.safetensors"], **wanted})]
     ARModel.from_pretrained("someone/dar-ar")
     assert asked[1][1]["revision"] is None, "the main branch"

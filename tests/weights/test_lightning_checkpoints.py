@@ -13,7 +13,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.commands.export import export
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.optim import OptimizerConfig
@@ -95,8 +95,8 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
 def test_without_ema(tmp_path):
     trained = module()
     fit(trained, 1, ema=False, folder=tmp_path).save_checkpoint(tmp_path / "x.ckpt")
-    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt")) == fingerprint(trained.ar)
-    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt", "raw")) == fingerprint(trained.ar)
+    assert model_sha256(load_lightning_checkpoint(tmp_path / "x.ckpt")) == model_sha256(trained.ar)
+    assert model_sha256(load_lightning_checkpoint(tmp_path / "x.ckpt", "raw")) == model_sha256(trained.ar)
     with pytest.raises(UserError, match="no EMA weights"):
         export(tmp_path / "x.ckpt", tmp_path / "out", "ema")
 

@@ -15,7 +15,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.commands.convert import convert
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -94,7 +94,7 @@ def test_layouts_and_prefixes(official_state, official_config, prefix, container
     state = {prefix + name: tensor for name, tensor in official_state("ar_a").items()}
     source = state if container is None else {container: state, "optimizer": {"state": {}}, "steps": 3}
     expected = load_official_ar(official_state("ar_a"), official_config("ar_a")["model"])
-    assert fingerprint(load_official_ar(source, official_config("ar_a")["model"])) == fingerprint(expected)
+    assert model_sha256(load_official_ar(source, official_config("ar_a")["model"])) == model_sha256(expected)
 
 
 def test_ema_or_raw_weights(official_state, official_config):
@@ -128,7 +128,7 @@ def test_official_file_with_its_two_pickled_classes(tokenizer_file, official_sta
     path = tokenizer_file(model=state, ema=state | {"quantize.codebook_used": torch.zeros(65536)})
     tokenizer = load_official_tokenizer(path)
     expected = load_official_tokenizer(state, official_config("tokenizer_a"))
-    assert fingerprint(tokenizer) == fingerprint(expected)
+    assert model_sha256(tokenizer) == model_sha256(expected)
     assert load_official_tokenizer(path, official_config("tokenizer_a")).config == expected.config
     other = copy.deepcopy(official_config("tokenizer_a"))
     other["model"]["diff_decoder"]["data_std"] = 0.5
@@ -240,7 +240,7 @@ def test_round_trip_is_bit_exact(model, tmp_path):
     assert again.config == model.config
     assert not again.training
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert fingerprint(again) == fingerprint(model)
+    assert model_sha256(again) == model_sha256(model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
 
 
@@ -250,7 +250,7 @@ def test_bfloat16_weights_stay_bfloat16(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    assert fingerprint(again) == fingerprint(model) == fingerprint(model.float())
+    assert model_sha256(again) == model_sha256(model) == model_sha256(model.float())
 
 
 def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypatch):
@@ -368,8 +368,8 @@ def test_the_shipped_pipeline_and_its_parts(tmp_path, monkeypatch):
     ar = ARModel(ARConfig.preset("tiny", num_classes=2))
     DARPipeline(tokenizer, ar, classes=("apple", "pear")).save_pretrained(tmp_path / "shipped" / "fruit64")
     monkeypatch.setattr("dar_lightning.formats.pretrained.SHIPPED", tmp_path / "shipped")
-    assert fingerprint(SequentialDiffusionTokenizer.from_pretrained("fruit64")) == fingerprint(tokenizer)
-    assert fingerprint(ARModel.from_pretrained("fruit64")) == fingerprint(ar)
+    assert model_sha256(SequentialDiffusionTokenizer.from_pretrained("fruit64")) == model_sha256(tokenizer)
+    assert model_sha256(ARModel.from_pretrained("fruit64")) == model_sha256(ar)
     assert DARPipeline.from_pretrained("fruit64").classes == ("apple", "pear")
 
 
@@ -396,8 +396,8 @@ def test_a_pipeline_folder_holds_both_parts_and_the_class_names(tmp_path):
     pipeline.save_pretrained(tmp_path)
     again = DARPipeline.from_pretrained(tmp_path)
     assert again.classes == ("apple", "Birne")
-    assert fingerprint(again.tokenizer) == fingerprint(tokenizer)
-    assert fingerprint(again.ar) == fingerprint(ar)
+    assert model_sha256(again.tokenizer) == model_sha256(tokenizer)
+    assert model_sha256(again.ar) == model_sha256(ar)
     (tmp_path / "ar" / WEIGHTS_NAME).unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         DARPipeline.from_pretrained(tmp_path)
@@ -410,8 +410,8 @@ def test_convert_an_official_tokenizer(tokenizer_file, official_state, tmp_path,
     path = tokenizer_file(ema=official_state("tokenizer_a"))
     convert(path, tmp_path / "out")
     again = SequentialDiffusionTokenizer.from_pretrained(tmp_path / "out")
-    assert fingerprint(again) == fingerprint(load_official_tokenizer(path))
-    assert fingerprint(again)[:12] in capsys.readouterr().out
+    assert model_sha256(again) == model_sha256(load_official_tokenizer(path))
+    assert model_sha256(again)[:12] in capsys.readouterr().out
 
 
 @NO_REPA
