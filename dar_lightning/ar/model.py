@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.order import Generators, fixed_order, random_orders
+from dar_lightning.ar.order import fixed_order, random_orders
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import KVCache, rotate, run_block
+from dar_lightning.layers import Generators, KVCache, rotate, run_block
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:

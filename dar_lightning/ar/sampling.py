@@ -9,8 +9,9 @@ from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
-from dar_lightning.ar.order import Generators, placed
+from dar_lightning.ar.order import placed
 from dar_lightning.errors import UserError
+from dar_lightning.layers import Generators
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -75,7 +76,7 @@ def stream_tokens(
     """
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
-    _check(ar, labels, temperature, top_k, top_p, prefix, generator, count)
+    _check(ar, labels, temperature, top_k, top_p, prefix, count)
     scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
     guided = any(scale != 1.0 for scale in scales)
     order = ar.draw_order(len(labels), generator) if order is None else order
@@ -119,7 +120,7 @@ def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
     return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
 
 
-def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> None:
+def _check(ar, labels, temperature, top_k, top_p, prefix, count) -> None:
     if not 1 <= count <= ar.config.num_tokens:
         raise UserError(f"num_tokens is {count}: this model draws from 1 to {ar.config.num_tokens}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= ar.null_class:
@@ -137,5 +138,3 @@ def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> N
     low, high = prefix.aminmax() if prefix.numel() else (0, 0)
     if low < 0 or high >= ar.config.vocab_size:
         raise UserError(f"prefix holds tokens from {int(low)} to {int(high)}: need 0 to {ar.config.vocab_size - 1}")
-    if isinstance(generator, list) and len(generator) != len(labels):
-        raise UserError(f"generator is a list of {len(generator)}: {len(labels)} sequences need {len(labels)}")

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import Generators, stream_in_place
+from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
 from dar_lightning.generation.overlap import run_ahead
+from dar_lightning.layers import Generators
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.lightning import load_model
 

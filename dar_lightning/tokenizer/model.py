@@ -1,4 +1,4 @@
-"""SequentialDiffusionTokenizer: images <-> ordered tokens, with previews, streaming and training losses."""
+"""SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import PretrainedMixin
+from dar_lightning.layers import Generators, draw_per_sample
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
@@ -16,8 +17,6 @@ from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
@@ -179,19 +178,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             yield preview / self.config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device.
-
-        With a list of generators, one per image, an image's noise does not depend on its batch.
-        """
+        """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
         height, width = size or (self.config.image_size, self.config.image_size)
-        device = self.decoder.conv_in.weight.device
-        if isinstance(generator, list):
-            if len(generator) != batch:
-                raise UserError(f"generator is a list of {len(generator)}: {batch} images need {batch}")
-            return torch.cat([self.draw_noise(1, one, (height, width)) for one in generator])
-        # A CPU generator draws the same noise for every device.
-        source = device if generator is None else generator.device
-        return torch.randn(batch, 3, height, width, generator=generator, device=source, dtype=torch.float32).to(device)
+
+        def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+            return torch.randn(rows, 3, height, width, generator=generator, device=device, dtype=torch.float32)
+
+        return draw_per_sample(draw, batch, generator, self.decoder.conv_in.weight.device)
 
     # ---- training
 
