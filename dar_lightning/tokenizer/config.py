@@ -91,8 +91,8 @@ class TokenizerConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("data_std", "time_shift"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)}: it must be a finite number")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be positive and finite")
         if self.num_tokens > TABLE_ROWS:
             raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
         if self.num_tokens % self.num_groups:
@@ -109,8 +109,6 @@ class TokenizerConfig:
             raise UserError(f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
         if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_depth:
             raise UserError(f"repa_layer is {self.repa_layer}: it must be from 0 to {self.decoder_depth - 1}, or null")
-        if self.data_std <= 0 or self.time_shift <= 0:
-            raise UserError(f"data_std {self.data_std} and time_shift {self.time_shift} must be positive")
         if self.group_rounding not in ("round", "ceil"):
             raise UserError(f"group_rounding is {self.group_rounding!r}: it must be 'round' or 'ceil'")
         if self.latent_norm not in ("none", "batch"):
