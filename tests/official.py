@@ -1,6 +1,9 @@
 """Goldens: weights and numbers of the official implementation, as its files in tests/goldens describe them."""
 
+import argparse
 import json
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +63,17 @@ def assert_close(ours: Tensor, golden: Tensor) -> None:
     assert ours.shape == golden.shape
     error = (ours.detach() - golden).abs().max() / golden.abs().max()
     assert error < TOLERANCE, f"off by {error:.1e} of the largest magnitude"
+
+
+def save_pt(path: Path, config, **content) -> Path:
+    """Write a .pt as the official training does, with a pickled Namespace and a config of the official code's class."""
+    module = types.ModuleType("config_util")
+    module.Config = type("Config", (), {"__module__": "config_util"})
+    content = {"args": argparse.Namespace(lr=2e-4), "steps": 7, "config": module.Config()} | content
+    content["config"]._data = config
+    sys.modules["config_util"] = module
+    try:
+        torch.save(content, path)
+    finally:
+        del sys.modules["config_util"]
+    return path
