@@ -60,10 +60,9 @@ def _reason(error: Exception) -> str:
 
 
 def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint in one of the layouts of the official code's family.
+    """The state dict of a bare or a training checkpoint, without the prefixes of torch.compile and DDP.
 
-    Layouts: a bare state dict; {"model": ..., "ema": ...}; "module" (DeepSpeed) or "state_dict" instead of "model".
-    The prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`) are taken off the names.
+    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema".
 
     Args:
         checkpoint: from read_checkpoint.

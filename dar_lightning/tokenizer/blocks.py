@@ -1,4 +1,4 @@
-"""Transformer parts that the encoder, the conditioner and the pixel decoder share."""
+"""Attention, MLP, transformer block and 2-D positions of the tokenizer."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,10 @@ NORM_EPS = 1e-6
 
 
 def axial_rotary(height: int, width: int, head_dim: int, theta: float = 10000.0, device=None) -> Tensor:
-    """Rotations of 2-D RoPE over a patch grid.
-
-    The first half of the channel pairs turns with the row, the second half with the column.
+    """2-D RoPE of a patch grid: half of the channel pairs for the row, half for the column.
 
     Returns:
-        (height * width, head_dim / 2, 2): cosine and sine of each pair's angle, rows first.
+        (height * width, head_dim / 2, 2): cosine and sine of each pair's angle.
     """
     axis_dim = head_dim // 2
     frequencies = theta ** (-torch.arange(0, axis_dim, 2, device=device, dtype=torch.float32) / axis_dim)
@@ -27,20 +25,15 @@ def axial_rotary(height: int, width: int, head_dim: int, theta: float = 10000.0,
 
 
 def identity_rotary(length: int, head_dim: int, device=None) -> Tensor:
-    """Rotations that leave a token as it is, for tokens without a place in the plane: (length, head_dim / 2, 2)."""
+    """RoPE by angles of 0, for tokens without a place in the image: (length, head_dim / 2, 2)."""
     rotary = torch.zeros(length, head_dim // 2, 2, device=device)
     rotary[..., 0] = 1.0
     return rotary
 
 
 def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, device=None) -> Tensor:
-    """Fixed absolute positions of a patch grid (ViT, MAE): half of the channels tell the row, half the column.
-
-    Returns:
-        (height * width, dim), values in [-1, 1], rows first.
-    """
-    turns = axial_rotary(height, width, dim, theta, device)  # (L, dim / 2, 2)
-    return turns.flatten(1)
+    """Fixed sine-cosine positions of a patch grid (ViT, MAE), half for the row, half for the column: (L, dim)."""
+    return axial_rotary(height, width, dim, theta, device).flatten(1)
 
 
 class Attention(nn.Module):

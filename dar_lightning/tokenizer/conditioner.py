@@ -1,4 +1,4 @@
-"""Quantized tokens -> conditioning vectors, causally: cond[:, :m] needs only the first m tokens."""
+"""Causal transformer from quantized tokens to conditioning vectors: cond[:, :m] needs only the first m tokens."""
 
 import torch
 from torch import Tensor, nn

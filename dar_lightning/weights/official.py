@@ -1,4 +1,4 @@
-"""The official release's weights, as our models."""
+"""Loading the official D-AR weights as our models."""
 
 import warnings
 from collections.abc import Mapping
@@ -33,20 +33,17 @@ Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
 def load_official_tokenizer(
     source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto"
 ) -> SequentialDiffusionTokenizer:
-    """The official implementation's tokenizer, in ours.
+    """Load an official tokenizer, in float32 and evaluation mode.
 
     Args:
         source: path of a .pt or .safetensors file, or a state dict or checkpoint that is already read.
         config: the official YAML as a dict, {"model": {...}}; needed where the file carries none.
         weights: "ema" or "raw" of a training checkpoint; "auto" takes EMA where there is one, as the official code.
 
-    Returns:
-        The model in evaluation mode, float32. A file without any tensor of the REPA head, which only training uses,
-        gives a model without that head, and a warning.
-
     Raises:
         UserError: if the file cannot be read safely, if its config and `config` differ or are both absent, or if any
-            tensor is unknown, missing, misshapen or not finite.
+            tensor is unknown, missing, misshapen or not finite. Only the REPA head, which training alone uses, may be
+            missing, with a warning.
     """
     checkpoint, origin = _read(source)
     state = pick_weights(checkpoint, weights, prefer_ema=True, origin=origin)
@@ -65,15 +62,12 @@ def load_official_tokenizer(
 
 
 def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto") -> ARModel:
-    """The official implementation's AR model, in ours.
+    """Load an official AR model, in float32 and evaluation mode.
 
     Args:
         source: path of a .pt or .safetensors file, or a state dict or checkpoint that is already read.
         config: the official constructor's arguments, {"dim", "n_layer", "n_head", ...}; None for the released sizes.
         weights: "ema" or "raw" of a training checkpoint; "auto" takes raw where both are there, as the official code.
-
-    Returns:
-        The model in evaluation mode, float32.
 
     Raises:
         UserError: if the file cannot be read safely, if heads are neither given nor those of a released size, or if

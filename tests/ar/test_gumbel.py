@@ -67,11 +67,3 @@ def test_neighbours_are_independent(neighbours):
     uniforms = [1 - torch.exp(-side.double()) for side in pairs]
     table = torch.histogramdd(torch.stack(uniforms, 1), [16, 16], range=[0.0, 1.0, 0.0, 1.0]).hist
     assert stats.chisquare(table.flatten().numpy()).pvalue > 1e-3
-
-
-def test_winners_are_spread_evenly():
-    """Over many positions each of 64 equally likely codes wins equally often, and the next winner tells nothing."""
-    winners = exponentials(keys(1, 65536, 3)[0], 64).argmin(1)
-    assert stats.chisquare(torch.bincount(winners, minlength=64).numpy()).pvalue > 1e-3
-    pairs = torch.bincount(winners[:-1] * 64 + winners[1:], minlength=4096)
-    assert stats.chisquare(pairs.numpy()).pvalue > 1e-3

@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_lightning.errors import UserError
-from dar_lightning.layers import rotate
-from dar_lightning.tokenizer.blocks import axial_rotary
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.encoder import query_mask
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 # Other matrix shapes round differently.
@@ -65,11 +62,6 @@ def test_a_token_changes_nothing_before_it(golden, position):
     group = position // (tokenizer.config.num_tokens // tokenizer.config.num_groups)
     assert torch.equal(before[:, :group], after[:, :group])
     assert not torch.equal(before[:, group], after[:, group])
-
-
-def test_a_query_reads_the_image_and_the_queries_up_to_itself():
-    expected = [[j < 3 or 3 <= j <= i for j in range(7)] for i in range(7)]
-    assert query_mask(3, 4).tolist() == expected
 
 
 def test_a_prefix_is_decoded_as_in_the_full_sequence(golden):
@@ -144,21 +136,6 @@ def test_other_sizes_and_shapes(tokenizer, size):
     assert tokenizer.detokenize(codes).shape[-2:] == (64, 64), "the config's size, without noise"
 
 
-def test_rows_and_columns_are_told_apart():
-    """Turning by the angle that the row (first half of the pairs) or the column (second half) gives, one by one."""
-    height, width, head_dim = 2, 3, 16
-    x = torch.randn(height * width, head_dim, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, axial_rotary(height, width, head_dim))
-    for index in range(height * width):
-        for pair in range(head_dim // 2):
-            row, column = divmod(index, width)
-            place, number = (row, pair) if pair < head_dim // 4 else (column, pair - head_dim // 4)
-            angle = torch.tensor(place * 10000 ** (-2 * number / (head_dim // 2)))
-            a, b = x[index, 2 * pair], x[index, 2 * pair + 1]
-            expected = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()])
-            assert torch.allclose(turned[index, 2 * pair : 2 * pair + 2], expected, atol=1e-6)
-
-
 # ---- the REPA head
 
 
@@ -201,16 +178,6 @@ def test_bfloat16_is_near_float32(golden, how):
     assert relative_error(image, expected) < BF16_ERROR
     assert relative_error(streamed[-1], expected) < BF16_ERROR
     assert (tokens == golden.outputs["codes"]).float().mean() > 0.9
-
-
-@pytest.mark.parametrize(("prediction", "bypass"), [("velocity", True), ("image", False)])
-def test_bfloat16_weights_are_trained_on_float32_images(prediction, bypass):
-    half = lively(prediction=prediction, latent_norm="batch", repa_layer=1).bfloat16()
-    half.quantizer.bypass = bypass
-    losses = half.training_losses(random_images(), noise=random_images())
-    (losses["flow"] + losses["vq"] + losses["commit"]).backward()
-    assert all(losses[name].dtype == torch.float32 for name in ("flow", "vq", "commit", "x1_hat"))
-    assert half.encoder.to_latent.weight.grad.isfinite().all()
 
 
 # ---- variants
@@ -328,8 +295,3 @@ def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
 def test_impossible_configs(changes, message):
     with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
         TokenizerConfig(**(TokenizerConfig.preset("tiny").to_dict() | changes))
-
-
-def test_unknown_preset():
-    with pytest.raises(UserError, match="unknown tokenizer preset 'v2'"):
-        TokenizerConfig.preset("v2")
