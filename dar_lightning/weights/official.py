@@ -92,13 +92,8 @@ def _carried_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state, rules, origin: str) -> Model:
-    tensors = {name: _as_ours(name, tensor) for name, tensor in state.items() if name not in NOT_WEIGHTS}
-    return build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).eval()
-
-
-def _as_ours(name: str, tensor: Any) -> Any:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point():
-        tensor = tensor.float()
-        if name in LINEAR_CONVOLUTIONS and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]
-    return tensor
+    tensors = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
+    for name in LINEAR_CONVOLUTIONS:
+        if isinstance(tensors.get(name), Tensor) and tensors[name].shape[2:] == (1, 1):
+            tensors[name] = tensors[name][:, :, 0, 0]
+    return build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).float().eval()

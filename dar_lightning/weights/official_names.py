@@ -66,6 +66,7 @@ def official_name(name: str, rules: list[tuple[str, str]]) -> str:
 
 
 def same(*names: str) -> dict[str, str]:
+    """Hyperparameters that have one name in both."""
     return {name: name for name in names}
 
 
