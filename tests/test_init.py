@@ -95,3 +95,13 @@ def test_what_differs_from_the_official_start():
 def test_impossible_starts(option, value):
     with pytest.raises(UserError, match=f"^init.{option} is [^\n]*$"):
         TokenizerInit(**{option: value})
+
+
+def test_old_names_of_the_start_are_read_and_left_out(tmp_path):
+    """Files of version 0.1 kept the start among the hyperparameters."""
+    torch.manual_seed(0)
+    SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    old = {"gate_init": 1.0, "modulation_init_std": 0.2, "position_init_std": 0.05, "input_init_scale": 0.02}
+    path.write_text(json.dumps(json.loads(path.read_text()) | old))
+    assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == TokenizerConfig(**TOKENIZER)
