@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -87,6 +88,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

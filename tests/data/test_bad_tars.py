@@ -11,9 +11,10 @@ from damaged import BOTH, module, validated, write_set, write_tar
 from tiny_shards import CLASSES, sample
 
 from dar_lightning.data import shards
-from dar_lightning.data.shards import Shard, ShardIndex, sha256, write_shard
+from dar_lightning.data.shards import Shard, ShardIndex, write_shard
 from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
 
 # ---- files
 
@@ -115,7 +116,7 @@ def written_by_webdataset(path: Path, key: str) -> list[str]:
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(12):
             writer.write({"__key__": key.format(number)} | sample(number)[1])
-    entry = Shard(path.name, 12, path.stat().st_size, sha256(path))
+    entry = Shard(path.name, 12, path.stat().st_size, file_sha256(path))
     ShardIndex(path.parent, (entry,), CLASSES).save()
     return [f"{path.name}/{key.format(number)}" for number in range(12)]
 

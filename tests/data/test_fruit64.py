@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from tiny_shards import picture
 
-from dar_lightning.data.shards import ShardIndex, ShardReader, sha256
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex
+from dar_lightning.files import file_sha256
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -41,7 +43,7 @@ def test_files_are_those_of_the_index():
         index = ShardIndex.load(DATA / "fruit64" / split)
         assert index.num_samples == total
         for shard in index.shards:
-            assert sha256(index.root / shard.name) == shard.sha256
+            assert file_sha256(index.root / shard.name) == shard.sha256
 
 
 def test_labels_names_and_sizes(splits):

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import ShardReader
+from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.token_dataset import CodesDataset, CodesIndex, describe, write_codes
 from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import LastStepCheckpoint

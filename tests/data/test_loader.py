@@ -23,8 +23,9 @@ from dar_lightning.data import workers
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.loader import Loader
 from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
-from dar_lightning.data.shards import sha256, write_shard
+from dar_lightning.data.shards import write_shard
 from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
 
 
 def make(shards: Path, **options) -> ImageNetDataModule:
@@ -327,14 +328,14 @@ def test_resume_refuses_other_data(shards, tmp_path):
         shutil.copy(shards / "index.json", tmp_path / folder)
     index = json.loads((shards / "index.json").read_text())
     for shard in index["shards"]:
-        shard["sha256"] = sha256(tmp_path / "other" / shard["name"])
+        shard["sha256"] = file_sha256(tmp_path / "other" / shard["name"])
     (tmp_path / "other" / "index.json").write_text(json.dumps(index))
     moved = make(tmp_path / "same")
     moved.load_state_dict(state)
     moved.train_dataloader()
     for other in (make(tmp_path / "other"), make(shards, classes=["b", "a", "c", "d"])):
         other.load_state_dict(state)
-        with pytest.raises(UserError, match="cannot resume: fingerprint of the training data"):
+        with pytest.raises(UserError, match="cannot resume: hash of the training data"):
             other.train_dataloader()
 
 

@@ -14,10 +14,11 @@ import webdataset
 from tiny_shards import CLASSES, SIZES, picture, sample
 
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import ShardIndex, ShardReader, sha256, write_shard
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import read_header, write_codes
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path
+from dar_lightning.files import atomic_path, file_sha256
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_reader_has_every_sample_and_survives_pickling(shards):
 def test_same_samples_same_bytes(tmp_path):
     shards = [write_shard(tmp_path / name / "0.tar", map(sample, range(4))) for name in ("a", "b")]
     assert shards[0] == shards[1]
-    assert shards[0].sha256 == sha256(tmp_path / "a" / "0.tar")
+    assert shards[0].sha256 == file_sha256(tmp_path / "a" / "0.tar")
     with tarfile.open(tmp_path / "a" / "0.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
 
