@@ -14,7 +14,7 @@ from dar_lightning.errors import UserError
 
 
 class ImageNetDataModule(StreamDataModule):
-    """Images and labels out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
+    """Photos of any kind, ImageNet's or your own, out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
 
     Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, `key` and `shard` (lists of B strings:
     where the picture comes from), `index` (B,) int64 (the sample's number in the order of the shards) and `valid` (B,)

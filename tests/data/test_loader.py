@@ -52,9 +52,9 @@ def whole(shards, tmp_path_factory) -> tuple[list, Path]:
     return model.seen, root
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(1, 2), (4, 0), (6, 0), (8, 2), (12, 0)])
+@pytest.mark.parametrize(("stop", "workers"), [(1, 2), (6, 0), (8, 0)])
 def test_resume_from_a_step_checkpoint(shards, whole, tmp_path, workers, stop):
-    """Steps 6 and 12 are at the edge of an epoch; the number of workers may be another."""
+    """Step 6 is at the edge of an epoch; the number of workers may be another."""
     seen, root = whole
     resumed, _ = fit(shards, tmp_path, root / f"step={stop}.ckpt", workers, max_steps=15)
     assert resumed.seen == seen[stop:]
@@ -78,10 +78,9 @@ def test_resume_after_validation_in_mid_epoch(shards, tmp_path):
         assert resumed.seen == whole.seen[stop:]
 
 
-@pytest.mark.parametrize("stop", [3, 6])
-def test_longer_run_after_the_end(shards, whole, tmp_path, stop):
+def test_longer_run_after_the_end(shards, whole, tmp_path):
     """`max_steps` was reached, and the same run is asked for more."""
-    first, trainer = fit(shards, tmp_path, max_steps=stop)
+    first, trainer = fit(shards, tmp_path, max_steps=6)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     second, _ = fit(shards, tmp_path, tmp_path / "end.ckpt", max_steps=15)
     assert first.seen + second.seen == whole[0]

@@ -262,15 +262,10 @@ def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch, caplog, i
             keys(pattern, tmp_path / "cache")
 
 
-def test_a_bucket_without_an_index_or_a_shard(bucket, tmp_path):
+def test_a_bucket_without_a_shard(bucket, tmp_path):
     bucket.delete_object(Bucket="bucket", Key="train/000001.tar")
     left = [key for number, key in enumerate(KEYS) if not 10 <= number < 19]
     assert keys("s3://bucket/train", tmp_path / "cache", max_bad_share=0.5) == left
-    bucket.delete_object(Bucket="bucket", Key="train/index.json")
-    load = functools.partial(ShardIndex.load, cache_dir=str(tmp_path / "cache"))
-    assert [shard.samples for shard in load("s3://bucket/train/{000000,000002}.tar").shards] == [10, 7]
-    with pytest.raises(UserError, match=r"s3://bucket/train/000003\.tar is missing, and no index\.json says"):
-        load("s3://bucket/train/{000000..000003}.tar")
 
 
 @pytest.mark.parametrize(
