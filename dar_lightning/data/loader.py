@@ -205,7 +205,7 @@ class StreamDataModule(L.LightningDataModule):
             )
         before = self._loader
         options = workers.options(self.num_workers, persistent=True)
-        self._loader = TrainLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **options)
+        self._loader = TrainLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **options)
         if self.trainer is not None:
             # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -223,7 +223,8 @@ class StreamDataModule(L.LightningDataModule):
         dataset, sampler = self._dataset("val"), None  # in order; Lightning then knows that nothing is shuffled
         if self.trainer is not None and self.trainer.world_size > 1:
             sampler = EvalSampler(dataset, self.trainer.world_size, self.trainer.global_rank)
-        return Loader(dataset, self.batch_size, sampler=sampler, **workers.options(self.num_workers))
+        # Lightning makes it anew for predictions, by the names of its arguments
+        return Loader(dataset, batch_size=self.batch_size, sampler=sampler, **workers.options(self.num_workers))
 
     test_dataloader = predict_dataloader = val_dataloader
 

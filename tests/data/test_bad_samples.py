@@ -124,9 +124,9 @@ def test_ranks_count_a_sample_once(pair):
     assert second[-1] == "SystemExit: 0"
 
 
-def train(folder: Path, seen: Path, workers: int = 0, max_bad_share: float = 0.01, **options) -> None:
+def train(folder: Path, seen: Path, max_bad_share: float = 0.01, **options) -> None:
     """Train on two ranks; seen.0 and seen.1 get the indices of each rank's batches, a line each."""
-    data = module(folder, batch_size=2, max_bad_share=max_bad_share, num_workers=workers)
+    data = module(folder, batch_size=2, max_bad_share=max_bad_share)
     data.val = None
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", num_sanity_val_steps=0, **QUIET, **options)
 
@@ -165,10 +165,10 @@ def test_what_comes_after_the_last_comparison_counts(pair, tmp_path, seen, optio
 
 
 def test_two_ranks_stop_together(pair, tmp_path, seen):
-    """In mid-epoch, at the next comparison: the share counts over both, and both have workers that end."""
+    """In mid-epoch, at the next comparison: the share counts over both."""
     bad = {seen[0][0][0], seen[1][1][0]}
     write_set(tmp_path, (40,), bad=bad)
-    options = {"workers": 1, "max_bad_share": 0.049, "max_steps": 30}
+    options = {"max_bad_share": 0.049, "max_steps": 30}
     first, second = pair(partial(train, **options), tmp_path, tmp_path / "seen")
     assert first.startswith("UserError: data.train: 2 of 40 samples cannot be used")
     assert second == "SystemExit: 0"

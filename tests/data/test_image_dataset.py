@@ -217,7 +217,7 @@ class Watching(Recorder):
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
 def test_odd_files_in_training_and_its_metric(odd, caplog):
     data, model = module(odd, num_workers=2, crop="center", flip=False, batch_size=3, max_bad_share=0.9), Watching()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, callbacks=[DataSpeed()], **quiet)
     trainer.fit(model, datamodule=data)
     keys = [key for keys, _ in model.seen for key in keys]

@@ -30,7 +30,7 @@ def write_set(folder: Path, sizes=SIZES, bad: frozenset[int] = frozenset()) -> l
     """Shards 000000.tar, ... with an index; the bad ones are no pictures. Returns shard/key of all."""
     numbers, names, entries = iter(range(sum(sizes))), [], []
     for i, size in enumerate(sizes):
-        samples = [(number, *sample(number)) for number, _ in zip(numbers, range(size), strict=False)]
+        samples = [(number, *sample(number)) for _, number in zip(range(size), numbers, strict=False)]
         members = [(key, parts | {"png": b"x"} if number in bad else parts) for number, key, parts in samples]
         entries.append(write_shard(folder / f"{i:06d}.tar", members))
         names += [f"{i:06d}.tar/{key}" for key, _ in members]
