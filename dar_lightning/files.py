@@ -1,6 +1,7 @@
 """Atomic writes, folder locks and JSON files."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -77,6 +78,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from dar_lightning.data import transforms, workers
 from dar_lightning.data.bad_samples import Bad, Skipped, check_share
 from dar_lightning.data.loader import Loader
-from dar_lightning.data.shards import INDEX, Shard, ShardIndex, sha256
+from dar_lightning.data.shards import INDEX, Shard, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import Crops, ViewBatches, Views
 from dar_lightning.errors import UserError
-from dar_lightning.files import locked, users_path, write_text
+from dar_lightning.files import file_sha256, locked, users_path, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -219,7 +219,8 @@ def _source(index: ShardIndex, number: int) -> dict[str, Any]:
     shard = index.shards[number]
     path = index.root / shard.name
     if index.url is None and path.is_file() and (shard.sha256 is None or path.stat().st_size != shard.bytes):
-        shard = replace(shard, sha256=sha256(path))  # also of a damaged file, so that one repaired since is another
+        # also of a damaged file, so that one repaired since is another
+        shard = replace(shard, sha256=file_sha256(path))
     return asdict(shard)
 
 

@@ -14,7 +14,8 @@ from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import NEEDED, decode, describe, read_label
 from dar_lightning.data.sampler import sample_generator
-from dar_lightning.data.shards import ShardIndex, ShardReader
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex
 
 Crops = Literal["center", "center_flip", "ten_crop", "random"]
 PLACES = ("top left", "top right", "bottom left", "bottom right", "center")  # the order of transforms.ten_crop

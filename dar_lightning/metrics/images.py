@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dar_lightning.ar import gumbel
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import decode, describe, read_label
-from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError

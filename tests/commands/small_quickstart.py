@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from dar_lightning.commands.quickstart import CONFIGS, ROOT, VAL
-from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex, write_shard
 
 
 def small_configs(folder: Path, from_scratch: bool, tokenizer_steps: int = 12) -> str:

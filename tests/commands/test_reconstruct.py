@@ -11,7 +11,8 @@ from tiny_models import CODES, GROUPS, SIZE, TOKENS, make_tokenizer, picture, wr
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.reconstruct import reconstruct
-from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator

@@ -163,7 +163,7 @@ def _shard_sample(file: str, name: str, found: tar.Sample, num_classes: int) -> 
     image = next((extension for extension in IMAGE_TYPES if extension in members), None)
     if image is None:
         return Sample(found.key, name, label, 0, None, flaw or "no image")
-    names = [image, *sorted(set(members) - {image, "cls"})]
+    names = [image, *sorted(set(members) - {image, "cls", ""})]
     place = (file, tuple((extension, *members[extension]) for extension in names))
     return Sample(found.key, name, label, members[image][1], place, flaw)
 
