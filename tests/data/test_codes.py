@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tiny_shards import CLASSES, SIZES, picture, sample
 
-from dar_lightning.commands.extract import ShardWriter, extract
+from dar_lightning.commands.extract import extract
+from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule

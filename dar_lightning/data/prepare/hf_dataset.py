@@ -1,4 +1,4 @@
-"""Image data sets in the format of Hugging Face `datasets` (optional extra), as a source of shards."""
+"""Hugging Face `datasets` (an optional extra) as a source of shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,11 @@ class ReadRow:
 
 
 def hf_dataset(name: str, split: str | None) -> Source:
-    """Rows of a data set whose columns are found by their types: one `Image`, one `ClassLabel`.
+    """Rows of a data set with one `Image` and one `ClassLabel` column.
 
     Args:
         name: A folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
         split: Which split; needed where there are several.
-
-    Raises:
-        UserError: `datasets` is not installed, or the data set is not as described.
     """
     try:
         import datasets
