@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from tiny_shards import CLASSES, SIZES, picture, sample
 
 from dar_lightning.commands.extract import extract
-from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.sampler import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
@@ -180,7 +180,7 @@ def test_interrupted_extraction_goes_on(tokenizers, shards, ten, tmp_path, capsy
 
 
 def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
-    with pytest.raises(UserError, match=r"output: .* holds tokens of tokenizer"):
+    with pytest.raises(UserError, match="was made with tokenizer"):
         extract(str(tokenizers / "1"), str(shards), str(ten), accelerator="cpu")
     with pytest.raises(UserError, match="was made with crops ten_crop, now it is center"):
         run(tokenizers, shards, ten, crops="center")

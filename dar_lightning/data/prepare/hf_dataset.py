@@ -1,6 +1,6 @@
 """Hugging Face `datasets` (an optional extra) as a source of shards."""
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,22 +10,6 @@ from dar_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class ReadRow:
-    """Reads the encoded image of a row; the table's files are mapped into memory, so copies are cheap."""
-
-    table: "Dataset"
-
-    def __call__(self, row: int) -> tuple[bytes, dict[str, bytes]]:
-        (value,) = self.table[row].values()
-        if value is None:
-            raise BadSample("no image")
-        try:
-            return value["bytes"] or Path(value["path"]).read_bytes(), {}
-        except OSError as error:
-            raise BadSample(f"cannot be read: {error.strerror}") from error
 
 
 def hf_dataset(name: str, split: str | None) -> Source:
@@ -62,7 +46,7 @@ def hf_dataset(name: str, split: str | None) -> Source:
         key = f"{classes[value]}-{row:08d}" if known else f"{row:08d}"
         samples.append(Sample(key, str(row), value if known else -1, 0, row, "" if known else f"label {value}"))
     encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return Source("Hugging Face data set", classes, samples, ReadRow(encoded))
+    return Source("Hugging Face data set", classes, samples, partial(_read_row, encoded))
 
 
 def is_saved(folder: Path) -> bool:
@@ -78,3 +62,14 @@ def _only(table: "Dataset", kind: type, name: str) -> str:
             "exactly one is needed (select_columns or cast_column of `datasets` make it so)"
         )
     return columns[0]
+
+
+def _read_row(table: "Dataset", row: int) -> tuple[bytes, dict[str, bytes]]:
+    """The encoded image of a row; the table's files are mapped into memory, so its copies in workers are cheap."""
+    (value,) = table[row].values()
+    if value is None:
+        raise BadSample("no image")
+    try:
+        return value["bytes"] or Path(value["path"]).read_bytes(), {}
+    except OSError as error:
+        raise BadSample(f"cannot be read: {error.strerror}") from error
