@@ -1,4 +1,4 @@
-"""The page itself, with a model that can be made to wait: over Gradio's client, and in a browser."""
+"""The page itself, with a model that can be made to wait: over Gradio's client, and its stop button in a browser."""
 
 import threading
 import time
@@ -63,23 +63,18 @@ def test_previews_arrive_one_by_one(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_input_gets_one_message(page, tmp_path):
+    (tmp_path / "text.png").write_bytes(b"no picture")
+    (tmp_path / "large.png").write_bytes(bytes(1_200_000))
+    for change, message in (
         ({"seed": -1}, "the seed is -1: give a whole number from 0"),
         ({"seed": None}, "the seed is None: give a whole number from 0"),
-        ({"path": "TEXT"}, "the photo cannot be read"),
-        ({"path": "LARGE"}, "the photo has 1.2 MB: at most 1 MB"),
-    ],
-)
-def test_bad_input_gets_one_message(page, tmp_path, change, message):
-    if change.get("path"):
-        content = b"no picture" if change["path"] == "TEXT" else bytes(1_200_000)
-        (tmp_path / "photo.png").write_bytes(content)
-        change = {"path": client.handle_file(tmp_path / "photo.png")}
-    with pytest.raises(client.exceptions.AppError, match=message) as raised:
-        page.client().predict(**INPUTS | change, api_name="/draw")
-    assert "\n" not in str(raised.value).strip()
+        ({"path": client.handle_file(tmp_path / "text.png")}, "the photo cannot be read"),
+        ({"path": client.handle_file(tmp_path / "large.png")}, "the photo has 1.2 MB: at most 1 MB"),
+    ):
+        with pytest.raises(client.exceptions.AppError, match=message) as raised:
+            page.client().predict(**INPUTS | change, api_name="/draw")
+        assert "\n" not in str(raised.value).strip()
 
 
 @pytest.mark.slow
@@ -100,47 +95,27 @@ def test_stop_stops_the_work_and_the_queue_has_an_end(page):
     for job in jobs:
         job.cancel()
     page.pause.set()
-    time.sleep(2)
-    count = len(page.steps)
-    assert count < 2 * (TOKENS - 1), "five drawings were asked for"
+    time.sleep(1)
+    assert len(page.steps) < 2 * (TOKENS - 1), "five drawings were asked for"
     assert len(list(page.client().submit(**INPUTS, api_name="/draw"))) == GROUPS, "the next visitor is served"
 
 
 @pytest.mark.slow
-def test_in_a_browser(page):
-    page.pause.set()
+def test_the_stop_button_stops_the_work(page):
     original = page.pipe.ar.step
-    page.pipe.ar.step = lambda *args: time.sleep(0.15) or original(*args)
+    page.pipe.ar.step = lambda *args: time.sleep(0.1) or original(*args)
     try:
         with chromium() as browser:
             tab = browser.new_page(viewport={"width": 1400, "height": 900})
             tab.goto(page.url)
-            tab.click("#draw", timeout=60_000)
-            sources, states = [], []
-            wait_for(lambda: watch(tab, sources, states) >= GROUPS)
-            loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
-            wait_for(lambda: tab.evaluate(loaded) == GROUPS)
             page.steps.clear()
-            tab.click("#draw")
+            tab.click("#draw", timeout=60_000)
             wait_for(lambda: page.steps)
             tab.click("#stop")
-            time.sleep(3 * 0.15 * TOKENS)  # in which a drawing would end
-            stopped = len(page.steps)
+            time.sleep(3 * 0.1 * TOKENS)  # in which a drawing would end
+            assert len(page.steps) < TOKENS - 1
     finally:
         page.pipe.ar.step = original
-    assert len(sources) == len(set(sources)) == GROUPS
-    assert states == sorted(states)
-    assert states[-1] == TOKENS
-    assert stopped < TOKENS - 1, "the button stops the work"
-
-
-def watch(tab, sources: list, states: list) -> int:
-    """Note the picture on the page, if it is a new one, and how many tokens are filled in."""
-    source = tab.evaluate("document.querySelector('#picture img')?.src")
-    if source and source not in sources:
-        sources.append(source)
-        states.append(tab.evaluate("document.querySelectorAll('#tokens .written').length"))
-    return len(sources)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from PIL import Image
 from served import Served, served, wait_for
 
 from dar_lightning.commands.serve import NO_PHOTO
-from dar_lightning.commands.serve_page import draw, read_photo, reconstructions, tokenize
+from dar_lightning.commands.serve_page import draw_previews, reconstructions
 from dar_lightning.data.decode import MAX_PIXELS
+from dar_lightning.generation.editing import read_photo, tokenize
 from dar_lightning.generation.pipeline import DARPipeline
 
 pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
@@ -31,8 +32,17 @@ MANY_PIXELS = f"the photo cannot be read: more than {MAX_PIXELS} pixels"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
+    """In the end, Ctrl-C ends it."""
     with served(tmp_path_factory.mktemp("served")) as page:
         yield page
+        ends(page, signal.SIGINT)
+
+
+def ends(page: Served, number: int) -> None:
+    page.process.send_signal(number)
+    assert page.process.wait(30) == 0
+    assert "Traceback" not in page.log.read_text()
+    assert not [path for path in page.files.rglob("*") if path.is_file()], "what visitors gave is gone"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +54,7 @@ def pipe() -> DARPipeline:
 def photo(pipe, tmp_path_factory) -> str:
     """A fruit of another class, wider than it is high."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    *_, last = draw(pipe, 13, 5, 3.0)
+    *_, last = draw_previews(pipe, 13, 5, 3.0)
     last.picture.resize((240, 160)).save(path)
     return str(path)
 
@@ -88,21 +98,18 @@ def test_an_upload_above_the_limit_is_cut_off(page, bad_photos):
 
 
 @pytest.mark.parametrize("api_name", ["/draw", "/reconstruct"])
-@pytest.mark.parametrize(
-    ("which", "message"), [("above", "the photo has 10.2 MB: at most 10 MB are read"), ("pixels", MANY_PIXELS)]
-)
-def test_a_bad_photo_gets_one_line(page, bad_photos, which, message, api_name):
-    inputs = {"path": client.handle_file(bad_photos[which])}
-    if api_name == "/draw":
-        inputs |= {"label": 1, "seed": 3, "guidance": 2, "prefix": 2}
-    with pytest.raises(client.exceptions.AppError) as raised:
-        client.Client(page.url, verbose=False, download_files=False).predict(**inputs, api_name=api_name)
-    assert str(raised.value) == message
+def test_a_bad_photo_gets_one_line(page, bad_photos, api_name):
+    for which, message in {"above": "the photo has 10.2 MB: at most 10 MB are read", "pixels": MANY_PIXELS}.items():
+        inputs = {"path": client.handle_file(bad_photos[which])}
+        if api_name == "/draw":
+            inputs |= {"label": 1, "seed": 3, "guidance": 2, "prefix": 2}
+        with pytest.raises(client.exceptions.AppError) as raised:
+            client.Client(page.url, verbose=False, download_files=False).predict(**inputs, api_name=api_name)
+        assert str(raised.value) == message
     assert "Traceback" not in page.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_or_a_service_manager_ends_it_although_drawings_wait(number, tmp_path, photo):
+def test_a_service_manager_ends_it_although_drawings_wait(tmp_path, photo):
     with served(tmp_path) as page:
         with Path(photo).open("rb") as content:
             httpx.post(f"{page.url}/gradio_api/upload", files={"files": content}).raise_for_status()
@@ -112,11 +119,7 @@ def test_ctrl_c_or_a_service_manager_ends_it_although_drawings_wait(number, tmp_
         assert MAX_QUEUE <= accepted <= MAX_QUEUE + 4, "those that wait, and the few that have been drawn meanwhile"
         refused = [answer for answer in answers if answer.status_code != 200]
         assert all(answer.status_code == 503 and "queue is full" in answer.text.lower() for answer in refused)
-
-        page.process.send_signal(number)
-        assert page.process.wait(30) == 0
-        assert "Traceback" not in page.log.read_text()
-        assert not [path for path in page.files.rglob("*") if path.is_file()], "what visitors gave is gone"
+        ends(page, signal.SIGTERM)
 
 
 def ask_for_drawings(page: Served, visitors: int) -> list[httpx.Response]:
@@ -169,7 +172,7 @@ def drawn(tab, pipe: DARPipeline) -> list[Image.Image]:
 
 def test_previews_appear_one_by_one(tab, pipe, tmp_path):
     pictures = drawn(tab, pipe)
-    expected = [state.picture for state in draw(pipe, 0, 0, 3.0)]
+    expected = [state.picture for state in draw_previews(pipe, 0, 0, 3.0)]
     assert len(pictures) == len(expected) == pipe.tokenizer.config.num_groups
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
     assert max(difference(*pair).max() for pair in zip(pictures, expected, strict=True)) <= 1
@@ -192,9 +195,9 @@ def test_a_photo_gives_the_layout(tab, pipe, photo):
     tab.fill("#seed input", "5")
     last = drawn(tab, pipe)[-1]
 
-    read = read_photo(photo, 10)
-    *_, expected = draw(pipe, 0, 5, 3.0, read, KEPT)
-    *_, without = draw(pipe, 0, 5, 3.0)
+    read = read_photo(photo)
+    *_, expected = draw_previews(pipe, 0, 5, 3.0, read, KEPT)
+    *_, without = draw_previews(pipe, 0, 5, 3.0)
     assert difference(last, expected.picture).max() <= 1
     assert difference(last, without.picture).mean() > 10
     cells = tab.locator("#tokens .token").all_inner_texts()
@@ -214,7 +217,7 @@ def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, pipe
     tab.get_by_role("tab", name="Reconstruct").click()
     tab.set_input_files("#given input[type=file]", photo)
     wait_for(lambda: reconstruction(tab))
-    expected = [*reconstructions(pipe, read_photo(photo, 10))][1:]
+    expected = [*reconstructions(pipe, read_photo(photo))][1:]
     sources = {len(expected): reconstruction(tab)}
     slider = tab.locator("#groups input[type=range]")
     for groups in range(1, len(expected)):
