@@ -191,15 +191,6 @@ def test_numbers_of_previews_and_of_kept_tokens():
     assert prefix_lengths("2, 6", TOKENS, GROUPS) == [2, 6]
 
 
-def test_a_tokenizer_and_an_ar_model_of_their_own(pipeline, tmp_path):
-    parts = {"tokenizer": f"{pipeline}/tokenizer", "ar": f"{pipeline}/ar"}
-    sample(str(tmp_path / "parts"), **parts, per_class=1)
-    sample(str(tmp_path / "whole"), pipeline, per_class=1)
-    assert np.array_equal(arrays(tmp_path / "parts")[0], arrays(tmp_path / "whole")[0])
-    with pytest.raises(UserError, match=r"config\.json"):
-        sample(str(tmp_path / "mixed"), tokenizer=f"{pipeline}/tokenizer/config.json", ar=f"{pipeline}/ar")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
