@@ -29,21 +29,13 @@ STOP = "dar_extract_stop"  # in the process group's store: why all ranks must st
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A folder of token shards, one per image shard, finished or not.
-
-    Args:
-        root: The folder.
-        index: The image shards.
-        config: Of the tokenizer.
-        made_by: What the tokens depend on, beside their image shard.
-        unsaid: The same for token shards of versions that did not note all of it.
-    """
+    """A folder of token shards, one per image shard, finished or not."""
 
     root: Path
-    index: ShardIndex
+    index: ShardIndex  # the image shards
     config: TokenizerConfig
-    made_by: dict[str, Any]
-    unsaid: dict[str, Any]
+    made_by: dict[str, Any]  # what the tokens depend on, beside their image shard
+    unsaid: dict[str, Any]  # the same for token shards of versions that did not note all of it
 
     def path(self, number: int) -> Path:
         """The token shard of an image shard."""
@@ -107,16 +99,7 @@ class TokenCache:
 
 
 class Extractor(L.LightningModule):
-    """A tokenizer under Trainer.predict, and its data: the image shards of these numbers, dealt to the ranks.
-
-    Args:
-        tokenizer: The model.
-        cache: Where the tokens go.
-        missing: Numbers of the image shards to read.
-        views: What to take of each image.
-        batch_size: Crops per forward pass.
-        num_workers: Worker processes.
-    """
+    """A tokenizer under Trainer.predict, and its data: the image shards of the missing numbers, dealt to the ranks."""
 
     def __init__(
         self,

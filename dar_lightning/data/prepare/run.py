@@ -33,11 +33,7 @@ HUB = "hf://"
 
 
 def open_source(input: str, labels: str | None = None, split: str | None = None) -> Source:
-    """Recognize an input of `dar shard` and list its images.
-
-    Raises:
-        UserError: It is none, or has no use for `labels` or `split`.
-    """
+    """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
     if is_remote(input) and not input.startswith(HUB):
         raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
     path = Path(input)
@@ -73,9 +69,6 @@ def make_shards(
         options: size, quality, max_per_shard, val_fraction and seed, as in `dar shard`.
         workers: Processes; None takes one per core.
         max_bad_share: Largest share of the images that may be unusable.
-
-    Raises:
-        UserError: The folder holds something else, or too many images are bad.
     """
     parts = arrange(source.samples, options["seed"], options["val_fraction"])
     # another encoder gives other bytes
