@@ -13,6 +13,7 @@ from torch import Tensor
 from dar_lightning.ar.guidance import Guidance
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import stream_in_place
+from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
@@ -45,8 +46,7 @@ class DARPipeline:
 
     Args:
         tokenizer: decodes tokens.
-        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer; or it has the tokens of the
-            first groups only, after which the preview is the image.
+        ar: predicts all tokens, or those of the first groups, after which the preview is the image.
         classes: names of the classes, in the order of the labels; empty if they have none.
     """
 
@@ -134,11 +134,7 @@ class DARPipeline:
         return preview.images
 
     def label(self, name_or_index: str | int) -> int:
-        """The label of a class, by its name or by its number (as int or digits).
-
-        Raises:
-            UserError: if there is no such class.
-        """
+        """The label of a class, by its name or by its number (as int or digits)."""
         text = str(name_or_index)
         if text in self.classes:
             return self.classes.index(text)
@@ -151,6 +147,11 @@ class DARPipeline:
     def averaged(self) -> dict[str, bool | None]:
         """Whether each model's weights are an average over training steps (EMA); None where nobody has noted it."""
         return {"tokenizer": self.tokenizer.averaged, "ar": self.ar.averaged}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each model's weights."""
+        return {"tokenizer": dtype_name(self.tokenizer.dtype), "ar": dtype_name(self.ar.head.weight.dtype)}
 
     @property
     def device(self) -> torch.device:
@@ -173,11 +174,7 @@ class DARPipeline:
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":
-        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files.
-
-        Raises:
-            UserError: if a part is missing or broken, or the parts do not belong together.
-        """
+        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files."""
         folder = resolve_folder(path_or_repo, ["config.json", "*/config.json", "*/model.safetensors"])
         classes = read_json(folder / PIPELINE_CONFIG).get("classes", [])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -187,14 +184,5 @@ class DARPipeline:
 
     @classmethod
     def from_parts(cls, tokenizer: str | Path, ar: str | Path, classes: tuple[str, ...] = ()) -> "DARPipeline":
-        """Put a pipeline together from two trainings.
-
-        Args:
-            tokenizer: a checkpoint of `dar fit`, a folder or a Hub repository.
-            ar: the same of an AR model.
-            classes: names of the classes.
-
-        Raises:
-            UserError: if one of them cannot be read or is of the other kind, or they do not belong together.
-        """
+        """Put a pipeline together from two trainings, each a checkpoint of `dar fit`, a folder or a Hub repository."""
         return cls(load_model(tokenizer, SequentialDiffusionTokenizer), load_model(ar, ARModel), classes)

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from tiny_models import make_tokenizer
 from tiny_shards import CLASSES, SIZES, module, picture, sample, write_set
 
-from dar_lightning.commands.extract import ShardWriter, extract
+from dar_lightning.commands.extract import extract
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data.sampler import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, read_header
@@ -161,7 +162,7 @@ def test_interrupted_extraction_goes_on(tokenizers, shards, ten, tmp_path, capsy
 def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
     (tmp_path / "file").touch()
     for name, source, output, options, message in (
-        ("1", shards, ten, {}, r"output: .* holds tokens of tokenizer"),
+        ("1", shards, ten, {}, "was made with tokenizer"),
         ("0", shards, ten, {"crops": "center"}, "was made with crops ten_crop, now it is center"),
         ("0", f"{shards}/000000.tar", ten, {}, "holds tokens of other shards"),
         ("0", shards, shards, {}, "another kind of index"),
