@@ -16,13 +16,13 @@ from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, users_path, write_text
+from dar_lightning.files import atomic_path, users_path
 from dar_lightning.formats.fingerprint import fingerprint
 from dar_lightning.generation.drawing import Job, draw
 from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import PIXELS
+from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -173,8 +173,7 @@ def sample(
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256 if layout is not None else None
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    record |= {"provenance": made, PIXELS: pixels}
-    write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
+    write_drawn(folder / "samples.npz", record | {"provenance": made}, pixels)
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 

@@ -1,8 +1,8 @@
 """Feature networks by name: every one maps uint8 images (B, 3, H, W) to float features (B, D).
 
 A network may say in an attribute `resize` how it brings images to its size; it becomes part of the protocol.
-Only Inception's number is called FID. With any other network it is called FD-<name>: values of different networks
-cannot be compared.
+Only Inception's distance is called FID, with any other network it is FD-<name>: they cannot be compared.
+torch-fidelity's and timm's networks are used as they are; their weights are read as data, never as code.
 """
 
 import hashlib
@@ -177,13 +177,13 @@ def frechet_name(features: str) -> str:
 
 
 def feature_protocol(features: str, network: nn.Module) -> dict[str, Any]:
-    """What a figure says of its feature network, for JSON."""
+    """What a metric says of its feature network, for JSON."""
     resize = getattr(network, "resize", "whatever the class does")
-    return {"name": features, "sha256": fingerprint(network), "resize": resize}
+    return {"name": features, "sha256": network_sha256(network), "resize": resize}
 
 
-def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over a network's class, parameters and buffers: equal fingerprints mean comparable features."""
+def network_sha256(network: nn.Module) -> str:
+    """SHA-256 over a network's class, parameters and buffers: equal ones give comparable features."""
     digest = hashlib.sha256(type(network).__qualname__.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

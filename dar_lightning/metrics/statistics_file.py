@@ -27,6 +27,12 @@ class StoredStatistics(NamedTuple):
     protocol: dict[str, Any] | None
     has_images: bool
 
+    def facts(self) -> dict[str, Any]:
+        """What identifies them as a reference, for its protocol."""
+        facts = {"n": self.statistics.count, "statistics": "mu and sigma as stored"}
+        facts["statistics_sha256"] = sha256_of(self.statistics)
+        return facts if self.protocol is None else facts | {"statistics_of": self.protocol}
+
 
 def read_statistics(source: str, option: str) -> StoredStatistics | None:
     """The statistics that an npz file holds.
@@ -63,7 +69,7 @@ def read_statistics(source: str, option: str) -> StoredStatistics | None:
 
 
 def write_statistics(path: str, statistics: Gaussian, protocol: dict[str, Any]) -> None:
-    """Write statistics and their protocol, whole or not at all.
+    """Write statistics and their protocol atomically.
 
     Args:
         path: the npz file.

@@ -1,12 +1,24 @@
-"""How the images of an npz were drawn: what the commands that draw write beside it."""
+"""How the images of an npz were drawn: the JSON beside it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
+from dar_lightning.files import write_text
 
 PIXELS = "pixels_sha256"  # the field by which a record knows its images
+
+
+def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
+    """Write `NAME.json` beside `NAME.npz`.
+
+    Args:
+        npz: the file of the images.
+        facts: how they were drawn, for JSON.
+        sha256: of the images, see `records.pixels`.
+    """
+    write_text(npz.with_suffix(".json"), json.dumps(facts | {PIXELS: sha256}, indent=2) + "\n")
 
 
 def read_drawn(npz: Path) -> dict[str, Any] | None:
@@ -28,7 +40,7 @@ def drawn_facts(record: dict[str, Any], npz: Path, option: str, sha256: str) -> 
         record: from read_drawn.
         npz: the file of the images.
         option: what the user calls it, for the error line.
-        sha256: of the images, see `records.pixels`.
+        sha256: of the images.
 
     Raises:
         UserError: it is a record of other images.

@@ -36,6 +36,12 @@ def read_scalars(folder: str | Path) -> dict[str, Curve]:
     return {tag: _curve(found) for tag, found in sorted(points.items())}
 
 
+def last_scalars(folder: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
+    """The last value of each scalar whose name starts with one of the prefixes."""
+    found = read_scalars(folder).items()
+    return {name: float(curve.values[-1]) for name, curve in found if name.startswith(prefixes)}
+
+
 def _curve(points: dict[int, float]) -> Curve:
     steps = sorted(points)
     return Curve(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64))

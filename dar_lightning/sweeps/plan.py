@@ -1,4 +1,4 @@
-"""What a sweep is: cells of a grid, each a chain of `dar` commands, of which equal ones are one piece of work."""
+"""The plan of a sweep: cells of a grid, each a chain of `dar` commands. Identical stages run once and are shared."""
 
 import hashlib
 import json
