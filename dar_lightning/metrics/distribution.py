@@ -23,9 +23,6 @@ def distribution_metrics(
 
     Returns:
         {metric: value} and {method: what it depends on}.
-
-    Raises:
-        UserError: torch-fidelity is not installed, or there are fewer than 4 images on a side.
     """
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -40,14 +37,8 @@ def distribution_metrics(
     kid = kid_features_to_metric(
         samples.double(), reference.double(), kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
     )
-    prc = prc_features_to_metric(
-        samples.to(device),
-        reference.to(device),
-        prc_neighborhood=NEIGHBORS,
-        prc_batch_size=1000,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    options = {"prc_neighborhood": NEIGHBORS, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
+    prc = prc_features_to_metric(samples.to(device), reference.to(device), **options)
     kernel, suffix = ("KID", "") if name == "inception" else (f"KD-{name}", f"-{name}")
     metrics = {
         kernel: kid["kernel_inception_distance_mean"],

@@ -15,9 +15,6 @@ def lpips_network(weights_path: str | None) -> FrozenNetwork:
     Args:
         weights_path: a file of torchvision's VGG16 (`data/convert_vgg16.py` makes one); None or "download" lets
             torchvision download it.
-
-    Raises:
-        UserError: if the file is no VGG16, or there is none and the download fails.
     """
     weights_path = None if weights_path == "download" else weights_path
     try:

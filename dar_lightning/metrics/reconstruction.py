@@ -28,19 +28,12 @@ LPIPS_PROTOCOL = "VGG16, version 0.1 heads, images in [-1, 1] at their own size,
 
 
 class Reconstructed(NamedTuple):
-    """A batch of images, and what a tokenizer made of it.
+    """A batch of images, and what a tokenizer made of it."""
 
-    Attributes:
-        numbers: of the images in their set.
-        images: (B, 3, H, W) uint8.
-        codes: (B, N) int64.
-        decoded: (B, 3, H, W) uint8; or all previews, (B, K, 3, H, W).
-    """
-
-    numbers: Sequence[int]
-    images: Tensor
-    codes: Tensor
-    decoded: Tensor
+    numbers: Sequence[int]  # of the images in their set
+    images: Tensor  # (B, 3, H, W) uint8
+    codes: Tensor  # (B, N) int64
+    decoded: Tensor  # (B, 3, H, W) uint8; or all previews, (B, K, 3, H, W)
 
 
 @torch.no_grad()
@@ -54,13 +47,7 @@ def reconstruct(
 ) -> Reconstructed:
     """Encode and decode a batch of uint8 images (B, 3, H, W); an image's noise depends on (seed, its number) alone.
 
-    Args:
-        tokenizer: encodes and decodes.
-        images: on the tokenizer's device.
-        numbers: of the images in their set.
-        seed: of the noise.
-        previews: decode the preview after each group of tokens, too.
-        options: of `tokenizer.detokenize` or `tokenizer.previews`: solver, num_steps, groups.
+    `options` are those of `tokenizer.detokenize` or, for previews, `tokenizer.previews`: solver, num_steps, groups.
     """
     noise = tokenizer.draw_noise(len(images), [image_generator(seed, number) for number in numbers], images.shape[2:])
     codes = tokenizer.tokenize(to_float(images))
@@ -81,15 +68,9 @@ def reconstruct_all(
 def reconstruction_scores(
     reconstructions: Tensor, originals: Tensor, lpips: FrozenNetwork | None = None
 ) -> dict[str, Tensor]:
-    """PSNR (dB), SSIM and, with its network, LPIPS of each pair of uint8 images.
+    """PSNR (dB), SSIM and, with `lpips_network`, LPIPS of each pair of uint8 images (B, 3, H, W): (B,) each.
 
-    Args:
-        reconstructions: (B, 3, H, W); SSIM's window needs H, W >= 11, LPIPS 32.
-        originals: (B, 3, H, W).
-        lpips: from `metrics.lpips.lpips_network`.
-
-    Returns:
-        {"psnr", "ssim", maybe "lpips"}, each (B,).
+    SSIM's window needs H, W >= 11, LPIPS 32.
     """
     pair = reconstructions.float(), originals.float()
     scores = {

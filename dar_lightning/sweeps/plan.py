@@ -34,7 +34,7 @@ NAME = re.compile(r"[\w.=,+-]+")
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of every cell.
+    """One command of every cell, as the sweep file has it.
 
     Attributes:
         verb: of `dar`: fit, extract, export, reconstruct, sample, table or evaluate.
@@ -55,23 +55,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage with all its values: one command, one folder.
-
-    Attributes:
-        stage: its name.
-        verb: of `dar`.
-        words: its options, in which {name} stands for the folder of the work that it needs.
-        needs: that work by its stage's name.
-        hash: of words, config files and the work that it needs; equal hashes are the same work.
-        texts: every text in its options and config files.
-    """
+    """A stage with all its values: one command, one folder."""
 
     stage: str
     verb: str
-    words: tuple[str, ...]
-    needs: dict[str, "Work"]
-    hash: str
-    texts: tuple[str, ...] = ()
+    words: tuple[str, ...]  # options, in which {name} stands for the folder of the work that it needs
+    needs: dict[str, "Work"]  # that work by its stage's name
+    hash: str  # of words, config files and the work that it needs; equal hashes are the same work
+    texts: tuple[str, ...] = ()  # every text in its options and config files
 
     @property
     def folder(self) -> str:
@@ -79,13 +70,13 @@ class Work:
         return f"shared/{self.stage}-{self.hash}"
 
     def data(self) -> dict[str, str]:
-        """Folders of shards that options or config files name -> SHA-256 of their index, which has those of the shards.
-
-        Not those that earlier stages make.
-        """
-        indices = {text: os.path.join(text, INDEX) for text in sorted({*self.texts}) if text}
-        found = {text: index for text, index in indices.items() if os.path.isfile(index)}
-        return {text: hashlib.sha256(Path(index).read_bytes()).hexdigest() for text, index in found.items()}
+        """Folders of shards that options or config files name -> SHA-256 of their index; none of earlier stages."""
+        indices = {text: Path(text, INDEX) for text in sorted({*self.texts}) if text}
+        return {
+            text: hashlib.sha256(index.read_bytes()).hexdigest()
+            for text, index in indices.items()
+            if os.path.isfile(index)
+        }
 
     def command(self, root: Path) -> list[str]:
         """Options of `dar`, with the verb first."""
@@ -101,17 +92,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid.
+    """One point of the grid."""
 
-    Attributes:
-        name: of its folder.
-        values: its place on every axis.
-        variables: what placeholders stand for: the values, and the names that an axis gives.
-    """
-
-    name: str
-    values: dict[str, Any]
-    variables: dict[str, Any]
+    name: str  # of its folder
+    values: dict[str, Any]  # its place on every axis
+    variables: dict[str, Any]  # what placeholders stand for: the values, and the names that an axis gives
 
 
 @dataclass(frozen=True)
@@ -187,8 +172,7 @@ class Sweep:
             words = [f"--config={path}" for path in configs]
             words += [f"--{option}={_text(value)}" for option, value in options.items()]
             needs = {place: done[place] for place in _places(stage.options) if place in done}
-            facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}]
-            facts.append(contents)
+            facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}, contents]
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
             texts = tuple(_texts([options, *map(json.loads, contents)]))
             done[name] = Work(name, stage.verb, tuple(words), needs, digest, texts)

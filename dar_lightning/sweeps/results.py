@@ -17,21 +17,13 @@ STATUSES = ("done", "failed", "pending")
 
 @dataclass(frozen=True)
 class StageResult:
-    """One command of a run: a training, an extraction, a measurement.
-
-    Attributes:
-        name: what it does, such as "ar".
-        folder: where it worked; runs that share the work have the same.
-        status: done, failed or pending.
-        seconds: how long it took.
-        code: that made it, see `dar_lightning.records.provenance.read_code`; None where it was not noted.
-    """
+    """One command of a run: a training, an extraction, a measurement."""
 
     name: str
-    folder: Path
-    status: str
+    folder: Path  # runs that share the work have the same
+    status: str  # done, failed or pending
     seconds: float | None
-    code: dict[str, Any] | None = None
+    code: dict[str, Any] | None = None  # that made it (`records.provenance.read_code`); None where it was not noted
 
     @cached_property
     def scalars(self) -> dict[str, Curve]:
@@ -41,44 +33,26 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A cell with one seed.
-
-    Attributes:
-        cell: the cell's name.
-        seed: of everything that the run draws.
-        folder: its own; `samples.png` is there.
-        status: done, failed or pending.
-        stages: in the order in which they run.
-        metrics: what was measured at its end; empty unless it is done.
-        works: where each metric was measured: the folder of its stage, which runs may share.
-        protocols: how they were, by the stage that did it, and for what trainings measured by "STAGE, METRIC".
-    """
+    """A cell with one seed."""
 
     cell: str
     seed: int
-    folder: Path
-    status: str
-    stages: tuple[StageResult, ...] = ()
-    metrics: dict[str, float] = field(default_factory=dict)
-    works: dict[str, Path] = field(default_factory=dict)
-    protocols: dict[str, Protocol] = field(default_factory=dict)
+    folder: Path  # its own; `samples.png` is there
+    status: str  # done, failed or pending
+    stages: tuple[StageResult, ...] = ()  # in the order in which they run
+    metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
+    works: dict[str, Path] = field(default_factory=dict)  # metric -> folder of its stage, which runs may share
+    protocols: dict[str, Protocol] = field(default_factory=dict)  # by stage; of trainings by "STAGE, METRIC"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """A place in the grid.
-
-    Attributes:
-        name: unique in the sweep.
-        values: axis -> value.
-        paper: what the paper reports for it, by metric.
-        runs: one per seed.
-    """
+    """A place in the grid."""
 
     name: str
-    values: dict[str, Any]
-    paper: dict[str, float]
-    runs: tuple[RunResult, ...]
+    values: dict[str, Any]  # axis -> value
+    paper: dict[str, float]  # what the paper reports for it, by metric
+    runs: tuple[RunResult, ...]  # one per seed
 
     def having(self, status: str) -> list[RunResult]:
         """The runs of that status."""
@@ -92,26 +66,15 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A grid of cells.
-
-    Attributes:
-        folder: where it is.
-        name: of the sweep.
-        title: the same in words.
-        axes: axis -> its values in order.
-        x_axis: the axis that plots run over.
-        metrics: the measured metrics that the study is about.
-        budget: what each run was given, in words.
-        cells: in the order of the sweep.
-    """
+    """A grid of cells."""
 
     folder: Path
     name: str
     title: str
-    axes: dict[str, list[Any]]
-    x_axis: str
-    metrics: tuple[str, ...]
-    budget: str
+    axes: dict[str, list[Any]]  # axis -> its values in order
+    x_axis: str  # the axis that plots run over
+    metrics: tuple[str, ...]  # those that the study is about
+    budget: str  # what each run was given, in words
     cells: tuple[CellResult, ...]
 
     @property

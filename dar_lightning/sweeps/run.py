@@ -18,16 +18,7 @@ from dar_lightning.generation.grids import mosaic, save_png
 from dar_lightning.metrics.images import NpzImages
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
-from dar_lightning.sweeps.finished import (
-    BEGUN,
-    DONE,
-    LOCK,
-    code_hashes,
-    is_outdated,
-    made_from,
-    put_aside,
-    read_done,
-)
+from dar_lightning.sweeps.finished import BEGUN, DONE, LOCK, code_hashes, is_outdated, made_from, put_aside, read_done
 from dar_lightning.sweeps.plan import Cell, Sweep, Work, shown
 from dar_lightning.sweeps.results import METRICS, RUN, SAMPLES, SWEEP, run_folder
 
@@ -40,12 +31,9 @@ TABLE_IMAGES = 64  # of its first row and seed, for samples.png where no stage m
 
 
 class Runner:
-    """Runs the cells of a sweep.
+    """Runs the cells of a sweep in its folder.
 
-    Args:
-        plan: the sweep.
-        root: its folder.
-        wanted: hash of the code that all results must be of, with today's data; None where any is as good.
+    `wanted` is the hash of the code that all results must be of, with today's data; None where any is as good.
     """
 
     def __init__(self, plan: Sweep, root: Path, wanted: str | None = None) -> None:
@@ -53,11 +41,7 @@ class Runner:
         self.tried: dict[str, str] = {}  # hash -> done or failed; a cell that needs the same does not try again
 
     def prepare(self) -> None:
-        """Make the folder, or go on in one of the same sweep; a cell that is not what the plan says is pending again.
-
-        Raises:
-            UserError: the folder holds something else.
-        """
+        """Make the folder, or go on in one of the same sweep; a cell that is not as planned is pending again."""
         mark = self.root / SWEEP  # it comes first, so that another process finds nothing else without it
         with users_path("output"):
             self.root.mkdir(parents=True, exist_ok=True)

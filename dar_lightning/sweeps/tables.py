@@ -20,20 +20,12 @@ GROUPS = re.compile(r"(groups/val_\w+?|written/val_\w+?)_(\d+)$")  # a scalar pe
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one cell.
-
-    Attributes:
-        cell: which.
-        source: "measured" (by commands, or in a training's last validation) or "paper".
-        metric: its name.
-        values: one for each piece of work that finished runs have it from, which several may share; of the paper, its
-            number.
-    """
+    """One metric of one cell."""
 
     cell: CellResult
-    source: str
+    source: str  # "measured" (by commands, or in a training's last validation) or "paper"
     metric: str
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # one for each piece of work that finished runs have it from, which several may share
 
     @property
     def mean(self) -> float:
@@ -62,11 +54,7 @@ def summarize(sweep: SweepResult) -> list[Row]:
 
 
 def write_tables(sweep: SweepResult, rows: list[Row], output: Path) -> str:
-    """Write `table.csv` (a line per cell and metric), `runs.csv` (a line per run and metric) and `table.md`.
-
-    Returns:
-        The text of table.md.
-    """
+    """Write `table.csv` (a line per cell and metric), `runs.csv` (per run and metric), `table.md`; returns its text."""
     lines = [["cell", *sweep.axes, "source", "figure", "mean", "std", "n", "failed", "pending"]]
     for row in rows:
         counts = [len(row.values), len(row.cell.having("failed")), len(row.cell.having("pending"))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_sets import NETWORK, FirstPixels, first_pixels, folder, frechet, npz, pixels, shards
 from PIL import Image
-from tiny_models import CLASSES, SIZE, write_vgg
+from tiny_models import CLASSES, SIZE
 
 from dar_lightning import DARPipeline
 from dar_lightning.cli import main
@@ -18,9 +18,10 @@ from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import features
+from dar_lightning.metrics.features import network_sha256
+from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.images import DrawnImages
 from dar_lightning.records.pixels import image_digests, set_sha256
-from dar_lightning.training.losses import PerceptualLoss
 
 RED_GREEN = NETWORK.replace("FirstPixels", "RedGreen")
 
@@ -76,15 +77,20 @@ def test_identical_pairs_leave_valid_json(tmp_path):
     assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6), "psnr": None, "ssim": pytest.approx(1)}
 
 
-def test_lpips_is_the_mean_over_pairs(tmp_path):
-    first, second = pixels(3, 0, 32), pixels(3, 1, 32)
-    vgg = write_vgg(tmp_path / "vgg.pth")
+class Distance(torch.nn.Module):
+    """In the place of LPIPS."""
+
+    def forward(self, one, two):
+        return (one - two).abs().mean((1, 2, 3))
+
+
+def test_lpips_is_the_mean_over_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr("dar_lightning.commands.evaluate.lpips_network", lambda path: FrozenNetwork(Distance()))
+    first, second = pixels(5, 0), pixels(5, 1)
     sets = npz(tmp_path / "a.npz", first), npz(tmp_path / "b.npz", second)
-    found = evaluate(*sets, NETWORK, str(tmp_path / "o.json"), paired=True, lpips=str(vgg), batch_size=2)["metrics"]
-    network = PerceptualLoss(weights_path=str(vgg)).distance.network
-    pair = [torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1 for images in (first, second)]
-    one_by_one = [network(a[None], b[None]).item() for a, b in zip(*pair, strict=True)]
-    assert found["lpips"] == pytest.approx(np.mean(one_by_one), rel=1e-5)
+    result = evaluate(*sets, NETWORK, str(tmp_path / "o.json"), paired=True, lpips="vgg.pth", batch_size=2)
+    assert result["metrics"]["lpips"] == pytest.approx(np.abs(first / 127.5 - second / 127.5).mean(), rel=1e-5)
+    assert result["protocol"]["reconstruction"]["lpips_sha256"] == network_sha256(Distance())
 
 
 def test_centre_crop_brings_photographs_to_one_size(tmp_path):
