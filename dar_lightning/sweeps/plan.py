@@ -122,7 +122,7 @@ class Sweep:
             if not given:
                 raise UserError(f"{what} is empty: need at least one entry")
         for axis, values in self.grid.items():
-            given = [{axis, *values[name]} for name in values] if isinstance(values, Mapping) else [{axis}]
+            given = [{axis, *names} for names in values.values()] if isinstance(values, Mapping) else [{axis}]
             if any(names != given[0] for names in given):
                 raise UserError(f"grid: the values of {axis} give different names: {{name}} must mean something in all")
             if "seed" in given[0]:
@@ -138,11 +138,10 @@ class Sweep:
                     raise UserError(f"paper: {axis} is {entry[axis]!r}, which the grid does not have")
         known = {*self.cells[0].variables, "seed"}
         for name, stage in self.stages.items():
-            places = _places([stage.options, stage.config])
-            wrong = [word for word in places if word not in known]
-            if wrong:
-                raise UserError(f"stages: {name} has {{{wrong[0]}}}, which is no axis, no name that it gives, and no "
-                                "earlier stage")  # fmt: skip
+            for place in _places([stage.options, stage.config]):
+                if place not in known:
+                    what = "no axis, no name that it gives, and no earlier stage"
+                    raise UserError(f"stages: {name} has {{{place}}}, which is {what}")
             if name in known:
                 raise UserError(f"stages: {name} is the name of an axis too, or of what one gives")
             known.add(name)
@@ -152,11 +151,9 @@ class Sweep:
         """Every combination of the axes' values."""
         cells = []
         for values in product(*self.grid.values()):
-            chosen = dict(zip(self.grid, values, strict=True))
-            variables = dict(chosen)
+            chosen, variables = dict(zip(self.grid, values, strict=True)), {}
             for axis, value in chosen.items():
-                if isinstance(self.grid[axis], Mapping):
-                    variables |= self.grid[axis][value]
+                variables |= {axis: value} | (self.grid[axis][value] if isinstance(self.grid[axis], Mapping) else {})
             name = ",".join(f"{axis}={value}" for axis, value in chosen.items())
             cells.append(Cell(re.sub(r"[^\w.=,+-]", "_", name), chosen, variables))
         return cells

@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 from PIL import Image
 from small_sweep import ONE, cell, plan
-from tiny_models import AR, CLASSES, GROUPS, SIZE, make_tokenizer, write_images, write_tokens
+from tiny_models import CLASSES, GROUPS, SIZE, fit_ar, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.commands.sweep import sweep
@@ -289,29 +289,17 @@ def test_from_idea_to_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("tokenizer")
     write_images(Path("images"), 12), write_tokens(Path("tokens"), 8)
-    fit = {
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
-        "model": {
-            "class_path": "dar_lightning.training.AblationModule",
-            "init_args": {"config": AR | {"order_groups": GROUPS}},
-        },
-        "data": {
-            "class_path": "dar_lightning.data.codes.CodesDataModule",
-            "init_args": {"train": "tokens", "val": "tokens", "batch_size": 4},
-        },
+    words = fit_ar("tokens", "tokens", "", max_steps=1, val_check_interval=1)[1:]
+    options = dict(word.removeprefix("--").replace("ARModule", "AblationModule").split("=", 1) for word in words)
+    del options["trainer.default_root_dir"]
+    options |= {"model.init_args.config.order_groups": GROUPS, "model.init_args.config.order": "{order}"}
+    callbacks = {
+        "LastStepCheckpoint": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
+        "GenerationFID": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
     }
-    fit["trainer"]["callbacks"] = [
-        {
-            "class_path": "dar_lightning.training.callbacks.LastStepCheckpoint",
-            "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
-        },
-        {
-            "class_path": "dar_lightning.training.callbacks.GenerationFID",
-            "init_args": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
-        },
-    ]
-    Path("ar.yaml").write_text(yaml.safe_dump(fit))
-    options = {"model.init_args.config.order": "{order}", "seed_everything": "{seed}"}
+    layer = [{"class_path": name, "init_args": values} for name, values in callbacks.items()]
+    Path("ar.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": layer}}))
+    options["seed_everything"] = "{seed}"
     draw = {"tokenizer": "tokenizer", "ar": "{ar}/checkpoints/last.ckpt", "per_class": 2, "seed": "{seed}"}
     measure = {"samples": "{draw}/samples.npz", "reference": "images", "features": "color_edges"}
     table = {"title": "t", "task": "reconstruct", "rows": [{"solver": "euler"}], "pipeline": "tokenizer"}
