@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -164,25 +163,28 @@ def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, 
     assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["pending", "pending"], "stopped is not failed"
 
 
-def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path):
-    code = (
-        "from pathlib import Path; from dar_lightning.sweeps import run, plan\n"
-        f"run.PROGRAM = [{sys.executable!r}, '-c', {CHILD!r}]\n"
-        "study = plan.Sweep('study', {'a': plan.Stage('export')}, {'K': [1]})\n"
-        "runner = run.Runner(study, Path('out'))\n"
-        "runner.prepare(); runner.run(*next(study.runs()))"
-    )
-    killed = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    wait_for(tmp_path / "begun")
-    killed.kill()
-    killed.wait()
-    (path,) = tmp_path.glob("out/shared/*/.sweep.lock")
-    try:
-        with pytest.raises(Timeout):
-            FileLock(path).acquire(blocking=False)
-    finally:
-        (tmp_path / "go").touch()
-    FileLock(path).acquire(timeout=30)
+def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lock, held = FileLock("stage.lock"), []
+    lock.acquire()
+    number = lock._context.lock_file_fd
+
+    def kill() -> None:
+        wait_for("begun")
+        os.close(number)  # as the system does for a process that is killed
+        try:
+            FileLock("stage.lock").acquire(blocking=False).lock.release()
+        except Timeout:
+            held.append(True)
+        Path("go").touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with open("log.txt", "w") as log:
+        run._call([sys.executable, "-c", CHILD], log, lock)
+    killer.join()
+    lock._context.lock_file_fd = None
+    assert held == [True]
 
 
 def test_dry_run_prints_every_command_once_and_writes_nothing(runs, capsys):
