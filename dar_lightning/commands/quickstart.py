@@ -9,12 +9,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import dar_lightning
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, users_path, write_text
 from dar_lightning.sweeps.child import call
+from dar_lightning.sweeps.curves import last_scalars
 
 ROOT = Path(dar_lightning.__file__).parent.parent
 CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"
@@ -197,13 +196,6 @@ def collect(out: Path) -> dict:
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shutil.copyfile(out / "layout/layout.png", out / "layout.png")
     return metrics
-
-
-def last_scalars(logs: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
-    """The last value of each TensorBoard scalar whose name starts with one of the prefixes."""
-    events = EventAccumulator(str(logs)).Reload()
-    names = [name for name in events.Tags()["scalars"] if name.startswith(prefixes)]
-    return {name: events.Scalars(name)[-1].value for name in names}
 
 
 def summary(out: Path, metrics: dict) -> str:

@@ -13,15 +13,14 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, users_path, write_text
+from dar_lightning.files import atomic_path, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import middle, prefix_lengths, read_photo, tokenize
 from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png, to_image
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import PIXELS
-from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.provenance import provenance
 
 ANIMATED = 16  # images in the animation, at most
@@ -181,8 +180,7 @@ def sample(
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    record |= {"provenance": made, PIXELS: set_sha256(image_digests(pixels))}
-    write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
+    write_drawn(folder / "samples.npz", record | {"provenance": made}, pixels)
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 

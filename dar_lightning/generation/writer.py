@@ -19,7 +19,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
-from dar_lightning.records.drawn import PIXELS
+from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.provenance import provenance
 
 SETTINGS = "settings.json"
@@ -182,5 +182,4 @@ class SampleWriter(BasePredictionWriter):
         shape = (self.data.count, self.size, self.size, 3)
         digest = write_npz(self.path, pieces, shape, self.data.labels.numpy())
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
-        record = self.settings | {"provenance": runs, PIXELS: digest}
-        write_text(self.protocol_path, json.dumps(record, indent=2) + "\n")
+        write_drawn(self.path, self.settings | {"provenance": runs}, digest)

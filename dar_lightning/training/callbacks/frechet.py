@@ -17,7 +17,7 @@ from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.measure import float64_device
 from dar_lightning.records.pixels import set_sha256
-from dar_lightning.records.protocol import FRECHET, write_figures
+from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
 from dar_lightning.weights.lightning import has_average
 
@@ -54,8 +54,8 @@ class FrechetCallback(Callback):
         if label is not None and not re.fullmatch(r"[\w.-]+", label):
             raise UserError(f"label is {label!r}: it is part of file names, use letters, digits and _ . -")
         self.label = label
-        self.figure = f"{prefix}{frechet_name(features)}"  # the name in the file
-        self.name = self.labelled(self.figure)
+        self.metric = f"{prefix}{frechet_name(features)}"  # the name in the file
+        self.name = self.labelled(self.metric)
         self.features, self.features_weights = features, features_weights
         self.every_n_steps = every_n_steps
         self.reference: Gaussian | None = None  # measured once
@@ -63,9 +63,9 @@ class FrechetCallback(Callback):
         self._checkpoint_averaged: bool | None = None
         self._network: FrozenNetwork | None = None
 
-    def labelled(self, figure: str) -> str:
-        """A figure's name in the logs."""
-        return figure if self.label is None else f"{figure}-{self.label}"
+    def labelled(self, metric: str) -> str:
+        """A metric's name in the logs."""
+        return metric if self.label is None else f"{metric}-{self.label}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in ("fit", "validate") and self._network is None:
@@ -130,22 +130,32 @@ class FrechetCallback(Callback):
             return any(average.n_averaged > 0 for average in averages)
         return self._checkpoint_averaged
 
-    def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:
-        """Rank 0 writes down the distance, other figures, and what they depend on."""
+    def report(
+        self,
+        trainer: Trainer,
+        value: float,
+        statistics: Gaussian,
+        size: list[int],
+        samples: dict[str, Any],
+        reference: dict[str, Any],
+        others: dict[str, float | None] | None = None,
+        **methods: Any,
+    ) -> None:
+        """Rank 0 writes down the distance, other metrics, and what they depend on (`records.protocol`)."""
         if not trainer.is_global_zero:
             return
         facts = {
             "step": trainer.global_step if _training(trainer) else None,
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
             "precision": trainer.precision,
-            "n": samples.count,
+            "n": statistics.count,
         }
-        network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
+        network = feature_protocol(self.features, self._network.network) | {"dim": len(statistics.mean)}
         made = provenance(trainer.strategy.root_device, trainer.precision)
-        common = {"features": network, "frechet": FRECHET, "provenance": made}
-        protocol = protocol | common | {"samples": facts | protocol["samples"]}
+        methods |= {"features": network, "frechet": FRECHET}
+        protocol = Protocol(facts | samples, reference, size, methods, made)
         try:
-            write_figures(self._file(trainer), {self.figure: value} | others, protocol)
+            write_metrics(self._file(trainer), {self.metric: value} | (others or {}), protocol)
         except UserError as error:
             if not _training(trainer):
                 raise

@@ -11,7 +11,7 @@ from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import feature_protocol
 from dar_lightning.metrics.frechet import Gaussian, frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images
-from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of
+from dar_lightning.metrics.statistics_file import check_fits, read_statistics
 from dar_lightning.records.pixels import image_digests
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.training.callbacks.frechet import FrechetCallback
@@ -100,14 +100,10 @@ class GenerationFID(FrechetCallback):
         drawn = DrawnImages(pipeline, self.num_samples, self.seed, rows=self.batch_size, **self.options)
         size = self._tokenizer.config.image_size
         ema = {"tokenizer": self._tokenizer.averaged, "ar": self.averaged(trainer)}
-        protocol = {
-            "samples": drawn.protocol | {"ema": ema} if trainer.is_global_zero else {},
-            "reference": self._reference_facts,
-            "image_size": [size, size],
-        }
-        samples = self._statistics(drawn, trainer, pl_module)
-        self._value = frechet_distance(samples, self.reference)
-        self.report(trainer, self._value, samples, {}, protocol)
+        samples = drawn.protocol | {"ema": ema} if trainer.is_global_zero else {}
+        statistics = self._statistics(drawn, trainer, pl_module)
+        self._value = frechet_distance(statistics, self.reference)
+        self.report(trainer, self._value, statistics, [size, size], samples, self._reference_facts)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.due:
@@ -121,9 +117,7 @@ class GenerationFID(FrechetCallback):
             sha256 = feature_protocol(self.features, self._network.network)["sha256"]
             if check_fits(stored, self.source, self.features, sha256):
                 self.reference = stored.statistics
-                facts = {"statistics": "mu and sigma as stored", "statistics_sha256": sha256_of(stored.statistics)}
-                facts |= {} if stored.protocol is None else {"statistics_of": stored.protocol}
-                self._reference_facts = {"npz": self.source, "n": stored.statistics.count} | facts
+                self._reference_facts = {"npz": self.source} | stored.facts()
                 return None
         images = open_images(self.source, option, size)
         if len(images) < max(2, world_size):

@@ -1,16 +1,14 @@
 """rFID in validation: the images and their reconstructions."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
-from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
-from dar_lightning.generation.drawing import image_generator
-from dar_lightning.metrics.frechet import FeatureStatistics, frechet_distance
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
+from dar_lightning.metrics.reconstruction import reconstruct, reconstruction_protocol, reconstruction_scores
 from dar_lightning.records.pixels import image_digests
 from dar_lightning.training.callbacks.frechet import FrechetCallback
 
@@ -51,8 +49,8 @@ class ReconstructionFID(FrechetCallback):
         if num_samples is not None and num_samples < 2:
             raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
         self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
-        self._lpips = None if lpips is None else load_lpips(lpips)
-        self._metrics = reconstruction_metrics(self._lpips)
+        self._lpips = None if lpips is None else lpips_network(lpips)
+        self._metrics = ["psnr", "ssim"] + (["lpips"] if lpips else [])
         self._scores = torch.zeros(0)  # (metrics + 1,): a sum over images for each, and their number
         self._pixels: dict[int, bytes] = {}  # digests of originals, by number
         self._originals: FeatureStatistics | None = None
@@ -85,12 +83,9 @@ class ReconstructionFID(FrechetCallback):
         else:
             count = int(kept.sum())
         images, numbers = batch["image"][kept], batch["index"][kept].tolist()
-        tokenizer = pl_module.tokenizer
-        generators = [image_generator(self.seed, number) for number in numbers]
-        noise = tokenizer.draw_noise(len(images), generators, images.shape[2:])
+        options = {"solver": self.solver, "num_steps": self.num_steps}
         with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
-            codes = tokenizer.tokenize(to_float(images))
-            reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
+            reconstructions = reconstruct(pl_module.tokenizer, images, numbers, self.seed, **options).decoded
         self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
         if self.reference is None:
             self._originals = self.added(self._originals, self.measured(images)[:count])
@@ -98,9 +93,8 @@ class ReconstructionFID(FrechetCallback):
             self._pixels |= zip(numbers[:count], digests, strict=True)
         self._size = list(images.shape[2:])
         if count:
-            scores = self._metrics.to(images.device)(reconstructions.float(), images.float())
-            sums = [count * value.to(self._scores) for value in scores.values()]
-            self._metrics.reset()  # which keep every image's errors, and are asked for this batch's alone
+            scores = reconstruction_scores(reconstructions, images, self._lpips)
+            sums = [scores[name].to(self._scores).sum() for name in self._metrics]
             self._scores += torch.stack([*sums, torch.full_like(sums[0], count)])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,24 +107,18 @@ class ReconstructionFID(FrechetCallback):
         value = frechet_distance(samples, self.reference)
         *sums, count = trainer.strategy.reduce(self._scores, reduce_op="sum")
         scores = {f"r{name.upper()}": total / count for name, total in zip(self._metrics, sums, strict=True)}
-        self.report(trainer, value, samples, as_figures(scores), self._protocol(trainer))
+        self._report(trainer, value, samples, scores)
         self.log_distance(pl_module, value)
         logged = {f"val/{self.labelled(name)}": score.float() for name, score in scores.items()}
         pl_module.log_dict(logged, sync_dist=True)
 
-    def _protocol(self, trainer: Trainer) -> dict[str, Any]:
-        data = trainer.datamodule
+    def _report(self, trainer: Trainer, value: float, statistics: Gaussian, scores: dict[str, Tensor]) -> None:
+        data, size = trainer.datamodule, self._size
         steps = trainer.lightning_module.tokenizer.config.num_groups if self.num_steps is None else self.num_steps
-        reference = {"shards": getattr(data, "val", None), "crop": f"ADM centre crop to {self._size[0]}"}
-        return {
-            "samples": {
-                "reconstructions": "of the reference",
-                "ema": {"tokenizer": self.averaged(trainer)},
-                "seed": self.seed,
-                "solver": self.solver,
-                "steps": steps,
-            },
-            "reference": reference | {"n": self.reference.count, "sha256": self._sha256},
-            "image_size": self._size,
-            "reconstruction": reconstruction_protocol(self._lpips),
-        }
+        reference = {"shards": getattr(data, "val", None), "crop": f"ADM centre crop to {size[0]}"}
+        reference |= {"n": self.reference.count, "sha256": self._sha256}
+        samples = {"reconstructions": "of the reference", "ema": {"tokenizer": self.averaged(trainer)}}
+        samples |= {"seed": self.seed, "solver": self.solver, "steps": steps}
+        others = {name: score.item() if score.isfinite() else None for name, score in scores.items()}
+        method = reconstruction_protocol(self._lpips)
+        self.report(trainer, value, statistics, size, samples, reference, others, reconstruction=method)

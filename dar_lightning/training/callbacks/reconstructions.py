@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 from torchvision.utils import make_grid
 
 from dar_lightning.data.transforms import to_float, to_uint8
-from dar_lightning.metrics.reconstruction import reconstruction_metrics
+from dar_lightning.metrics.reconstruction import reconstruction_scores
 from dar_lightning.training.callbacks.pictures import draw, draws
 
 
@@ -33,12 +33,11 @@ class Reconstructions(Callback):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pl_module.device)
         with trainer.precision_plugin.val_step_context():
             previews = to_uint8(tokenizer.previews(tokenizer.tokenize(to_float(images)), noise))  # (B, K, 3, H, W)
-        metrics = reconstruction_metrics().to(pl_module.device)
-        scores = metrics(previews[:, -1].float(), images.float())
+        scores = reconstruction_scores(previews[:, -1], images)
         weight = float(min(count, len(images)))  # ranks average it; integers would be cut
         errors = (previews.float() - images[:, None].float()).square().mean(dim=(2, 3, 4))  # (B, K)
         psnr = (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).mean(dim=0)
-        scores = {f"val/{name}": value for name, value in scores.items()}
+        scores = {f"val/{name}": values.mean() for name, values in scores.items()}
         scores |= {f"groups/val_psnr_after_{m}": value for m, value in enumerate(psnr, start=1)}
         pl_module.log_dict(scores, batch_size=weight, sync_dist=True)
         if draws(trainer):
