@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_shards import CLASSES
 
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.training.callbacks import DataSpeed
+from dar_lightning.training.callbacks import Throughput
 
 SIZE = 16
 # The middle of these is cut out and not scaled; turned by an orientation tag, it would be another.
@@ -170,7 +170,7 @@ def test_training_and_its_metric(odd, workers, caplog, tmp_path):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[DataSpeed()],
+        callbacks=[Throughput(flops=False)],
     )
     trainer.fit(model, datamodule=data)
     assert len(model.seen) == 20

@@ -13,21 +13,68 @@ from torch import Tensor
 
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.records.pixels import set_sha256
+from dar_lightning.metrics.reconstruction import as_figures
+from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.protocol import FRECHET, write_figures
 from dar_lightning.records.provenance import provenance
 from dar_lightning.weights.lightning import has_average
 
 
+class MeasuredSet:
+    """A set of images of which each rank measures its share: their features, and what identifies their pixels.
+
+    Args:
+        network: the feature network.
+        owner: who measures, for an error's line.
+    """
+
+    def __init__(self, network: FrozenNetwork, owner: str):
+        self.network, self.owner = network, owner
+        self.statistics: FeatureStatistics | None = None
+        self.digests: dict[int, bytes] = {}
+
+    def add(self, images: Tensor, count: int | None = None, numbers: list[int] | None = None) -> None:
+        """Add images (B, 3, H, W) uint8.
+
+        Args:
+            images: at least one, for the width of the features.
+            count: how many of the first of them belong to the set; None is all.
+            numbers: of all of them in the set; None: the pixels are not identified.
+        """
+        features = self.network(images)[:count]
+        if self.statistics is None:
+            self.statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
+        self.statistics.update(features.to(self.statistics.device))
+        if numbers is not None:
+            digests = image_digests(images.permute(0, 2, 3, 1).cpu().numpy())
+            self.digests |= list(zip(numbers, digests, strict=True))[:count]
+
+    def gathered(self) -> Gaussian:
+        """Statistics of all ranks' shares, on the CPU, where stored ones are."""
+        try:
+            mean, covariance, count = self.statistics.compute()
+            return Gaussian(mean.cpu(), covariance.cpu(), count)
+        except ValueError as error:
+            raise UserError(f"{self.owner}: {error}; validate on more images") from error
+
+    def sha256(self, trainer: Trainer) -> str:
+        """What identifies the set of all ranks (`records.pixels`)."""
+        digests = [self.digests]
+        if trainer.world_size > 1:
+            digests *= trainer.world_size
+            torch.distributed.all_gather_object(digests, self.digests)
+        return set_sha256(digest for _, digest in sorted(pair for part in digests for pair in part.items()))
+
+
 class FrechetCallback(Callback):
     """Logs a Frechet distance in validations, on EMA weights if the run averages them.
 
-    All work that needs weights is done after validation batches: there EMAWeightAveraging has its weights in place,
-    wherever it stands in the list of callbacks. The feature network and the statistics belong to the callback, so
-    checkpoints and EMA copies do not have them.
+    All work that needs weights is done after validation batches: there the average is in place, wherever its callback
+    stands in the list. The feature network and the statistics belong to the callback, so checkpoints and EMA copies do
+    not have them.
 
     Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
     file of `dar validate`, whose steps are not those of training, replaces none that is there. In training, a file that
@@ -94,34 +141,8 @@ class FrechetCallback(Callback):
         if self.due and _training(trainer):
             self._measured_at = trainer.global_step
 
-    def measured(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) -> features (B, D)."""
-        return self._network(images)
-
-    @staticmethod
-    def added(statistics: FeatureStatistics | None, features: Tensor) -> FeatureStatistics:
-        """Statistics with some more features (B, D), B >= 0; None begins them."""
-        if statistics is None:
-            statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
-        statistics.update(features.to(statistics.device))
-        return statistics
-
-    def gathered(self, statistics: FeatureStatistics) -> Gaussian:
-        """Of all ranks, on the CPU, where stored statistics are."""
-        try:
-            mean, covariance, count = statistics.compute()
-            return Gaussian(mean.cpu(), covariance.cpu(), count)
-        except ValueError as error:
-            raise UserError(f"{type(self).__name__}: {error}; validate on more images") from error
-
-    @staticmethod
-    def pixels_of_ranks(trainer: Trainer, digests: dict[int, bytes]) -> str:
-        """What identifies a set (`records.pixels`), of whose images this rank has digests by number."""
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, digests)
-            digests = {number: digest for part in parts for number, digest in part.items()}
-        return set_sha256(digest for _, digest in sorted(digests.items()))
+    def new_set(self) -> MeasuredSet:
+        return MeasuredSet(self._network, type(self).__name__)
 
     def averaged(self, trainer: Trainer) -> bool | None:
         """Whether the weights that are measured are an average over training steps; None where nothing tells."""
@@ -130,8 +151,23 @@ class FrechetCallback(Callback):
             return any(average.n_averaged > 0 for average in averages)
         return self._checkpoint_averaged
 
-    def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:
-        """Rank 0 writes down the distance, other figures, and what they depend on."""
+    def report(
+        self, trainer: Trainer, samples: Gaussian, protocol: dict[str, Any], others: dict[str, Tensor] | None = None
+    ) -> None:
+        """Log the distance and other metrics under val/, and let rank 0 write them down with what they depend on.
+
+        Args:
+            trainer: in a validation.
+            samples: what is compared with the reference.
+            protocol: what the metrics depend on, without what all callbacks share.
+            others: further metrics by name, of all ranks.
+        """
+        # On the device, since NCCL reduces no tensor of the CPU.
+        device = trainer.strategy.root_device
+        value = frechet_distance(samples, self.reference)
+        metrics = {self.figure: torch.tensor(value, dtype=torch.float32, device=device)} | (others or {})
+        named = {f"val/{self.labelled(name)}": metric.float() for name, metric in metrics.items()}
+        trainer.lightning_module.log_dict(named, sync_dist=True, batch_size=1)
         if not trainer.is_global_zero:
             return
         facts = {
@@ -140,12 +176,14 @@ class FrechetCallback(Callback):
             "precision": trainer.precision,
             "n": samples.count,
         }
-        network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
-        made = provenance(trainer.strategy.root_device, trainer.precision)
-        common = {"features": network, "frechet": FRECHET, "provenance": made}
-        protocol = protocol | common | {"samples": facts | protocol["samples"]}
+        protocol = protocol | {
+            "features": feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)},
+            "frechet": FRECHET,
+            "provenance": provenance(device, trainer.precision),
+            "samples": facts | protocol["samples"],
+        }
         try:
-            write_figures(self._file(trainer), {self.figure: value} | others, protocol)
+            write_figures(self._file(trainer), {self.figure: value} | as_figures(others or {}), protocol)
         except UserError as error:
             if not _training(trainer):
                 raise
@@ -159,13 +197,6 @@ class FrechetCallback(Callback):
             number += 1
             path = path.with_name(f"{stem}-{number}.json")
         return path
-
-    def log_distance(self, pl_module: LightningModule, value: float) -> None:
-        """Log under `val/`; every rank has the same value."""
-        # On the device, since NCCL reduces no tensor of the CPU.
-        pl_module.log(
-            f"val/{self.name}", torch.tensor(value, dtype=torch.float32, device=pl_module.device), sync_dist=True
-        )
 
 
 def _training(trainer: Trainer) -> bool:

@@ -8,10 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_generator
-from dar_lightning.metrics.frechet import FeatureStatistics, frechet_distance
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
-from dar_lightning.records.pixels import image_digests
+from dar_lightning.metrics.reconstruction import load_lpips, reconstruction_metrics, reconstruction_protocol
 from dar_lightning.training.callbacks.frechet import FrechetCallback
 
 
@@ -53,11 +51,6 @@ class ReconstructionFID(FrechetCallback):
         self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
         self._lpips = None if lpips is None else load_lpips(lpips)
         self._metrics = reconstruction_metrics(self._lpips)
-        self._scores = torch.zeros(0)  # (metrics + 1,): a sum over images for each, and their number
-        self._pixels: dict[int, bytes] = {}  # digests of originals, by number
-        self._originals: FeatureStatistics | None = None
-        self._reconstructions: FeatureStatistics | None = None
-        self._size: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         others = [found for found in trainer.callbacks if isinstance(found, ReconstructionFID) and found is not self]
@@ -66,9 +59,11 @@ class ReconstructionFID(FrechetCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._originals = self._reconstructions = None  # of a validation that did not come to its end
-        device = float64_device(pl_module.device)
-        self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=device)
+        if not self.due:
+            return
+        self._originals, self._reconstructions = self.new_set(), self.new_set()
+        # a sum over images for each metric, and their number
+        self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=float64_device(pl_module.device))
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
@@ -77,26 +72,21 @@ class ReconstructionFID(FrechetCallback):
         kept = batch["valid"].clone()  # (B,)
         if self.num_samples is not None:
             kept &= batch["index"] < self.num_samples
-        if not kept.any():
-            if self._reconstructions is not None:
+        count = int(kept.sum())
+        if not count:
+            if self._reconstructions.statistics is not None:
                 return
             kept[0] = True  # a rank without images still takes part in the sums and means, with nothing
-            count = 0
-        else:
-            count = int(kept.sum())
         images, numbers = batch["image"][kept], batch["index"][kept].tolist()
-        tokenizer = pl_module.tokenizer
+        tokenizer, self._size = pl_module.tokenizer, list(images.shape[2:])
         generators = [image_generator(self.seed, number) for number in numbers]
         noise = tokenizer.draw_noise(len(images), generators, images.shape[2:])
         with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
             codes = tokenizer.tokenize(to_float(images))
             reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
-        self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
+        self._reconstructions.add(reconstructions, count)
         if self.reference is None:
-            self._originals = self.added(self._originals, self.measured(images)[:count])
-            digests = image_digests(images[:count].permute(0, 2, 3, 1).cpu().numpy())
-            self._pixels |= zip(numbers[:count], digests, strict=True)
-        self._size = list(images.shape[2:])
+            self._originals.add(images, count, numbers)
         if count:
             scores = self._metrics.to(images.device)(reconstructions.float(), images.float())
             sums = [count * value.to(self._scores) for value in scores.values()]
@@ -107,16 +97,11 @@ class ReconstructionFID(FrechetCallback):
         if not self.due:
             return
         if self.reference is None:
-            self.reference = self.gathered(self._originals)
-            self._sha256 = self.pixels_of_ranks(trainer, self._pixels)
-        samples = self.gathered(self._reconstructions)
-        value = frechet_distance(samples, self.reference)
+            self.reference = self._originals.gathered()
+            self._sha256 = self._originals.sha256(trainer)
         *sums, count = trainer.strategy.reduce(self._scores, reduce_op="sum")
         scores = {f"r{name.upper()}": total / count for name, total in zip(self._metrics, sums, strict=True)}
-        self.report(trainer, value, samples, as_figures(scores), self._protocol(trainer))
-        self.log_distance(pl_module, value)
-        logged = {f"val/{self.labelled(name)}": score.float() for name, score in scores.items()}
-        pl_module.log_dict(logged, sync_dist=True)
+        self.report(trainer, self._reconstructions.gathered(), self._protocol(trainer), scores)
 
     def _protocol(self, trainer: Trainer) -> dict[str, Any]:
         data = trainer.datamodule
