@@ -1,11 +1,13 @@
 """Two ranks of a process group, started once, that call functions for tests one after the other."""
 
+import itertools
+import logging
 import os
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ class TwoRanks:
     """
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
         self.processes: list = []
         self.pipes: list[Connection] = []
 
@@ -31,15 +32,20 @@ class TwoRanks:
             self._start()
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        answers = [pipe.recv() if pipe.poll(SECONDS) else ("no answer", None) for pipe in self.pipes]
-        problems = [problem for problem, _ in answers if problem]
+        answers: dict[Connection, tuple] = {}
+        while left := [pipe for pipe in self.pipes if pipe not in answers]:
+            # after an error the other rank may wait for this one for ever
+            ready = wait(left, 10 if any(problem for problem, _ in answers.values()) else SECONDS)
+            answers |= {pipe: _answer(pipe) for pipe in ready} or dict.fromkeys(left, ("no answer", None))
+        problems = [problem for problem, _ in answers.values() if problem]
         if problems:
             self.stop()
-            printed = [path.read_text()[-3000:] for path in sorted(Path(self.folder.name).iterdir())]
-            raise AssertionError("\n".join([*problems, *printed]))
-        return [result for _, result in answers]
+            printed = [path.read_text()[-3000:] for path in sorted(Path(self.folder.name).glob("rank*"))]
+            raise AssertionError("\n".join([*printed, *problems]))
+        return [answers[pipe][1] for pipe in self.pipes]
 
     def _start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
         for rank in range(2):
             mine, theirs = context.Pipe()
             arguments = (rank, self.folder.name, theirs)
@@ -53,7 +59,13 @@ class TwoRanks:
             process.kill()
             process.join()
         self.processes, self.pipes = [], []
-        (Path(self.folder.name) / "store").unlink(missing_ok=True)
+
+
+def _answer(pipe: Connection) -> tuple[str | None, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "a rank has died", None
 
 
 def _serve(rank: int, folder: str, pipe: Connection) -> None:
@@ -65,13 +77,16 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    while True:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for call in itertools.count():
         try:
             function, args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
+            if not dist.is_initialized():  # `dar` has left the group
+                store = dist.FileStore(f"{folder}/store{call}", 2)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
             answer = (None, function(*args, **kwargs))
         except BaseException:
             answer = (traceback.format_exc(), None)
