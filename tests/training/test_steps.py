@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from dar_lightning.training.seeding import seed_batch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,6 @@ from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks import EMA, CodebookWarmup
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.optim import OptimizerConfig
-from dar_lightning.training.seeding import seed_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 

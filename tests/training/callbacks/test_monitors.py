@@ -212,7 +212,7 @@ def test_what_a_cpu_and_another_module_can_tell(images, tmp_path):
 
 @pytest.mark.parametrize("kind", ["tokenizer", "ar"])
 def test_layers_add_their_curves(kind, images, tokens, tmp_path):
-    """experiments/monitor on a config with callbacks of its own."""
+    """Those of experiments/monitor."""
     layer = Path(__file__).parents[3] / "experiments" / "monitor" / f"{kind}.yaml"
     command = fit_ar if kind == "ar" else fit_tokenizer
     words = command(*(tokens if kind == "ar" else images), tmp_path, max_steps=2, val_check_interval=2)
