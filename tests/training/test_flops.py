@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, write_vgg
+from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dar_lightning.ar.config import ARConfig
@@ -12,11 +12,6 @@ from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss
 
 IMAGES = {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.long)}
-
-
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory):
-    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
 
 
 def test_the_ar_model_in_closed_form():
