@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dar_lightning.errors import UserError
 
@@ -60,7 +60,7 @@ class TokenizerConfig:
 
     # Names in files of older versions -> where they are now, in TokenizerInit. They say nothing of a trained model:
     # files of weights are read without them.
-    REMOVED = {
+    REMOVED: ClassVar[dict[str, str]] = {
         "gate_init": "gate",
         "modulation_init_std": "modulation_std",
         "position_init_std": "position_std",

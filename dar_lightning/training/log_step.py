@@ -39,12 +39,7 @@ class StepMeans:
         self._batches = 0
 
     def add(self, module: LightningModule, values: dict[str, Tensor]) -> None:
-        """Add the scalars of a batch; called at the end of each.
-
-        Args:
-            module: logs them, as train/NAME.
-            values: by name, the same names on all ranks.
-        """
+        """Add the scalars of a batch, at its end; the module logs them as train/NAME. All ranks have the same names."""
         trainer = module.trainer
         if (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches == 0:
             self._sums, self._batches = {}, 0  # a step begins

@@ -115,15 +115,9 @@ class TokenizerModule(TrainingModule):
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum that backward starts from, and its parts by name, unweighted.
+        """The sum that backward starts from; and its parts, unweighted: "loss" is it without the discriminator's own.
 
-        Args:
-            losses: from `training_losses`.
-            images: (B, 3, H, W) in [-1, 1] that they are of.
-            codebook_factor: of "vq" and "commit", see share_of_tokens.
-
-        Returns:
-            The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
+        `losses` are those of `training_losses` for images (B, 3, H, W) in [-1, 1]; `codebook_factor`: share_of_tokens.
         """
         parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
         loss = parts["flow"] + parts["vq"] + parts["commit"]
@@ -195,10 +189,9 @@ class TokenizerModule(TrainingModule):
 
 
 def share_of_tokens(count: Tensor) -> Tensor:
-    """What turns an average over this device's tokens into its share of the average over all devices' tokens.
+    """What turns an average over this device's `count` tokens into its share of the average over all devices' tokens.
 
-    The mean of the devices' losses is then the loss of one device with all the images, although each device's images
-    read a number of tokens of their own.
+    The mean of the devices' losses is then the loss of one device with all the images.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return torch.ones_like(count)

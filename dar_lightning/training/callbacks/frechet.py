@@ -24,26 +24,15 @@ from dar_lightning.weights.lightning import has_average
 
 
 class MeasuredSet:
-    """A set of images of which each rank measures its share: their features, and what identifies their pixels.
+    """A set of images of which each rank measures its share: their features, and what identifies their pixels."""
 
-    Args:
-        network: the feature network.
-        owner: who measures, for an error's line.
-    """
-
-    def __init__(self, network: FrozenNetwork, owner: str):
-        self.network, self.owner = network, owner
+    def __init__(self, network: FrozenNetwork):
+        self.network = network
         self.statistics: FeatureStatistics | None = None
         self.digests: dict[int, bytes] = {}
 
     def add(self, images: Tensor, count: int | None = None, numbers: list[int] | None = None) -> None:
-        """Add images (B, 3, H, W) uint8.
-
-        Args:
-            images: at least one, for the width of the features.
-            count: how many of the first of them belong to the set; None is all.
-            numbers: of all of them in the set; None: the pixels are not identified.
-        """
+        """Add the first `count` (None: all) of images (B, 3, H, W) uint8, B > 0; numbers: their pixels are noted."""
         features = self.network(images)[:count]
         if self.statistics is None:
             self.statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
@@ -58,7 +47,7 @@ class MeasuredSet:
             mean, covariance, count = self.statistics.compute()
             return Gaussian(mean.cpu(), covariance.cpu(), count)
         except ValueError as error:
-            raise UserError(f"{self.owner}: {error}; validate on more images") from error
+            raise UserError(f"Frechet distance: {error}; validate on more images") from error
 
     def sha256(self, trainer: Trainer) -> str:
         """What identifies the set of all ranks (`records.pixels`)."""
@@ -72,13 +61,11 @@ class MeasuredSet:
 class FrechetCallback(Callback):
     """Logs a Frechet distance in validations, on EMA weights if the run averages them.
 
-    All work that needs weights is done after validation batches: there the average is in place, wherever its callback
-    stands in the list. The feature network and the statistics belong to the callback, so checkpoints and EMA copies do
-    not have them.
+    Weights are used after validation batches alone, where the average is in place wherever its callback stands in the
+    list. Checkpoints and EMA copies have neither the feature network nor the statistics.
 
     Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
-    file of `dar validate`, whose steps are not those of training, replaces none that is there. In training, a file that
-    cannot be written costs a line.
+    file of `dar validate` replaces none that is there. In training, a file that cannot be written costs a line.
 
     Args:
         prefix: of the name: "r" gives val/rFID, and val/rFD-<name> with any other network than Inception.
@@ -141,9 +128,6 @@ class FrechetCallback(Callback):
         if self.due and _training(trainer):
             self._measured_at = trainer.global_step
 
-    def new_set(self) -> MeasuredSet:
-        return MeasuredSet(self._network, type(self).__name__)
-
     def averaged(self, trainer: Trainer) -> bool | None:
         """Whether the weights that are measured are an average over training steps; None where nothing tells."""
         if _training(trainer):
@@ -154,13 +138,9 @@ class FrechetCallback(Callback):
     def report(
         self, trainer: Trainer, samples: Gaussian, protocol: dict[str, Any], others: dict[str, Tensor] | None = None
     ) -> None:
-        """Log the distance and other metrics under val/, and let rank 0 write them down with what they depend on.
+        """Log the samples' distance from the reference, and other metrics of all ranks, and write them with a protocol.
 
-        Args:
-            trainer: in a validation.
-            samples: what is compared with the reference.
-            protocol: what the metrics depend on, without what all callbacks share.
-            others: further metrics by name, of all ranks.
+        `protocol` says what they depend on, apart from what all callbacks share.
         """
         # On the device, since NCCL reduces no tensor of the CPU.
         device = trainer.strategy.root_device

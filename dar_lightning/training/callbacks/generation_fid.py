@@ -37,11 +37,9 @@ class GenerationFID(FrechetCallback):
         top_p: keep the most likely tokens with this much probability.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        batch_size: images at a time and per rank. Another number changes those that are drawn by rounding.
-        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
-            in all.
-        label: added to `val/gFID` and to the files' names, as in val/gFID-guided: with labels of their own, several of
-            these callbacks, of other guidance or references, measure the same run.
+        batch_size: images at a time and per rank; another number rounds differently.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps.
+        label: ends the names in logs and of files (val/gFID-guided), for a second of these callbacks.
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class GenerationFID(FrechetCallback):
         self, images: ImageSet, trainer: Trainer, pl_module: LightningModule, identified: bool = False
     ) -> MeasuredSet:
         """A set of which every rank measures its share."""
-        measured, size = self.new_set(), self._tokenizer.config.image_size
+        measured, size = MeasuredSet(self._network), self._tokenizer.config.image_size
         stops = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
         batches = images.batches(self.batch_size, trainer.global_rank, trainer.world_size)
         for _ in range(math.ceil(len(images) / (self.batch_size * trainer.world_size))):  # of rank 0, which has most

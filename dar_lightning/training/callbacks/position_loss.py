@@ -40,7 +40,7 @@ class PositionLoss(Callback):
         self._train, self._loss, self._hit, self._entropy, self._written = metrics
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._add(self._train.to(pl_module.device), outputs["token_loss"])
+        add_tokens(self._train.to(pl_module.device), outputs["token_loss"])
         if is_log_step(trainer):
             self._last_train = self._train.compute().cpu()
             log_bins(pl_module, "groups/train_loss", self._by_group(self._last_train))
@@ -52,11 +52,11 @@ class PositionLoss(Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if outputs is not None:  # not of padding alone
-            self._add(self._loss, outputs["token_loss"])
-            self._add(self._hit, outputs["hit"])
+            add_tokens(self._loss, outputs["token_loss"])
+            add_tokens(self._hit, outputs["hit"])
             if "entropy" in outputs:
-                self._add(self._entropy, outputs["entropy"])
-                self._add(self._written, written(outputs["token_loss"], outputs["order"]))
+                add_tokens(self._entropy, outputs["entropy"])
+                add_tokens(self._written, written(outputs["token_loss"], outputs["order"]))
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         loss, hit = self._loss.compute().cpu(), self._hit.compute().cpu()  # (N,)
@@ -81,11 +81,11 @@ class PositionLoss(Callback):
             for writer in writers(trainer):
                 writer.add_figure(name, figure, trainer.global_step)
 
-    @staticmethod
-    def _add(mean: BinnedMean, values: Tensor) -> None:
-        """Values of tokens (B, N)."""
-        mean.update(torch.arange(values.shape[1], device=values.device).expand_as(values), values)
-
     def _by_group(self, values: Tensor) -> Tensor:
         """(N,) -> (num_groups,)."""
         return values.view(self.num_groups, -1).mean(dim=1)
+
+
+def add_tokens(mean: BinnedMean, values: Tensor) -> None:
+    """Values of tokens (B, N), by their places."""
+    mean.update(torch.arange(values.shape[1], device=values.device).expand_as(values), values)

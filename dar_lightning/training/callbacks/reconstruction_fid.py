@@ -10,7 +10,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.metrics.measure import float64_device
 from dar_lightning.metrics.reconstruction import load_lpips, reconstruction_metrics, reconstruction_protocol
-from dar_lightning.training.callbacks.frechet import FrechetCallback
+from dar_lightning.training.callbacks.frechet import FrechetCallback, MeasuredSet
 
 
 class ReconstructionFID(FrechetCallback):
@@ -28,9 +28,8 @@ class ReconstructionFID(FrechetCallback):
         seed: with an image's number in the shards it seeds the noise that its decoding starts from.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
-            in all.
-        label: added to the four names and to the files' names, as in val/rFID-euler, for a second of these callbacks.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps.
+        label: ends the names in logs and of files (val/rFID-euler), for a second of these callbacks.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class ReconstructionFID(FrechetCallback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.due:
             return
-        self._originals, self._reconstructions = self.new_set(), self.new_set()
+        self._originals, self._reconstructions = MeasuredSet(self._network), MeasuredSet(self._network)
         # a sum over images for each metric, and their number
         self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=float64_device(pl_module.device))
 
