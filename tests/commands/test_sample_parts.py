@@ -32,9 +32,8 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
             "--model.init_args.optimizer.lr=0.05",
             "--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint",
             "--trainer.callbacks.save_last=true",
-            "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
+            "--trainer.callbacks+=dar_lightning.training.callbacks.EMA",
             "--trainer.callbacks.decay=0.5",
-            "--trainer.callbacks.use_buffers=false",
         ]
         main([str(word) for word in command])
     return {part: str(root / part / "checkpoints/last.ckpt") for part in PARTS}

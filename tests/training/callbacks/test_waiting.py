@@ -105,11 +105,11 @@ class Record(DummyLogger):
             self.rows[step] = found
 
 
-def fit(clock: Clock, data: SlowData, ckpt_path=None, **options) -> tuple[Trainer, dict[int, dict]]:
+def fit(clock: Clock, data: SlowData, **options) -> tuple[Trainer, dict[int, dict]]:
     record = Record()
     settings = dict(max_steps=12, log_every_n_steps=3, num_sanity_val_steps=1, limit_val_batches=0, logger=record)
     run = trainer(Throughput(), **settings | options)
-    run.fit(SlowModule(clock), data, ckpt_path=ckpt_path)
+    run.fit(SlowModule(clock), data)
     return run, record.rows
 
 
@@ -136,21 +136,6 @@ def test_validation_counts_as_neither(clock):
     _, rows = fit(clock, SlowData(clock, 0.25), val_check_interval=2, limit_val_batches=2)
     # the second after a batch is not told from the validation that follows it
     assert [rows[2], rows[5]] == [row(12 / 10, 3 / 10), row(12 / 11, 3 / 11)]
-
-
-def test_accumulated_batches_are_one_step(clock):
-    _, rows = fit(clock, SlowData(clock, 0.25), accumulate_grad_batches=2)
-    assert list(rows) == [2, 5, 8, 11]
-    assert rows[11] == row(1.0, 0.25)
-
-
-def test_a_resumed_run_goes_on_as_before(clock, tmp_path):
-    run, _ = fit(clock, SlowData(clock, 0.25), max_steps=4)
-    run.save_checkpoint(tmp_path / "four.ckpt")
-    clock.sleep(1e6)
-    _, rows = fit(clock, SlowData(clock, 0.25), tmp_path / "four.ckpt")
-    assert list(rows) == [5, 8, 11]
-    assert [rows[5], rows[11]] == [row(8 / 7, 2 / 7), row(1.0, 0.25)], "first of steps 5 and 6 alone"
 
 
 def test_a_loader_that_does_not_measure_has_no_share(clock):
