@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TOKENIZER
+from tiny_models import TOKENIZER, fit_tokenizer
 
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
@@ -105,3 +106,20 @@ def test_old_names_of_the_start_are_read_and_left_out(tmp_path):
     old = {"gate_init": 1.0, "modulation_init_std": 0.2, "position_init_std": 0.05, "input_init_scale": 0.02}
     path.write_text(json.dumps(json.loads(path.read_text()) | old))
     assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == TokenizerConfig(**TOKENIZER)
+
+
+@pytest.mark.parametrize("road", ["yaml", "json", "option"])
+def test_old_names_of_the_start_in_a_training_config_are_told_their_new_place(road, tmp_path, capsys):
+    words = [str(word) for word in fit_tokenizer("nowhere", "nowhere", tmp_path / "run", max_steps=1)]
+    for old, new in TokenizerConfig.REMOVED.items():
+        (tmp_path / "old.yaml").write_text(f"model:\n  init_args:\n    config:\n      {old}: 0.5\n")
+        given = {
+            "yaml": f"--config={tmp_path / 'old.yaml'}",
+            "json": f"--model.init_args.config={json.dumps(TOKENIZER | {old: 0.5})}",
+            "option": f"--model.init_args.config.{old}=0.5",
+        }
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, given[road]])
+        line = f"dar fit: model.init_args.config.{old} is now model.init_args.init.{new}\n"
+        assert capsys.readouterr().err == line
+        TokenizerInit(**{new: 0.5})

@@ -33,9 +33,8 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import AblationModule, ARModule, TokenizerModule
-from dar_lightning.training.fsdp import mixed_precision
+from dar_lightning.training.fsdp import mixed_precision, shard, whole
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
-from dar_lightning.training.sharding import shard, whole
 
 BF16, F32 = torch.bfloat16, torch.float32
 BATCH = 2

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dar_lightning.errors import UserError
 
@@ -58,8 +58,14 @@ class TokenizerConfig:
             is a number of levels, for "lfq" 2, to the power of codebook_dim.
     """
 
-    # Names in files of older versions that say nothing of a trained model; such files are read without them.
-    REMOVED = frozenset(("gate_init", "modulation_init_std", "position_init_std", "input_init_scale"))
+    # Names in files of older versions -> where they are now, in TokenizerInit. They say nothing of a trained model:
+    # files of weights are read without them.
+    REMOVED: ClassVar[dict[str, str]] = {
+        "gate_init": "gate",
+        "modulation_init_std": "modulation_std",
+        "position_init_std": "position_std",
+        "input_init_scale": "input_scale",
+    }
 
     image_size: int = 256
     encoder_patch_size: int = 16

@@ -29,9 +29,8 @@ def test_a_checkpoint_draws_as_the_folder_exported_of_it(pipeline, tmp_path):
         "--model.init_args.optimizer.lr=0.05",
         "--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint",
         "--trainer.callbacks.save_last=true",
-        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
+        "--trainer.callbacks+=dar_lightning.training.callbacks.EMA",
         "--trainer.callbacks.decay=0.5",
-        "--trainer.callbacks.use_buffers=false",
     ]
     main([str(word) for word in command])
     checkpoint, tokenizer = str(tmp_path / "ar/checkpoints/last.ckpt"), f"{pipeline}/tokenizer"
