@@ -14,6 +14,7 @@ from dar_lightning.cli import main
 from dar_lightning.commands.sample import preview_numbers, sample
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_seed
 from dar_lightning.generation.editing import prefix_lengths
 from dar_lightning.generation.grids import image_grid
