@@ -1,12 +1,15 @@
 """What several folders of tests share."""
 
 import sys
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import timm
+from pair import Pair
 from tiny_models import make_pipeline
+from tiny_shards import write_set
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +29,22 @@ def pipeline(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("pipeline")
     make_pipeline().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 numbered pictures in three tars with an index, not to be written to."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_set(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Calls a function on two ranks."""
+    pair = Pair()
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture

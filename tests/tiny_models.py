@@ -38,11 +38,16 @@ AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32,
 
 
 def make_tokenizer(seed: int = 0, **changes) -> SequentialDiffusionTokenizer:
-    """As if trained: a new decoder puts out zeros."""
+    """As if trained: a new one's gates are shut, and its decoder puts out zeros."""
     torch.manual_seed(seed)
     tokenizer = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes), TokenizerInit(**INIT)).eval()
     for parameter in tokenizer.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
+    for block in (*tokenizer.encoder.blocks, *tokenizer.conditioner.blocks):
+        block.gate1.data += 1
+        block.gate2.data += 1
+    for block in tokenizer.decoder.blocks:
+        block.modulation.bias.data.unflatten(0, (6, -1))[2::3] += 1  # of (shift, scale, gate) twice
     return tokenizer
 
 
