@@ -1,24 +1,28 @@
-"""Every initial weight against the official models': rule, spread and bounds, for three seeds."""
+"""Every initial weight against the official models': rule, spread and bounds."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TOKENIZER
+from tiny_models import TOKENIZER, fit_tokenizer
 
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
 
 GOLDENS = Path(__file__).parent / "goldens" / "init"
+# Of the full widths, which decide every rule, and of two blocks each.
+SHALLOW = dict(encoder_depth=2, conditioner_depth=2, decoder_depth=2, repa_layer=1)
 LIGHT = TokenizerConfig.preset("light").to_dict() | {"low_rank_queries": False}
 MODELS = {
-    "tokenizer_v1": lambda: SequentialDiffusionTokenizer(TokenizerConfig.preset("v1")),
-    "tokenizer_light_fullrank": lambda: SequentialDiffusionTokenizer(TokenizerConfig(**LIGHT)),
-    "GPT-B": lambda: ARModel(ARConfig.preset("B")),
+    "tokenizer_v1": lambda: SequentialDiffusionTokenizer(TokenizerConfig(**SHALLOW)),
+    "tokenizer_light_fullrank": lambda: SequentialDiffusionTokenizer(TokenizerConfig(**LIGHT | SHALLOW)),
+    "GPT-B": lambda: ARModel(ARConfig.preset("B", depth=2)),
 }
 
 
@@ -41,19 +45,18 @@ def check(name: str, values: torch.Tensor, golden: dict, rule: dict) -> None:
         assert abs(squares.square_().mean().item() / spread**4 - kurtosis) < 0.3, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_weight_starts_as_the_official_one(name, seed):
+def test_every_weight_starts_as_the_official_one(name):
     golden = json.loads((GOLDENS / f"{name}.json").read_text())
     rules = {word: rule for word, rule in golden["rules"].items() if word != "buffer_zeros"}
     expected = {word: entry for word, entry in golden["parameters"].items() if entry["rule"] in rules}
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     names = AR_NAMES if name.startswith("GPT") else TOKENIZER_NAMES
     found = {official_name(ours, names): weight.detach() for ours, weight in MODELS[name]().named_parameters()}
-    assert found.keys() == expected.keys()
-    for word, entry in expected.items():
-        check(word, found[word], entry, rules[entry["rule"]])
+    kept = {word for word in expected if not re.search(r"(layers|blocks)\.([2-9]|\d\d)\.", word)}
+    assert found.keys() == kept
+    for word in kept:
+        check(word, found[word], expected[word], rules[expected[word]["rule"]])
 
 
 def test_tokens_make_up_nearly_all_of_a_fresh_conditioning():
@@ -70,29 +73,16 @@ def test_what_differs_from_the_official_start():
     torch.manual_seed(0)
     official = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER)).state_dict()
     torch.manual_seed(0)
-    init = TokenizerInit(gate=0.7, modulation_std=0.3, position_std=0.0, input_scale=0.5)
-    changed = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER), init).state_dict()
-    assert all(
-        (changed[f"{part}.blocks.0.gate{i}"] == 0.7).all() for part in ("encoder", "conditioner") for i in (1, 2)
-    )
-    width = TOKENIZER["decoder_dim"]
-    bias = changed["decoder.blocks.0.modulation.bias"].view(2, 3, width)  # (attention, MLP) of (shift, scale, gate)
-    assert (bias[:, 2] == 0.7).all()
-    assert not bias[:, :2].any()
-    assert abs(changed["decoder.blocks.0.modulation.weight"].std() / 0.3 - 1) < 0.1
-    assert not changed["conditioner.positions.weight"].any()
-    ratio = changed["decoder.conv_in.weight"].std() / official["decoder.conv_in.weight"].std()
-    assert abs(ratio - 0.5) < 0.1
-    assert not changed["decoder.conv_out.weight"].any()
+    changed = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER), TokenizerInit(modulation_std=0.3)).state_dict()
+    name = "decoder.blocks.0.modulation.weight"
+    assert {each for each in changed if not torch.equal(changed[each], official[each])} == {name}
+    assert abs(changed[name].std() / 0.3 - 1) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("gate", math.nan), ("modulation_std", -0.1), ("position_std", math.inf), ("input_scale", -1.0)],
-)
-def test_impossible_starts(option, value):
-    with pytest.raises(UserError, match=f"^init.{option} is [^\n]*$"):
-        TokenizerInit(**{option: value})
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
+def test_impossible_starts(value):
+    with pytest.raises(UserError, match=r"^init.modulation_std is [^\n]*$"):
+        TokenizerInit(value)
 
 
 def test_old_names_of_the_start_are_read_and_left_out(tmp_path):
@@ -103,3 +93,18 @@ def test_old_names_of_the_start_are_read_and_left_out(tmp_path):
     old = {"gate_init": 1.0, "modulation_init_std": 0.2, "position_init_std": 0.05, "input_init_scale": 0.02}
     path.write_text(json.dumps(json.loads(path.read_text()) | old))
     assert SequentialDiffusionTokenizer.from_pretrained(tmp_path).config == TokenizerConfig(**TOKENIZER)
+
+
+@pytest.mark.parametrize("road", ["yaml", "json", "option"])
+def test_old_names_of_the_start_in_a_training_config_are_told_their_new_place(road, tmp_path, capsys):
+    words = [str(word) for word in fit_tokenizer("nowhere", "nowhere", tmp_path / "run", max_steps=1)]
+    for old, instead in TokenizerConfig.REMOVED.items():
+        (tmp_path / "old.yaml").write_text(f"model:\n  init_args:\n    config:\n      {old}: 0.5\n")
+        given = {
+            "yaml": f"--config={tmp_path / 'old.yaml'}",
+            "json": f"--model.init_args.config={json.dumps(TOKENIZER | {old: 0.5})}",
+            "option": f"--model.init_args.config.{old}=0.5",
+        }
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, given[road]])
+        assert capsys.readouterr().err == f"dar fit: model.init_args.config.{old} is {instead}\n"

@@ -53,11 +53,11 @@ class CodesDataModule(StreamDataModule):
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
             # not at the top: the data layer needs no model for anything else
-            from dar_lightning.formats.fingerprint import fingerprint
+            from dar_lightning.formats.model_sha256 import model_sha256
             from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
             tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer)
-            prints = {"data.tokenizer": fingerprint(tokenizer)} | prints
+            prints = {"data.tokenizer": model_sha256(tokenizer)} | prints
         first, *others = prints.items()
         for name, value in others:
             if value != first[1]:

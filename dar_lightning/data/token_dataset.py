@@ -2,7 +2,7 @@
 
 A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
 65,536, `labels` (n,) int64, and in the header the samples' keys, the samples that could not be used, and what the
-tokens were made from. Its `index.json` names the tokenizer by its fingerprint, and says which crop lies at each
+tokens were made from. Its `index.json` names the tokenizer by its SHA-256, and says which crop lies at each
 position. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in memory.
 """
 
@@ -32,7 +32,7 @@ class CodesIndex:
 
     Args:
         root: The folder.
-        tokenizer: Fingerprint of the tokenizer (`dar_lightning.formats.fingerprint.fingerprint`).
+        tokenizer: SHA-256 of the tokenizer (`dar_lightning.formats.model_sha256.model_sha256`).
         tokenizer_config: Its config.
         crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
         num_crops: Their number.

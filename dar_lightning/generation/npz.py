@@ -1,6 +1,7 @@
 """The ADM sample format, written piece by piece: one array of images, larger than memory if need be."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import numpy as np
 from dar_lightning.files import atomic_path
 from dar_lightning.records.pixels import image_digests, set_sha256
 
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
+
 
 def write_npz(
     path: str | Path, pieces: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray | None = None
 ) -> str:
-    """Write `arr_0`, and `labels` where there are some, whole or not at all; equal content gives equal bytes.
-
-    The members are stored uncompressed, as np.savez does: ADM's evaluator reads them so.
+    """Write `arr_0`, and `labels` where there are some, atomically; equal content gives equal bytes.
 
     Args:
         path: the .npz file.
@@ -30,8 +31,8 @@ def write_npz(
         ValueError: if the pieces do not add up to the shape.
     """
     digests = []
+    # not compressed, as np.savez writes and ADM's evaluator reads it; a ZipInfo of its own has a fixed date
     with atomic_path(path) as part, zipfile.ZipFile(part, "w") as archive:
-        # A ZipInfo of its own has a fixed date; numpy, too, asks for the format of members above 4 GB.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(member, header)
