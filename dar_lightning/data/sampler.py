@@ -21,11 +21,6 @@ class Ticket(NamedTuple):
     valid: bool = True
 
 
-def order_generator(seed: int, epoch: int) -> np.random.Generator:
-    """What the order of an epoch is drawn from."""
-    return np.random.default_rng([0, seed, epoch])
-
-
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """What everything random about a sample in an epoch is drawn from."""
     return np.random.default_rng([1, seed, epoch, index])
@@ -50,7 +45,7 @@ def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray
     Returns:
         (sum(sizes),) int64, a permutation.
     """
-    generator = order_generator(seed, epoch)
+    generator = np.random.default_rng([0, seed, epoch])
     starts = np.cumsum([0, *sizes])
     blocks = [np.arange(starts[b], starts[b + 1]) for b in generator.permutation(len(sizes))]
     windows = [np.concatenate(blocks[i : i + window]) for i in range(0, len(blocks), window)]
