@@ -1,11 +1,13 @@
 """What several folders of tests share."""
 
 import sys
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import timm
+from pair import Pair
 from tiny_models import make_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,14 @@ def pipeline(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("pipeline")
     make_pipeline().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Calls a function on two ranks; in the place of what it raised there, a Failure."""
+    pair = Pair()
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture

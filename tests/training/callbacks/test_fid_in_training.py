@@ -7,13 +7,13 @@ import signal
 import pytest
 import torch
 from tiny_models import fit_ar
+from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.nn.modules.module import register_module_forward_hook
 
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import images as image_sets
 from dar_lightning.training.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
-from runs import ar_module, image_data, token_data, tokenizer_module, trainer
 
 
 class Layer(torch.nn.Linear):

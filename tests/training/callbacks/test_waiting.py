@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiny_training import trainer
 from torch.utils.data import DataLoader, Dataset
 
 from dar_lightning.training.callbacks import Throughput, throughput
-from runs import trainer
 
 SAMPLES, BATCH = 24, 4
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from tiny_models import SIZE
+from tiny_training import image_data, tokenizer_module, trainer
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
-from runs import image_data, tokenizer_module, trainer
 
 TEACHER = "vit_base_patch16_224"  # width 768, quick to make
 
