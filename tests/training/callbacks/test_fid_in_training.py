@@ -92,17 +92,6 @@ def test_a_folder_that_cannot_be_written_costs_a_line(images, tmp_path, capsys):
         fit.validate(tokenizer_module(), image_data(images, 3), verbose=False)
 
 
-def test_a_validation_leaves_no_images_errors_behind(images, tmp_path):
-    callback = ReconstructionFID(None, "color_edges")
-    trainer(callback, default_root_dir=tmp_path).validate(tokenizer_module(), image_data(images, 3), verbose=False)
-    assert not any(
-        torch.cat([tensor.flatten() for tensor in state]).numel()
-        for metric in callback._metrics.values()
-        for state in metric.metric_state.values()
-        if isinstance(state, list) and state
-    )
-
-
 def test_labels_tell_two_of_a_kind_apart(images, tokens, tokenizer_folder, tmp_path):
     def two(module, data, kind, *arguments):
         callbacks = [kind(*arguments), kind(*arguments, seed=3, label="other")]
