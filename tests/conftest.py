@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Pair]:
-    """Calls a function on two ranks."""
+    """Calls a function on two ranks; in the place of what it raised there, a Failure."""
     pair = Pair()
     yield pair
     pair.stop()

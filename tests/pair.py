@@ -1,68 +1,111 @@
 """Two ranks of one process group that live as long as the tests do: a case costs a call, not two starts."""
 
+import itertools
+import logging
 import os
-import socket
+import tempfile
+import traceback
+import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from killable import context
 
-SECONDS = 120  # a call that hangs fails after that
+SECONDS = 240  # a call that hangs fails after that
+
+
+class Failure(str):
+    """What a function raised on a rank: "Type: message", and its traceback."""
+
+    trace: str
 
 
 class Pair:
-    """Calls functions on both ranks. They start with the first call, and anew after one that hung."""
+    """Calls functions on both ranks. They start with the first call, and anew after one that hung.
+
+    What ranks print goes to files and is shown with an error.
+    """
 
     def __init__(self) -> None:
-        self._ranks: list[tuple[Any, Connection]] = []
+        self.processes: list = []
+        self.pipes: list[Connection] = []
 
-    def __call__(self, function: Callable, *args) -> list:
-        """What it returns on each rank; in the place of an exception its text, "Type: message"."""
-        if not self._ranks:
+    def __call__(self, function: Callable, *args: Any) -> list:
+        """What an importable function returns on each rank; in the place of an exception a Failure."""
+        if not self.processes:
             self._start()
-        for _, pipe in self._ranks:
+        for pipe in self.pipes:
             pipe.send((function, args))
-        try:
-            for _, pipe in self._ranks:
-                assert pipe.poll(SECONDS), f"no end after {SECONDS} seconds"
-            return [pipe.recv() for _, pipe in self._ranks]
-        except BaseException:
+        answers: dict[Connection, Any] = {}
+        while left := [pipe for pipe in self.pipes if pipe not in answers]:
+            # after an error the other rank may wait for this one for ever
+            failed = any(isinstance(answer, Failure) for answer in answers.values())
+            if not (ready := wait(left, 20 if failed else SECONDS)):
+                answers |= dict.fromkeys(left, Failure("no answer"))
+            answers |= {pipe: _answer(pipe) for pipe in ready}
+        found = [answers[pipe] for pipe in self.pipes]
+        if {"no answer", "a rank has died"} & {answer for answer in found if isinstance(answer, Failure)}:
             self.stop()
-            raise
+        return found
+
+    def without_failure(self, function: Callable, *args: Any) -> list:
+        """The same; a Failure fails the test."""
+        found = self(function, *args)
+        traces = [getattr(answer, "trace", answer) for answer in found if isinstance(answer, Failure)]
+        if traces:
+            printed = [path.read_text()[-2000:] for path in sorted(Path(self.folder.name).glob("rank*"))]
+            raise AssertionError("\n".join([*printed, *traces]))
+        return found
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.folder = tempfile.TemporaryDirectory()
         for rank in range(2):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, port))
+            process = context.Process(target=_serve, args=(there, rank, self.folder.name))
             process.start()
             there.close()  # so that a rank that dies is noticed
-            self._ranks.append((process, here))
+            self.processes.append(process)
+            self.pipes.append(here)
 
     def stop(self) -> None:
-        for process, pipe in self._ranks:
+        for process in self.processes:
             process.kill()
             process.join()
-            pipe.close()
-        self._ranks = []
+        self.processes, self.pipes = [], []
 
 
-def _serve(pipe: Connection, rank: int, port: int) -> None:
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+def _answer(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return Failure("a rank has died")
+
+
+def _serve(pipe: Connection, rank: int, folder: str) -> None:
+    with open(f"{folder}/rank{rank}", "w") as printed:
+        for number in (1, 2):
+            os.dup2(printed.fileno(), number)
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "NODE_RANK": 0, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in names.items()}  # as a cluster's launcher would say it
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    while True:
-        function, args = pipe.recv()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for call in itertools.count():
         try:
-            result = function(*args)
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        if not dist.is_initialized():  # the first call, or `dar` has left the group
+            store = dist.FileStore(f"{folder}/store{call}", 2)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        try:
+            answer = function(*args)
         except BaseException as error:
-            result = f"{type(error).__name__}: {error}"
-        pipe.send(result)
+            answer = Failure(f"{type(error).__name__}: {error}")
+            answer.trace = traceback.format_exc()
+        pipe.send(answer)

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-from ranks import TwoRanks
 from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
 
 
@@ -41,7 +40,6 @@ def vgg_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def two_ranks():
-    ranks = TwoRanks()
-    yield ranks
-    ranks.stop()
+def two_ranks(pair):
+    """Calls a function on two ranks, on which it must not fail; its results."""
+    return pair.without_failure

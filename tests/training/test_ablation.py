@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import AR, CODES, GROUPS, TOKENS, random_codes, write_tokens
+from tiny_training import STILL, ar_module, token_data, trainer
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.order import fixed_order, placed
@@ -15,7 +16,6 @@ from dar_lightning.errors import UserError
 from dar_lightning.training import AblationModule, ARModule
 from dar_lightning.training.callbacks import GenerationFID, Throughput
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from runs import STILL, ar_module, token_data, trainer
 
 BATCH = {"codes": torch.from_numpy(random_codes(4)), "label": torch.arange(4), "valid": torch.ones(4, dtype=bool)}
 

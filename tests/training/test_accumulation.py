@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from test_resume import WHAT, DieAt, Killed, ar_command, differences, last, run, tokenizer_command
 from tiny_models import fit_ar
+from tiny_training import STILL, ar_module, events, image_data, token_data, tokenizer_module, trainer
 from torch.utils.data import TensorDataset
 
 from dar_lightning.cli import main
@@ -16,7 +17,6 @@ from dar_lightning.data.sampler import TrainSampler, shuffled
 from dar_lightning.errors import UserError
 from dar_lightning.training.batch_plan import accumulation
 from dar_lightning.training.callbacks import GlobalBatch
-from runs import STILL, ar_module, events, image_data, token_data, tokenizer_module, trainer
 
 
 @pytest.mark.parametrize(

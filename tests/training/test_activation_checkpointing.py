@@ -3,10 +3,9 @@
 import pytest
 import torch
 from tiny_models import SIZE, random_codes
+from tiny_training import ar_module, tokenizer_module
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-
-from runs import ar_module, tokenizer_module
 
 DEEP = {"encoder_depth": 2, "conditioner_depth": 2, "decoder_depth": 2}
 PARTS = ("encoder", "conditioner", "decoder")

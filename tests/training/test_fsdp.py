@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 from tiny_models import AR, fit_ar, fit_tokenizer
+from tiny_training import STILL, events
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.cli import main
 from dar_lightning.training.fsdp import own_slice
-from runs import STILL, events
 
 pytestmark = pytest.mark.slow
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"

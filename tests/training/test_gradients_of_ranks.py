@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from tiny_models import fit_tokenizer
+from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 
 from dar_lightning.cli import main
 from dar_lightning.training import FSDP2Strategy
 from dar_lightning.training.fsdp import whole
 from dar_lightning.training.optim import OptimizerConfig
-from runs import ar_module, image_data, token_data, tokenizer_module, trainer
 
 pytestmark = pytest.mark.slow
 BATCH, STEPS = 4, 3

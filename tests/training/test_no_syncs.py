@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tiny_models import AR, SIZE, TOKENIZER, TOKENS
+from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,7 +12,6 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks import CodebookMonitor, GlobalBatch, GroupLoss, Memory, OptimizerMonitor
-from runs import ar_module, image_data, token_data, tokenizer_module, trainer
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from tiny_training import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.batch_plan import TrainingPlan
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw
-from runs import trainer
 
 
 class Small(nn.Module):

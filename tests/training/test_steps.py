@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
+from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,6 @@ from dar_lightning.training.callbacks import EMA, CodebookWarmup
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.module import seed_batch
 from dar_lightning.training.optim import OptimizerConfig
-from runs import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 
 
 class Outputs(Callback):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny_training import image_data, tokenizer_module, trainer
 
 from dar_lightning.training.callbacks import EMA, CodebookWarmup, Reconstructions
 from dar_lightning.training.losses import AdversarialLoss
-from runs import image_data, tokenizer_module, trainer
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ import traceback
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from simulated_gpu import make_trainer
+from tiny_training import ar_module, image_data, token_data, tokenizer_module
 
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.training import AblationModule, ARModule, callbacks
-from runs import ar_module, image_data, token_data, tokenizer_module
 
 images, val_images, tokens, val_tokens, tokenizer, out = sys.argv[1:]
 

@@ -6,11 +6,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from tiny_training import trainer
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import EMA, SkipBadSteps
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw
-from runs import trainer
 
 
 class Line(L.LightningModule):

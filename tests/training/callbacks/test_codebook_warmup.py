@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from tiny_models import CODES, TOKENIZER
+from tiny_training import image_data, trainer
 
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -13,7 +14,6 @@ from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import EMA, CodebookWarmup, SkipBadSteps
 from dar_lightning.training.callbacks.codebook_warmup import spherical_kmeans
 from dar_lightning.training.optim import OptimizerConfig
-from runs import image_data, trainer
 
 WARMUP, COLLECT, REVIVE_EVERY, REVIVE_UNTIL, STEPS = 5, 3, 4, 13, 18
 

@@ -2,9 +2,9 @@
 
 import yaml
 from tiny_models import TOKENIZER, fit_tokenizer
+from tiny_training import events
 
 from dar_lightning.cli import main
-from runs import events
 
 
 def test_the_config_is_text_beside_the_curves(images, tmp_path):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_training import image_data, tokenizer_module, trainer
 
 from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.callbacks.ema import Average
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import has_average
-from runs import image_data, tokenizer_module, trainer
 
 
 class Followed(Callback):

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from tiny_models import CLASSES, SIZE, make_tokenizer, picture
+from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dar_lightning import DARPipeline
@@ -18,7 +19,6 @@ from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.training.callbacks import EMA, GenerationFID, LastStepCheckpoint, ReconstructionFID
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from runs import ar_module, image_data, token_data, tokenizer_module, trainer
 
 
 class Colors(torch.nn.Module):

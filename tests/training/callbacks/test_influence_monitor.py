@@ -7,12 +7,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import GROUPS, SIZE, TOKENS, make_tokenizer, picture, write_images
+from tiny_training import image_data, scalars, tokenizer_module, trainer
 
 from dar_lightning.errors import UserError
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import EMA, TokenInfluence
 from dar_lightning.training.optim import OptimizerConfig
-from runs import image_data, scalars, tokenizer_module, trainer
 
 
 def pixels(tokenizer, codes: torch.Tensor, noise: torch.Tensor) -> np.ndarray:

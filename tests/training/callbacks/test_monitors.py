@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from tiny_models import CODES, GROUPS, SIZE, TOKENS, fit_ar, fit_tokenizer, make_ar, make_tokenizer, random_codes
+from tiny_training import image_data, scalars, tokenizer_module, trainer
 from torch.distributed.fsdp import fully_shard
 
 from dar_lightning.cli import main
@@ -28,7 +29,6 @@ from dar_lightning.training.callbacks import (
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import AdversarialLoss
 from dar_lightning.training.optim import OptimizerConfig
-from runs import image_data, scalars, tokenizer_module, trainer
 
 BATCH, EVERY, STEPS = 4, 2, 6
 # An epoch of five batches has two whole steps of two. Loggers count steps from 0.
@@ -204,6 +204,7 @@ def test_what_a_cpu_and_another_module_can_tell(images, tmp_path):
     plain.fit(tokenizer_module(), image_data(images))
     counted, speed = scalars(tmp_path / "counted"), scalars(tmp_path / "plain")
     assert counted["speed/tflops"][0] > 0
+    assert 0 <= counted["data/wait_share"][0] < 1
     assert "speed/mfu" not in counted
     assert counted.keys() - speed.keys() == {"speed/tflops"}
     with pytest.raises(UserError, match="peak_tflops is 0"):

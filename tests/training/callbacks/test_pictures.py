@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 from tiny_models import GROUPS, SIZE, fit_ar, fit_tokenizer, make_tokenizer, picture
+from tiny_training import events, image_data, scalars, tokenizer_module, trainer
 
 from dar_lightning.cli import main
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.training.callbacks import Reconstructions
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from runs import events, image_data, scalars, tokenizer_module, trainer
 
 PAD = 2  # torchvision.utils.make_grid
 

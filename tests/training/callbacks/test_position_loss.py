@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from matplotlib.axes import Axes
 from tiny_models import TOKENS, make_ar
+from tiny_training import ar_module, events, scalars, token_data, trainer
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import PositionLoss
-from runs import ar_module, events, scalars, token_data, trainer
 
 GROUPS = 4
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import TOKENIZER, fit_tokenizer
+from tiny_training import image_data, trainer
 
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
@@ -15,7 +16,6 @@ from dar_lightning.training.losses import AdversarialLoss
 from dar_lightning.training.losses.adversarial import PatchDiscriminator
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from runs import image_data, trainer
 
 SMALL = dict(channels=4, depth=2)
 

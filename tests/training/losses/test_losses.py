@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from tiny_models import SIZE
+from tiny_training import image_data, tokenizer_module, trainer
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
-from runs import image_data, tokenizer_module, trainer
 
 TEACHER = "vit_base_patch16_224"  # width 768, quick to make
 
@@ -38,12 +38,11 @@ def repa(teacher) -> RepaLoss:
     return RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
 
 
-def with_losses(perceptual: PerceptualLoss, repa: RepaLoss, **starts: int):
-    """A module with copies of these losses, which start when told."""
-    losses = {"perceptual": copy.copy(perceptual), "repa": copy.copy(repa)}
-    for name, step in starts.items():
-        losses[name].start_step = step
-    return tokenizer_module({"repa_layer": 0}, **losses)
+def with_losses(perceptual: PerceptualLoss, repa: RepaLoss, *starts: int):
+    """A module with copies of these losses, which start at these steps."""
+    perceptual, repa = copy.copy(perceptual), copy.copy(repa)
+    perceptual.start_step, repa.start_step = starts or (0, 0)
+    return tokenizer_module({"repa_layer": 0}, perceptual=perceptual, repa=repa)
 
 
 def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
@@ -141,7 +140,7 @@ def test_a_teacher_or_a_decoder_that_does_not_fit_is_refused(repa, tmp_path):
 
 def test_losses_start_when_told(perceptual, repa):
     """Before that they are neither computed nor logged, and REPA's head has a gradient of zero, which DDP needs."""
-    module = with_losses(perceptual, repa, perceptual=3, repa=5)
+    module = with_losses(perceptual, repa, 3, 5)
     head = module.tokenizer.decoder.repa_head[0].weight
     seen = {}
     for done in (2, 3, 4, 5):
