@@ -26,7 +26,7 @@ from dar_lightning.data.prepare.sources import Sample, Source, choose_classes, i
 from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.errors import UserError
-from dar_lightning.files import locked, write_text
+from dar_lightning.files import find_shipped, locked, write_text
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
 HUB = "hf://"
@@ -147,7 +147,7 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     """
     if is_remote(input) and not input.startswith(HUB):
         raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
-    path = Path(input)
+    path = Path(find_shipped(input))
     is_archive = path.is_file() and path.suffix == ".tar"
     first = ilsvrc.first_names(path) if is_archive else []
     is_val = any(ilsvrc.VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)

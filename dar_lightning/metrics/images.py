@@ -20,6 +20,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
+from dar_lightning.files import find_shipped
 from dar_lightning.formats.fingerprint import fingerprint
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
@@ -226,7 +227,7 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     Raises:
         UserError: nothing there, or nothing in it.
     """
-    path = Path(source)
+    path = Path(find_shipped(source))
     if path.suffix == ".npz" and path.is_file():
         images = NpzImages(path, option)
     elif source.endswith(".tar") or (path / INDEX).is_file() or next(path.glob("*.tar"), None):

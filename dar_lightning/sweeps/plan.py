@@ -15,6 +15,7 @@ import yaml
 
 from dar_lightning.data.shards import INDEX
 from dar_lightning.errors import UserError
+from dar_lightning.files import find_shipped
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
 OUTPUTS = {
@@ -83,7 +84,7 @@ class Work:
 
         Not those that earlier stages make.
         """
-        indices = {text: os.path.join(text, INDEX) for text in sorted({*self.texts}) if text}
+        indices = {text: os.path.join(find_shipped(text), INDEX) for text in sorted({*self.texts}) if text}
         found = {text: index for text, index in indices.items() if os.path.isfile(index)}
         return {text: hashlib.sha256(Path(index).read_bytes()).hexdigest() for text, index in found.items()}
 
@@ -259,7 +260,7 @@ def _text(value: Any) -> str:
 def _config_text(path: str) -> str:
     """What a config file says; comments and layout do not count."""
     try:
-        return json.dumps(yaml.safe_load(Path(path).read_text(encoding="utf-8")), default=str)
+        return json.dumps(yaml.safe_load(Path(find_shipped(path)).read_text(encoding="utf-8")), default=str)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is no YAML"
         raise UserError(f"stages: config {path} cannot be read: {reason}") from error
