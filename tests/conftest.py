@@ -1,6 +1,8 @@
 """What several folders of tests share."""
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -10,11 +12,40 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 from tiny_models import make_pipeline
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
+
+QUIET = ("lightning.pytorch", "lightning.fabric", "torch.distributed")
+
+# What processes that tests start say of options and devices is Lightning's and torch's, not a failure.
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+
+
+def pytest_configure():
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_parser():
+    """LightningCLI's parser takes seconds to build: once for all runs of a test process."""
+    build, built = LightningCLI.setup_parser, {}
+
+    def setup_parser(self, *arguments) -> None:
+        if type(self) not in built:
+            before = {*vars(self)}
+            build(self, *arguments)
+            built[type(self)] = {name: value for name, value in vars(self).items() if name not in before}
+        vars(self).update(built[type(self)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LightningCLI, "setup_parser", setup_parser)
+        yield
 
 
 def pytest_collection_finish():

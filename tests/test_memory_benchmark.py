@@ -28,7 +28,7 @@ def test_counted_is_what_a_real_step_keeps(name):
     counted = memory.count(TINY[name], device="cpu")
     for batch_size in (3, 5):
         module = TINY[name]()
-        kept, flops = memory.forward(module, memory.make_batch(module, batch_size))
+        kept, flops = memory.forward(module, batch_size)
         expected = counted["activation_bytes_fixed"] + batch_size * counted["activation_bytes_per_sample"]
         assert kept == pytest.approx(expected, rel=0.01)
         assert flops == pytest.approx(batch_size * 1e9 * counted["forward_gflop_per_sample"], rel=0.01)
