@@ -72,17 +72,19 @@ def in_turns(
     budget: float = 0.0,
     least: int = 3,
     most: int = 10**6,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each work by name, all called in turn, so that a busy machine slows all alike.
 
     Args:
-        works: what is compared; a first call of each warms up. The order changes from round to round.
+        works: what is compared. The order changes from round to round.
         device: whose work is waited for.
         budget: seconds for all rounds.
         least: rounds, whatever the budget.
         most: rounds.
+        warm: each has been called before; otherwise a first call is not counted.
     """
-    for work in works.values():
+    for work in works.values() if not warm else ():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     rounds, end = 0, time.perf_counter() + budget

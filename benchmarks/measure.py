@@ -34,7 +34,7 @@ def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> di
     call()
     synchronize(setting.device)
     before = start_memory(setting.device)
-    durations = in_turns({"call": call}, setting.device, seconds)["call"]
+    durations = in_turns({"call": call}, setting.device, seconds, warm=True)["call"]
     latency = statistics.median(durations)
     result |= {
         "calls": len(durations),

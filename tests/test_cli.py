@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import fit_ar, fit_tokenizer, make_pipeline, make_tokenizer, random_codes, write_images, write_tokens
+from tiny_models import fit_ar, fit_tokenizer, make_tokenizer, random_codes, write_images, write_tokens
 
+from dar_lightning import __version__
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main, spell_out_flags
 from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 
@@ -32,10 +33,6 @@ def refusal(capsys, argv: list) -> str:
     return said[0]
 
 
-def process(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dar_lightning", *words], cwd=cwd, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "x", 8)
@@ -46,30 +43,13 @@ def tokens(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens") / "x", 8)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "x"
-    make_pipeline().save_pretrained(folder)
-    return folder
+# ---- words
 
 
-# ---- the program as a process
-
-
-def test_help_lists_every_verb():
-    run = process("--help")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.strip() == USAGE
-    assert all(verb in USAGE for verb in (*TRAINER_VERBS, *VERBS))
-
-
-def test_dar_alone_says_how_it_is_used():
-    run = process()
-    assert (run.returncode, run.stdout.strip()) == (2, USAGE)
-
-
-def test_a_mistake_in_a_real_process(tmp_path):
-    run = process("fit", "--config", "experiments/quickstart/tokenizer.yaml", "--model.init_args.config.nope", "3")
+def test_a_mistake_in_a_real_process():
+    words = ["fit", "--config", "experiments/quickstart/tokenizer.yaml", "--model.init_args.config.nope", "3"]
+    command = [sys.executable, "-m", "dar_lightning", *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     line = run.stderr.splitlines()[-1]
     assert line.startswith("dar fit: ")
@@ -77,50 +57,47 @@ def test_a_mistake_in_a_real_process(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-# ---- words
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)])
+def test_usage(words, code, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == code
+    assert capsys.readouterr().out.strip() == USAGE
+    assert all(verb in USAGE for verb in (*TRAINER_VERBS, *VERBS))
 
 
 @pytest.mark.parametrize("verb", [*TRAINER_VERBS, *VERBS])
-def test_each_verb_has_help(verb, capsys):
+def test_each_verb_has_help_and_refuses_other_options(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"usage: dar {verb}" if verb in VERBS else "usage: dar")
     assert "--config" in shown.out
+    assert "--nope" in refusal(capsys, [verb, "--nope", "3"])
 
 
 def test_version(capsys):
-    from dar_lightning import __version__
-
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
 
 
-def test_unknown_verb(capsys):
-    line = refusal(capsys, ["trian"])
-    assert "'trian'" in line
-    assert "quickstart" in line
-
-
-@pytest.mark.parametrize("verb", [*TRAINER_VERBS, *VERBS])
-def test_unknown_option(verb, capsys):
-    assert "--nope" in refusal(capsys, [verb, "--nope", "3"])
-
-
-@pytest.mark.parametrize("verb", ["fit", "sample"])
-def test_missing_config_file(verb, capsys):
-    assert "no/such.yaml" in refusal(capsys, [verb, "--config", "no/such.yaml"])
-
-
-@pytest.mark.parametrize("verb", ["fit", "sample"])
-def test_broken_config_file(verb, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["trian"], ["'trian'", "quickstart"]),
+        (["sample", "--pipeline", "x"], ["output"]),
+        *(([verb, "--config", "no/such.yaml"], ["no/such.yaml"]) for verb in ("fit", "sample")),
+        *(([verb, "--config", "{folder}/x.yaml"], ["line 2"]) for verb in ("fit", "sample")),
+        (["sample", "--pipeline", "{folder}", "--output", "{folder}/out"], ["config.json is missing"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_command_that_cannot_be(words, named, tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("a: [1,\n")
-    assert "line 2" in refusal(capsys, [verb, "--config", tmp_path / "x.yaml"])
-
-
-def test_a_missing_option_is_named(capsys):
-    assert "output" in refusal(capsys, ["sample", "--pipeline", "x"])
+    line = refusal(capsys, [word.format(folder=tmp_path) for word in words])
+    assert all(name in line for name in named), line
+    assert not (tmp_path / "out").exists()
 
 
 # ---- configs
@@ -158,29 +135,44 @@ def test_a_config_that_cannot_be(images, tmp_path, options, named, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preset_of_the_other_model(tokens, tmp_path, capsys):
-    data = ["--data=dar_lightning.data.codes.CodesDataModule", f"--data.init_args.train={tokens}"]
-    run = ["fit", "--model=dar_lightning.training.ARModule", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    line = refusal(capsys, [*run, "--model.init_args.preset=Q"])
-    assert "'Q'" in line
-    assert "XXL" in line
+IMAGES, TOKENS = "imagenet.ImageNetDataModule", "codes.CodesDataModule"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "named"),
+    [
+        ("ARModule", TOKENS, ["preset=Q"], ["'Q'", "XXL"]),
+        ("TokenizerModule", IMAGES, ["preset=v2"], ["unknown tokenizer preset 'v2': choose from v1, light, tiny"]),
+        ("TokenizerModule", IMAGES, ["preset=light", "config.codebook_size=5"], ["keep one of them"]),
+    ],
+)
+def test_presets(model, data, options, named, images, tmp_path, capsys):
+    words = ["fit", f"--model=dar_lightning.training.{model}", *(f"--model.init_args.{option}" for option in options)]
+    words += [f"--data=dar_lightning.data.{data}", f"--data.init_args.train={images}"]
+    line = refusal(capsys, [*words, f"--trainer.default_root_dir={tmp_path / 'run'}"])
+    assert all(name in line for name in named), line
     assert not (tmp_path / "run").exists()
 
 
 # ---- data
 
 
-def test_missing_shards(images, tmp_path, capsys):
-    line = refusal(capsys, fit_tokenizer("no/shards", images, tmp_path / "run", max_steps=1))
-    assert "data.train: no/shards does not exist" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_empty_shards(images, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("train", "val", "options", "says"),
+    [
+        ("no/shards", "{images}", [], "data.train: no/shards does not exist"),
+        ("{images}", "{empty}", [], "data.val: no samples in"),
+        ("{images}", "{images}", ["--data.init_args.image_size=30"], "30"),
+        ("{images}", "{images}", ["--data.init_args.batch_size=9"], "batch_size: 9"),
+    ],
+    ids=["missing", "empty", "size", "batch"],
+)
+def test_data_that_cannot_be(train, val, options, says, images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    line = refusal(capsys, fit_tokenizer(images, tmp_path / "empty", tmp_path / "run", max_steps=1))
-    assert "data.val: no samples in" in line
-    assert not (tmp_path / "run").exists()
+    places = [path.format(images=images, empty=tmp_path / "empty") for path in (train, val)]
+    assert says in refusal(capsys, [*fit_tokenizer(*places, tmp_path / "run", max_steps=1), *options])
+    assert list((tmp_path / "run").rglob("*.ckpt")) == []
+    assert options or not (tmp_path / "run").exists()
 
 
 def test_a_label_outside_the_classes(images, tmp_path, capsys):
@@ -216,21 +208,6 @@ def test_token_labels_outside_the_classes(tokens, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
-def test_images_of_a_size_that_does_not_divide(images, tmp_path, capsys):
-    line = refusal(
-        capsys, [*fit_tokenizer(images, images, tmp_path / "run", max_steps=1), "--data.init_args.image_size=30"]
-    )
-    assert "30" in line
-    assert list((tmp_path / "run").rglob("*.ckpt")) == []
-
-
-def test_more_images_per_batch_than_there_are(images, tmp_path, capsys):
-    line = refusal(
-        capsys, [*fit_tokenizer(images, images, tmp_path / "run", max_steps=1), "--data.init_args.batch_size=9"]
-    )
-    assert "batch_size: 9" in line
-
-
 # ---- checkpoints and folders
 
 
@@ -247,20 +224,23 @@ def test_checkpoint_of_another_shape(images, tokens, tmp_path, capsys):
     assert checkpoint.read_bytes() == before
 
 
-@pytest.mark.parametrize("verb", ["fit", "sample", "reconstruct", "extract", "export", "quickstart"])
+@pytest.mark.parametrize("verb", ["fit", "sample", "reconstruct", "extract", "export", "quickstart", "sweep"])
 def test_a_folder_that_cannot_be_written(verb, images, pipeline, tmp_path, capsys):
+    """A file stands where a folder would have to be."""
     (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "run"
-    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    folder = tmp_path / "file" / ("" if verb == "quickstart" else "run")
     commands = {
         "fit": fit_tokenizer(images, images, folder, max_steps=1),
-        "sample": ["sample", "--pipeline", pipeline, "--output", folder],
-        "reconstruct": ["reconstruct", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", folder],
-        "extract": ["extract", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", folder],
-        "export": ["export", "--ckpt", _checkpoint(tmp_path), "--output", folder],
-        "quickstart": ["quickstart", "--output", folder],
+        "sample": ["sample", "--pipeline", pipeline],
+        "reconstruct": ["reconstruct", "--tokenizer", f"{pipeline}/tokenizer", "--shards", images],
+        "extract": ["extract", "--tokenizer", f"{pipeline}/tokenizer", "--shards", images],
+        "export": ["export", "--ckpt", _checkpoint(tmp_path)],
+        "quickstart": ["quickstart"],
+        "sweep": ["sweep", ROOT / "experiments/sweeps/small/order.yaml"],
     }
-    assert str(tmp_path / "file") in refusal(capsys, commands[verb])
+    line = refusal(capsys, [*commands[verb], *([] if verb == "fit" else ["--output", folder])])
+    assert str(tmp_path / "file") in line
+    assert verb in ("fit", "export") or line == f"dar {verb}: output: {folder}: Not a directory"
     assert (tmp_path / "file").is_file()
 
 
@@ -273,17 +253,11 @@ def _checkpoint(folder: Path) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without one")
 def test_an_accelerator_that_is_not_there(images, pipeline, tmp_path, capsys):
-    command = ["extract", "--tokenizer", pipeline / "tokenizer", "--shards", images, "--output", tmp_path / "tokens"]
+    command = ["extract", "--tokenizer", f"{pipeline}/tokenizer", "--shards", images, "--output", tmp_path / "tokens"]
     assert "accelerator cuda, devices auto: " in refusal(capsys, [*command, "--accelerator=cuda"])
     command = fit_tokenizer(images, images, tmp_path / "run", max_steps=1)
     assert "CUDAAccelerator" in refusal(capsys, [*command, "--trainer.accelerator=cuda"])
     assert not (tmp_path / "run").exists()
-
-
-def test_a_pipeline_that_is_none(tmp_path, capsys):
-    line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
-    assert "config.json is missing" in line
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -300,20 +274,6 @@ def test_flags_may_stand_alone(typed, meant):
     def function(output: str = "", fresh: bool = False, from_scratch: bool = False): ...
 
     assert spell_out_flags(function, typed) == meant
-
-
-def test_presets(images, tmp_path, capsys):
-    data = ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.train={images}"]
-    run = [
-        "fit",
-        "--model=dar_lightning.training.TokenizerModule",
-        *data,
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-    ]
-    line = refusal(capsys, [*run, "--model.init_args.preset=v2"])
-    assert "unknown tokenizer preset 'v2': choose from v1, light, tiny" in line
-    line = refusal(capsys, [*run, "--model.init_args.preset=light", "--model.init_args.config.codebook_size=5"])
-    assert "keep one of them" in line
 
 
 def test_a_finished_run_leaves_its_process_group(capsys):
@@ -364,18 +324,3 @@ def test_a_run_whose_folder_lies_in_no_folder(logger, capsys, tmp_path, tokens):
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]  # after what Lightning says of devices
     assert re.match(r"dar fit: trainer.(logger|default_root_dir): .*file/run.*: Not a directory", line)
-
-
-@pytest.mark.parametrize("verb", ["quickstart", "sweep", "sample", "reconstruct", "extract"])
-def test_an_output_that_lies_in_no_folder(verb, capsys, tmp_path, pipeline, images):
-    """A file stands where a folder would have to be."""
-    (tmp_path / "file").write_text("")
-    options = {
-        "quickstart": [],
-        "sweep": ["--config", ROOT / "experiments/sweeps/small/order.yaml"],
-        "sample": ["--pipeline", pipeline, "--per_class", 1],
-        "reconstruct": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
-        "extract": ["--tokenizer", pipeline / "tokenizer", "--shards", images],
-    }[verb]
-    output = tmp_path / "file" if verb == "quickstart" else tmp_path / "file" / "out"
-    assert refusal(capsys, [verb, *options, "--output", output]) == f"dar {verb}: output: {output}: Not a directory"

@@ -9,7 +9,6 @@ import yaml
 from dar_lightning.commands.quickstart import CONFIGS, VAL
 from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, write_vgg
+from tiny_models import AR, SIZE, TOKENIZER, TOKENS, write_vgg
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dar_lightning.ar.config import ARConfig
@@ -19,13 +19,22 @@ def vgg_file(tmp_path_factory):
     return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
 
 
-def test_the_ar_model_in_closed_form():
+def closed_form(config: ARConfig) -> int:
     """Per layer and token 2 per weight, and 4 D for each of N / 2 keys; the backward pass is twice that."""
-    module = ARModule(ARConfig(**AR))
-    dim, depth, ffn = AR["dim"], AR["depth"], module.ar.config.ffn_dim
-    per_token = depth * (2 * (4 * dim**2 + 3 * dim * ffn) + 4 * TOKENS // 2 * dim) + 2 * dim * CODES
+    dim, tokens = config.dim, config.num_tokens
+    per_token = config.depth * (2 * (4 * dim**2 + 3 * dim * config.ffn_dim) + 4 * tokens // 2 * dim)
+    return 3 * tokens * (per_token + 2 * dim * config.vocab_size)
+
+
+def test_the_ar_model_in_closed_form():
     batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
-    assert step_flops(module, batch) == 3 * 5 * TOKENS * per_token
+    assert step_flops(ARModule(ARConfig(**AR)), batch) == 5 * closed_form(ARConfig(**AR))
+
+
+@pytest.mark.parametrize(("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155)])
+def test_the_sizes_of_the_paper(size, gflop):
+    """What docs and recipes say, of one sequence."""
+    assert closed_form(ARConfig.preset(size)) / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 class Aligned:
@@ -41,20 +50,13 @@ class Aligned:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155), ("light", 457), ("v1", 1294)]
-)
-def test_the_sizes_of_the_paper(size, gflop):
-    """What docs and recipes say, of one image or sequence."""
-    image = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
-    tokens = {"codes": torch.zeros(1, 256, dtype=torch.long), "label": torch.zeros(1, dtype=torch.long)}
+def test_the_light_tokenizer():
+    """What docs and recipes say, of one image; tests/test_counts.py has v1."""
+    batch = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
     with FakeTensorMode():
-        if size in ("light", "v1"):
-            module, batch = TokenizerModule(preset=size), image
-            module.repa = Aligned()
-        else:
-            module, batch = ARModule(preset=size), tokens
-    assert step_flops(module, batch) / 1e9 == pytest.approx(gflop, rel=0.005)
+        module = TokenizerModule(preset="light")
+        module.repa = Aligned()
+    assert step_flops(module, batch) / 1e9 == pytest.approx(457, rel=0.005)
 
 
 def test_lpips_in_closed_form(vgg_file):
