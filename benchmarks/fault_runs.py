@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import child_environment
 from benchmarks.tiny import fit_ar, fit_tokenizer, write_images, write_tokens
 from dar_lightning.cli import main as dar
 
@@ -21,7 +21,7 @@ SAVE_EVERY, VALIDATE_EVERY = 3, 2  # optimizer steps of two batches; each valida
 LIMIT = 400  # seconds after which a run counts as hanging
 STATES = ("global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 context = multiprocessing.get_context("forkserver")
-modules = ["benchmarks.fault_callbacks", "dar_lightning.commands.fit", "dar_lightning.training.callbacks"]
+modules = ["benchmarks.fault_callbacks", "benchmarks.fault_runs", "dar_lightning.commands.fit"]
 context.set_forkserver_preload(modules)
 
 
@@ -82,19 +82,18 @@ class Run:
         process.join(LIMIT)
         if process.exitcode is None:
             process.kill()
-        said = Path(f"{self.diaries[-1]}.log").read_text()
-        assert process.exitcode == code, f"exit code {process.exitcode}, not {code}: {' '.join(said[-600:].split())}"
-        return said
+        assert process.exitcode == code, f"exit code {process.exitcode}, not {code}: {self.said()[-600:]}"
+        return self.said()
 
-    def two_ranks(self, launcher: str, accident: list[str], rank: int, codes: set[int]) -> float:
-        """Two real ranks to their end, one with an accident; seconds that anything lived on after it."""
-        diary, log = self.home / "diary", self.home / "log"
+    def two_ranks(self, launcher: str, accident: list[str], rank: int) -> tuple[int, float]:
+        """Two real ranks, one with an accident: exit code, and seconds that anything lived on after it."""
+        diary = self.home / "diary"
         words = [*self.words, *callback("Diary", path=diary), *accident, "--data.init_args.batch_size=2"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (launcher == "torchrun")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *torchrun, "-m", "dar_lightning", *words]
-        with open(log, "w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
+        with open(f"{diary}.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment())
+        self.diaries.append(diary)
         seen, silent, until = 0, time.monotonic(), time.monotonic() + LIMIT
         while process.poll() is None or alive(self.folder):
             if time.monotonic() > until:
@@ -105,9 +104,11 @@ class Run:
             if len(lines(diary, rank)) > seen:  # the rank with the accident has written another line
                 seen, silent = len(lines(diary, rank)), time.monotonic()
             time.sleep(0.1)
-        said = " ".join(log.read_text()[-600:].split())
-        assert process.returncode in codes, f"exit code {process.returncode}: {said}"
-        return time.monotonic() - silent
+        return process.returncode, time.monotonic() - silent
+
+    def said(self) -> str:
+        """Its last life."""
+        return Path(f"{self.diaries[-1]}.log").read_text()
 
     @property
     def checkpoint(self) -> Path:

@@ -202,29 +202,25 @@ def full_temp(bench: Bench) -> str:
 # ---- two ranks
 
 
-def two_ranks(bench: Bench, launcher: str, accident: list[str], rank: int, code: int) -> tuple[Run, float]:
-    """A run of 12 steps with an accident on one rank, and the seconds until no process was left."""
-    run = bench.run("ar", steps=12, devices=2, strategy="ddp")
-    codes = {code} if code >= 0 else {*range(-64, 256)} - {0}
-    return run, run.two_ranks(launcher, accident, rank, codes)
-
-
 def signalled_rank(bench: Bench, launcher: str, rank: int, name: str) -> str:
     """A signal for one of two ranks."""
+    run = bench.run("ar", steps=12, devices=2, strategy="ddp")
     accident = callback("SignalAt", point="backward", step=4, name=name, rank=rank)
-    killed = name == "SIGKILL"
-    run, seconds = two_ranks(bench, launcher, accident, rank, -1 if killed else 143)
-    assert seconds < RANKS_LIMIT or not killed, f"the last process ended after {seconds:.0f} seconds"
-    assert run.step() == (4 if killed else 5), f"step {run.step()} is saved"  # killed: before the validation
-    if killed:
-        return f"no process was left after {seconds:.0f} s (limit {RANKS_LIMIT})"
+    code, seconds = run.two_ranks(launcher, accident, rank)
+    if name == "SIGKILL":
+        assert code != 0, f"exit code 0: {run.said()[-600:]}"
+        assert seconds < RANKS_LIMIT, f"the last process ended after {seconds:.0f} seconds"
+        assert run.step() == 4, f"step {run.step()} is saved"  # before the validation after batch 8
+        return f"exit code {code}; no process was left after {seconds:.0f} s (limit {RANKS_LIMIT})"
+    assert (code, run.step()) == (143, 5), f"exit code {code}, step {run.step()} is saved: {run.said()[-600:]}"
     return f"both stopped after the same step and saved it; exit code 143, no process left after {seconds:.0f} s"
 
 
 def poisoned_rank(bench: Bench) -> str:
     """NaN that only rank 1 can see."""
-    run, _ = two_ranks(bench, "lightning", callback("Poison", batches=[4], rank=1), 0, 0)
-    assert run.skipped() == 1
+    run = bench.run("ar", steps=12, devices=2, strategy="ddp")
+    code, _ = run.two_ranks("lightning", callback("Poison", batches=[4], rank=1), 0)
+    assert (code, run.skipped()) == (0, 1), run.said()[-600:]
     return "rank 0 skipped the step too: 1 counted there, weights, EMA and AdamW finite"
 
 

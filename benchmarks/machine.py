@@ -34,6 +34,12 @@ def store(output: Path, result: dict) -> None:
     write_text(output, json.dumps(result, indent=2) + "\n")
 
 
+def child_environment(root: Path = ROOT) -> dict[str, str]:
+    """For a process of one thread that imports the package of this checkout, or of another."""
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
 def describe(device: torch.device = CPU) -> dict:
     """Machine, versions, precision and commit, for a result's JSON."""
     return {

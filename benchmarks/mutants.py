@@ -8,7 +8,6 @@ a copy of the checkout, its tests run until one fails, and mutants.json says whi
 `--check 1` only tells which old texts are not there exactly once. `--tree` is another checkout, to compare its tests.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.machine import RESULTS, ROOT, describe, options, store
+from benchmarks.machine import RESULTS, ROOT, child_environment, describe, options, store
 
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "dist", "results", ".*_cache")
 
@@ -45,11 +44,11 @@ def run(tree: Path, mutant: dict, limit: float) -> str:
     """Its tests: killed, survived or no tests."""
     path = tree / mutant["file"]
     before, text = path.read_text(), mutated(tree, mutant)
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant["tests"].split()]
     try:
         path.write_text(text)
-        code = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=limit).returncode
+        options = {"cwd": tree, "env": child_environment(tree), "capture_output": True, "check": False}
+        code = subprocess.run(command, timeout=limit, **options).returncode
     except subprocess.TimeoutExpired:  # a loop without an end is noticed, too
         code = 1
     finally:

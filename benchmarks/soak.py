@@ -22,7 +22,7 @@ import lightning
 import numpy as np
 from lightning.pytorch import Callback
 
-from benchmarks.machine import RESULTS, ROOT, describe, options, store
+from benchmarks.machine import RESULTS, ROOT, child_environment, describe, options, store
 from benchmarks.tiny import AR, TOKENIZER, make_tokenizer, write_tokens
 
 EVERY = 50  # steps between two notes
@@ -100,10 +100,8 @@ def verdict(notes: list[dict]) -> dict:
 def soak(case: str, steps: int) -> dict:
     """Run a case: verdict and every tenth note."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         start = time.perf_counter()
-        subprocess.run(command(case, steps, Path(folder)), cwd=ROOT, env=environment, check=True)
+        subprocess.run(command(case, steps, Path(folder)), cwd=ROOT, env=child_environment(), check=True)
         minutes = (time.perf_counter() - start) / 60
         notes = [json.loads(line) for line in (Path(folder) / "notes").read_text().splitlines()]
     return {"case": case, "minutes": round(minutes, 1)} | verdict(notes) | {"notes": notes[9::10]}

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_is_cut_leaves_what_was_before(error, tmp_path):
     write_text(tmp_path / "x", "before")
-    with pytest.raises(error), atomic_path(tmp_path / "x") as part:
+
+    def write(part: Path) -> None:
         part.write_text("half")
         raise error
+
+    with pytest.raises(error), atomic_path(tmp_path / "x") as part:
+        write(part)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
