@@ -47,8 +47,8 @@ def run(tree: Path, mutant: dict, limit: float) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant["tests"].split()]
     try:
         path.write_text(text)
-        options = {"cwd": tree, "env": child_environment(tree), "capture_output": True, "check": False}
-        code = subprocess.run(command, timeout=limit, **options).returncode
+        where = {"cwd": tree, "env": child_environment(tree), "capture_output": True, "check": False}
+        code = subprocess.run(command, timeout=limit, **where).returncode
     except subprocess.TimeoutExpired:  # a loop without an end is noticed, too
         code = 1
     finally:

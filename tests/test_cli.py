@@ -107,16 +107,11 @@ def test_a_command_that_cannot_be(words, named, tmp_path, capsys):
     ("options", "named"),
     [
         (["--model.init_args.config.nope=3"], ["nope"]),
-        (["--model.init_args.config.num_tokens=many"], ["num_tokens", "many"]),
         (["--model.init_args.config.num_tokens=9"], ["num_tokens 9", "num_groups 4"]),
-        (["--model.init_args.optimizer.nope=3"], ["nope"]),
         (["--model.init_args.optimizer.lr=-1"], ["lr"]),
-        (["--model.init_args.preset=light"], ["light", "keep one of them"]),
-        (["--model.init_args.nope=3"], ["nope"]),
         (["--model=dar_lightning.training.NoModule"], ["NoModule"]),
         (["--data.init_args.crop=diagonal"], ["diagonal"]),
         (["--data.init_args.batch_size=0"], ["batch_size"]),
-        (["--trainer.nope=3"], ["nope"]),
         (["--trainer.max_steps=many"], ["max_steps", "many"]),
         (["--trainer.callbacks+=NoCallback"], ["NoCallback"]),
         (
