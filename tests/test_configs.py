@@ -113,6 +113,7 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> list[
         words += ["--global_batch=2", "--trainer.check_val_every_n_epoch=null", "--data.init_args.num_workers=0"]
         if is_tokenizer:
             given = given | {"image_size": 64, "repa_layer": 0}
+            words += [f"--data.init_args.{split}=data/fruit64/{split}" for split in ("train", "val")]
             words += ["--data.init_args.image_size=64"]
     if small:
         more = (
