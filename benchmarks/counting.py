@@ -117,7 +117,8 @@ def ar_step(config: ARConfig):
 def ar_token(config: ARConfig, position: int):
     """One token of one sequence, with this many positions in the cache before it."""
     model = ARModel(config).requires_grad_(False).eval()
-    cache, tokens = model.make_cache(1), torch.zeros(1, dtype=torch.long)
+    tokens = torch.zeros(1, dtype=torch.long)
+    _, cache = model.start(tokens, torch.zeros(1, 0, dtype=torch.long))
     cache.length = position
     return lambda: model.step(tokens, cache)
 

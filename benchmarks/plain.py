@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_lightning.ar.cache import KVCache
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw
+from dar_lightning.ar.sampling import draw_tokens
+from dar_lightning.layers import KVCache
 from dar_lightning.tokenizer.quantizers.vector import COMMITMENT_WEIGHT
 
 
@@ -57,7 +57,8 @@ class StaticCache(KVCache):
 def generate(ar: ARModel, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Tokens (B, N) with a static cache and a mask, as ar.sampling.generate draws them without guidance."""
     config, weight = ar.config, ar.head.weight
-    cache = StaticCache(config, len(labels), weight.device, weight.dtype)
+    head_dim = config.dim // config.num_heads
+    cache = StaticCache((config.depth, len(labels), config.kv_heads, config.num_tokens, head_dim), weight)
     mask = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool, device=weight.device).tril()
     x, codes = ar.class_embedding(labels)[:, None], []
     draws = draw_keys(len(labels), config.num_tokens, generator, weight.device)
@@ -65,7 +66,7 @@ def generate(ar: ARModel, labels: Tensor, generator: torch.Generator) -> Tensor:
         cache.length = position
         for layer, block in enumerate(ar.blocks):
             x = block(x, ar.rotary[position : position + 1], mask[position : position + 1], cache, layer)
-        codes.append(draw(ar.head(ar.norm(x))[:, 0], draws[:, position]))
+        codes.append(draw_tokens(ar.head(ar.norm(x))[:, 0], draws[:, position]))
         x = ar.token_embedding(codes[-1])[:, None]
     return torch.stack(codes, dim=1)
 

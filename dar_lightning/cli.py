@@ -12,21 +12,21 @@ from dar_lightning.files import DISK, find_shipped
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
-# verb -> (module, function). Modules are imported when their verb is called, so `dar --help` is quick.
+# verb -> what it does. Its function has its name, in a module of its name, which is imported when the verb is called.
 VERBS = {
-    "quickstart": ("dar_lightning.commands.quickstart", "quickstart"),
-    "shard": ("dar_lightning.commands.shard", "shard"),
-    "extract": ("dar_lightning.commands.extract", "extract"),
-    "sample": ("dar_lightning.commands.sample", "sample"),
-    "serve": ("dar_lightning.commands.serve", "serve"),
-    "reconstruct": ("dar_lightning.commands.reconstruct", "reconstruct"),
-    "evaluate": ("dar_lightning.commands.evaluate", "evaluate"),
-    "compare": ("dar_lightning.commands.compare", "compare"),
-    "table": ("dar_lightning.commands.table", "table"),
-    "sweep": ("dar_lightning.commands.sweep", "sweep"),
-    "report": ("dar_lightning.commands.report", "report"),
-    "export": ("dar_lightning.commands.export", "export"),
-    "convert": ("dar_lightning.commands.convert", "convert"),
+    "quickstart": "the whole road in a few minutes, on the embedded photos",
+    "shard": "folders, ImageNet's archives, Hugging Face data sets -> image shards",
+    "extract": "images -> token shards, with a trained tokenizer",
+    "sample": "draw images with a pipeline: grid, film strips, animation, layout control",
+    "serve": "a web page on which pictures appear while their tokens are written",
+    "reconstruct": "encode and decode images: PSNR, codebook use, previews",
+    "evaluate": "Frechet distance and linear probe of samples",
+    "compare": "figures of several evaluations, if their protocols are the same",
+    "table": "one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml",
+    "sweep": "an ablation's grid: dar sweep experiments/sweeps/small/order.yaml",
+    "report": "tables, plots and samples of a sweep, cells beside each other",
+    "export": "Lightning checkpoint -> folder with config.json and model.safetensors",
+    "convert": "official D-AR weights -> such a folder",
 }
 
 POSITIONAL = {"sweep": "config", "report": "sweep"}  # verb -> the option that its first word is, where that has no name
@@ -39,19 +39,7 @@ training, by LightningCLI:
   test, predict the other Trainer verbs
 
 tools:
-  quickstart    the whole road in a few minutes, on the embedded photos
-  shard         folders, ImageNet's archives, Hugging Face data sets -> image shards
-  extract       images -> token shards, with a trained tokenizer
-  sample        draw images with a pipeline: grid, film strips, animation, layout control
-  serve         a web page on which pictures appear while their tokens are written
-  reconstruct   encode and decode images: PSNR, codebook use, previews
-  evaluate      Frechet distance and linear probe of samples
-  compare       figures of several evaluations, if their protocols are the same
-  table         one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml
-  sweep         an ablation's grid: dar sweep experiments/sweeps/small/order.yaml
-  report        tables, plots and samples of a sweep, cells beside each other
-  export        Lightning checkpoint -> folder with config.json and model.safetensors
-  convert       official D-AR weights -> such a folder"""
+""" + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
     try:
         if verb in TRAINER_VERBS:
-            run_trainer([verb, *options])
+            importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
         elif verb in VERBS:
             run_function(verb, options)
         elif verb == "--version":
@@ -97,10 +85,9 @@ def shipped_file(word: str) -> str:
 
 
 def leave_the_process_group() -> None:
-    """Close the connections of a finished run, as Lightning does for NCCL only.
+    """Close a finished run's connections to other ranks, as Lightning does for NCCL only.
 
-    Where Python ends with Gloo's still open, their threads now and then abort the process: a run that has done
-    everything would end with SIGABRT.
+    Where Python ends with Gloo's still open, their threads now and then abort the process.
     """
     distributed = sys.modules.get("torch.distributed")  # importing it takes longer than some verbs
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -111,8 +98,7 @@ def run_function(verb: str, options: list[str]) -> None:
     """Call a verb's function with options from the command line and --config files."""
     from jsonargparse import ArgumentParser, auto_cli
 
-    module, name = VERBS[verb]
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(f"dar_lightning.commands.{verb}"), verb)
     if "torch" in sys.modules:  # importing it takes longer than some verbs
         importlib.import_module("dar_lightning.devices").round_convolutions_as_products()
     parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
@@ -132,13 +118,6 @@ def spell_out_flags(function: Callable, options: list[str]) -> list[str]:
             option = f"--{name}" if following.lower() in ("true", "false") else f"--{name}=true"
         spelled.append(option)
     return spelled
-
-
-def run_trainer(argv: list[str]) -> None:
-    """Hand a Trainer verb to LightningCLI."""
-    from dar_lightning.commands.fit import TrainerCLI
-
-    TrainerCLI(argv)
 
 
 if __name__ == "__main__":

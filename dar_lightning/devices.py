@@ -1,4 +1,4 @@
-"""Where commands compute, and in which precision."""
+"""Devices by name, dtypes, and torch's precision settings."""
 
 import threading
 from collections.abc import Iterator
@@ -32,14 +32,11 @@ def round_convolutions_as_products() -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 matrix products without TF32 or bfloat16, where their rounding would decide.
-
-    A setting of the process, for one thread at a time.
-    """
+    """float32 matrix products without TF32 or bfloat16: a setting of the process, for one thread at a time."""
     parts: tuple = ()
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by fp32_precision, which torch has since 2.9, for each part
+    except RuntimeError:  # torch 2.9 and newer, where somebody has set fp32_precision of these two
         parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
         before = [part.fp32_precision for part in parts]
     torch.set_float32_matmul_precision("highest")
@@ -52,15 +49,15 @@ def exact_products() -> Iterator[None]:
             part.fp32_precision = precision
 
 
-_found: list[bool] = []  # the setting as each who is inside of no_cudnn_attention has found it
+_found: list[bool] = []  # the setting that each thread within no_cudnn_attention has found
 _lock = threading.Lock()
 
 
 @contextmanager
 def no_cudnn_attention() -> Iterator[None]:
-    """Attention without cuDNN, which makes a plan for every length of a sequence, in each thread, and keeps them all.
+    """Attention without cuDNN, which would make and keep a plan for every sequence length, in each thread.
 
-    A setting of the process. Threads may be inside together; the last to leave brings back what was before.
+    A setting of the process. Threads may be inside together; the last to leave restores what was before.
     """
     with _lock:
         _found.append(torch.backends.cuda.cudnn_sdp_enabled())
@@ -75,11 +72,11 @@ def no_cudnn_attention() -> Iterator[None]:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that a user named.
+    """A device from its name.
 
     Args:
-        name: auto (an NVIDIA or AMD GPU if there is one, else the CPU), cpu, cuda, cuda:N, mps, or gpu: cuda or mps,
-            whichever is there. Apple's mps lacks some operations, so auto leaves it alone.
+        name: auto (CUDA or ROCm if there is one, else the CPU; Apple's mps lacks some operations), cpu, cuda, cuda:N,
+            mps, or gpu (cuda or mps).
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.

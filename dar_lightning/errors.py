@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how it reaches the command line as a single line."""
+"""UserError, a mistake that the user can correct, and how it becomes one line on the command line."""
 
 
 class UserError(ValueError):
@@ -19,9 +19,7 @@ class OneLineErrors:
 def find_user_error(error: BaseException | None) -> UserError | None:
     """The UserError at the root of an exception: jsonargparse wraps what constructors raise, several times over."""
     found, seen = None, set()
-    while (
-        error is not None and id(error) not in seen
-    ):  # raised again while it is handled, an error can be its own cause
+    while error is not None and id(error) not in seen:  # raised while it is handled, an error can be its own cause
         seen.add(id(error))
         found = error if isinstance(error, UserError) else found
         error = error.__cause__ or error.__context__

@@ -1,6 +1,7 @@
 """Atomic writes, folder locks, JSON, and the files that come with the package."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from dar_lightning.errors import UserError, one_line
 
-# What a body that only writes to the given path can fail with: the disk is full, or became read-only.
+# The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK = ".lock"
 SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and data/fruit64/
@@ -21,15 +22,9 @@ TREES = ("experiments", "data/fruit64", "dar_lightning/shipped")
 
 @contextmanager
 def users_path(option: str) -> Iterator[None]:
-    """Around the opening or making of what the user named: what the system refuses there is one line.
+    """Turn an OSError into a UserError that names the option: for opening or making what the user named.
 
     Everywhere else such an error is one of this program, and stays a traceback.
-
-    Args:
-        option: what the user calls it.
-
-    Raises:
-        UserError: in the place of an OSError.
     """
     try:
         yield
@@ -40,13 +35,9 @@ def users_path(option: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write to; when that is done, it is on the disk under its real name.
+    """Give a temporary path beside `path` to write to, then rename it: an atomic write, synced to the disk.
 
-    An error, a kill or a power cut in between leaves what was there before. The temporary file lies beside the real
-    one, so neither a temporary folder nor a second file system takes part.
-
-    Args:
-        path: the file to make; its folder is made if missing.
+    An error, a kill or a power cut in between leaves what was there before. The folder is made if missing.
 
     Raises:
         UserError: if the folder cannot be written, or the disk is full.
@@ -86,23 +77,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write a UTF-8 file atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def locked(folder: str | Path, option: str) -> Iterator[None]:
-    """Make a folder, and keep other processes, on this machine or another, from locking it.
-
-    The lock ends with the process, however that ends; its file stays.
-
-    Args:
-        folder: What to lock.
-        option: What the user calls it, for the error line.
+    """Make a folder and lock it against other processes, on this machine or another, until this one ends.
 
     Raises:
-        UserError: Another process has locked it, or it cannot be written.
+        UserError: another process has locked it, or it cannot be written; the line names `option`.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

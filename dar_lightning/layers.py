@@ -1,4 +1,4 @@
-"""What both models' transformer blocks share: rotary positions (RoPE), activation checkpointing, torch.compile."""
+"""What both models share: RoPE, KV cache, activation checkpointing, torch.compile, random numbers per sample."""
 
 import os
 import shutil
@@ -10,20 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from dar_lightning.errors import UserError
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for the batch, one per sample, or torch's global one
+
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the interleaved pairs (x[2i], x[2i+1]) of x (..., L, head_dim) by rotary (L, head_dim / 2, 2).
+    """Apply RoPE to queries or keys: interleaved pairs of x (..., L, head_dim), angles rotary (L, head_dim / 2, 2).
 
-    In float32 for any x of fewer bits: bfloat16 angles would be off by up to 0.002. A pair is a complex number, and
-    turning it one multiplication: faster on a CPU, and fewer kernels on a GPU, than even and odd channels apart. Those
-    are for the compiler, which knows no complex numbers and fuses them anyway, and for Apple's mps.
+    In float32 for any x of fewer bits: bfloat16 angles would be off by up to 0.002. Complex multiplication is faster on
+    a CPU, and fewer kernels on a GPU, than even and odd channels apart, which are for Apple's mps and for the compiler,
+    which knows no complex numbers.
 
     Args:
         x: queries or keys.
         rotary: cosine and sine of each pair's angle.
-
-    Returns:
-        Like x.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs, rotary = x.to(wide).unflatten(-1, (-1, 2)), rotary.to(wide)
@@ -35,28 +34,40 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def run_block(block: nn.Module, *inputs, recompute: bool):
-    """Call a transformer block.
+class KVCache:
+    """Key-value cache of all attention layers of a model, allocated once.
 
     Args:
-        block: the block, compiled or not.
-        *inputs: its arguments.
-        recompute: between forward and backward, keep these inputs alone. The gradients have the same bits, dropout
-            included; the block's forward pass is computed twice.
+        shape: (layers, batch, heads, capacity, head_dim); capacity is the length of the longest sequence.
+        weight: of the model; the cache is on its device, in its dtype or, under autocast, in autocast's.
     """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], weight: Tensor):
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self.buffer = torch.empty(shape[0], 2, *shape[1:], device=weight.device, dtype=dtype)
+        self.length = 0  # of the sequences so far; the model counts on when all layers have written
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, heads, n, head_dim) after `length`; return views of all (B, heads, m, head_dim)."""
+        end = self.length + keys.shape[2]
+        k, v = self.buffer[layer]
+        k[:, :, self.length : end] = keys
+        v[:, :, self.length : end] = values
+        return k[:, :, :end], v[:, :, :end]
+
+
+def run_block(block: nn.Module, *inputs, recompute: bool):
+    """Call a transformer block; with `recompute`, by activation checkpointing: the same gradients, bit for bit."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
 def compile_blocks(*parts: nn.Module) -> None:
-    """Compile the transformer blocks of models, in place; parameters keep their names.
+    """Compile each of the transformer blocks of modules with a list `blocks`, in place; parameters keep their names.
 
-    All blocks of a part share their code, so compiling takes the time of one, and everything around them (masks,
-    patches, losses) stays as it is.
-
-    Args:
-        *parts: modules with a list `blocks`.
+    All blocks of a module share their code, so compiling takes the time of one.
     """
     for part in parts:
         for block in part.blocks:
@@ -64,13 +75,9 @@ def compile_blocks(*parts: nn.Module) -> None:
 
 
 def compile_graphs(*parts: nn.Module) -> None:
-    """Compile each model as one CUDA graph, in place, to be called without gradients; parameters keep their names.
+    """Compile modules that return a tensor, each as one CUDA graph, in place, to be called without gradients.
 
-    A CUDA graph's outputs are its own memory, which the next graph overwrites: blocks compiled one by one would take
-    each other's. So a whole model is one graph, and what it puts out is copied.
-
-    Args:
-        *parts: modules that return a tensor.
+    The next graph overwrites a CUDA graph's outputs, so they are copied.
     """
     for part in parts:
         part.compile(mode="reduce-overhead")
@@ -82,11 +89,27 @@ def _copying(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Torch needs a C++ compiler for code on a CPU, and says so only when the code runs.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Raise a UserError if torch.compile has no C++ compiler for a CPU, which torch says only when the code runs."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
+
+
+def draw_per_sample(draw: Callable[..., Tensor], batch: int, generator: Generators, device: torch.device) -> Tensor:
+    """Random numbers of a batch, on a device; with a list of generators a sample's do not depend on its batch.
+
+    Args:
+        draw: called with a number of samples, a generator, and its device: a CPU generator draws the same numbers for
+            every device.
+        batch: number of samples.
+        generator: one, a list with one per sample, or None for torch's global one of the device.
+        device: where the numbers go.
+
+    Raises:
+        UserError: for a list of another length.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch:
+            raise UserError(f"generator is a list of {len(generator)}: {batch} samples need {batch}")
+        return torch.cat([draw_per_sample(draw, 1, one, device) for one in generator])
+    return draw(batch, generator, device if generator is None else generator.device).to(device)

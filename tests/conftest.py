@@ -1,23 +1,17 @@
 """What several folders of tests share."""
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
-import torch
 from lightning.pytorch.cli import LightningCLI
-from safetensors.torch import load_file
 from tiny_models import make_pipeline
 
 ROOT = Path(__file__).parents[1]
-GOLDENS = ROOT / "tests" / "goldens"
 
 QUIET = ("lightning.pytorch", "lightning.fabric", "torch.distributed")
 
@@ -57,52 +51,12 @@ def pytest_collection_finish():
         forkserver.ensure_running()
 
 
-def from_recipe(seed: int, shape, std: float = 1.0) -> torch.Tensor:
-    """A tensor that a golden does not store but describes."""
-    return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * std).astype("float32"))
-
-
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> str:
     """The folder of a small random pipeline, not to be written to."""
     folder = tmp_path_factory.mktemp("pipeline")
     make_pipeline().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def official_config() -> Callable[[str], dict]:
-    """Name of a golden -> its config.json."""
-    return lambda name: json.loads((GOLDENS / name / "config.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def official_state(official_config) -> Callable[[str], dict[str, torch.Tensor]]:
-    """Name of a golden -> the complete official state dict, a tokenizer's REPA head made from its recipe."""
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        recipe = official_config(name).get("repa_head", {"tensors": []})
-        state = load_file(GOLDENS / name / "state_dict.safetensors")
-        return state | {t["name"]: from_recipe(t["seed"], t["shape"], t["std"]) for t in recipe["tensors"]}
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def golden_tensors() -> Callable[[str, str], dict[str, torch.Tensor]]:
-    """Name of a golden, "inputs" or "outputs" -> its tensors, halves as float32."""
-
-    def load(name: str, which: str) -> dict[str, torch.Tensor]:
-        tensors = load_file(GOLDENS / name / f"{which}.safetensors")
-        return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def golden_norms() -> Callable[[str], dict]:
-    """Name of a golden -> its gradient norms."""
-    return lambda name: json.loads((GOLDENS / name / "grad_norms.json").read_text())
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from unittest import mock
 import pandas
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from safetensors.torch import load_file
+from official import numbers, tensors
 from tiny_models import options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,18 +17,7 @@ from dar_lightning.weights import load_official_ar, load_official_tokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
 
-GOLDENS = Path(__file__).parent / "goldens"
 STEPS = 12
-
-
-def tensors(golden: str, name: str) -> dict[str, Tensor]:
-    """A golden's file, halves as float32."""
-    found = load_file(GOLDENS / golden / f"{name}.safetensors")
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in found.items()}
-
-
-def numbers(golden: str, name: str) -> dict:
-    return json.loads((GOLDENS / golden / f"{name}.json").read_text())
 
 
 class Batches(LightningDataModule):

@@ -12,7 +12,7 @@ import torch
 
 SECONDS = 240  # a test that hangs fails after that
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["lightning", "dar_lightning.commands.extract", "dar_lightning.data.imagenet"])
+context.set_forkserver_preload(["lightning", "dar_lightning.data.extraction", "dar_lightning.data.imagenet"])
 
 
 def run(function: Callable, *args, world: int = 1) -> list[int]:

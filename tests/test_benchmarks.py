@@ -15,6 +15,7 @@ from tiny_models import AR, TOKENIZER
 
 from benchmarks import clock, memory, plain, soak
 from benchmarks.__main__ import main
+from benchmarks.faults import Bench
 from benchmarks.rows import ROWS, Setting
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
@@ -158,28 +159,18 @@ def test_what_a_process_and_its_children_hold(tmp_path):
 # ---- faults
 
 
-BENCH = """
-import os, signal, sys
-from pathlib import Path
-from benchmarks.faults import Bench
-
-folder = Path(sys.argv[1])
-first = Bench(folder / "one", 20, [""], folder / "faults.json")
-first.row("survived", 1, lambda: "well")
-first.row("broken", 1, lambda: {}["nothing"])
-second = Bench(folder / "two", 20, [""], folder / "faults.json")
-second.row("broken", 1, lambda: "mended")
-second.row("cut", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-"""
-
-
-def test_a_benchmark_that_is_cut_keeps_its_finished_rows(tmp_path):
-    run = subprocess.run([sys.executable, "-c", BENCH, tmp_path], cwd=ROOT, capture_output=True, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
-    found = [(row["fault"], row["outcome"], row["passed"]) for row in rows]
-    assert found == [("survived", "well", True), ("broken", "mended", True)]
-    assert "KeyError" in run.stdout.decode()
+def test_a_benchmark_that_is_cut_keeps_its_finished_rows(tmp_path, capsys):
+    output = tmp_path / "faults.json"
+    first = Bench(tmp_path / "one", 20, [""], output)
+    first.row("survived", 1, lambda: "well")
+    first.row("broken", 1, lambda: {}["nothing"])
+    assert "KeyError" in capsys.readouterr().out
+    second = Bench(tmp_path / "two", 20, [""], output)
+    second.row("broken", 1, lambda: "mended")
+    with pytest.raises(KeyboardInterrupt):
+        second.row("cut", 1, lambda: signal.raise_signal(signal.SIGINT))
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["fault"], row["passed"]) for row in rows] == [("survived", True), ("broken", True)]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from benchmarks import counting
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw, filter_logits
+from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
@@ -170,11 +170,10 @@ def test_no_token_waits_for_the_host():
     """Tensors without values can give none to the host: drawing on them would fail where it asked for one."""
     with FakeTensorMode(), torch.no_grad():
         ar = ARModel(ARConfig.preset("tiny")).eval()
-        cache = ar.make_cache(4)
-        logits = ar.start(torch.zeros(4, dtype=torch.long), torch.zeros(4, 0, dtype=torch.long), cache)
+        logits, cache = ar.start(torch.zeros(4, dtype=torch.long), torch.zeros(4, 0, dtype=torch.long))
         keys = torch.zeros(2, 2, 2, dtype=torch.int32)
         for position in range(2):
-            tokens = draw(filter_logits(guide(logits, 3.0) / 0.9, top_k=5, top_p=0.9), keys[:, position])
+            tokens = draw_tokens(filter_logits(guide(logits, 3.0) / 0.9, top_k=5, top_p=0.9), keys[:, position])
             logits = ar.step(tokens.repeat(2), cache)
         assert tokens.shape == (2,)
 

@@ -24,7 +24,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import draw, filter_logits
+from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.commands.extract import extract
 from dar_lightning.layers import rotate
 from dar_lightning.metrics.frozen import FrozenNetwork
@@ -33,9 +33,8 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import AblationModule, ARModule, TokenizerModule
-from dar_lightning.training.fsdp import mixed_precision
+from dar_lightning.training.fsdp import mixed_precision, shard, whole
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
-from dar_lightning.training.sharding import shard, whole
 
 BF16, F32 = torch.bfloat16, torch.float32
 BATCH = 2
@@ -154,7 +153,7 @@ def test_a_bfloat16_rotation_is_off_by_its_own_rounding_alone(compiled):
 @pytest.fixture
 def losses(at_the_root_with_a_random_teacher, monkeypatch) -> dict:
     """LPIPS and REPA, of random weights."""
-    monkeypatch.setattr(PerceptualLoss, "_load", staticmethod(lambda vgg, path: None))
+    monkeypatch.setattr("dar_lightning.metrics.lpips._load", lambda vgg, path: None)
     monkeypatch.setattr(FrozenNetwork, "__call__", lambda self, *inputs: on_fake_cuda(self.network)(*inputs))
     # Without the stride, whose random number an int() would ask of a tensor without data.
     monkeypatch.setattr(PerceptualLoss, "__call__", lambda self, one, other, t: self.mean(self.distance(one, other), t))
@@ -209,8 +208,7 @@ class Products(Trace):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.mark.parametrize("how", ["old", "new"])
-@pytest.mark.parametrize("size", [64, 1024], ids=["one product", "tiles"])
+@pytest.mark.parametrize(("how", "size"), [("old", 1024), ("new", 1024), ("old", 64)])
 def test_codes_are_searched_in_exact_float32(how, size, monkeypatch):
     """Under autocast, of bfloat16 latents, and with TF32 allowed by either of torch's settings."""
     parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -258,15 +256,15 @@ def test_drawing_is_in_float32_from_the_head_on(weights):
         ar = on_fake_cuda(ARModel(ARConfig(**AR)), weights).eval()
         found = streams(ar=ar)
         labels, codes = torch.zeros(2 * BATCH, dtype=torch.long), torch.zeros(2 * BATCH, 3, dtype=torch.long)
-        cache = ar.make_cache(2 * BATCH)
         with torch.no_grad():
-            logits = [ar.start(labels, codes, cache), ar.step(codes[:, 0], cache), ar(labels, codes)[:, 0]]
+            first, cache = ar.start(labels, codes)
+            logits = [first, ar.step(codes[:, 0], cache), ar(labels, codes)[:, 0]]
         assert {each.dtype for each in logits} == {F32}
         assert set(found["ar"]) == {weights}
         assert cache.buffer.dtype == BF16
         keys = draw_keys(BATCH, 1, None, torch.device("cuda"))[:, 0]
         with Trace() as trace:
-            draw(filter_logits(guide(logits[0], 3.0) / 0.9, top_k=5, top_p=0.9), keys)
+            draw_tokens(filter_logits(guide(logits[0], 3.0) / 0.9, top_k=5, top_p=0.9), keys)
         assert trace.dtypes() == {F32}
         assert trace.inputs("_softmax", "sort", "topk", "log1p_")
 
@@ -276,14 +274,13 @@ def test_greedy_is_the_first_of_equal_logits():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 5.0, 4.0]])
     for seed in range(20):
         keys = draw_keys(3, 1, torch.Generator().manual_seed(seed), torch.device("cpu"))[:, 0]
-        assert draw(filter_logits(logits, 1, 1.0), keys).tolist() == [1, 0, 2]
+        assert draw_tokens(filter_logits(logits, 1, 1.0), keys).tolist() == [1, 0, 2]
 
 
 # ---- the flow at sampling
 
 
-@pytest.mark.parametrize("weights", [BF16, F32], ids=["bfloat16 weights", "autocast"])
-@pytest.mark.parametrize("prediction", ["velocity", "image"])
+@pytest.mark.parametrize(("weights", "prediction"), [(BF16, "velocity"), (F32, "image"), (BF16, "image")], ids=str)
 def test_the_state_of_the_flow_is_float32(weights, prediction):
     with fake_cuda(autocast=weights == F32):
         config = TokenizerConfig(**TOKENIZER, prediction=prediction)
@@ -299,14 +296,13 @@ def test_the_state_of_the_flow_is_float32(weights, prediction):
         assert trace.dtypes("convolution") == {BF16}
 
 
-@pytest.mark.parametrize("solver", ["euler", "adams2", "adams2_variable"])
-def test_small_steps_of_bfloat16_weights_are_not_lost(solver):
+def test_small_steps_of_bfloat16_weights_are_not_lost():
     """A constant velocity of 2^-9 moves noise by as much; in bfloat16, numbers near 1 lie 2^-8 and more apart."""
     model = make_tokenizer().to(BF16)
     nn.init.zeros_(model.decoder.conv_out.weight)
     nn.init.constant_(model.decoder.conv_out.bias, 2**-9)
     noise = model.draw_noise(BATCH, torch.Generator().manual_seed(0))
-    images = model.detokenize(torch.zeros(BATCH, 8, dtype=torch.long), noise, solver, num_steps=16)
+    images = model.detokenize(torch.zeros(BATCH, 8, dtype=torch.long), noise, num_steps=16)
     torch.testing.assert_close(images, (noise + 2**-9) / model.config.data_std, rtol=1e-6, atol=1e-6)
 
 

@@ -95,7 +95,7 @@ TABLE = {
 }
 
 SAVE = {"LastStepCheckpoint": {"every_n_train_steps": 1000, "save_last": True, "save_top_k": 0}}
-WATCH = {"SkipBadSteps": {}, "DataSpeed": {}}
+WATCH = {"SkipBadSteps": {}, "Throughput": {"flops": False}}
 CALLS = dict.fromkeys(TABLE, SAVE | WATCH) | {
     **dict.fromkeys(
         ("tokenizer/v1", "tokenizer/light"), SAVE | {"EMA": {"decay": 0.999}, "Reconstructions": {}} | WATCH

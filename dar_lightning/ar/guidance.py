@@ -20,7 +20,7 @@ def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
 
 
 def read_guidance(guidance: Guidance | str) -> Guidance:
-    """Guidance as a number or a pair, from those or from the text "a,b", the way it is typed in a shell.
+    """Guidance from a number, a pair, or the text "a,b" of a command line.
 
     Raises:
         UserError: the text is neither one number nor two.

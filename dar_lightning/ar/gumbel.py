@@ -1,23 +1,25 @@
-"""The randomness of drawn tokens: an exponential variable for each sequence, position and code, by hashing.
+"""Gumbel noise of drawn tokens, a hash of a key per sequence and position; kept as E = exp(-G), which is exponential.
 
-It is a function of a key, so that a row does not depend on its batch; hashed in integers, so that devices differ by
-rounding only; computed where the logits are, so that no token waits for the host.
+A row does not depend on its batch; hashed in integers, devices differ by rounding only; computed where the logits are,
+no token waits for the host.
 """
 
 import torch
 from torch import Tensor
 
-from dar_lightning.ar.order import Generators
+from dar_lightning.layers import Generators, draw_per_sample
 
-METHOD = "races of lowbias32"  # for the protocols of drawn images: with another one, the same seeds draw others
+METHOD = "races of lowbias32"  # its name in stored protocols: with another method the same seeds draw other images
 
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
-    """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32. A list of generators: a row each."""
-    if isinstance(generator, list):
-        return torch.cat([draw_keys(1, num_tokens, one, one.device) for one in generator]).to(device)
-    source, shape = device if generator is None else generator.device, (count, num_tokens, 2)
-    return torch.randint(-(2**31), 2**31, shape, generator=generator, device=source, dtype=torch.int32).to(device)
+    """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32."""
+
+    def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        shape = (rows, num_tokens, 2)
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, device=device, dtype=torch.int32)
+
+    return draw_per_sample(draw, count, generator, device)
 
 
 def exponentials(keys: Tensor, num_codes: int) -> Tensor:
@@ -41,5 +43,5 @@ def _mix_(words: Tensor) -> Tensor:
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Logical shift to the right."""
     return (words >> bits).bitwise_and_(0xFFFFFFFF >> bits)

@@ -1,16 +1,15 @@
-"""Llama that predicts image tokens one by one after a class token. Knows nothing of images or of sampling."""
+"""ARModel: a class-conditional Llama over image tokens."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.ar.cache import KVCache
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.order import Generators, fixed_order, random_orders
+from dar_lightning.ar.order import fixed_order, random_orders
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import rotate, run_block
+from dar_lightning.layers import Generators, KVCache, rotate, run_block
 
 
 def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
@@ -110,7 +109,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return tables
 
     def _apply(self, fn, recurse: bool = True):
-        """What `to`, `cuda` and the like go through: they cast weights, but leave RoPE's table its float32."""
+        """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
         before = self.rotary
         super()._apply(fn, recurse)
         if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
@@ -123,10 +122,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return self.config.num_classes
 
     def draw_order(self, batch: int, generator: Generators = None) -> Tensor:
-        """For each of `batch` samples, the places of its tokens in the order they are written: (batch, N) int64.
-
-        One of `ar.order`'s, the same for all samples, or with "random_per_sample" drawn for each.
-        """
+        """The order in which each sample's tokens are written (`ar.order`), as their places: (batch, N) int64."""
         if self.place_embedding is None:
             return self.order.expand(batch, -1)
         return random_orders(batch, self.config.num_tokens, generator, self.head.weight.device)
@@ -151,39 +147,33 @@ class ARModel(nn.Module, PretrainedMixin):
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
             labels = torch.where(dropped, self.null_class, labels)
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes[:, :-1])], dim=1)
-        return self._run(x, cache=None, order=order)
-
-    def make_cache(self, batch: int, order: Tensor | None = None) -> KVCache:
-        """An empty cache for `batch` sequences, on the model's device and in its dtype (autocast's, where it is on).
-
-        `order` as in `forward`.
-        """
-        weight = self.head.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return KVCache(self.config, batch, weight.device, dtype, order)
+        return self._run(x, order)
 
     @no_cudnn_attention()
-    def start(self, labels: Tensor, codes: Tensor, cache: KVCache) -> Tensor:
-        """Fill an empty cache with the class token and the first tokens; logits of the next one.
+    def start(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Read the class token and the first tokens into a new KV cache.
 
         Args:
             labels: (B,) int64.
             codes: (B, m) int64 tokens already fixed, m from 0 to N - 1.
-            cache: from make_cache(B).
+            order: as in `forward`; here and in each `step`.
 
         Returns:
-            (B, vocab_size) logits of token m + 1.
+            (B, vocab_size) logits of token m + 1, and the cache.
         """
+        config, weight = self.config, self.token_embedding.weight
+        heads, head_dim = config.kv_heads, config.dim // config.num_heads
+        cache = KVCache((config.depth, len(labels), heads, config.num_tokens, head_dim), weight)
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes)], dim=1)
-        return self._run(x, cache, cache.order, last_only=True)[:, 0]
+        return self._run(x, order, cache)[:, 0], cache
 
     @no_cudnn_attention()
-    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache, order: Tensor | None = None) -> Tensor:
         """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
-        return self._run(self.token_embedding(tokens)[:, None], cache, cache.order, last_only=True)[:, 0]
+        return self._run(self.token_embedding(tokens)[:, None], order, cache)[:, 0]
 
-    def _run(self, x: Tensor, cache: KVCache | None, order: Tensor | None, last_only: bool = False) -> Tensor:
+    def _run(self, x: Tensor, order: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """Logits of every position of x (B, L, D); with a cache, which x continues, of the last position alone."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         # One new token looks at everything in the cache; several need the causal mask, shifted by what is cached.
@@ -197,6 +187,5 @@ class ARModel(nn.Module, PretrainedMixin):
             x = run_block(block, x, rotary, mask, cache, layer, recompute=self.recompute)
         if cache is not None:
             cache.length = end
-        if last_only:
             x = x[:, -1:]
         return self.head(self.norm(x)).float()

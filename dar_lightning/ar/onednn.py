@@ -1,4 +1,4 @@
-"""On a CPU, weights laid out for products of few rows: once a call, not at each of its tokens."""
+"""oneDNN weight packing, for faster decoding on x86 CPUs."""
 
 import copy
 import platform
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 class PackedLinear(nn.Module):
-    """A bias-free linear layer, its weight in the layout that oneDNN chooses for `rows` rows; others are right, too."""
+    """A bias-free linear layer whose weight has the layout that oneDNN prefers for `rows` rows; it takes any number."""
 
     def __init__(self, weight: Tensor, rows: int):
         super().__init__()
@@ -20,16 +20,15 @@ class PackedLinear(nn.Module):
 
 
 def packed(ar: nn.Module, rows: int) -> nn.Module:
-    """A model to draw many tokens with, `rows` sequences at a time; it computes the same up to rounding.
+    """A copy of a model with packed linear layers, to decode `rows` sequences at a time; the same up to rounding.
 
-    Torch's product of a few rows with a weight costs about twice what one row costs, most of it for bringing the weight
-    into another layout, anew at each token. Here that is done once, for as much memory again as the linear layers'
-    weights hold.
+    Torch reorders a weight anew for each product of a few rows, about half of its cost. Here that is done once, for as
+    much memory again as the linear layers' weights hold.
 
     Returns:
-        A copy that shares all else with `ar`, to be used as long as the weights stay as they are; or `ar` itself where
-        nothing is to be gained: on another device or an ARM, for one row, under autocast, for other layers than its
-        own, or where oneDNN is not there or not for this dtype. Compiled blocks are not compiled in the copy.
+        A copy that shares all else with `ar` and lasts as long as its weights stay as they are, with blocks that are
+        not compiled; or `ar` itself for one row, on another device or CPU, under autocast, for other linear layers or
+        dtypes, and without oneDNN.
     """
     layers = [layer for layer in ar.modules() if isinstance(layer, nn.Linear)]
     if rows == 1 or torch.is_autocast_enabled("cpu") or not all(map(_can_pack, layers)):

@@ -1,4 +1,4 @@
-"""In which order a model writes an image's tokens: a permutation, and the way back. Plain index arithmetic."""
+"""Orders in which a model writes an image's tokens: permutations, and their inverse."""
 
 from typing import Literal
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dar_lightning.errors import UserError
+from dar_lightning.layers import Generators, draw_per_sample
 
 OrderName = Literal["coarse_to_fine", "reversed", "random", "interleaved", "random_per_sample"]
 ORDERS: tuple[str, ...] = OrderName.__args__
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 def fixed_order(name: str, num_tokens: int, num_groups: int, seed: int) -> Tensor:
@@ -35,18 +35,19 @@ def fixed_order(name: str, num_tokens: int, num_groups: int, seed: int) -> Tenso
 
 
 def random_orders(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
-    """One order per sample: (count, num_tokens) int64. With a list of generators a row does not depend on the batch."""
-    if isinstance(generator, list):
-        return torch.cat([random_orders(1, num_tokens, one, device) for one in generator])
-    source = device if generator is None else generator.device
-    return torch.rand(count, num_tokens, generator=generator, device=source).argsort(dim=1).to(device)
+    """One order per sample: (count, num_tokens) int64."""
+
+    def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return torch.rand(rows, num_tokens, generator=generator, device=device).argsort(dim=1)
+
+    return draw_per_sample(draw, count, generator, device)
 
 
 def written(values: Tensor, order: Tensor) -> Tensor:
-    """What is kept by place, as it is written: values (B, N), order (B, N) -> (B, N)."""
+    """Values by place, in the order they are written: values (B, N), order (B, N) -> (B, N)."""
     return values.gather(1, order)
 
 
 def placed(values: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `written`: what was written i-th goes to its place."""
+    """The inverse of `written`: the i-th value goes to its place."""
     return torch.empty_like(values).scatter_(1, order, values)

@@ -1,4 +1,4 @@
-"""Sampling from the AR model: guidance schedules, temperature, top-k, top-p, and a generator that yields tokens."""
+"""Sampling from the AR model with a KV cache: guidance, temperature, top-k, top-p; a generator that yields tokens."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,9 @@ from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
-from dar_lightning.ar.order import Generators, placed
+from dar_lightning.ar.order import placed
 from dar_lightning.errors import UserError
+from dar_lightning.layers import Generators
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -33,11 +34,11 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw one index per row from softmax(logits): (B, V), keys (B, 2) -> (B,) int64.
+def draw_tokens(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw one token per row from softmax(logits) by the Gumbel-max trick: (B, V), keys (B, 2) -> (B,) int64.
 
-    By exponential races (argmin of E_i / p_i with unit exponentials E_i): nothing is copied to the host, and where
-    rounding changes p_i a little, the winner seldom changes.
+    The argmax of log p + G with Gumbel noise G, computed as that of p / E, where E = exp(-G) is exponential. Nothing is
+    copied to the host, and where rounding changes p a little, the token seldom changes.
     """
     probabilities = logits.softmax(dim=-1)
     return (probabilities / exponentials(keys, logits.shape[-1])).argmax(dim=-1)
@@ -68,14 +69,14 @@ def stream_tokens(
         prefix: (B, m) int64 tokens that are kept as they are (layout control), m < num_tokens.
         generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
         num_tokens: how many tokens to draw in all; None is all N.
-        order: from `ar.draw_order`, for who wants to know where the tokens belong; None draws it.
+        order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
 
     Raises:
         UserError: for a value outside the ranges above.
     """
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
-    _check(ar, labels, temperature, top_k, top_p, prefix, generator, count)
+    _check(ar, labels, temperature, top_k, top_p, prefix, count)
     scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
     guided = any(scale != 1.0 for scale in scales)
     order = ar.draw_order(len(labels), generator) if order is None else order
@@ -87,30 +88,39 @@ def stream_tokens(
         yield from prefix.unbind(1)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
-        cache = ar.make_cache(len(labels), order.repeat(2, 1) if guided else order)
+            prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         model = packed(ar, rows=len(labels))
-        logits = model.start(labels, prefix.repeat(2, 1) if guided else prefix, cache)
+        logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if guided else logits
-            tokens = draw(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
+            tokens = draw_tokens(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
             if position + 1 < count:
-                logits = model.step(tokens.repeat(2) if guided else tokens, cache)
+                logits = model.step(tokens.repeat(2) if guided else tokens, cache, order)
     finally:
         ar.train(was_training)
 
 
-def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
-    """Draw all tokens of a batch: (B, num_tokens) int64, each at its place. Arguments as in stream_tokens.
+def stream_in_place(ar: ARModel, labels: Tensor, **options) -> Iterator[Tensor]:
+    """Yield the tokens of a batch in the tokenizer's order, one (B,) tensor each. Arguments as in stream_tokens.
 
-    With `num_tokens`, what a model of another order than coarse to fine has written so far stays as it was written.
+    A model of another order than coarse to fine writes all its tokens first; with `num_tokens`, those that it has
+    written so far stay in its own order.
     """
+    if ar.config.order == "coarse_to_fine":
+        yield from stream_tokens(ar, labels, **options)
+        return
     order = ar.draw_order(len(labels), options.get("generator"))
     tokens = torch.stack(list(stream_tokens(ar, labels, order=order, **options)), dim=1)
-    return placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens
+    yield from (placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens).unbind(1)
 
 
-def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> None:
+def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
+    """Draw all tokens of a batch: (B, num_tokens) int64. Arguments as in stream_tokens, order as in stream_in_place."""
+    return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
+
+
+def _check(ar, labels, temperature, top_k, top_p, prefix, count) -> None:
     if not 1 <= count <= ar.config.num_tokens:
         raise UserError(f"num_tokens is {count}: this model draws from 1 to {ar.config.num_tokens}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= ar.null_class:
@@ -128,5 +138,3 @@ def _check(ar, labels, temperature, top_k, top_p, prefix, generator, count) -> N
     low, high = prefix.aminmax() if prefix.numel() else (0, 0)
     if low < 0 or high >= ar.config.vocab_size:
         raise UserError(f"prefix holds tokens from {int(low)} to {int(high)}: need 0 to {ar.config.vocab_size - 1}")
-    if isinstance(generator, list) and len(generator) != len(labels):
-        raise UserError(f"generator is a list of {len(generator)}: {len(labels)} sequences need {len(labels)}")

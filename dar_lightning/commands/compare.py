@@ -1,16 +1,17 @@
-"""`dar compare`: figures of several evaluations side by side, where their protocols allow it."""
+"""`dar compare`: metrics of several evaluations side by side, where their protocols allow it."""
 
 import re
-from typing import Any
 
 from dar_lightning.errors import UserError
-from dar_lightning.records.protocol import common_name, differences, read_figures
+from dar_lightning.records.protocol import Protocol, read_metrics
+
+Measured = tuple[str, dict[str, float | None], Protocol]  # a file's name, its metrics by common name, its protocol
 
 
 def compare(files: str) -> None:
-    """Print the figures of evaluations in a table, and say which cannot be compared and why.
+    """Print the metrics of evaluations in a table, and say which cannot be compared and why.
 
-    A figure is in the table if all files have it, under protocols that agree in everything its number depends on:
+    A metric is in the table if all files have it, under protocols that agree in everything its number depends on:
     feature network, reference, number of images, size and method. What else they hold does not matter.
 
     Args:
@@ -18,47 +19,42 @@ def compare(files: str) -> None:
             commas.
 
     Raises:
-        UserError: there is no such figure; it names all that they differ in.
+        UserError: there is no such metric; it names all that they differ in.
     """
     names = [name.strip() for name in files.split(",")]
     if len(names) < 2:
         raise UserError(f"--files {files}: give two or more, separated by commas")
-    (name, first), *others = files_read = [(name, read_figures(name)) for name in names]
-    columns, refused = {}, {}  # headings of the figures that can be compared; reasons for those that cannot
-    for shown in first["metrics"]:
-        figure = common_name(shown, first["protocol"])
-        reason = next(filter(None, (_why_not(figure, name, first, *other) for other in others)), None)
+    files_read = [(name, *read_metrics(name)) for name in names]
+    measured: list[Measured] = [
+        (name, {protocol.common_name(metric): value for metric, value in metrics.items()}, protocol)
+        for name, metrics, protocol in files_read
+    ]
+    _, metrics, protocol = files_read[0]
+    headings = {protocol.common_name(metric): metric for metric in metrics}
+    columns, refused = {}, {}  # headings of the metrics that can be compared; reasons for those that cannot
+    for metric, shown in headings.items():
+        reason = next(filter(None, (_why_not(metric, measured[0], other) for other in measured[1:])), None)
         if reason is None:
-            columns[figure] = re.sub(r"^[rg](?=F(I?)D)", "", shown)
+            columns[metric] = re.sub(r"^[rg](?=F(I?)D)", "", shown)
         else:
             refused[shown] = reason
     if not columns:
-        reasons = "; ".join(dict.fromkeys(refused.values())) or f"{name} has none"
-        raise UserError(f"--files: no figure can be compared: {reasons}")
+        reasons = "; ".join(dict.fromkeys(refused.values())) or f"{names[0]} has none"
+        raise UserError(f"--files: no metric can be compared: {reasons}")
     width = max(map(len, names))
-    widths = {figure: max(12, len(heading)) for figure, heading in columns.items()}
-    print(" " * width, *(f"{heading:>{widths[figure]}}" for figure, heading in columns.items()))
-    for name, result in files_read:
-        values = _by_common_name(result)
-        print(f"{name:<{width}}", *(_cell(values[figure], widths[figure]) for figure in columns))
+    widths = {metric: max(12, len(heading)) for metric, heading in columns.items()}
+    print(" " * width, *(f"{heading:>{widths[metric]}}" for metric, heading in columns.items()))
+    for name, metrics, _ in measured:
+        texts = {metric: "infinite" if metrics[metric] is None else f"{metrics[metric]:.4f}" for metric in columns}
+        print(f"{name:<{width}}", *(f"{text:>{widths[metric]}}" for metric, text in texts.items()))
     for shown, reason in refused.items():
         print(f"{shown} is left out: {reason}")
 
 
-def _why_not(figure: str, name: str, first: dict[str, Any], other_name: str, other: dict[str, Any]) -> str | None:
-    """Why a figure, by its common name, cannot be compared between two files; None if it can."""
-    found = differences(figure, first["protocol"], other["protocol"])
-    if figure not in _by_common_name(other):
-        return f"{other_name} does not have {figure}"
-    if found:
-        listed = "; ".join(f"{field}: {values}" for field, values in found.items())
-        return f"{name} and {other_name} differ in {listed}"
-    return None
-
-
-def _by_common_name(result: dict[str, Any]) -> dict[str, float | None]:
-    return {common_name(name, result["protocol"]): value for name, value in result["metrics"].items()}
-
-
-def _cell(value: float | None, width: int) -> str:
-    return f"{'infinite' if value is None else f'{value:.4f}':>{width}}"
+def _why_not(metric: str, first: Measured, other: Measured) -> str | None:
+    """Why a metric, by its common name, cannot be compared between two files; None if it can."""
+    if metric not in other[1]:
+        return f"{other[0]} does not have {metric}"
+    found = first[2].differences(other[2], metric)
+    listed = "; ".join(f"{field}: {values}" for field, values in found.items())
+    return f"{first[0]} and {other[0]} differ in {listed}" if found else None

@@ -7,7 +7,7 @@ import yaml
 
 from dar_lightning.errors import UserError, one_line
 from dar_lightning.formats.checkpoint import Weights, pick_weights, read_checkpoint
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.weights import load_official_ar, load_official_tokenizer
 
 
@@ -39,7 +39,7 @@ def convert(
         raise UserError(f"{input}: {error}") from error
     model.save_pretrained(output)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{output}: {type(model).__name__}, {count / 1e6:.2f}M parameters, fingerprint {fingerprint(model)[:12]}")
+    print(f"{output}: {type(model).__name__}, {count / 1e6:.2f}M parameters, SHA-256 {model_sha256(model)[:12]}")
 
 
 def _part_of(state: dict[str, Any], origin: Path) -> str:

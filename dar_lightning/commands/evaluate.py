@@ -12,16 +12,18 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
 from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
-from dar_lightning.metrics.distribution import distribution_figures
+from dar_lightning.metrics.distribution import distribution_metrics
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import frechet_distance
+from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
+from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import Measured, measure
-from dar_lightning.metrics.probe import LinearProbe
-from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
-from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of, write_statistics
+from dar_lightning.metrics.probe import CLASSIFIER, LinearProbe
+from dar_lightning.metrics.reconstruction import mean_scores, reconstruction_protocol, reconstruction_scores
+from dar_lightning.metrics.statistics_file import check_fits, read_statistics, write_statistics
 from dar_lightning.records.drawn import drawn_facts, read_drawn
-from dar_lightning.records.protocol import FRECHET, write_figures
+from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
 
 
@@ -46,7 +48,7 @@ def evaluate(
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure samples against a reference and write every figure with its protocol.
+    """Measure samples against a reference and write every metric with its protocol.
 
     Args:
         samples: an npz (`arr_0` uint8 (n, H, W, 3), optionally `labels`), a folder of images, a folder of WebDataset
@@ -72,7 +74,7 @@ def evaluate(
         num_steps: diffusion steps of a pipeline; left out, one per group of tokens.
         save_statistics: write the reference's statistics to this npz file, which is then a reference too.
         allow_duplicates: take samples that have an image twice.
-        batch_size: images at a time, but for those that a pipeline draws; the figures depend on it no more than the
+        batch_size: images at a time, but for those that a pipeline draws; metrics depend on it no more than the
             network's features do, by rounding.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -91,15 +93,15 @@ def evaluate(
         raise UserError(f"--lpips {lpips}: compares pairs; add --paired")
     place = choose_device(device)
     made = provenance(place, "float32")
+
     stored = read_statistics(reference, "--reference")
-    reference_set = None
-    if stored is None or stored.has_images:
-        reference_set = open_images(reference, "--reference", image_size)
+    has_images = stored is None or stored.has_images
+    reference_set = open_images(reference, "--reference", image_size) if has_images else None
     for option, wanted in (("--paired", paired), ("--full", full), ("--probe_train", probe_train)):
         if wanted and reference_set is None:
             raise UserError(f"{option}: --reference {reference} has statistics only; give its images")
     train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
-    drawn = None
+    drawn, sample_facts = None, {}
     folder = resolve_folder(samples) if samples in SHIPPED_NAMES else Path(samples)
     if (folder / PIPELINE_CONFIG).is_file():
         if paired:
@@ -112,7 +114,7 @@ def evaluate(
         sample_facts = {"pipeline": samples} | {name: noted[name] for name in ("checkpoint",) if name in noted}
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
-        sample_set, sample_facts = open_images(samples, "--samples", image_size), {}
+        sample_set = open_images(samples, "--samples", image_size)
         drawn = read_drawn(Path(samples))
         if num_samples not in (None, len(sample_set)):
             raise UserError(f"--num_samples {num_samples}: {samples} has {len(sample_set)} images")
@@ -121,22 +123,21 @@ def evaluate(
             f"--paired: {samples} has {len(sample_set)} images and {reference} {len(reference_set)}; "
             "each reconstruction needs its original"
         )
-    if train_set is not None:
-        for option, images in (("--probe_train", train_set), ("--samples", sample_set)):
-            if not images.labelled:
-                raise UserError(
-                    f"{option} has no labels, which the linear probe needs; give shards with .cls or npz labels"
-                )
+    for option, images in (("--probe_train", train_set), ("--samples", sample_set)):
+        if train_set is not None and not images.labelled:
+            raise UserError(
+                f"{option} has no labels, which the linear probe needs; give shards with .cls or npz labels"
+            )
     network = load_features(features, features_weights).to(place)
-    feature_facts = feature_protocol(features, network)
-    perceptual = None if lpips is None else load_lpips(lpips)
+    methods = {"features": feature_protocol(features, network)}
+    vgg = None if lpips is None else lpips_network(lpips)
 
     keep = full or train_set is not None
 
     def measured(images: ImageSet, option: str, size: tuple[int, int] | None, unique: bool = False) -> Measured:
         return measure(images, option, network, place, batch_size, keep, size, unique)
 
-    use_stored = stored is not None and check_fits(stored, reference, features, feature_facts["sha256"])
+    use_stored = stored is not None and check_fits(stored, reference, features, methods["features"]["sha256"])
     real = None
     if not use_stored or keep or paired:  # whatever compares with images says which
         real = measured(reference_set, "--reference", None)
@@ -146,65 +147,53 @@ def evaluate(
         sample_facts = drawn_facts(drawn, Path(samples), "--samples", fake.sha256)
     gaussian = stored.statistics if use_stored else real.statistics
     reference_facts = {"npz": reference} if reference_set is None else dict(reference_set.protocol)
-    reference_facts["n"] = gaussian.count
-    if use_stored:
-        reference_facts |= {"statistics": "mu and sigma as stored", "statistics_sha256": sha256_of(gaussian)}
-        reference_facts |= {} if stored.protocol is None else {"statistics_of": stored.protocol}
+    reference_facts |= stored.facts() if use_stored else {"n": gaussian.count}
     if real is not None:
         reference_facts["sha256"] = real.sha256
-    metrics = {frechet_name(features): frechet_distance(fake.statistics, gaussian)}
-    protocol: dict[str, Any] = {
-        "samples": sample_facts | sample_set.protocol | {"n": fake.statistics.count, "sha256": fake.sha256},
-        "reference": reference_facts,
-        "image_size": list(fake.size),
-        "features": feature_facts | {"dim": len(gaussian.mean)},
-        "frechet": FRECHET,
-    }
+
+    metrics: dict[str, float | None] = {frechet_name(features): frechet_distance(fake.statistics, gaussian)}
+    methods["features"]["dim"] = len(gaussian.mean)
+    methods["frechet"] = FRECHET
     if full:
-        figures, facts = distribution_figures(fake.features, real.features, features, network, place)
-        metrics |= figures
-        protocol |= facts
+        found, facts = distribution_metrics(fake.features, real.features, features, network, place)
+        metrics |= found
+        methods |= facts
     if train_set is not None:
         train = measured(train_set, "--probe_train", fake.size)
         metrics |= _probe_accuracies(train, fake, real)
-        protocol["probe"] = {
-            "train": train_set.protocol | {"n": train.statistics.count, "sha256": train.sha256},
-            "classifier": "logistic regression on standardised features, l2 0.01",
-        }
+        train_facts = train_set.protocol | {"n": train.statistics.count, "sha256": train.sha256}
+        methods["probe"] = {"train": train_facts, "classifier": CLASSIFIER}
     if paired:
-        metrics |= _reconstruction(sample_set, reference_set, batch_size, place, perceptual)
-        protocol["reconstruction"] = reconstruction_protocol(perceptual)
-    protocol["provenance"] = made
+        metrics |= _scores(sample_set, reference_set, batch_size, place, vgg)
+        methods["reconstruction"] = reconstruction_protocol(vgg)
     if save_statistics is not None:
-        facts = {"features_sha256": feature_facts["sha256"], "image_size": list(fake.size)}
+        facts = {"features_sha256": methods["features"]["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)
-
-    result = write_figures(output, metrics, protocol)
-    _print_table(result, output)
+    sample_facts |= sample_set.protocol | {"n": fake.statistics.count, "sha256": fake.sha256}
+    protocol = Protocol(sample_facts, reference_facts, list(fake.size), methods, made)
+    result = write_metrics(output, metrics, protocol)
+    _print_table(metrics, protocol, output)
     return result
 
 
 def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -> dict[str, float]:
-    num_classes = int(train.labels.max()) + 1
     probe = LinearProbe(train.features, train.labels)
     accuracies = {}
     for name, measured in (("samples", samples), ("reference", reference)):
         if measured.labels is None:
             continue
-        if not 0 <= int(measured.labels.min()) <= int(measured.labels.max()) < num_classes:
-            raise UserError(f"--{name}: has labels outside the classes of --probe_train, 0 to {num_classes - 1}")
+        if not 0 <= int(measured.labels.min()) <= int(measured.labels.max()) < probe.num_classes:
+            raise UserError(f"--{name}: has labels outside the classes of --probe_train, 0 to {probe.num_classes - 1}")
         accuracies[f"probe_accuracy_{name}"] = probe.accuracy(measured.features, measured.labels)
     return accuracies
 
 
-def _reconstruction(
-    samples: ImageSet, reference: ImageSet, batch_size: int, device: torch.device, perceptual
-) -> dict[str, Any]:
-    metrics = reconstruction_metrics(perceptual).to(device)
-    originals = with_progress(reference, batch_size, "pairs")
-    for (reconstructed, _), (original, _) in zip(samples.batches(batch_size), originals, strict=True):
-        metrics.update(reconstructed.to(device).float(), original.to(device).float())
-    return as_figures(metrics.compute())
+def _scores(
+    samples: ImageSet, reference: ImageSet, batch_size: int, device: torch.device, vgg: FrozenNetwork | None
+) -> dict[str, float | None]:
+    """PSNR, SSIM and maybe LPIPS of pairs."""
+    pairs = zip(samples.batches(batch_size), with_progress(reference, batch_size, "pairs"), strict=True)
+    return mean_scores([reconstruction_scores(one.to(device), two.to(device), vgg) for (one, _), (two, _) in pairs])
 
 
 def _check_output(option: str, output: str | None, inputs: dict[str, str]) -> None:
@@ -222,14 +211,14 @@ def _check_output(option: str, output: str | None, inputs: dict[str, str]) -> No
             raise UserError(f"{option} {output}: is {name} or the record beside it; give another file")
 
 
-def _print_table(result: dict[str, Any], output: str) -> None:
-    protocol = result["protocol"]
-    width = max(map(len, result["metrics"]))
-    for name, value in result["metrics"].items():
+def _print_table(metrics: dict[str, float | None], protocol: Protocol, output: str) -> None:
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
         print(f"{name:<{width}}  {'infinite' if value is None else f'{value:.4f}':>10}")
-    features, (height, size_width), reference = protocol["features"], protocol["image_size"], protocol["reference"]
-    real = "stored statistics" if "statistics" in reference else f"{reference['n']} reference images"
+    features, (height, image_width) = protocol.methods["features"], protocol.image_size
+    stored = "statistics" in protocol.reference
     print(
-        f"{protocol['samples']['n']} samples, {real}, {height}x{size_width}, "
-        f"features {features['name']} ({features['sha256'][:12]}); protocol in {output}"
+        f"{protocol.samples['n']} samples, "
+        f"{'stored statistics' if stored else str(protocol.reference['n']) + ' reference images'}, "
+        f"{height}x{image_width}, features {features['name']} ({features['sha256'][:12]}); protocol in {output}"
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import PretrainedMixin
 from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -38,7 +38,7 @@ def export(
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
         model.save_pretrained(output)
         _note(output, ckpt, model)
-        print(f"{output}: {type(model).__name__}, fingerprint {fingerprint(model)[:12]}")
+        print(f"{output}: {type(model).__name__}, SHA-256 {model_sha256(model)[:12]}")
         return
     if not isinstance(model, ARModel):
         raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")

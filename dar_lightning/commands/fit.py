@@ -21,6 +21,7 @@ from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
+from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import Provenance, StopOnSignal
 from dar_lightning.training.callbacks.config_text import ConfigText
@@ -30,6 +31,12 @@ from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 
 class Parser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        for old, new in TokenizerConfig.REMOVED.items():
+            if re.search(rf"\b{old}\b", str(message)):
+                raise UserError(f"model.init_args.config.{old} is now model.init_args.init.{new}")
+        super().error(message, ex)
 
 
 class TrainerCLI(LightningCLI):

@@ -9,32 +9,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, users_path, write_text
 from dar_lightning.sweeps.child import call
+from dar_lightning.sweeps.curves import last_scalars
 
 CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the road.
+    """One step of the road."""
 
-    Attributes:
-        name: for the user, and in metrics.json.
-        what: one sentence for the user.
-        minutes: what it took on two cores; from scratch, an estimate.
-        result: the file that exists when the stage is complete.
-        commands: options of `dar`, run one after the other.
-    """
-
-    name: str
-    what: str
-    minutes: float
-    result: Path
-    commands: tuple[tuple[str, ...], ...]
+    name: str  # for the user, and in metrics.json
+    what: str  # one sentence for the user
+    minutes: float  # what it took on two cores; from scratch, an estimate
+    result: Path  # the file that exists when the stage is complete
+    commands: tuple[tuple[str, ...], ...]  # options of `dar`, run one after the other
 
 
 def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratch: bool = False) -> None:
@@ -97,16 +88,15 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
     tokens = ("--data.init_args.train", f"{out}/codes/train", "--data.init_args.val", f"{out}/codes/val")
     sample = ("sample", "--config", f"{CONFIGS}/sample.yaml")
     layout = ("--layout", f"{CONFIGS}/layout.png", "--prefix", "4", "--per_class", "6")
-    draw_shipped = Stage(
-        "shipped",
-        "draw with the weights that come with the package",
-        1,
-        out / "shipped/samples.png",
-        ((*sample, "--pipeline", "fruit64", "--output", f"{out}/shipped", "--per_class", "5"),),
-    )
     start = "from nothing" if from_scratch else "on, from the shipped weights"
-    return [
-        *([] if from_scratch else [draw_shipped]),
+    stages = [
+        Stage(
+            "shipped",
+            "draw with the weights that come with the package",
+            1,
+            out / "shipped/samples.png",
+            ((*sample, "--pipeline", "fruit64", "--output", f"{out}/shipped", "--per_class", "5"),),
+        ),
         Stage(
             "tokenizer",
             f"train the sequential diffusion tokenizer {start}",
@@ -161,6 +151,7 @@ def road(out: Path, from_scratch: bool) -> list[Stage]:
             ),
         ),
     ]
+    return stages[1:] if from_scratch else stages
 
 
 def fit(part: str, from_scratch: bool) -> tuple[str, ...]:
@@ -201,13 +192,6 @@ def collect(out: Path) -> dict:
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shutil.copyfile(out / "layout/layout.png", out / "layout.png")
     return metrics
-
-
-def last_scalars(logs: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
-    """The last value of each TensorBoard scalar whose name starts with one of the prefixes."""
-    events = EventAccumulator(str(logs)).Reload()
-    names = [name for name in events.Tags()["scalars"] if name.startswith(prefixes)]
-    return {name: events.Scalars(name)[-1].value for name in names}
 
 
 def summary(out: Path, metrics: dict) -> str:

@@ -1,6 +1,5 @@
 """`dar reconstruct`: what a tokenizer keeps of real images."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +7,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.files import users_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.files import users_path
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid, save_png
 from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.metrics.codebook import CodebookUse
-from dar_lightning.metrics.images import ShardImages, with_progress
-from dar_lightning.metrics.reconstruction import RECONSTRUCTION_PROTOCOL, reconstruction_metrics
+from dar_lightning.metrics.images import ShardImages
+from dar_lightning.metrics.reconstruction import (
+    mean_scores,
+    reconstruct_all,
+    reconstruction_protocol,
+    reconstruction_scores,
+)
 from dar_lightning.metrics.token_influence import TOKEN_INFLUENCE_PROTOCOL, token_influence, token_influence_names
 from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.protocol import Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -40,7 +44,7 @@ def reconstruct(
     dtype: Dtype | None = None,
     compile: bool = False,
 ) -> None:
-    """Encode and decode all images of some shards; write figures and pictures.
+    """Encode and decode all images of some shards; write metrics and pictures.
 
     Writes `reconstructions.png` (original, then the preview after each group of tokens, coarse to fine; a row per
     image) and `reconstruction.json` (PSNR, SSIM, codebook use, and how much the tokens decide, with their protocol).
@@ -64,74 +68,62 @@ def reconstruct(
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
     place = choose_device(device)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-    weights = fingerprint(model)  # as they are stored
+    weights = model_sha256(model)  # as they are stored
     model.to(device=place, dtype=torch_dtype(dtype))
     made = provenance(place, dtype_name(model.dtype))
     if compile:
         check_compiler(place)
         compile_blocks(model.encoder, model.decoder)
-    images_set = ShardImages(shards, "shards", model.config.image_size, labels=False)
+    config = model.config
+    image_set = ShardImages(shards, "shards", config.image_size, labels=False)
     if num_shown < 1:
         raise UserError(f"num_shown is {num_shown}: show at least one image")
     if num_exchanged < 0 or num_exchanged == 1:
         raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
     with users_path("output"):
         Path(output).mkdir(parents=True, exist_ok=True)
-    total = len(images_set)
-    shown, measured = (_spread(count, total) for count in (num_shown, num_exchanged))
-    quality = reconstruction_metrics().to(place)
-    codebook = CodebookUse(model.config.codebook_size).to(place)
-    rows, kept = [], []
-    start = 0
-    for images, _ in with_progress(images_set, batch_size, "reconstruct"):
-        images = images.to(place)
-        indices = range(start, start := start + len(images))
-        codes = model.tokenize(to_float(images))
-        generators = [image_generator(seed, index) for index in indices]
-        noise = model.draw_noise(len(images), generators)
-        previews = to_uint8(model.previews(codes, noise, solver, num_steps))  # (B, K, 3, H, W)
-        quality.update(previews[:, -1].float(), images.float())
-        codebook.update(codes)
-        rows += [torch.cat([images[i : i + 1], previews[i]]) for i, index in enumerate(indices) if index in shown]
-        kept += [(index, images[i], codes[i]) for i, index in enumerate(indices) if index in measured]
-    use, perplexity = codebook.compute()
-    scores = {name: float(value) for name, value in quality.compute().items()}
-    scores |= {"codebook_use": float(use), "codebook_perplexity": float(perplexity)}
-    influence, influence_protocol = {}, {}
+    shown, exchanged = (_spread(count, len(image_set)) for count in (num_shown, num_exchanged))
+    codebook = CodebookUse(config.codebook_size).to(place)
+    scores, digests, rows, kept = [], [], [], []
+    for batch in reconstruct_all(model, image_set, batch_size, seed, previews=True, solver=solver, num_steps=num_steps):
+        scores.append(reconstruction_scores(batch.decoded[:, -1], batch.images))
+        codebook.update(batch.codes)
+        digests += _digests(batch.images)
+        for number, image, codes, previews in zip(*batch, strict=True):
+            if number in shown:
+                rows.append(torch.cat([image[None], previews]))
+            if number in exchanged:
+                kept.append((number, image, codes))
+    use, perplexity = map(float, codebook.compute())
+    metrics = mean_scores(scores) | {"codebook_use": use, "codebook_perplexity": perplexity}
+    methods: dict[str, Any] = {"reconstruction": reconstruction_protocol()}
+    influence = {}
     if len(kept) > 1:
-        influence, influence_protocol = _influence(model, kept, batch_size, seed, solver, num_steps)
-    result = {
-        "metrics": scores | influence,
-        "protocol": RECONSTRUCTION_PROTOCOL
-        | {
-            "num_images": total,
-            "shards": shards,
-            "crop": f"centre {model.config.image_size}",
-            "solver": solver,
-            "num_steps": num_steps or model.config.num_groups,
-            "seed": seed,
-            "dtype": dtype_name(model.dtype),
-            "compile": compile,
-            "tokenizer": weights,
-            "ema": {"tokenizer": model.averaged},
-            "provenance": made,
-        }
-        | influence_protocol,
-    }
-    text = json.dumps(result, indent=2) + "\n"
-    write_text(Path(output) / "reconstruction.json", text)
-    columns = ["original", *(f"group {m}" for m in range(1, model.config.num_groups + 1))]
+        influence, methods["token_influence"] = _influence(model, kept, batch_size, seed, solver, num_steps)
+    count = {"n": len(image_set)}
+    samples = {"reconstructions": "of the reference", "tokenizer_sha256": weights, "ema": {"tokenizer": model.averaged}}
+    samples |= {"seed": seed, "solver": solver, "steps": num_steps or config.num_groups}
+    samples |= {"dtype": dtype_name(model.dtype), "compile": compile} | count
+    reference = image_set.protocol | count | {"sha256": set_sha256(digests)}
+    protocol = Protocol(samples, reference, 2 * [config.image_size], methods, made)
+    write_metrics(Path(output) / "reconstruction.json", metrics | influence, protocol)
+    columns = ["original", *(f"group {m}" for m in range(1, config.num_groups + 1))]
     save_png(image_grid(torch.stack(rows), column_labels=columns), Path(output) / "reconstructions.png")
-    psnr = f"PSNR {scores['psnr']:.2f} dB"
+    psnr = "PSNR infinite" if metrics["psnr"] is None else f"PSNR {metrics['psnr']:.2f} dB"
     if influence:
         own, other, same = (influence[f"psnr_{name}_tokens"] for name in ("own", "other", "same"))
         psnr += f" ({own:.2f} with own, {other:.2f} with other tokens; {same:.2f} between two noises)"
-    print(f"{output}: {psnr}, SSIM {scores['ssim']:.3f}, {float(use):.1%} of the codes in use")
+    print(f"{output}: {psnr}, SSIM {metrics['ssim']:.3f}, {use:.1%} of the codes in use")
 
 
 def _spread(count: int, total: int) -> set[int]:
     """At most `count` numbers below `total`, evenly spread."""
     return set(torch.linspace(0, total - 1, min(count, total)).long().tolist())
+
+
+def _digests(images: Tensor) -> list[bytes]:
+    """Of uint8 images (B, 3, H, W)."""
+    return image_digests(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _influence(
@@ -150,7 +142,6 @@ def _influence(
         generators = [image_generator(seed, numbers[i]) for i in part]
         parts.append(token_influence(model, images[part], codes[part], others[part], generators, solver, num_steps))
     means = torch.cat(parts).mean(dim=0).tolist()
-    pixels = {"n": len(kept), "sha256": set_sha256(image_digests(images.permute(0, 2, 3, 1).cpu().numpy()))}
+    pixels = {"n": len(kept), "sha256": set_sha256(_digests(images))}
     names = token_influence_names(model.config.num_groups)
-    protocol = {"token_influence": {"images": pixels} | TOKEN_INFLUENCE_PROTOCOL}
-    return dict(zip(names, means, strict=True)), protocol
+    return dict(zip(names, means, strict=True)), {"images": pixels} | TOKEN_INFLUENCE_PROTOCOL

@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path
 from dar_lightning.sweeps.results import read_sweep
 from dar_lightning.sweeps.tables import summarize, write_tables
 from dar_lightning.sweeps.tensorboard import write_tensorboard
@@ -27,17 +26,15 @@ def report(sweep: str, output: str | None = None) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the plots need matplotlib: pip install 'dar-lightning[notebooks]'")
-    from dar_lightning.sweeps.plots import plot_curves, plot_figures, plot_groups, samples_side_by_side, save_figure
+    from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples, save_plot
 
     found = read_sweep(sweep)
     folder = found.folder / "report" if output is None else Path(output)
     rows = summarize(found)
     print(write_tables(found, rows, folder))
-    plots = {"figures": plot_figures(found, rows), "curves": plot_curves(found), "groups": plot_groups(found)}
-    for name, figure in plots.items():
-        if figure is not None:
-            save_figure(figure, folder / f"{name}.png")
-    if (sheet := samples_side_by_side(found)) is not None:
-        with atomic_path(folder / "samples.jpg") as part:
-            sheet.save(part, format="JPEG", quality=75)
+    plots = {"figures.png": plot_metrics(found, rows), "curves.png": plot_curves(found)}
+    plots |= {"groups.png": plot_groups(found), "samples.jpg": plot_samples(found)}
+    for name, plot in plots.items():
+        if plot is not None:
+            save_plot(plot, folder / name)
     print(f"report in {folder}; curves: tensorboard --logdir {write_tensorboard(found)}")

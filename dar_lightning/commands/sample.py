@@ -8,24 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
-from dar_lightning.data.transforms import center_crop, to_float, to_tensor
-from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
+from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, users_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
-from dar_lightning.generation.drawing import Job, draw
-from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png
+from dar_lightning.files import atomic_path, users_path
+from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.generation.drawing import Job, draw_images
+from dar_lightning.generation.editing import middle, prefix_lengths, read_photo, tokenize
+from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png, to_image
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import PIXELS
-from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.provenance import provenance
-from dar_lightning.tokenizer.config import TokenizerConfig
 
 ANIMATED = 16  # images in the animation, at most
 PREVIEW_SECONDS = 0.5  # that it shows each preview for
@@ -90,7 +86,7 @@ def sample(
     """
     place = choose_device(device)
     pipe = open_pipeline(pipeline, tokenizer, ar)
-    weights = {"tokenizer": fingerprint(pipe.tokenizer), "ar": fingerprint(pipe.ar)}  # as they are stored
+    weights = {"tokenizer": model_sha256(pipe.tokenizer), "ar": model_sha256(pipe.ar)}  # as they are stored
     pipe.to(device=place, dtype=torch_dtype(dtype))
     if compile:
         check_compiler(place)
@@ -103,7 +99,12 @@ def sample(
     if min(per_class, batch_size, frames) < 1:
         raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
     shown = preview_numbers(num_previews, pipe.num_groups)
-    lengths = _prefix_lengths(prefix, layout is not None, variations, config)
+    if layout is not None and variations:
+        raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")
+    keeps = layout is not None or variations
+    if prefix is not None and not keeps:
+        raise UserError("prefix is set without layout or variations: give the image whose tokens are to be kept")
+    lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
     options: dict[str, Any] = {
         "guidance": read_guidance(guidance),
         "temperature": temperature,
@@ -114,12 +115,14 @@ def sample(
     }
 
     first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
+    photo_sha256 = None
     if layout is not None:
-        first = _read_image(layout, config.image_size).expand(len(labels), -1, -1, -1)
+        photo = read_photo(layout, f"layout: {layout}")
         photo_sha256 = hashlib.sha256(Path(layout).read_bytes()).hexdigest()
-        kept = pipe.tokenizer.tokenize(to_float(first[:1]).to(place)).expand(len(labels), -1)
+        first = middle(pipe, photo).expand(len(labels), -1, -1, -1)
+        kept = tokenize(pipe, photo).expand(len(labels), -1)
     elif variations:
-        originals = list(draw(pipe, [Job(label, 0) for label in labels], seed, batch_size, options))
+        originals = list(draw_images(pipe, [Job(label, 0) for label in labels], seed, batch_size, options))
         first = torch.stack([drawn.previews[-1] for drawn in originals])
         kept = torch.stack([drawn.codes for drawn in originals])
     start = int(variations)  # image 0 is the one that is varied
@@ -130,60 +133,59 @@ def sample(
         for number in range(start, start + per_class)
     ]
     rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
-    dtypes = {"tokenizer": dtype_name(pipe.tokenizer.dtype), "ar": dtype_name(pipe.ar.head.weight.dtype)}
-    precision = {"dtype": dtypes, "compile": compile}
-    made = provenance(place, ", ".join(sorted({*dtypes.values()})))
+    drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
+    made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
     with users_path("output"):
         folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
-    for job, drawn in zip(jobs, draw(pipe, jobs, seed, batch_size, options), strict=True):
+    for job, drawn in zip(jobs, draw_images(pipe, jobs, seed, batch_size, options), strict=True):
         images.append(drawn.previews[-1])
         if job.number == start and len(strips) < len(labels):
             strips.append(drawn.previews)
         about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | {"token_draws": gumbel.METHOD, "weights": weights} | precision
-        about |= {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
+        about |= options | drawn_with | {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
-        save_png(Image.fromarray(images[-1].permute(1, 2, 0).numpy()), path, {METADATA: json.dumps(about)})
+        save_png(to_image(images[-1]), path, {METADATA: json.dumps(about)})
 
-    _save_strips(torch.stack(strips), rows, shown, frames, folder)
+    strips = torch.stack(strips)  # (classes, K, 3, H, W)
+    save_png(
+        image_grid(strips[:, [m - 1 for m in shown]], rows, [f"group {m}" for m in shown]), folder / "previews.png"
+    )
+    steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
+    save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
     grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), per_class))
     grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * per_class, 3, H, W)
     if first is None:
         save_png(image_grid(grid, rows), folder / "samples.png")
     else:
-        title = "reference" if layout is not None else f"seed {seed}.0"
+        name, title = ("variations", f"seed {seed}.0") if variations else ("layout", "reference")
         columns = [f"{length} kept, {seed}.{number + start}" for length in lengths for number in range(per_class)]
         whole = torch.cat([first[:, None], grid], dim=1)
-        name = "layout.png" if layout is not None else "variations.png"
-        save_png(image_grid(whole, rows, [title, *columns]), folder / name)
-    pixels = _save_arrays(torch.stack(images), torch.tensor([job.label for job in jobs]), folder)
+        save_png(image_grid(whole, rows, [title, *columns]), folder / f"{name}.png")
+    pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+    with atomic_path(folder / "samples.npz") as part, open(part, "wb") as file:  # to a name, savez would add .npz
+        np.savez_compressed(file, arr_0=pixels, labels=np.array([job.label for job in jobs]))
+
     given = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar, "classes": ",".join(map(str, labels))}
     given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
     given |= {"layout": layout, "variations": variations or None}
-    given |= {"prefix": ",".join(map(str, lengths)) if first is not None else None, "batch_size": batch_size}
+    given |= {"prefix": ",".join(map(str, lengths)) if keeps else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
-    record = given | precision
-    record |= {"token_draws": gumbel.METHOD, "weights": weights, "ema": pipe.averaged, "classes": rows}
+    record = given | drawn_with | {"ema": pipe.averaged, "classes": rows}
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     # the command names a file, which may have changed when it is repeated
-    record["layout_sha256"] = photo_sha256 if layout is not None else None
+    record["layout_sha256"] = photo_sha256
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    record |= {"provenance": made, PIXELS: pixels}
-    write_text(folder / "samples.json", json.dumps(record, indent=2) + "\n")
+    write_drawn(folder / "samples.npz", record | {"provenance": made}, pixels)
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 
 def open_pipeline(pipeline: str | None, tokenizer: str | None, ar: str | None) -> DARPipeline:
-    """A pipeline by its name, or put together from a tokenizer and an AR model.
-
-    Raises:
-        UserError: none, or both ways are given; or a part cannot be read, or they do not belong together.
-    """
+    """A pipeline by its name, or put together from a tokenizer and an AR model."""
     if pipeline is not None and tokenizer is None and ar is None:
         return DARPipeline.from_pretrained(pipeline)
     if pipeline is not None or tokenizer is None or ar is None:
@@ -192,11 +194,7 @@ def open_pipeline(pipeline: str | None, tokenizer: str | None, ar: str | None) -
 
 
 def preview_numbers(count: int | None, num_groups: int) -> list[int]:
-    """Which previews, 1 to num_groups, a strip of so many shows: evenly spaced, the last one always.
-
-    Raises:
-        UserError: there are not so many.
-    """
+    """Which previews, 1 to num_groups, a strip of so many shows: evenly spaced, the last one always."""
     count = num_groups if count is None else count
     if not 1 <= count <= num_groups:
         raise UserError(f"num_previews is {count}: this tokenizer has from 1 to {num_groups}")
@@ -211,45 +209,3 @@ def command_line(verb: str, options: dict[str, Any]) -> str:
             text = json.dumps(value) if isinstance(value, list | tuple | bool) else str(value)
             words += [f"--{name}", text]
     return shlex.join(words)
-
-
-def _prefix_lengths(prefix: str | int | None, layout: bool, variations: bool, config: TokenizerConfig) -> list[int]:
-    if layout and variations:
-        raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")
-    if not (layout or variations):
-        if prefix is not None:
-            raise UserError("prefix is set without layout or variations: give the image whose tokens are to be kept")
-        return [0]
-    words = [str(config.num_tokens // config.num_groups)] if prefix is None else str(prefix).split(",")
-    lengths = [int(word) if word.strip().isdecimal() else 0 for word in words]
-    for word, length in zip(words, lengths, strict=True):
-        if not 1 <= length < config.num_tokens:
-            raise UserError(f"prefix is {word.strip()}: keep from 1 to {config.num_tokens - 1} tokens")
-    if len({*lengths}) < len(lengths):
-        raise UserError(f"prefix is {prefix}: give each number once")
-    return lengths
-
-
-def _read_image(path: str, size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return to_tensor(center_crop(image.convert("RGB"), size))
-    except OSError as error:
-        raise UserError(f"layout: {path} is not a readable image ({error})") from error
-
-
-def _save_strips(strips: Tensor, rows: list[str], shown: list[int], frames: int, folder: Path) -> None:
-    """The previews (classes, K, 3, H, W), as a picture and as an animation."""
-    columns = [f"group {m}" for m in shown]
-    save_png(image_grid(strips[:, [m - 1 for m in shown]], rows, columns), folder / "previews.png")
-    steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
-    save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
-
-
-def _save_arrays(images: Tensor, labels: Tensor, folder: Path) -> str:
-    """Write images (n, 3, H, W); returns what identifies them."""
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    # A file object, since savez would add .npz to a name.
-    with atomic_path(folder / "samples.npz") as part, open(part, "wb") as file:
-        np.savez_compressed(file, arr_0=pixels, labels=labels.numpy())
-    return set_sha256(image_digests(pixels))

@@ -5,17 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dar_lightning.commands.serve_page import (
-    Work,
-    draw,
-    read_photo,
-    reconstructions,
-    repeat_command,
-    repeat_python,
-    tokens_html,
-)
+from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions, repeat, tokens_html
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
+from dar_lightning.generation.editing import read_photo
 from dar_lightning.generation.pipeline import DARPipeline
 
 CSS = """
@@ -70,7 +63,7 @@ def serve(
             prevent_thread_lock=True,  # else it waits here, but not under `python -i`
             server_name=host,
             server_port=port,
-            # Gradio counts and words it in MiB, so "10.0 Mb" it is; read_photo refuses what lies between.
+            # Gradio counts and words it in MiB, so "10.0 Mb" it is; photo_of refuses what lies between.
             max_file_size=int(max_upload_mb * 2**20),
             css=CSS,
             theme=gradio.themes.Default(font=FONTS, font_mono=["monospace"]),
@@ -101,7 +94,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
     labels = list(pipe.classes) or [str(label) for label in range(pipe.ar.config.num_classes)]
 
     def photo_input(**options):
-        """An image that is not opened when it arrives: read_photo does that, and says what is wrong with it."""
+        """An image that is not opened when it arrives: photo_of does that, and says what is wrong with it."""
         image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Photo", **options)
         image.preprocess = lambda payload: None if payload is None else payload.path
         return image
@@ -110,20 +103,22 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         """A message on the page; a visitor's mistake is nothing that the server's console should trace."""
         return gr.Error(message, print_exception=False)
 
-    def photo_of(path: str | None):
+    def photo_of(path: str):
+        size = Path(path).stat().st_size / 1e6
+        if size > max_upload_mb:
+            raise refusal(f"the photo has {size:.1f} MB: at most {max_upload_mb:g} MB are read")
         try:
-            return None if path is None else read_photo(path, max_upload_mb)
+            return read_photo(path)
         except UserError as error:
             raise refusal(str(error)) from error
 
     def on_draw(label: int, seed: float | None, guidance: float, path: str | None, prefix: int) -> Iterator[tuple]:
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
-        photo, seed, prefix = photo_of(path), int(seed), int(prefix)
-        shown_path = None if path is None else Path(path).name
-        what = (name, label, seed, guidance, shown_path, prefix, dtype)
-        command, python = repeat_command(*what), repeat_python(*what)
-        for shown in work.steps(draw(pipe, label, seed, guidance, photo, prefix if photo else 0)):
+        photo, shown_path = (None, None) if path is None else (photo_of(path), Path(path).name)
+        seed, prefix = int(seed), 0 if photo is None else int(prefix)
+        command, python = repeat(name, label, seed, guidance, shown_path, prefix, dtype)
+        for shown in work.steps(draw_previews(pipe, label, seed, guidance, photo, prefix)):
             yield shown.picture, shown.strip, shown.tokens, command, python
 
     def on_photo(path: str | None):

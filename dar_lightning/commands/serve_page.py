@@ -7,19 +7,15 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dar_lightning.commands.sample import command_line
-from dar_lightning.data.decode import BadSample, decode_rgb
-from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
 from dar_lightning.devices import Dtype
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_seed
-from dar_lightning.generation.grids import MIN_SIDE
+from dar_lightning.generation.editing import middle, tokenize
+from dar_lightning.generation.grids import MIN_SIDE, to_image
 from dar_lightning.generation.pipeline import DARPipeline
 
 LARGE = 384  # pixels that the page gives to the picture, at least
@@ -27,28 +23,19 @@ LARGE = 384  # pixels that the page gives to the picture, at least
 
 @dataclass(frozen=True)
 class Shown:
-    """The state of the page after a group of tokens.
+    """The state of the page after a group of tokens."""
 
-    Attributes:
-        picture: the preview, enlarged.
-        strip: HTML of all previews so far.
-        tokens: HTML of the tokens so far.
-    """
-
-    picture: Image.Image
-    strip: str
-    tokens: str
+    picture: Image.Image  # the preview, enlarged
+    strip: str  # HTML of all previews so far
+    tokens: str  # HTML of the tokens so far
 
 
 class Work:
-    """What is being drawn, one step of one picture at a time; when it has been stopped, no step begins any more.
-
-    Attributes:
-        step: held while something is computed.
-    """
+    """What is being drawn, one step of one picture at a time; when it has been stopped, no step begins any more."""
 
     def __init__(self):
-        self.step = threading.RLock()  # reentrant: Python, at its end, closes generators in the thread that has stopped
+        # Held while something is computed. Reentrant: Python, at its end, closes generators in the thread that stopped.
+        self.step = threading.RLock()
         self._open: set[Generator] = set()
 
     def steps(self, drawing: Generator) -> Iterator:
@@ -76,60 +63,32 @@ class Work:
 
 
 @torch.inference_mode()
-def draw(
+def draw_previews(
     pipe: DARPipeline, label: int, seed: int, guidance: float, photo: Image.Image | None = None, prefix: int = 0
 ) -> Generator[Shown, None, None]:
     """Draw image 0 of a class, as `dar sample` does; yield after each group. Closing the iterator stops the work.
 
-    Args:
-        pipe: the pipeline.
-        label: the class.
-        seed: of the image.
-        guidance: scale of classifier-free guidance.
-        photo: for layout control: its first tokens are kept.
-        prefix: how many of them.
+    With a photo, its first `prefix` tokens are kept.
     """
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix]
     generator = torch.Generator().manual_seed(image_seed(seed, label, 0))
     stream = pipe.stream(torch.tensor([label]), guidance=guidance, prefix=kept, generator=[generator])
-    strip = ""
+    strip, config = "", pipe.tokenizer.config
     with closing(stream):
         for preview in stream:
             image = to_image(preview.images[0])
             strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
-            num_groups = pipe.tokenizer.config.num_groups
-            tokens = tokens_html(preview.codes[0].tolist(), pipe.tokenizer.config.num_tokens, num_groups, prefix)
+            tokens = tokens_html(preview.codes[0].tolist(), config.num_tokens, config.num_groups, prefix)
             yield Shown(enlarge(image, LARGE), strip, tokens)
 
 
 @torch.inference_mode()
 def reconstructions(pipe: DARPipeline, photo: Image.Image) -> Generator[Image.Image, None, None]:
     """A photo as the tokenizer sees it after 1, 2, ..., K groups; what it was given comes first."""
-    yield enlarge(center_crop(photo, pipe.tokenizer.config.image_size), LARGE)
+    yield enlarge(to_image(middle(pipe, photo)), LARGE)
     noise = pipe.tokenizer.draw_noise(1, torch.Generator().manual_seed(0))
     for preview in pipe.tokenizer.stream([tokenize(pipe, photo)], noise):
         yield enlarge(to_image(preview[0]), LARGE)
-
-
-def tokenize(pipe: DARPipeline, photo: Image.Image) -> Tensor:
-    """All tokens (1, N) of the middle of a photo."""
-    pixels = to_tensor(center_crop(photo, pipe.tokenizer.config.image_size))
-    return pipe.tokenizer.tokenize(to_float(pixels[None]).to(pipe.device))
-
-
-def read_photo(path: str | Path, max_megabytes: float) -> Image.Image:
-    """A photo that somebody has uploaded.
-
-    Raises:
-        UserError: it is too large, or no image that can be read.
-    """
-    size = Path(path).stat().st_size
-    if size > max_megabytes * 1e6:
-        raise UserError(f"the photo has {size / 1e6:.1f} MB: at most {max_megabytes:g} MB are read")
-    try:
-        return decode_rgb(Path(path).read_bytes())
-    except BadSample as error:
-        raise UserError(f"the photo cannot be read: {error}") from error
 
 
 def tokens_html(codes: list[int], num_tokens: int, num_groups: int, kept: int = 0) -> str:
@@ -157,41 +116,29 @@ def preview_html(image: Image.Image, caption: str) -> str:
     return f'<figure class="preview"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
-def repeat_command(
+def repeat(
     pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype | None = None
-) -> str:
-    """The `dar sample` that draws the same image."""
+) -> tuple[str, str]:
+    """The `dar sample`, and the lines of Python, that draw the same image."""
     options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed, "guidance": guidance}
-    layout = {} if photo is None or prefix == 0 else {"layout": photo, "prefix": prefix}
-    return command_line("sample", options | layout | {"dtype": dtype, "output": "runs/drawn"})
-
-
-def repeat_python(
-    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype | None = None
-) -> str:
-    """The lines of Python that draw the same image."""
-    kept = ""
     lines = ["import torch", "", "from dar_lightning import DARPipeline"]
-    if photo is not None and prefix:
-        lines.append("from dar_lightning.commands.serve_page import read_photo, tokenize")
-        kept = ", prefix=kept"
+    lines += ["from dar_lightning.generation.drawing import image_seed"]
     cast = "" if dtype is None else f".to(torch.{dtype})"
-    pipe = f"pipe = DARPipeline.from_pretrained({pipeline!r}){cast}"
-    lines += ["from dar_lightning.generation.drawing import image_seed", "", pipe]
-    if kept:
-        lines.append(f"kept = tokenize(pipe, read_photo({photo!r}, max_megabytes=100))[:, :{prefix}]")
+    made = ["", f"pipe = DARPipeline.from_pretrained({pipeline!r}){cast}"]
+    kept = ""
+    if photo is not None and prefix:
+        options |= {"layout": photo, "prefix": prefix}
+        lines += ["from dar_lightning.generation.editing import read_photo, tokenize"]
+        made += [f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]"]
+        kept = ", prefix=kept"
     lines += [
+        *made,
         f"generator = torch.Generator().manual_seed(image_seed({seed}, {label}, 0))",
         f"stream = pipe.stream(torch.tensor([{label}]), guidance={guidance}{kept}, generator=[generator])",
         "for preview in stream:",
         "    image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group",
     ]
-    return "\n".join(lines)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> an image."""
-    return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).cpu().numpy())
+    return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), "\n".join(lines)
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:

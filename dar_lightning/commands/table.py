@@ -2,37 +2,34 @@
 
 import importlib.util
 import json
-import textwrap
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 
 from dar_lightning.ar import gumbel
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, write_text
-from dar_lightning.formats.fingerprint import fingerprint
-from dar_lightning.generation.drawing import image_generator
+from dar_lightning.files import write_text
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.generation.predict import GenerationModule
 from dar_lightning.generation.writer import SampleWriter
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.images import ImageSet, open_images, with_progress
+from dar_lightning.metrics.images import open_images, with_progress
+from dar_lightning.metrics.reconstruction import reconstruct_all
 from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
-from dar_lightning.records.drawn import PIXELS, read_drawn
+from dar_lightning.records.drawn import PIXELS, read_drawn, write_drawn
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.protocol import PAPER_COUNT
 from dar_lightning.records.provenance import provenance
+from dar_lightning.sweeps.tables import markdown_table, spread_text
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.flow import SOLVERS
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -46,7 +43,7 @@ class Row:
     """One row: what it changes, and what the paper reports.
 
     Attributes:
-        paper: the paper's figures by name: FID, IS, precision, recall.
+        paper: the paper's numbers by name: FID, IS, precision, recall.
         pipeline: instead of the table's.
         solver: of the diffusion.
         num_steps: diffusion steps; None is the number of groups.
@@ -107,45 +104,46 @@ def table(
         raise UserError(f"{len(rows)} rows, seeds {seeds}: need at least one row, and one seed or several that differ")
     if importlib.util.find_spec("matplotlib") is None:  # before the hours of work, not after
         raise UserError("the plot needs matplotlib: pip install 'dar-lightning[notebooks]'")
-    made = provenance(choose_device(device), "float32")
+    place = choose_device(device)
+    made = provenance(place, "float32")
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
         raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
-    identities = {model: _identity(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
+    models = {model: _model(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
     network = load_features(features, features_weights)
     common = {"task": task, "features": features, "features_sha256": feature_protocol(features, network)["sha256"]}
     common |= {"full": full} | ({"num_samples": num_samples} if task == "generate" else {})
     references = {
-        size: _reference_identity(reference, size, batch_size, full)
-        for size in dict.fromkeys(config.image_size for config, *_ in identities.values())
+        size: _reference_hashes(reference, size, batch_size, full)
+        for size in dict.fromkeys(config.image_size for config, *_ in models.values())
     }
     root, results = Path(output), []
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
-        config, num_groups, hashes = identities[model]
+        config, num_groups, hashes = models[model]
         measured = []
         for seed in seeds:
-            place = root / f"row{number}" / f"seed{seed}"
+            folder = root / f"row{number}" / f"seed{seed}"
             settings = {name: value for name, value in asdict(row).items() if name != "paper"}
             asked = common | {"settings": settings, "seed": seed} | hashes | references[config.image_size]
-            found = _read(place, json.loads(json.dumps(asked)))
+            found = _read(folder, json.loads(json.dumps(asked)))
             if found is None:
                 if task == "generate":
-                    _generate(model, row, seed, num_samples, batch_size, device, place / SAMPLES)
+                    _generate(model, row, seed, num_samples, batch_size, place, folder / SAMPLES)
                 else:
-                    _reconstruct(model, row, seed, reference, batch_size, device, place / SAMPLES)
+                    _reconstruct(model, row, seed, reference, batch_size, place, folder / SAMPLES)
                 found = asked | evaluate(
-                    samples=str(place / SAMPLES),
+                    samples=str(folder / SAMPLES),
                     reference=reference,
                     features=features,
                     features_weights=features_weights,
                     full=full,
-                    output=str(place / "evaluation.json"),
+                    output=str(folder / "evaluation.json"),
                     paired=task == "reconstruct",
                     image_size=config.image_size,
                     batch_size=batch_size,
                     device=device,
                 )
-                write_text(place / MEASURED, json.dumps(found, indent=2) + "\n")
+                write_text(folder / MEASURED, json.dumps(found, indent=2) + "\n")
             measured.append(found)
         results.append(_summary(row, model, config, num_groups, measured))
     _write(root, title, frechet_name(features), results, made)
@@ -156,18 +154,18 @@ def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
     return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
 
 
-def _identity(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
+def _model(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
     """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
         tokenizer = _tokenizer(model)
-        return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": fingerprint(tokenizer)}
+        return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
-    hashes = {"tokenizer_sha256": fingerprint(pipe.tokenizer), "ar_sha256": fingerprint(pipe.ar)}
+    hashes = {"tokenizer_sha256": model_sha256(pipe.tokenizer), "ar_sha256": model_sha256(pipe.ar)}
     hashes["token_draws"] = gumbel.METHOD
     return pipe.tokenizer.config, pipe.num_groups, hashes
 
 
-def _reference_identity(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
+def _reference_hashes(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
     """Hashes of what a reference holds, wherever it lies: statistics, images, or both."""
     stored = read_statistics(reference, "--reference")
     known = {} if stored is None else {"reference_statistics_sha256": sha256_of(stored.statistics)}
@@ -180,21 +178,22 @@ def _reference_identity(reference: str, size: int, batch_size: int, full: bool) 
     return known | {"reference_sha256": set_sha256(digests)}
 
 
-def _read(place: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _read(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured; None where nothing was, or of other images than lie beside it now."""
-    path = place / MEASURED
+    path = folder / MEASURED
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     for name, value in asked.items():
         if found.get(name) != value:
             raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
-    record = read_drawn(place / SAMPLES)
+    record = read_drawn(folder / SAMPLES)
     return found if record is None or record[PIXELS] == found["protocol"]["samples"]["sha256"] else None
 
 
-def _generate(model: str, row: Row, seed: int, num_samples: int, batch_size: int, device: str, output: Path) -> None:
-    place = choose_device(device)
+def _generate(
+    model: str, row: Row, seed: int, num_samples: int, batch_size: int, place: torch.device, output: Path
+) -> None:
     trainer = L.Trainer(
         accelerator={"cuda": "gpu"}.get(place.type, place.type),
         devices=1 if place.index is None else [place.index],
@@ -208,58 +207,49 @@ def _generate(model: str, row: Row, seed: int, num_samples: int, batch_size: int
     trainer.predict(module, LabelsDataModule(num_samples, batch_size=batch_size, piece_size=4 * batch_size))
 
 
-@torch.no_grad()
-def _reconstruct(model: str, row: Row, seed: int, reference: str, batch_size: int, device: str, output: Path) -> None:
-    place = choose_device(device)
+def _reconstruct(
+    model: str, row: Row, seed: int, reference: str, batch_size: int, place: torch.device, output: Path
+) -> None:
     tokenizer = _tokenizer(model).to(place)
-    size = tokenizer.config.image_size
-    originals = open_images(reference, "--reference", size)
-
-    def pieces(originals: ImageSet) -> Iterator[np.ndarray]:
-        start = 0
-        for images, _ in with_progress(originals, batch_size, str(output.parent)):
-            numbers = range(start, start := start + len(images))
-            codes = tokenizer.tokenize(to_float(images.to(place)))
-            noise = tokenizer.draw_noise(len(images), [image_generator(seed, number) for number in numbers])
-            decoded = tokenizer.detokenize(codes, noise, row.solver, row.groups, row.num_steps)
-            yield to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
-
-    pixels = write_npz(output, pieces(originals), (len(originals), size, size, 3))
-    record = {
+    config = tokenizer.config
+    originals = open_images(reference, "--reference", config.image_size)
+    options = {"solver": row.solver, "groups": row.groups, "num_steps": row.num_steps}
+    batches = reconstruct_all(tokenizer, originals, batch_size, seed, **options)
+    pieces = (batch.decoded.permute(0, 2, 3, 1).cpu().numpy() for batch in batches)
+    pixels = write_npz(output, pieces, (len(originals), config.image_size, config.image_size, 3))
+    facts = {
         "reconstructions": originals.protocol,
-        "tokenizer_sha256": fingerprint(tokenizer),
+        "tokenizer_sha256": model_sha256(tokenizer),
         "ema": {"tokenizer": tokenizer.averaged},
         "seed": seed,
         "solver": row.solver,
-        "steps": row.num_steps or tokenizer.config.num_groups,
-        "groups": row.groups or tokenizer.config.num_groups,
+        "steps": row.num_steps or config.num_groups,
+        "groups": row.groups or config.num_groups,
         "batch_size": batch_size,
         "provenance": provenance(place, dtype_name(tokenizer.dtype)),
     }
-    write_text(output.with_suffix(".json"), json.dumps(record | {PIXELS: pixels}, indent=2) + "\n")
-
-
-# ---- the table
+    write_drawn(output, facts, pixels)
 
 
 def _summary(
     row: Row, model: str, config: TokenizerConfig, num_groups: int, measured: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of every figure, beside the paper's."""
+    """Mean and standard deviation over the seeds of every metric, beside the paper's."""
     metrics = {}
     for name in measured[0]["metrics"]:
         values = [one["metrics"][name] for one in measured]
-        if None in values:  # an infinite PSNR
-            continue
-        metrics[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+        if None not in values:  # an infinite PSNR
+            std = stdev(values) if len(values) > 1 else None
+            metrics[name] = {"mean": mean(values), "std": std, "values": values}
     groups = row.groups or num_groups
+    scales = row.guidance if isinstance(row.guidance, tuple | list) else [row.guidance]
     return {
         "settings": {
             "pipeline": model,
             "codebook": config.codebook_size,
             "solver": row.solver,
             "steps": row.num_steps or config.num_groups,
-            "guidance": _guidance_name(row.guidance),
+            "guidance": "none" if row.guidance == 1 else " to ".join(f"{scale:g}" for scale in scales),
             "tokens": f"{GroupSchedule.from_config(config).tokens_for_groups(groups)} of {config.num_tokens}",
         },
         "paper": row.paper,
@@ -268,12 +258,6 @@ def _summary(
         "models": {name: measured[0][name] for name in ("tokenizer_sha256", "ar_sha256") if name in measured[0]},
         "protocol": measured[0]["protocol"],
     }
-
-
-def _guidance_name(guidance: float | tuple[float, float]) -> str:
-    if isinstance(guidance, tuple | list):
-        return f"{guidance[0]:g} to {guidance[1]:g}"
-    return "none" if guidance == 1 else f"{guidance:g}"
 
 
 def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
@@ -288,6 +272,8 @@ def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
 
 
 def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], made: dict[str, Any]) -> None:
+    from dar_lightning.sweeps.plots import plot_table, save_plot  # matplotlib
+
     varied = [name for name in results[0]["settings"] if len({row["settings"][name] for row in results}) > 1]
     varied = varied or ["pipeline"]
     caveat = _caveat(frechet, results)
@@ -295,45 +281,15 @@ def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], 
     write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     metrics, papers = (list(dict.fromkeys(name for row in results for name in row[of])) for of in ("metrics", "paper"))
-    lines = [f"# {title}", "", caveat, ""]
-    lines += ["| " + " | ".join([*varied, *metrics, *(f"paper: {name}" for name in papers)]) + " |"]
-    lines += ["|" + "---|" * (len(varied) + len(metrics) + len(papers))]
-    for row in results:
-        cells = [str(row["settings"][name]) for name in varied]
-        cells += [_figure(row["metrics"][name]) if name in row["metrics"] else "infinite" for name in metrics]
-        cells += [f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers]
-        lines.append("| " + " | ".join(cells) + " |")
-    write_text(root / "table.md", "\n".join(lines) + "\n")
-    _plot(root / "table.png", title, caveat, frechet, results, varied)
-    print("\n".join(lines))
-
-
-def _figure(metric: dict[str, Any]) -> str:
-    spread = "" if metric["std"] is None else f" ± {metric['std']:.2g}"
-    return f"{metric['mean']:.4g}{spread}"
-
-
-def _plot(path: Path, title: str, caveat: str, frechet: str, results: list[dict[str, Any]], varied: list[str]) -> None:
-    """The Frechet distance of each row, and the paper's FID, in two panels with the same rows."""
-    from matplotlib.figure import Figure
-
-    labels = ["\n".join(str(row["settings"][name]) for name in varied) for row in results]
-    ours = [row["metrics"][frechet] for row in results]
-    places = range(len(results))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    spread = None if ours[0]["std"] is None else [one["std"] for one in ours]
-    left.errorbar(places, [one["mean"] for one in ours], spread, fmt="o", capsize=4, color="C0")
-    left.set_title(f"here: {frechet}", fontsize=10)
-    right.plot(places, [row["paper"].get("FID", float("nan")) for row in results], "s", color="C1")
-    right.set_title("paper: FID", fontsize=10)
-    for axes in (left, right):
-        axes.set_xticks(places, labels, fontsize=8)
-        axes.set_xlabel(", ".join(varied), fontsize=8)
-        axes.set_xlim(-0.5, len(results) - 0.5)
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.grid(axis="y", alpha=0.3)
-    figure.suptitle(title, fontsize=11)
-    figure.supxlabel(textwrap.fill(caveat, 150), fontsize=7)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+    settings = [[str(row["settings"][name]) for name in varied] for row in results]
+    lines = []
+    for start, row in zip(settings, results, strict=True):
+        spreads = {name: spread_text(metric["mean"], metric["std"]) for name, metric in row["metrics"].items()}
+        ours = [spreads.get(name, "infinite") for name in metrics]
+        lines.append([*start, *ours, *(f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers)])
+    header = [*varied, *metrics, *(f"paper: {name}" for name in papers)]
+    text = "\n".join([f"# {title}", "", caveat, "", *markdown_table(header, lines)])
+    write_text(root / "table.md", text + "\n")
+    plot = plot_table(title, caveat, frechet, results, ["\n".join(words) for words in settings], ", ".join(varied))
+    save_plot(plot, root / "table.png")
+    print(text)

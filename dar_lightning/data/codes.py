@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from dar_lightning.data.loader import Loader, StreamDataModule
-from dar_lightning.data.sampler import shuffled
+from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.data.token_dataset import CodesDataset, CodesIndex
 from dar_lightning.errors import UserError
 
@@ -26,6 +25,8 @@ class CodesDataModule(StreamDataModule):
             training and validation tokens must still be of one tokenizer.
     """
 
+    sources = "a folder that `dar extract` wrote"
+
     def __init__(
         self,
         train: str | None = None,
@@ -35,22 +36,14 @@ class CodesDataModule(StreamDataModule):
         seed: int = 0,
         tokenizer: str | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.train, self.val, self.tokenizer = train, val, tokenizer
-        self._index: dict[str, CodesIndex] = {}
+        super().__init__(train, val, batch_size, num_workers, seed)
+        self.tokenizer = tokenizer
 
-    def index(self, split: str) -> CodesIndex:
-        """The token shards of a split ("train" or "val"), read at first use.
+    def _read_index(self, split: str, source: str) -> CodesIndex:
+        return CodesIndex.load(source, f"data.{split}")
 
-        Raises:
-            UserError: The split has none, or they are not as they should be.
-        """
-        if split not in self._index:
-            source = getattr(self, split)
-            if source is None:
-                raise UserError(f"data.{split}: not set; give a folder that `dar extract` wrote")
-            self._index[split] = CodesIndex.load(source, f"data.{split}")
-        return self._index[split]
+    def _dataset(self, split: str) -> CodesDataset:
+        return CodesDataset(self.index(split), self.seed, random_crop=split == "train")
 
     def setup(self, stage: str) -> None:
         """Check that all tokens are of one tokenizer, and of the one that was named."""
@@ -60,11 +53,11 @@ class CodesDataModule(StreamDataModule):
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
             # not at the top: the data layer needs no model for anything else
-            from dar_lightning.formats.fingerprint import fingerprint
+            from dar_lightning.formats.model_sha256 import model_sha256
             from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
             tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer)
-            prints = {"data.tokenizer": fingerprint(tokenizer)} | prints
+            prints = {"data.tokenizer": model_sha256(tokenizer)} | prints
         first, *others = prints.items()
         for name, value in others:
             if value != first[1]:
@@ -75,7 +68,7 @@ class CodesDataModule(StreamDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, and whose tokens they are."""
-        return super().state_dict() | {"tokenizer": self._any.tokenizer}
+        return super().state_dict() | {"tokenizer": self._any_index.tokenizer}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -83,7 +76,7 @@ class CodesDataModule(StreamDataModule):
         Raises:
             UserError: It was trained on tokens of another tokenizer.
         """
-        mine = self._any.tokenizer
+        mine = self._any_index.tokenizer
         if (theirs := state_dict.get("tokenizer", mine)) != mine:
             raise UserError(
                 f"cannot resume: the checkpoint saw tokens of tokenizer {theirs[:12]}, these are of {mine[:12]}; "
@@ -92,13 +85,9 @@ class CodesDataModule(StreamDataModule):
         super().load_state_dict(state_dict)
 
     @property
-    def _any(self) -> CodesIndex:
-        return self.index("val" if self.train is None else "train")
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels."""
-        return self._any.classes
+        return self._any_index.classes
 
     @property
     def num_classes(self) -> int:
@@ -108,28 +97,14 @@ class CodesDataModule(StreamDataModule):
     @property
     def num_tokens(self) -> int:
         """Tokens per image, N."""
-        return self._any.num_tokens
+        return self._any_index.num_tokens
 
     @property
     def num_groups(self) -> int | None:
         """Groups of the tokenizer that made them, where the folder says it."""
-        return self._any.tokenizer_config.get("num_groups")
+        return self._any_index.tokenizer_config.get("num_groups")
 
     @property
     def codebook_size(self) -> int:
         """Tokens are below this number."""
-        return self._any.codebook_size
-
-    def train_dataloader(self) -> Loader:
-        """Shuffled batches, endless in principle; see `stream.TrainLoader`."""
-        index = self.index("train")
-        sizes = [shard.samples for shard in index.shards]
-        dataset = CodesDataset(index, self.seed, random_crop=True)
-        seed = self.seed  # self in the order would make a cycle, see ImageNetDataModule
-        return self._train_loader(dataset, lambda epoch: shuffled(sizes, seed, epoch, window=len(sizes)))
-
-    def val_dataloader(self) -> Loader:
-        """Every validation sample once; empty without validation shards."""
-        return [] if self.val is None else self._eval_loader(CodesDataset(self.index("val"), self.seed, False))
-
-    test_dataloader = predict_dataloader = val_dataloader
+        return self._any_index.codebook_size

@@ -12,7 +12,8 @@ from dar_lightning.data import transforms
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.sampler import Ticket, replacement_generator, sample_generator
-from dar_lightning.data.shards import IMAGE_TYPES, ShardReader, fingerprint, image_member
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import IMAGE_TYPES, data_sha256
 from dar_lightning.errors import UserError
 
 REPLACEMENTS = 1000  # samples that are tried in a bad one's place
@@ -57,10 +58,16 @@ class ShardDataset(Dataset):
         self.reader, self.numbers, self.labels, self.num_classes = reader, numbers, labels, num_classes
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
         self.replace, self.skipped = replace, skipped
-        self.fingerprint = fingerprint(reader.index.shards, list(labels.items()))
+        self.data_sha256 = data_sha256(reader.index.shards, list(labels.items()))
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples per shard."""
+        ends = self.reader.ends
+        return np.bincount(np.searchsorted(ends, self.numbers, side="right"), minlength=len(ends)).tolist()
 
     def __getitem__(self, ticket: Ticket | int) -> dict:
         ticket = Ticket(ticket) if isinstance(ticket, int) else ticket
@@ -89,16 +96,10 @@ class ShardDataset(Dataset):
     def _instead(self, number: int, ticket: Ticket, skipped: Bad) -> dict:
         """The item at the place of a bad sample."""
         if not self.replace:
+            black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
             shard, _, key = skipped.name.partition("/")
-            return {
-                "image": torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
-                "label": 0,
-                "key": key,
-                "shard": shard,
-                "index": number,
-                "valid": False,
-                "skipped": skipped,
-            }
+            item = {"image": black, "label": 0, "key": key, "shard": shard, "index": number, "valid": False}
+            return item | {"skipped": skipped}
         generator = replacement_generator(self.seed, ticket.epoch, ticket.index)
         for other in self.numbers[generator.integers(len(self), size=REPLACEMENTS)]:
             try:
@@ -124,7 +125,10 @@ def decode(members: dict[str, bytes], draft_size: int | None = None) -> Image.Im
     Raises:
         BadSample: It has none, or one that cannot be decoded.
     """
-    return decode_rgb(image_member(members), draft_size)
+    encoded = [members[extension] for extension in IMAGE_TYPES if extension in members]
+    if not encoded:
+        raise BadSample(f"no image ({', '.join(IMAGE_TYPES)})")
+    return decode_rgb(encoded[0], draft_size)
 
 
 def read_label(members: dict[str, bytes], num_classes: int | None) -> int:

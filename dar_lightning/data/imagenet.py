@@ -1,22 +1,20 @@
 """ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
 
 from itertools import zip_longest
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from dar_lightning.data.bad_samples import Skipped
 from dar_lightning.data.image_dataset import Crop, ShardDataset, select
-from dar_lightning.data.loader import Loader, StreamDataModule
-from dar_lightning.data.sampler import shuffled
-from dar_lightning.data.shards import ShardIndex, ShardReader
+from dar_lightning.data.loader import StreamDataModule
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex
 from dar_lightning.errors import UserError
-
-SHUFFLE_SHARDS = 16  # shards whose samples are mixed; some 20,000 images of ImageNet
 
 
 class ImageNetDataModule(StreamDataModule):
-    """Images and labels out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
+    """Photos of any kind, ImageNet's or your own, out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
 
     Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, `key` and `shard` (lists of B strings:
     where the picture comes from), `index` (B,) int64 (the sample's number in the order of the shards) and `valid` (B,)
@@ -49,6 +47,8 @@ class ImageNetDataModule(StreamDataModule):
     """
 
     fixed = ("seed", "image_size", "crop", "flip")
+    window = 16  # some 20,000 images of ImageNet
+    sources = "a folder of shards or a pattern of them"
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class ImageNetDataModule(StreamDataModule):
         cache_dir: str | None = None,
         max_bad_share: float = 0.01,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(train, val, batch_size, num_workers, seed)
         if image_size < 1:
             raise UserError(f"data.image_size: {image_size} is not a number of pixels, give at least 1")
         if crop not in get_args(Crop):
@@ -76,30 +76,20 @@ class ImageNetDataModule(StreamDataModule):
             raise UserError(f"data.max_bad_share: {max_bad_share} is not a share, give 0 to 1")
         if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
             raise UserError(f"data.classes: {classes} is empty or names a class twice")
-        self.train, self.val, self.image_size, self.crop, self.flip = train, val, image_size, crop, flip
+        self.image_size, self.crop, self.flip = image_size, crop, flip
         self.cache_dir, self.max_bad_share = cache_dir, max_bad_share
         self._num_classes, self._classes = num_classes, classes
-        self._index: dict[str, ShardIndex] = {}
         self._skipped: dict[str, Skipped] = {}
 
-    def index(self, split: Literal["train", "val"]) -> ShardIndex:
-        """The shards of a split, read at first use.
-
-        Raises:
-            UserError: The split has no shards, or too much of them is known to be bad.
-        """
-        if split not in self._index:
-            source, option = getattr(self, split), f"data.{split}"
-            if source is None:
-                raise UserError(f"{option}: not set; give a folder of shards or a pattern of them")
-            index = ShardIndex.load(source, option, self.cache_dir)
-            skipped = Skipped(option, index.num_samples, self.max_bad_share)
-            skipped.add(index.lost)
-            skipped.check()
-            self._index[split], self._skipped[split] = index, skipped
-            if self._classes is not None:
-                self._kept()  # so that a class which is none is found here
-        return self._index[split]
+    def _read_index(self, split: str, source: str) -> ShardIndex:
+        index = ShardIndex.load(source, f"data.{split}", self.cache_dir)
+        skipped = Skipped(f"data.{split}", index.num_samples, self.max_bad_share)
+        skipped.add(index.lost)
+        skipped.check()
+        self._index[split], self._skipped[split] = index, skipped
+        if self._classes is not None:
+            self._kept()  # so that a class which is none is found here
+        return index
 
     @property
     def skipped(self) -> dict[str, dict[str, str]]:
@@ -123,7 +113,7 @@ class ImageNetDataModule(StreamDataModule):
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return self.index("val" if self.train is None else "train").classes
+        return self._any_index.classes
 
     @property
     def _classes_in_shards(self) -> int | None:
@@ -144,7 +134,7 @@ class ImageNetDataModule(StreamDataModule):
             raise UserError(f"data.classes: {self._classes} names a class twice")
         return numbers
 
-    def _dataset(self, split: Literal["train", "val"], crop: Crop, flip: bool, replace: bool) -> ShardDataset:
+    def _dataset(self, split: str) -> ShardDataset:
         reader, skipped = ShardReader(self.index(split)), self._skipped[split]
         numbers, labels, count = np.arange(len(reader)), {}, self._classes_in_shards
         if self._classes is not None:
@@ -157,7 +147,11 @@ class ImageNetDataModule(StreamDataModule):
                 raise UserError(f"data.classes: {getattr(self, split)} has no sample of {self._classes}")
         elif count is None:
             count = self.num_classes  # which says what is missing
-        return ShardDataset(reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace, skipped)
+        training = split == "train"
+        crop, flip = (self.crop, self.flip) if training else ("center", False)
+        return ShardDataset(
+            reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace=training, skipped=skipped
+        )
 
     def setup(self, stage: str) -> None:
         """Check that training and validation shards number their classes alike.
@@ -187,19 +181,3 @@ class ImageNetDataModule(StreamDataModule):
             if getattr(self, split) is not None:
                 self.index(split)  # no rank may be without
                 self._skipped[split].check(everywhere)
-
-    def train_dataloader(self) -> Loader:
-        """Shuffled batches, endless in principle; see `stream.TrainLoader`."""
-        dataset = self._dataset("train", self.crop, self.flip, replace=True)
-        # with self in the order, the loader would be part of a cycle, and its workers would wait 10 s for their end
-        ends, seed = dataset.reader.ends, self.seed
-        sizes = np.bincount(np.searchsorted(ends, dataset.numbers, side="right"), minlength=len(ends)).tolist()
-        return self._train_loader(dataset, lambda epoch: shuffled(sizes, seed, epoch, SHUFFLE_SHARDS))
-
-    def val_dataloader(self) -> Loader:
-        """Every validation sample once; empty without validation shards."""
-        if self.val is None:
-            return []
-        return self._eval_loader(self._dataset("val", "center", flip=False, replace=False))
-
-    test_dataloader = predict_dataloader = val_dataloader

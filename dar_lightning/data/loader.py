@@ -1,4 +1,4 @@
-"""The loaders of a run, and what all DataModules share: checkpoints hold the place in the data."""
+"""The loaders of a run, and what both DataModules share: checkpoints hold the place in the data."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -6,19 +6,19 @@ from time import perf_counter
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
 from dar_lightning.data import workers
 from dar_lightning.data.bad_samples import Bad, Skipped
-from dar_lightning.data.sampler import EvalSampler, TrainSampler
+from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 NO_MEMORY = {-9, -7}  # exit codes after SIGKILL and SIGBUS: no main memory, no shared memory
+ANOTHER_RUN = "use the same, or start a new run from its weights"
 
 
 class Loader(DataLoader):
@@ -94,49 +94,54 @@ class TrainLoader(Loader):
             self.sampler.position += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Where the run stands, and what must be the same for this to mean anything."""
         return {
             "position": self.position - self.unfinished(),
             "global_batch": self.sampler.global_batch,
             "accumulate": self.sampler.accumulate,
             "samples": len(self.sampler.dataset),
-            "fingerprint": self.sampler.dataset.fingerprint,
+            "data_sha256": self.sampler.dataset.data_sha256,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Continue from a checkpoint.
 
         Raises:
             UserError: The global batch or the data are not those of the checkpoint.
         """
         mine = self.state_dict()
+        if "fingerprint" in state:  # its name in earlier versions
+            state = state | {"data_sha256": state["fingerprint"]}
         for name, what in (
             ("global_batch", "batch size x devices"),
             ("accumulate", "number of batches per optimizer step"),
             ("samples", "number of training samples"),
-            ("fingerprint", "fingerprint of the training data (shards' names, contents and classes)"),
+            ("data_sha256", "hash of the training data (shards' names, contents and classes)"),
         ):
             if state.get(name, mine[name]) != mine[name]:
                 raise UserError(
-                    f"cannot resume: {what} was {state[name]} in the checkpoint and is {mine[name]} now; use the same, "
-                    "or start a new run from its weights"
+                    f"cannot resume: {what} was {state[name]} in the checkpoint and is {mine[name]} now; {ANOTHER_RUN}"
                 )
         self.sampler.position = state["position"]
 
 
 class StreamDataModule(L.LightningDataModule):
-    """What all DataModules share: the two kinds of loader, and the place in the data inside of checkpoints.
+    """What both DataModules share: their splits, the two kinds of loader, and the place in the data in checkpoints.
 
     Args:
+        train: Where the training data lie.
+        val: Where the validation data lie.
         batch_size: Samples per batch and device.
         num_workers: Worker processes per loader; the batches do not depend on it.
         seed: Order of the samples, and crops.
     """
 
     fixed: tuple[str, ...] = ("seed",)  # options that a resumed run must share
+    window: int | None = None  # shards whose samples are mixed; None is all of them
+    sources = "data"  # what train and val may be, for the error line
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(self, train: str | None, val: str | None, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not a number of samples, give at least 1")
@@ -144,23 +149,54 @@ class StreamDataModule(L.LightningDataModule):
             raise UserError(f"num_workers: {num_workers} is negative, give 0 or more")
         if seed < 0:
             raise UserError(f"seed: {seed} is negative, give 0 or more")
+        self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._index: dict[str, Any] = {}
         self._loader: TrainLoader | None = None
-        self._restored: dict[str, int] | None = None
+        self._restored: dict[str, int | str] | None = None
+
+    def _read_index(self, split: str, source: str) -> Any:
+        raise NotImplementedError
+
+    def _dataset(self, split: str) -> Dataset:
+        raise NotImplementedError
+
+    def index(self, split: str) -> Any:
+        """The shards of a split ("train" or "val"), read at first use.
+
+        Raises:
+            UserError: The split has none, or they are not as they should be.
+        """
+        if split not in self._index:
+            source = getattr(self, split)
+            if source is None:
+                raise UserError(f"data.{split}: not set; give {self.sources}")
+            self._index[split] = self._read_index(split, source)
+        return self._index[split]
+
+    @property
+    def _any_index(self) -> Any:
+        return self.index("val" if self.train is None else "train")
 
     def setup(self, stage: str) -> None:
         """Called by the Trainer at the start of everything that it does: training begins anew, or is restored."""
         if stage == "fit":
             self._loader = None
 
-    def _train_loader(self, dataset: Dataset, order: Callable[[int], np.ndarray]) -> Loader:
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches, endless in principle; see `TrainLoader`."""
+        dataset = self._dataset("train")
         world, rank, overfit, accumulate = 1, 0, 0, 1
         if self.trainer is not None:
             world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
             accumulate = self.trainer.accumulate_grad_batches
         if overfit:  # the same few batches in every epoch
             return Loader(dataset, batch_size=self.batch_size, drop_last=True, **workers.options(self.num_workers))
-        sampler = TrainSampler(dataset, order, self.batch_size, world, rank, accumulate)
+        # with self in the order, the loader would be part of a cycle, and its workers would wait 10 s for their end
+        sizes, seed, window = dataset.sizes, self.seed, self.window or len(dataset.sizes)
+        sampler = TrainSampler(
+            dataset, lambda epoch: shuffled(sizes, seed, epoch, window), self.batch_size, world, rank, accumulate
+        )
         if sampler.batches == 0:
             times = f", {accumulate} times," if accumulate > 1 else ""
             raise UserError(
@@ -168,30 +204,29 @@ class StreamDataModule(L.LightningDataModule):
                 "samples"
             )
         before = self._loader
-        self._loader = TrainLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            **workers.options(self.num_workers, persistent=True),
-        )
+        options = workers.options(self.num_workers, persistent=True)
+        self._loader = TrainLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **options)
         if self.trainer is not None:
             # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             self._loader.unfinished = lambda: progress.ready - progress.processed
         if self._restored is not None:
-            self._loader.load_state_dict(self._restored)
-            self._restored = None
+            self._restore()
         elif before is not None:  # Trainer(reload_dataloaders_every_n_epochs=...)
             self._loader.sampler.position = before.position
         return self._loader
 
-    def _eval_loader(self, dataset: Dataset) -> Loader:
-        trainer = self.trainer
-        sampler = None  # in order; Lightning then knows that nothing is shuffled
-        if trainer is not None and trainer.world_size > 1:
-            sampler = EvalSampler(dataset, trainer.world_size, trainer.global_rank)
+    def val_dataloader(self) -> Loader | list:
+        """Every validation sample once; empty without validation data."""
+        if self.val is None:
+            return []
+        dataset, sampler = self._dataset("val"), None  # in order; Lightning then knows that nothing is shuffled
+        if self.trainer is not None and self.trainer.world_size > 1:
+            sampler = EvalSampler(dataset, self.trainer.world_size, self.trainer.global_rank)
+        # Lightning makes it anew for predictions, by the names of its arguments
         return Loader(dataset, batch_size=self.batch_size, sampler=sampler, **workers.options(self.num_workers))
+
+    test_dataloader = predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning keeps this in every checkpoint."""
@@ -208,10 +243,12 @@ class StreamDataModule(L.LightningDataModule):
         for name in self.fixed if training else ():
             if (was := state_dict.get(name, now := getattr(self, name))) != now:
                 raise UserError(
-                    f"cannot resume: data.{name} was {was} in the checkpoint and is {now} now; use the same, or start "
-                    "a new run from its weights"
+                    f"cannot resume: data.{name} was {was} in the checkpoint and is {now} now; {ANOTHER_RUN}"
                 )
         self._restored = state_dict["stream"]
         if self._loader is not None and self._restored is not None:  # sharded models are restored after the loaders
-            self._loader.load_state_dict(self._restored)
-            self._restored = None
+            self._restore()
+
+    def _restore(self) -> None:
+        self._loader.load_state_dict(self._restored)
+        self._restored = None

@@ -1,23 +1,22 @@
-"""Shards on a server: each is copied whole, once, into a folder on this machine, and is a local file from then on."""
+"""Copies of shards on a server: each is fetched whole, once, and is a local file from then on.
+
+fsspec does the transfer. Its caching file systems (`filecache`, `simplecache`) write under the final name and take no
+lock: two workers would both fetch a shard, and a transfer that broke off would count as a whole file.
+"""
 
 import hashlib
 import logging
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 import fsspec
-from aiohttp import ClientTimeout
 from filelock import FileLock
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, write_text
+from dar_lightning.files import atomic_path, file_sha256, write_text
 
 TRIES = 4
 WAIT = 0.5  # seconds before the second try; doubled after each
-PATIENCE = ClientTimeout(total=None, sock_connect=20, sock_read=60)  # however large a shard is, silence ends
-
-
 log = logging.getLogger(__name__)
 
 
@@ -54,38 +53,64 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
         FileNotFoundError: The server has no such file.
         UserError: The server does not answer, or the copy cannot be written.
     """
-    if _is_here(path, size) and not renew:
+    note = path.with_name(path.name + ".differs")
+
+    def is_here() -> bool:
+        return not renew and path.is_file() and (size in (None, path.stat().st_size) or note.exists())
+
+    if is_here():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise UserError(f"cache_dir: {path.parent} cannot be written ({error.strerror})") from error
+    problems: list[str] = []
     with lock:
-        if _is_here(path, size) and not renew:
-            return
-        seen: list[str] = []  # what was wrong with earlier copies
-        for attempt in range(TRIES):
+        while not is_here():
             try:
-                return _copy(url, path, size, sha256, seen)
+                with atomic_path(path) as part:
+                    _copy(url, part)
+                    difference = _difference(part, size, sha256)
+                    if difference and difference not in problems:
+                        raise ValueError(difference)
+                if difference:
+                    log.warning("%s: %s; what can be read of it is used", url, difference)
+                    write_text(note, difference + "\n")
+                return
             except (FileNotFoundError, UserError):
                 raise
-            except Differs as error:
-                problem = error
-                seen.append(str(error))
             except Exception as error:  # each of fsspec's file systems has errors of its own
-                problem = error
-                time.sleep(WAIT * 2**attempt if attempt < TRIES - 1 else 0)
-    reason = " ".join(f"{type(problem).__name__}: {problem}".split())
-    raise UserError(f"{url} cannot be copied after {TRIES} tries ({reason}); check the address and the server")
+                problems.append(str(error))
+                if len(problems) == TRIES:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    raise UserError(
+                        f"{url} cannot be copied after {TRIES} tries ({reason}); check the address and the server"
+                    ) from error
+                time.sleep(WAIT * 2 ** (len(problems) - 1))
 
 
-class Differs(Exception):
-    """A copy is not what the index says."""
+def _copy(url: str, part: Path) -> None:
+    options = {}
+    if url.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout  # what fsspec reads HTTP with
+
+        # however large a shard is, silence ends
+        options = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=20, sock_read=60)}}
+    try:
+        system, place = fsspec.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {' '.join(str(error).split())}") from error
+    system.get_file(place, str(part))
 
 
-def _differs(path: Path) -> Path:
-    return path.with_name(path.name + ".differs")
+def _difference(part: Path, size: int | None, sha256: str | None) -> str:
+    """What a copy has that the index does not say, or ""."""
+    found = part.stat().st_size
+    digest = file_sha256(part) if sha256 is not None else None
+    if size in (None, found) and digest == sha256:
+        return ""
+    return f"the server gives {found} bytes with SHA-256 {digest}, the index says {size} and {sha256}"
 
 
 def forget_differing(folder: Path) -> None:
@@ -100,33 +125,3 @@ def forget_differing(folder: Path) -> None:
             note.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cache_dir: {folder} cannot be written ({error.strerror})") from error
-
-
-def _is_here(path: Path, size: int | None) -> bool:
-    return path.is_file() and (size in (None, path.stat().st_size) or _differs(path).exists())
-
-
-def _copy(url: str, path: Path, size: int | None, sha256: str | None, seen: Collection[str]) -> None:
-    """Copy it once. What differs from the index is kept only if an earlier copy differed in the same way."""
-    options = {"client_kwargs": {"timeout": PATIENCE}} if url.startswith(("http://", "https://")) else {}
-    try:
-        system, place = fsspec.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: {' '.join(str(error).split())}") from error
-    with atomic_path(path) as part:
-        system.get_file(place, str(part))
-        difference = _difference(part, size, sha256)
-        if difference is not None:
-            if difference not in seen:
-                raise Differs(difference)
-            log.warning("%s: %s; what can be read of it is used", url, difference)
-            write_text(_differs(path), difference + "\n")
-
-
-def _difference(part: Path, size: int | None, sha256: str | None) -> str | None:
-    found = part.stat().st_size
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
-    if size in (None, found) and digest == sha256:
-        return None
-    return f"the server gives {found} bytes with SHA-256 {digest}, the index says {size} and {sha256}"

@@ -1,42 +1,37 @@
-"""WebDataset shards on disk: a folder of tar files and the `index.json` that says exactly what they hold.
+"""Shards on disk: a folder of WebDataset tars and the `index.json` that says what they hold.
 
 A shard is an uncompressed tar; the members of one sample share a key (`KEY.jpg`, `KEY.cls`, `KEY.json`), as in
-webdataset. Being uncompressed, any sample can be read by its offset, so the order of training is free: it is decided
-in `loader.py`, not by the order of the files.
+webdataset, whose TarWriter writes it. Being uncompressed, any sample can be read by its offset (`shard_reader.py`), so
+the order of training is free: it is decided in `sampler.py`, not by the order of the files.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
-import tarfile
-from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
+from webdataset import TarWriter
 from webdataset.shardlists import expand_urls
 
 from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
-from dar_lightning.data.tar import Contents, Sample, read_headers
+from dar_lightning.data.tar import Contents, read_headers
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, find_shipped, write_text
+from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_text
 
 INDEX = "index.json"
 VERSION = 1
-log = logging.getLogger(__name__)
-
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name in the folder, number of samples, size in bytes, and SHA-256 (None where not computed)."""
+    """One file: its name in the folder, number of samples, size in bytes, and SHA-256 (None where not computed)."""
 
     name: str
     samples: int
@@ -80,6 +75,12 @@ class ShardIndex:
             "bytes": sum(shard.bytes for shard in self.shards),
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
+            # the same for `wids` of the WebDataset project, which reads samples by their number, too
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "shardlist": [
+                {"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes} for shard in self.shards
+            ],
         }
         write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
 
@@ -111,20 +112,19 @@ class ShardIndex:
             if any(parent != folder for parent, _ in paths):
                 raise UserError(f"{option}: the shards of {source} must lie in one folder")
         url = folder.rstrip("/") if is_remote(folder) else None
-        root = Path(find_shipped(folder)) if url is None else cls._fetch_index(url, names is None, cache_dir, option)
+        root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
         if not root.is_dir():
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
-        known = cls._read(root, option) if (root / INDEX).is_file() else None
-        by_name = {shard.name: shard for shard in known.shards} if known else {}
+        known, classes = _read_image_index(root, option) if (root / INDEX).is_file() else ({}, ())
         if names is None:
-            names = list(by_name) if known else sorted(path.name for path in root.glob("*.tar"))
-        if url is None and (missing := [name for name in names if name not in by_name and not (root / name).exists()]):
+            names = list(known) or sorted(path.name for path in root.glob("*.tar"))
+        if url is None and (missing := [name for name in names if name not in known and not (root / name).exists()]):
             raise UserError(
                 f"{option}: {root / missing[0]} is missing ({len(missing)} of {len(names)} named by {source})"
             )
-        examined = [_examine(root, url, name, by_name.get(name)) for name in names]
+        examined = [_examine(root, url, name, known.get(name)) for name in names]
         lost = tuple(one for _, bad in examined for one in bad)
-        index = cls(root, tuple(entry for entry, _ in examined), known.classes if known else (), url, lost)
+        index = cls(root, tuple(entry for entry, _ in examined), classes, url, lost)
         if index.num_samples == 0:
             raise UserError(
                 f"{option}: no samples in {source}; give a folder of .tar shards, as webdataset writes them"
@@ -148,42 +148,41 @@ class ShardIndex:
                 raise BadSample("the file is missing on the server") from error
         return path
 
-    @staticmethod
-    def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> Path:
-        root = cache_folder(url, cache_dir, option)
-        try:
-            forget_differing(root)
-            fetch(f"{url}/{INDEX}", root / INDEX, renew=True)
-        except FileNotFoundError as error:
-            (root / INDEX).unlink(missing_ok=True)
-            if needed:
-                raise UserError(f"{option}: {url} has no {INDEX}; give a pattern of .tar files instead") from error
-        except UserError as error:
-            if not (root / INDEX).is_file():
-                raise
-            log.warning("%s: %s; going on with the copy of before", option, error)
-        return root
 
-    @classmethod
-    def _read(cls, folder: Path, option: str) -> "ShardIndex":
-        content, shards = read_index(folder, option, ("classes",))
-        if any(not shard.name.endswith(".tar") for shard in shards):
-            raise UserError(f"{option}: {folder} holds token shards, images are needed")
-        if not isinstance(content["classes"], list) or not all(isinstance(name, str) for name in content["classes"]):
-            raise UserError(f"{option}: classes in {folder / INDEX} are no list of names; rebuild it")
-        return cls(folder, shards, tuple(content["classes"]))
+def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> Path:
+    """The folder of a remote folder's copies, with its index in it if there is one."""
+    root = cache_folder(url, cache_dir, option)
+    try:
+        forget_differing(root)
+        fetch(f"{url}/{INDEX}", root / INDEX, renew=True)
+    except FileNotFoundError as error:
+        (root / INDEX).unlink(missing_ok=True)
+        if needed:
+            raise UserError(f"{option}: {url} has no {INDEX}; give a pattern of .tar files instead") from error
+    except UserError as error:
+        if not (root / INDEX).is_file():
+            raise
+        log.warning("%s: %s; going on with the copy of before", option, error)
+    return root
+
+
+def _read_image_index(folder: Path, option: str) -> tuple[dict[str, Shard], tuple[str, ...]]:
+    """Shards by their name, and the classes."""
+    content, shards = read_index(folder, option, ("classes",))
+    if any(not shard.name.endswith(".tar") for shard in shards):
+        raise UserError(f"{option}: {folder} holds token shards, images are needed")
+    if not isinstance(content["classes"], list) or not all(isinstance(name, str) for name in content["classes"]):
+        raise UserError(f"{option}: classes in {folder / INDEX} are no list of names; rebuild it")
+    return {shard.name: shard for shard in shards}, tuple(content["classes"])
 
 
 def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:
-    """Read a folder's `index.json`.
+    """A folder's `index.json`, and the shards in it.
 
     Args:
         folder: Where it lies.
         option: What the user calls the folder, for the error line.
         needed: Names that must be in it, besides the version and the shards.
-
-    Returns:
-        Its content, and its shards.
 
     Raises:
         UserError: It cannot be read, is something else, or was written by a later version.
@@ -191,38 +190,21 @@ def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict
     path = folder / INDEX
     try:
         content = json.loads(path.read_text())
-        if "shardlist" in content:
+        if "shardlist" in content and "shards" not in content:
             raise UserError(
                 f"{option}: {path} is webdataset's (widsindex), another format; rename it, and the shards are counted, "
                 "or pack them anew with dar shard"
             )
-        shards = tuple(Shard(**shard) for shard in content["shards"])
-        version = content["version"]
-        missing = [name for name in needed if name not in content]
+        shards, version = tuple(Shard(**shard) for shard in content["shards"]), content["version"]
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
     if version != VERSION:
         raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
-    if missing:
+    if missing := [name for name in needed if name not in content]:
         raise UserError(f"{option}: {path} is another kind of index, it has no {', '.join(missing)}")
     return content, shards
-
-
-def check_files(folder: Path, shards: Iterable[Shard], option: str) -> None:
-    """Compare the files of a folder with its index, by their sizes.
-
-    Raises:
-        UserError: One is missing or has another size.
-    """
-    for shard in shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise UserError(f"{option}: {path} is missing, although {folder / INDEX} names it")
-        if path.stat().st_size != shard.bytes:
-            size = path.stat().st_size
-            raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
 
 
 def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[Bad]]:
@@ -235,7 +217,7 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
             raise UserError(f"{url}/{name} is missing, and no {INDEX} says what it should hold") from error
     elif entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
         return entry, []
-    contents = _headers(path)
+    contents = shard_contents(path)
     found = len(contents.samples)
     if entry is None:  # of what has no end, who knows how much is missing: one sample at least
         entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
@@ -243,115 +225,18 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
     return entry, [Bad(f"{name}/{contents.name(position)}", flaw) for position, flaw in flaws if flaw]
 
 
-def fingerprint(shards: Iterable[Shard], *more: object) -> str:
-    """A short hash of what shards hold, by their names, counts and SHA-256; and of other things in JSON."""
+def data_sha256(shards: Iterable[Shard], *more: object) -> str:
+    """The first 16 digits of a SHA-256 over the shards' names, counts and SHA-256, and over other things in JSON."""
     content = [(shard.name, shard.samples, shard.sha256) for shard in shards]
     return hashlib.sha256(json.dumps([content, *more]).encode()).hexdigest()[:16]
 
 
-class ShardReader:
-    """Random access to the samples of a `ShardIndex`, by their number in the order of the shards.
-
-    Offsets are read from a shard's tar headers when it is first touched, and the last few shards stay open. Copies
-    in worker processes open their own files.
-    """
-
-    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
-        self.index = index
-        self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
-        self.max_open = max_open
-        self._open: OrderedDict[int, tuple[BinaryIO | None, Contents]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}
-
-    def __getitem__(self, number: int) -> tuple[str, str, dict[str, bytes]]:
-        """Shard name, key, and the contents of the sample's members by lower-case extension.
-
-        Raises:
-            BadSample: It is lost, or cannot be read.
-        """
-        return self.read(number)
-
-    def read(self, number: int, only: Collection[str] | None = None) -> tuple[str, str, dict[str, bytes]]:
-        """The same, with only some of the members."""
-        which, position = self._locate(number)
-        file, contents = self._shard(which)
-        if flaw := contents.flaw(position):
-            raise BadSample(flaw)
-        key, places, _ = contents.samples[position]
-        try:
-            # pread keeps no file position: safe where threads, or forks, share the descriptor
-            members = {
-                extension: os.pread(file.fileno(), size, offset)
-                for extension, (offset, size) in places.items()
-                if only is None or extension in only
-            }
-        except OSError as error:
-            raise BadSample(f"it cannot be read ({error.strerror})") from error
-        return self.index.shards[which].name, key, members
-
-    def name(self, number: int) -> str:
-        """What a log calls a sample, good or bad: "shard/key"."""
-        which, position = self._locate(number)
-        return f"{self.index.shards[which].name}/{self._shard(which)[1].name(position)}"
-
-    def _locate(self, number: int) -> tuple[int, int]:
-        """Number of a sample's shard, and its number in there."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        which = int(np.searchsorted(self.ends, number, side="right"))
-        return which, number - int(self.ends[which]) + self.index.shards[which].samples
-
-    def _shard(self, which: int) -> tuple[BinaryIO | None, Contents]:
-        if which not in self._open:
-            self._open[which] = self._read_shard(self.index.shards[which])
-            if len(self._open) > self.max_open and (oldest := self._open.popitem(last=False)[1][0]):
-                oldest.close()
-        self._open.move_to_end(which)
-        return self._open[which]
-
-    def _read_shard(self, shard: Shard) -> tuple[BinaryIO | None, Contents]:
-        try:
-            path = self.index.path(shard)
-        except BadSample as bad:
-            return None, Contents([], str(bad))
-        contents = _headers(path)
-        if any(not sample.flaw for sample in contents.samples[shard.samples :]):
-            if shard.sha256 in (None, sha256(path)):
-                raise UserError(
-                    f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
-                )
-            # a damaged name has made two samples of one: these go last, the good ones keep a number
-            contents.samples.sort(key=lambda sample: bool(sample.flaw) or not _is_complete(sample))
-        return path.open("rb", buffering=0) if contents.samples else None, contents
-
-
-def _headers(path: Path) -> Contents:
-    """Like `read_headers`. What may be otherwise in a moment must not count as damage: samples would be lost."""
+def shard_contents(path: Path) -> Contents:
+    """The samples of a tar. What may be otherwise in a moment must not count as damage: samples would be lost."""
     try:
         return read_headers(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _is_complete(sample: Sample) -> bool:
-    return "cls" in sample.members and any(extension in sample.members for extension in IMAGE_TYPES)
-
-
-def image_member(members: dict[str, bytes]) -> bytes:
-    """The encoded image among a sample's members.
-
-    Raises:
-        BadSample: There is none.
-    """
-    for extension in IMAGE_TYPES:
-        if extension in members:
-            return members[extension]
-    raise BadSample(f"no image ({', '.join(IMAGE_TYPES)})")
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
@@ -365,19 +250,11 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         The index entry of the new shard.
     """
     keys = set()
-    with atomic_path(path) as part, tarfile.open(part, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    same = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "keep_meta": True}  # whoever writes it, and when
+    with atomic_path(path) as part, part.open("wb") as file, TarWriter(file, encoder=False, **same) as tar:
         for key, members in samples:
             if key in keys:
                 raise UserError(f"{path}: two samples have the key {key}, keys must be unique in a shard")
             keys.add(key)
-            for extension, content in sorted(members.items()):
-                header = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: time, owner and group 0, mode 0644
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
-    return Shard(path.name, len(keys), path.stat().st_size, sha256(path))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            tar.write({"__key__": key} | members)
+    return Shard(path.name, len(keys), path.stat().st_size, file_sha256(path))

@@ -1,6 +1,7 @@
-"""The samples of one tar file, found by its headers alone, in whatever state the file is.
+"""The samples of a tar file and the offsets of their members, also of a tar that is cut or damaged.
 
-Members are only ever read at their offsets: nothing is extracted, so no name can lead anywhere.
+`tarfile` reads the headers; this adds what it keeps to itself: where a header is damaged, and how to go on behind it.
+Nothing is extracted, so no name can lead anywhere.
 """
 
 import tarfile
@@ -11,40 +12,24 @@ from typing import BinaryIO, NamedTuple
 REPEATED = "its key is in the shard twice"
 LONGEST_NAME = 4096  # bytes, as in a path of Linux
 BLOCK = tarfile.BLOCKSIZE
-LOOK = 2**20  # bytes behind the last member that must be zero; tar programs write up to 10 KB
-MAX_EXTENDED = 2**20  # bytes; names take a few dozen
-MAGIC, MAGIC_AT = b"ustar", 257  # in the headers of every tar since 1988
-EXTENDED = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+LOOK = 2**20  # bytes that must hold a header at the start, and be zero behind the last member
+MAX_EXTENDED = 2**20  # bytes of a header that is not of a file; names take a few dozen
+MAGIC = b"ustar"  # in the headers of every tar since 1988
 
 
 class Sample(NamedTuple):
-    """One sample of a tar.
+    """One sample of a tar."""
 
-    Args:
-        key: What its members' names share.
-        members: Where they lie: {lower-case extension: (offset, size)}.
-        flaw: Why it cannot be used, or "".
-    """
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    flaw: str = ""
+    key: str  # what its members' names share
+    members: dict[str, tuple[int, int]]  # lower-case extension -> offset and size
+    flaw: str = ""  # why it cannot be used
 
 
 class Contents(NamedTuple):
-    """What a tar holds: its samples in order of appearance, repeated keys last; and what is wrong with it, or "".
+    """What a tar holds."""
 
-    Of a file with damage, samples may be lost.
-    """
-
-    samples: list[Sample]
-    damage: str = ""
+    samples: list[Sample]  # in order of appearance, repeated keys last
+    damage: str = ""  # what is wrong with the file; samples may be lost then
 
     def name(self, position: int) -> str:
         """What to call a sample in a log; one that is lost has no key, only a number."""
@@ -59,16 +44,10 @@ class Contents(NamedTuple):
 
 
 def read_headers(path: Path) -> Contents:
-    """List the samples of an uncompressed tar.
+    """List the samples of an uncompressed tar, which may be missing or anything else.
 
     Of two samples with one key, the first counts: a member whose name was there already begins another one, which is
-    bad. Behind a damaged header, the search goes on at the next one.
-
-    Args:
-        path: The file, which may be missing or anything else.
-
-    Raises:
-        OSError: It is there and cannot be read.
+    bad.
     """
     if not path.is_file():
         return Contents([], "it is not a file" if path.exists() else "the file is missing")
@@ -96,99 +75,73 @@ def read_headers(path: Path) -> Contents:
 
 
 class Walk:
-    """The members of a tar, one header after the other.
-
-    `tarfile` does the same, but gives up where one of the two headers of a member is damaged that webdataset writes.
-
-    Args:
-        file: The tar, open for reading.
-        size: Its bytes.
-    """
+    """The members of a tar open for reading, in order; behind a damaged header, it goes on at the next one."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
         self.damage = ""  # what is wrong with the tar, once the walk is over
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        place, end = 0, 0  # of the next header; behind the last member
-        said: dict[str, str] = {}  # by extended headers, of the next member
-        while place + BLOCK <= self.size:
-            block = self._read(place, BLOCK)
-            try:
-                member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-                member.offset, member.offset_data = place, place + BLOCK
-                if member.type in EXTENDED:
-                    said |= self._extended(member)
-                    place = end = member.offset_data + _padded(member.size)
-                    continue
-                member.name = said.get("path", member.name)
-                member.size = int(said.get("size", member.size))
-                if member.size < 0:
-                    raise tarfile.InvalidHeaderError("negative size")
-            except tarfile.EOFHeaderError:  # zeros: the end, or the seam of two tars that were joined
-                place, said = place + BLOCK, {}
-                continue
-            except (tarfile.HeaderError, ValueError):
-                self.damage = f"a header is damaged at byte {place}"
-                place, said = self._next_header(place + BLOCK), {}
-                continue
+        start = self.file.read(LOOK)
+        if MAGIC not in start and (start.strip(b"\0") or not start):  # do not search the whole of something else
+            self.damage = "not an uncompressed tar file"
+            return
+        self.file.seek(0)
+        tar, end = _Tar(fileobj=self.file, mode="r", ignore_zeros=True), 0
+        for member in tar:
             yield member
-            said = {}
-            has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-            end = member.offset_data + (_padded(member.size) if has_content else 0)
-            place = end
-            if end > self.size and (place := self._next_header(member.offset_data)) < self.size:
-                self.damage = f"a header is damaged at byte {member.offset}"  # or else the file breaks off
-        if not self._ends_with_zeros(end):
-            self.damage = (self.damage or "the tar file breaks off") if end else "not an uncompressed tar file"
-
-    def _read(self, place: int, length: int) -> bytes:
-        self.file.seek(place)
-        return self.file.read(length)
-
-    def _extended(self, member: tarfile.TarInfo) -> dict[str, str]:
-        """What an extended header says of the member behind it: its `path` or `size`."""
-        if not 0 <= member.size <= MAX_EXTENDED or member.offset_data + member.size > self.size:
-            raise tarfile.InvalidHeaderError("an extended header of impossible size")
-        content = self._read(member.offset_data, member.size)
-        if member.type == tarfile.GNUTYPE_LONGNAME:
-            return {"path": _decode(content.partition(b"\0")[0])}
-        if member.type not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            return {}  # of all members, or of a link's target
-        said, place = {}, 0
-        while place < len(content):  # "LENGTH NAME=VALUE\n"
-            digits, _, _ = content[place : place + 20].partition(b" ")
-            length = int(digits)  # a ValueError is a damaged header, too
-            name, equals, value = content[place + len(digits) + 1 : place + length - 1].partition(b"=")
-            if length <= len(digits) or not equals:
-                raise tarfile.InvalidHeaderError("an extended header with a damaged record")
-            if name in (b"path", b"size"):
-                said[name.decode()] = _decode(value)
-            place += length
-        return said
-
-    def _next_header(self, place: int) -> int:
-        """Where the next block is that says of itself that it is a header; the end of the file if none does."""
-        while chunk := self._read(place, LOOK):
-            for start in range(0, len(chunk), BLOCK):
-                if chunk[start + MAGIC_AT : start + MAGIC_AT + len(MAGIC)] == MAGIC:
-                    return place + start
-            place += len(chunk)
-        return self.size
-
-    def _ends_with_zeros(self, place: int) -> bool:
-        """As all tars do."""
-        content = self._read(place, LOOK) if place < self.size else b""
-        return len(content) >= BLOCK and content.count(0) == len(content)
+            end = tar.offset
+        self.file.seek(end)
+        rest = self.file.read(LOOK)
+        if tar.damaged is not None:
+            self.damage = f"a header is damaged at byte {tar.damaged}"
+        elif len(rest) < BLOCK or rest.strip(b"\0"):  # all tars end with zeros
+            self.damage = "the tar file breaks off"
 
 
-def _padded(size: int) -> int:
-    """What a member of this size takes, in whole blocks."""
-    return -(-size // BLOCK) * BLOCK
+class _Header(tarfile.TarInfo):
+    """A header of a sane size; where one is damaged, the tar takes note."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.size > MAX_EXTENDED and not header.isreg()):
+            raise tarfile.InvalidHeaderError("impossible size")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: "_Tar") -> "_Header":
+        place = tar.fileobj.tell()
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.InvalidHeaderError:
+            tar.note(place)
+            raise
 
 
-def _decode(name: bytes) -> str:
-    return name.decode(tarfile.ENCODING, "surrogateescape")
+class _Tar(tarfile.TarFile):
+    """`tarfile` goes on behind a damaged header, but gives up behind one that follows an extended header."""
+
+    tarinfo = _Header
+    damaged: int | None = None  # byte at which the first damaged header begins
+
+    def note(self, place: int) -> None:
+        self.damaged = place if self.damaged is None else self.damaged
+
+    def next(self) -> tarfile.TarInfo | None:
+        while True:
+            try:
+                member = super().next()
+            except tarfile.ReadError as error:
+                if "end of data" in str(error):
+                    return None
+            except ValueError:  # of a number in an extended header
+                pass
+            else:
+                if member is None or self.offset > member.offset:
+                    return member
+            self.note(self.offset)
+            self.offset += BLOCK
 
 
 def _split(name: str) -> tuple[str, str]:

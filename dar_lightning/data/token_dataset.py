@@ -2,7 +2,7 @@
 
 A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
 65,536, `labels` (n,) int64, and in the header the samples' keys, the samples that could not be used, and what the
-tokens were made from. Its `index.json` names the tokenizer by its fingerprint, and says which crop lies at each
+tokens were made from. Its `index.json` names the tokenizer by its SHA-256, and says which crop lies at each
 position. Tokens are read by memory mapping: ImageNet with ten crops of 256 tokens is 6.6 GB and need not fit in memory.
 """
 
@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 
 from dar_lightning.data.sampler import Ticket, sample_generator
-from dar_lightning.data.shards import INDEX, VERSION, Shard, check_files, fingerprint, read_index, sha256
+from dar_lightning.data.shards import INDEX, VERSION, Shard, data_sha256, read_index
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, write_text
+from dar_lightning.files import atomic_path, file_sha256, write_text
 
 HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
 
@@ -32,7 +32,7 @@ class CodesIndex:
 
     Args:
         root: The folder.
-        tokenizer: Fingerprint of the tokenizer (`dar_lightning.formats.fingerprint.fingerprint`).
+        tokenizer: SHA-256 of the tokenizer (`dar_lightning.formats.model_sha256.model_sha256`).
         tokenizer_config: Its config.
         crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
         num_crops: Their number.
@@ -88,8 +88,12 @@ class CodesIndex:
             )
         names = {field.name: field.default is MISSING for field in fields(cls) if field.name not in ("root", "shards")}
         content, shards = read_index(root, option, tuple(name for name, needed in names.items() if needed))
-        if complete:
-            check_files(root, shards, option)
+        for shard in shards if complete else ():
+            path = root / shard.name
+            if not path.is_file():
+                raise UserError(f"{option}: {path} is missing, although {root / INDEX} names it")
+            if (size := path.stat().st_size) != shard.bytes:
+                raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
         values = {name: content[name] for name in names if name in content}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(root=root, shards=shards, **values)
@@ -154,7 +158,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def describe(path: Path, samples: int) -> Shard:
     """The index entry of a token shard."""
-    return Shard(path.name, samples, path.stat().st_size, sha256(path))
+    return Shard(path.name, samples, path.stat().st_size, file_sha256(path))
 
 
 class CodesDataset(Dataset):
@@ -162,8 +166,9 @@ class CodesDataset(Dataset):
 
     def __init__(self, index: CodesIndex, seed: int, random_crop: bool) -> None:
         self.index, self.seed, self.random_crop = index, seed, random_crop
-        self.fingerprint = fingerprint(index.shards)
-        self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
+        self.data_sha256 = data_sha256(index.shards)
+        self.sizes = [shard.samples for shard in index.shards]
+        self.ends = np.cumsum(self.sizes)  # (shards,)
         self._open: dict[int, tuple[Any, np.ndarray, list[str]]] = {}
 
     def __len__(self) -> int:

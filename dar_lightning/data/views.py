@@ -1,4 +1,4 @@
-"""All views of every image: what `dar extract` tokenizes, in batches that keep to the shards."""
+"""The dataset of `dar extract`: all crops of every image. Worker processes import it, so it does without Lightning."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import NEEDED, decode, describe, read_label
 from dar_lightning.data.sampler import sample_generator
-from dar_lightning.data.shards import ShardIndex, ShardReader
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex
 
 Crops = Literal["center", "center_flip", "ten_crop", "random"]
 PLACES = ("top left", "top right", "bottom left", "bottom right", "center")  # the order of transforms.ten_crop
@@ -22,19 +23,12 @@ PLACES = ("top left", "top right", "bottom left", "bottom right", "center")  # t
 
 @dataclass(frozen=True)
 class Views:
-    """Which crops are taken of every image.
-
-    Args:
-        crops: Their kind; see `dar extract`.
-        random_crops: Their number if they are random.
-        size: Their side in pixels.
-        seed: Of random crops; each is a function of the seed, its number and the sample's.
-    """
+    """Which crops are taken of every image; see `dar extract`."""
 
     crops: Crops
-    random_crops: int
-    size: int
-    seed: int
+    random_crops: int  # their number, if they are random
+    size: int  # their side in pixels
+    seed: int  # of random crops; each is a function of the seed, its number and the sample's
 
     @property
     def names(self) -> list[str]:
@@ -67,40 +61,31 @@ class Views:
 
 
 class ViewBatches(Dataset):
-    """Batches of images with all their views, from some of the shards, in order.
+    """Batches of images with all their views, from the shards of these numbers, in order.
 
-    A batch never crosses the edge of a shard: what shares a forward pass then depends neither on the number of devices
-    nor on where an earlier run was interrupted, and so the tokens do not, to the last bit.
+    A batch never crosses the edge of a shard: what shares a forward pass, and so each token to the last bit, depends
+    neither on the number of devices nor on where an earlier run was interrupted.
 
     An item is a dictionary: `views` (B, V, 3, S, S) uint8, `label` (B,), `key` (list), `flaw` (a `Bad` of B names
     and B reasons; views of bad samples are black), `shard` (its number) and `last` (whether the shard ends here).
-
-    Args:
-        index: The image shards.
-        numbers: Which of them.
-        views: What to take of each image.
-        batch_size: Images per batch.
     """
 
     def __init__(self, index: ShardIndex, numbers: list[int], views: Views, batch_size: int) -> None:
         self.reader, self.views = ShardReader(index), views
         self.num_classes = len(index.classes) or None
-        self.batches = []  # shard, number of the first sample, of the one after the last, whether the shard ends here
+        self.batches = []  # shard, numbers of its samples in this batch
         for number in numbers:
             end = int(self.reader.ends[number])
-            first = end - index.shards[number].samples
-            for start in range(first, end, batch_size):
-                self.batches.append((number, start, min(start + batch_size, end), start + batch_size >= end))
+            samples = range(end - index.shards[number].samples, end)
+            self.batches += [(number, samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, position: int) -> dict:
-        shard, start, stop, last = self.batches[position]
-        return default_collate([self._sample(number) for number in range(start, stop)]) | {
-            "shard": shard,
-            "last": last,
-        }
+        shard, samples = self.batches[position]
+        last = samples.stop == int(self.reader.ends[shard])
+        return default_collate([self._sample(number) for number in samples]) | {"shard": shard, "last": last}
 
     def _sample(self, number: int) -> dict:
         try:

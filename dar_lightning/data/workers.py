@@ -1,4 +1,10 @@
-"""Worker processes of the loaders: how they start, what they obey, and when they end."""
+"""Worker processes of the loaders: how they start, which signals they obey, and when they end.
+
+On Linux, workers are forks of a server (`multiprocessing`'s forkserver) that has done their imports and has no threads.
+A fork of the run itself would copy the locks that the run's threads hold at that moment; nobody ever lets go of the
+copies, and some runs would hang. With Python's server alone, a signal to the whole job would end server and workers,
+modules of the current folder would hide others, and workers would outlive a run that was killed: hence the rest.
+"""
 
 import functools
 import multiprocessing
@@ -14,6 +20,9 @@ from typing import Any
 
 import torch
 
+SERVER = "DAR_WORKER_SERVER"  # an environment variable that only the server starts with
+STOPS = {signal.SIGTERM, signal.SIGUSR1}  # of clusters, to all processes of a job
+
 # a process that was forked from a run can make no use of the run's server, and starts its own with its next loader
 os.register_at_fork(after_in_child=lambda: setattr(forkserver._forkserver, "_forkserver_pid", None))
 
@@ -23,70 +32,72 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "persistent_workers": persistent and num_workers > 0,
-        "multiprocessing_context": context() if num_workers else None,
+        "multiprocessing_context": _context() if num_workers else None,
         # the server has the environment of its start, with which it may be asked for workers much later
-        "worker_init_fn": functools.partial(belong_to_the_run, dict(os.environ)),
+        "worker_init_fn": functools.partial(_belong_to_the_run, dict(os.environ)),
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def context() -> BaseContext:
-    """How workers start: on Linux, as forks of a server that has done their imports, and nothing else.
-
-    A run has threads, of its process group for one. A fork of the run itself copies the locks that they hold at that
-    moment, and nobody ever lets go of the copies: some runs would hang. On Linux, this is Python's own choice from 3.14
-    on; elsewhere, forks are not to be had or not safe at all.
-    """
+def _context() -> BaseContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    forked = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     # workers also import the module that was started, and Lightning with it, unless it is ours
     is_ours = Path(getattr(sys.modules["__main__"], "__file__", "dar")).name in ("dar", "__main__.py")
-    forked.set_forkserver_preload([f"{__package__}.worker_server", *([] if is_ours else ["lightning"])])
-    _start_helpers()
-    return forked
+    context.set_forkserver_preload([__name__, *([] if is_ours else ["lightning"])])
+    _start_server()
+    return context
 
 
-def _start_helpers() -> None:
-    """Start the server, and what looks after semaphores, unless they run."""
-    stops = {signal.SIGTERM, signal.SIGUSR1}
+def _start_server() -> None:
+    """Start the server, and `multiprocessing`'s tracker of semaphores, unless they run."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    unsafe = os.environ.setdefault("PYTHONSAFEPATH", "dar") == "dar"  # so that the current folder hides no module
+    variables = {"PYTHONSAFEPATH", SERVER} - os.environ.keys()  # the first hides modules of the current folder
+    os.environ |= dict.fromkeys(variables, "1")
     try:
         for helper in (resource_tracker, forkserver):
-            signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # they inherit it; starting the first one unblocks some
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # they inherit it; starting the first one unblocks some
             helper.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if unsafe:
-            os.environ.pop("PYTHONSAFEPATH", None)
+        for name in variables:
+            os.environ.pop(name, None)
 
 
-def belong_to_the_run(environment: Mapping[str, str], worker: int) -> None:
-    """Workers have the run's environment, and go on until it has done its last step, whoever signals them.
+def _become_server() -> None:
+    """In the server: import what workers run, and outlive the job's signals."""
+    from dar_lightning.data import image_dataset, token_dataset, views  # noqa: F401
 
-    What the run itself sends ends a worker at once, and so does the run's death.
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    # other programs of the run may have processes of this server, too, and may want to end them
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
-    Args:
-        environment: The run's variables, which become the worker's.
-        worker: Its number.
-    """
+
+def _belong_to_the_run(environment: Mapping[str, str], worker: int) -> None:
+    """In a worker: take the run's environment; of all signals, obey only the run's own; and end when the run does."""
+    run = multiprocessing.parent_process()
+
+    def end_when_it_says_so() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+            pass
+        os._exit(0)
+
+    def end_with_it() -> None:
+        run.join()
+        os._exit(0)
+
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_run_says_so, daemon=True).start()
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+        threading.Thread(target=end_when_it_says_so, daemon=True).start()
+    threading.Thread(target=end_with_it, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
 
 
-def _end_with_the_run() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(0)
-
-
-def _end_when_the_run_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-        pass
-    os._exit(0)
+if os.environ.pop(SERVER, None):
+    _become_server()

@@ -1,8 +1,7 @@
-"""Reading checkpoints that others made: tensors and plain values come out, no code ever runs.
+"""Reading .pt, .ckpt and .safetensors checkpoints safely: tensors and plain values, no code.
 
-A .pt or .ckpt file is a pickle, and a pickle is a program. Only safetensors and torch's restricted unpickler
-(weights_only) are used, without a fallback. The official D-AR files pickle two classes beside their tensors; they are
-admitted by name, as inert stand-ins.
+Pickles are read by torch's restricted unpickler (weights_only) alone. The official D-AR files pickle two classes beside
+their tensors; they are admitted by name, as inert stand-ins.
 """
 
 import re
@@ -20,10 +19,8 @@ from dar_lightning.formats.pretrained import read_safetensors
 Weights = Literal["auto", "ema", "raw"]
 
 
-# Inert classes in the place of those that the pickle names: attributes only. A class bears the name that it stands in
-# for, because that is how torch matches it.
+# Inert stand-ins, attributes only; torch matches them by name. The official config is a mapping in `_data`.
 PickledNamespace = type("Namespace", (), {"__module__": "argparse"})
-# The official code's config: a mapping, kept in the attribute `_data`.
 PickledConfig = type("Config", (), {"__module__": "config_util"})
 
 
@@ -46,8 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             warnings.catch_warnings(action="ignore"),
         ):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    # A broken file can raise anything at all; whatever it is, the file is at fault.
-    except Exception as error:
+    except Exception as error:  # a broken file can raise anything at all
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
@@ -55,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    # torch's own message explains at length how to run the file's code after all: keep only what was found.
+    # Torch's message explains at length how to run the file's code after all.
     if refused := re.search(r"GLOBAL (\S+)", str(error)):
         return f"it names {refused[1]}, and only tensors and plain values are loaded"
     if found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
@@ -64,10 +60,9 @@ def _reason(error: Exception) -> str:
 
 
 def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint in one of the layouts of the official code's family.
+    """The state dict of a bare or a training checkpoint, without the prefixes of torch.compile and DDP.
 
-    Layouts: a bare state dict; {"model": ..., "ema": ...}; "module" (DeepSpeed) or "state_dict" instead of "model".
-    The prefixes of torch.compile (`_orig_mod.`) and DDP (`module.`) are taken off the names.
+    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema".
 
     Args:
         checkpoint: from read_checkpoint.

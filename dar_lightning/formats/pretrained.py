@@ -6,7 +6,7 @@ the network.
 
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -46,8 +46,8 @@ class PretrainedMixin(
     """save_pretrained, from_pretrained and push_to_hub for a module that is built from one plain config dataclass.
 
     A subclass names that dataclass in `config_class` and keeps it in `self.config`, and names its folder within a
-    pipeline's in `pipeline_part`. `averaged` says whether the weights are an average over training steps (EMA), None if
-    nobody has noted it; it is saved with them.
+    pipeline's in `pipeline_part`. `averaged`, saved with the weights, says whether they are an average over training
+    steps (EMA); None if nobody has noted it.
     """
 
     config_class: type
@@ -59,11 +59,11 @@ class PretrainedMixin(
         return {}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and a short README.md into a folder.
+        """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
         Args:
-            save_directory: the folder; made if missing, its older weights replaced.
-            kwargs: those of huggingface_hub's mixin (push_to_hub, repo_id, ...).
+            save_directory: the folder; older weights in it are replaced.
+            kwargs: those of huggingface_hub.ModelHubMixin (push_to_hub, repo_id, ...).
 
         Raises:
             UserError: if the folder cannot be written.
@@ -81,8 +81,7 @@ class PretrainedMixin(
             save_file(tensors, part, metadata={"format": "pt"})
         header = {"model_type": type(self).__name__, "format_version": FORMAT_VERSION}
         header |= {} if self.averaged is None else {"ema": self.averaged}
-        text = json.dumps(header | self.config.to_dict(), indent=2) + "\n"
-        write_text(save_directory / CONFIG_NAME, text)
+        write_text(save_directory / CONFIG_NAME, json.dumps(header | self.config.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -95,16 +94,13 @@ class PretrainedMixin(
         local_files_only: bool = False,
         token: str | bool | None = None,
     ):
-        """Build the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
+        """Load the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
 
         Args:
             pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
                 repository name such as "someone/dar-l".
-            revision: branch, tag or commit of the repository. This and the next four are for repositories only.
-            cache_dir: where downloads are kept.
-            force_download: download even what is cached.
-            local_files_only: use the cache only.
-            token: access token for a private repository.
+            revision, cache_dir, force_download, local_files_only, token: of huggingface_hub.snapshot_download, for
+                repositories only.
 
         Returns:
             The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
@@ -112,33 +108,21 @@ class PretrainedMixin(
         Raises:
             UserError: if the folder, its config or its weights are missing, broken, or of another model.
         """
-        folder = resolve_folder(
-            pretrained_model_name_or_path,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        options = dict(revision=revision, cache_dir=cache_dir, force_download=force_download)
+        options |= dict(local_files_only=local_files_only, token=token)
+        folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **options)
         if folder.parent == SHIPPED:
             folder = folder / cls.pipeline_part
-        values = read_json(folder / CONFIG_NAME)
-        model_type = values.pop("model_type", None)
-        if model_type != cls.__name__:
-            raise UserError(f"{folder / CONFIG_NAME}: model_type is {model_type!r}, need {cls.__name__!r}")
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{folder / CONFIG_NAME} has format_version {version}: this dar_lightning reads {FORMAT_VERSION}"
-            )
+        origin = folder / CONFIG_NAME
+        values = read_json(origin)
+        for name, needed in (("model_type", cls.__name__), ("format_version", FORMAT_VERSION)):
+            if (found := values.pop(name, None)) != needed:
+                raise UserError(f"{origin}: {name} is {found!r}, need {needed!r}")
         averaged = values.pop("ema", None)
         if not isinstance(averaged, bool | None):
-            raise UserError(f"{folder / CONFIG_NAME}: ema is {averaged!r}, need true or false")
-        config = build_config(cls.config_class, values, folder / CONFIG_NAME)
-        tensors = read_safetensors(folder / WEIGHTS_NAME)
-        model = outline(cls, config, tensors, folder / CONFIG_NAME)
-        load_tensors(model, tensors, folder / WEIGHTS_NAME)
+            raise UserError(f"{origin}: ema is {averaged!r}, need true or false")
+        config = build_config(cls.config_class, values, origin)
+        model = build_model(cls, config, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         model.averaged = averaged
         return model.eval()
 
@@ -206,7 +190,7 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
             wanted = getattr(hints[name], "__name__", str(hints[name]))
             raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
     try:
-        # 2 and 2.0 are one value: kept as one, since the config is part of a model's fingerprint.
+        # 2 and 2.0 are one value: kept as one, since the config is part of a model's SHA-256.
         return config_class(**{n: float(value) if hints[n] is float else value for n, value in values.items()})
     except (UserError, OverflowError) as error:
         raise UserError(f"{origin}: {error}") from error
@@ -221,81 +205,65 @@ def _is_of(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def check_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
-) -> None:
-    """Refuse weights that do not fit a module exactly.
+def build_model(
+    model_class: type, config: Any, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
+) -> nn.Module:
+    """A model with every one of these weights: on the CPU, or on the meta device if the tensors are.
 
-    Args:
-        module: whose state dict says what is needed.
-        tensors: weights under the module's names.
-        origin: file or words that an error message starts with.
-        names: what the file calls a tensor, for error messages, where that is not the module's name.
-
-    Raises:
-        UserError: naming the tensors that are unknown, missing or of another shape, or that hold NaN or infinity.
-    """
-    wanted, names = module.state_dict(), names or {}
-    problems = []
-    if missing := [names.get(name, name) for name in wanted if name not in tensors]:
-        problems.append(f"missing {_some(missing)}")
-    if unknown := [str(name) for name in tensors if name not in wanted]:
-        problems.append(f"unknown {_some(unknown)}")
-    present = [name for name in wanted if name in tensors]
-    problems += [
-        f"{names.get(name, name)} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))
-    ]
-    # Values come after shapes: a file may claim a shape that no machine can hold.
-    if not problems:
-        problems = [f"{names.get(name, name)} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
-    if problems:
-        more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
-        raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
-
-
-def outline(model_class: type, config: Any, tensors: Mapping[str, Any], origin: Any) -> nn.Module:
-    """A model on the meta device, names and shapes only, for load_tensors to fill.
-
-    Sizes that a config claims cost no memory before they are compared with the weights, and nothing is drawn from the
-    global random numbers.
+    It is built on the meta device: sizes that a config claims cost no memory before they are compared with the weights,
+    and no random numbers are drawn. If all weights share one floating dtype, the model takes it.
 
     Args:
         model_class: built from `config`.
         config: its hyperparameters.
-        tensors: the weights that it is for.
+        tensors: the weights, under the names of the file.
         origin: file or words that an error message starts with.
+        names: from the name of a tensor in the model to its name in the file.
 
     Raises:
-        UserError: for a model of more layers than there are tensors, or of sizes that no computer can count.
+        UserError: for more layers than there are tensors, sizes that no computer can count, and as check_tensors.
     """
     for name, value in config.to_dict().items():
         if name.endswith("depth") and value > len(tensors):
             raise UserError(f"{origin}: {name} is {value}, the weights are only {len(tensors)} tensors")
     try:
         with torch.device("meta"):
-            return model_class(config)
-    except (RuntimeError, OverflowError, TypeError) as error:
+            model = model_class(config)
+    except (RuntimeError, OverflowError, TypeError, UserError) as error:
         raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
-
-
-def load_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Mapping[str, str] | None = None
-) -> None:
-    """Load weights into an outline, every one of them, or none: the strict counterpart of load_state_dict.
-
-    If all of them share one floating dtype, the module takes it. It is then on the CPU, or still on the meta device if
-    the tensors are. Arguments and errors are those of check_tensors.
-    """
-    check_tensors(module, tensors, origin, names)
+    check_tensors(model, tensors, origin, names)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
-        module.to(dtypes.pop())
+        model.to(dtypes.pop())
     if any(tensor.is_meta for tensor in tensors.values()):
-        return
-    module.to_empty(device="cpu").load_state_dict(tensors)
+        return model
+    model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
     with torch.device("cpu"):
-        for name, table in module.tables().items():
-            setattr(module, name, table)
+        for name, table in model.tables().items():
+            setattr(model, name, table)
+    return model
+
+
+def check_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
+) -> None:
+    """Refuse weights that do not fit a module exactly, or hold NaN or infinity. Arguments as of build_model.
+
+    Raises:
+        UserError: naming the tensors, as the file does.
+    """
+    wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
+    missing, unknown = [n for n in wanted if n not in tensors], [str(n) for n in tensors if n not in wanted]
+    problems = [f"missing {_some(missing)}"] if missing else []
+    problems += [f"unknown {_some(unknown)}"] if unknown else []
+    present = [name for name in wanted if name in tensors]
+    problems += [f"{name} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))]
+    # Values come after shapes: a file may claim a shape that no machine can hold.
+    if not problems:
+        problems = [f"{name} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
+    if problems:
+        more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
+        raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
 
 
 def _misfit(tensor: Any, wanted: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Images by seed and number, or by seed, class and number: each its own noise and tokens, whatever is drawn beside."""
+"""Seeded drawing: each image is a function of (seed, number) or (seed, class, number), whatever is drawn beside it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,7 @@ ROWS = 32  # images per forward pass, unless somebody wants another number
 
 @dataclass(frozen=True)
 class Job:
-    """One image to draw.
-
-    Attributes:
-        label: its class.
-        number: which image of the class it is, from 0.
-        kept: (m,) int64 tokens that it starts with.
-    """
+    """One image to draw: its class, which image of the class it is, and the tokens (m,) int64 that it starts with."""
 
     label: int
     number: int
@@ -33,12 +27,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What became of a job, on the CPU.
-
-    Attributes:
-        previews: (K, 3, H, W) uint8; the last one is the image.
-        codes: (N,) int64.
-    """
+    """A drawn image on the CPU: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,) int64."""
 
     previews: Tensor
     codes: Tensor
@@ -48,6 +37,16 @@ def image_seed(seed: int, label: int, number: int) -> int:
     """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def image_generator(seed: int, number: int) -> torch.Generator:
+    """The random generator of image `number` of a set.
+
+    torch's CPU generator looks at the low 32 bits of its seed alone, so both must meet there; (seed << 32) + number
+    gives the same images for every seed. Within a seed no two numbers share a generator, nor do sets of up to 341,411
+    images whose seeds are below 10,000.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
 
 
 @torch.no_grad()
@@ -78,28 +77,23 @@ def draw_rows(
     return images[[number % rows for number, _ in members]]
 
 
-def draw(
+def draw_images(
     pipe: DARPipeline, jobs: Sequence[Job], seed: int, batch_size: int, options: dict[str, Any]
 ) -> Iterator[Drawn]:
-    """Draw images in batches, with a progress bar.
+    """Draw images in batches, with a progress bar; yield them in the order of the jobs.
 
     Args:
         pipe: the pipeline.
         jobs: what to draw.
-        seed: image i of a class is a function of (seed, class, i, kept tokens); the batch changes no more than the
-            order of additions does.
+        seed: an image is a function of (seed, class, number, kept tokens), up to rounding.
         batch_size: images at a time; images that keep different numbers of tokens do not share a batch.
         options: of DARPipeline.stream.
-
-    Yields:
-        The images, in the order of the jobs.
     """
     num_tokens = pipe.ar.config.num_tokens
     with tqdm(total=sum(num_tokens - len(job.kept) for job in jobs), desc="sample", unit=" tokens") as bar:
-        for kept, alike in groupby(jobs, lambda job: len(job.kept)):
-            waiting = list(alike)
-            while waiting:
-                batch, waiting = waiting[:batch_size], waiting[batch_size:]
+        for kept, group in groupby(jobs, lambda job: len(job.kept)):
+            alike = list(group)
+            for batch in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
                 stream = pipe.stream(
                     torch.tensor([job.label for job in batch]),
                     prefix=torch.stack([job.kept for job in batch]),
@@ -112,19 +106,5 @@ def draw(
                     count = max(preview.codes.shape[1], kept)
                     bar.update(len(batch) * (count - written))
                     written = count
-                for strip, codes in zip(torch.stack(shown, dim=1), preview.codes.cpu(), strict=True):
-                    yield Drawn(strip, codes)  # (K, 3, H, W), (N,)
-
-
-def image_generator(seed: int, number: int) -> torch.Generator:
-    """What everything random about image `number` of a set is drawn from.
-
-    torch's CPU generator looks at the low 32 bits of its seed alone, so both must meet there; (seed << 32) + number
-    gives the same images for every seed. Within a seed no two numbers share a generator, nor do sets of up to 341,411
-    images whose seeds are below 10,000.
-
-    Args:
-        seed: of the set.
-        number: of the image, below 2^32.
-    """
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
+                for previews, codes in zip(torch.stack(shown, dim=1), preview.codes.cpu(), strict=True):
+                    yield Drawn(previews, codes)  # (K, 3, H, W), (N,)

@@ -1,18 +1,25 @@
-"""Pictures to look at: labelled grids and film strips of uint8 images."""
+"""Image grids with labels, animations, and PNG files of uint8 images."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from dar_lightning.data.transforms import to_uint8
 from dar_lightning.files import atomic_path
 
 PAD, MIN_SIDE, FONT_SIZE = 4, 96, 13
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W), uint8 or float in [-1, 1] -> an image."""
+    pixels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def image_grid(
@@ -25,23 +32,21 @@ def image_grid(
         row_labels: one text per row, written to its left.
         column_labels: one text per column, written above.
     """
-    rows, columns, _, height, width = images.shape
-    factor = max(1, -(-MIN_SIDE // min(height, width)))
-    cell_h, cell_w = height * factor + PAD, width * factor + PAD
+    factor = max(1, -(-MIN_SIDE // min(images.shape[-2:])))
+    tiles = images.cpu().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    tiles = F.pad(tiles, (0, PAD, 0, PAD), value=255)  # (rows, columns, 3, h, w)
+    height, width = tiles.shape[-2:]
     font = ImageFont.load_default(FONT_SIZE)
     left = PAD + max((int(font.getlength(text)) + 2 * PAD for text in row_labels or ()), default=0)
     top = PAD + (FONT_SIZE + 2 * PAD if column_labels else 0)
-    canvas = Image.new("RGB", (left + columns * cell_w, top + rows * cell_h), "white")
-    pixels = images.permute(0, 1, 3, 4, 2).cpu().numpy()  # (rows, columns, H, W, 3)
-    for row in range(rows):
-        for column in range(columns):
-            tile = np.ascontiguousarray(pixels[row, column].repeat(factor, 0).repeat(factor, 1))
-            canvas.paste(Image.fromarray(tile), (left + column * cell_w, top + row * cell_h))
+    block = to_image(tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
+    canvas = Image.new("RGB", (left + block.width, top + block.height), "white")
+    canvas.paste(block, (left, top))
     draw = ImageDraw.Draw(canvas)
     for row, text in enumerate(row_labels or ()):
-        draw.text((PAD, top + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
+        draw.text((PAD, top + row * height + height // 2), text, fill="black", font=font, anchor="lm")
     for column, text in enumerate(column_labels or ()):
-        draw.text((left + column * cell_w + cell_w // 2, PAD), text, fill="black", font=font, anchor="mt")
+        draw.text((left + column * width + width // 2, PAD), text, fill="black", font=font, anchor="mt")
     return canvas
 
 
@@ -72,7 +77,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float) ->
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG whole or not at all, with texts in its metadata."""
+    """Write a PNG atomically, with texts in its metadata."""
     chunks = PngInfo()
     for name, text in (texts or {}).items():
         chunks.add_text(name, text)

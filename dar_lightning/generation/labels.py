@@ -1,29 +1,12 @@
-"""Labels to draw images of: image number -> class, dealt to the ranks in pieces that stay together."""
+"""LabelsDataModule: the class of each image that `dar predict` draws; fixed ranges of images are dealt to the ranks."""
 
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, StackDataset
 
 from dar_lightning.errors import UserError
-
-
-class BalancedLabels(Dataset):
-    """Image i is of the (i mod m)-th of m classes.
-
-    Args:
-        count: number of images.
-        classes: their classes, in turn.
-    """
-
-    def __init__(self, count: int, classes: list[int]) -> None:
-        self.count, self.classes = count, classes
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return {"index": index, "label": self.classes[index % len(self.classes)]}
 
 
 class PieceSampler(DistributedSampler):
@@ -73,8 +56,7 @@ class LabelsDataModule(L.LightningDataModule):
             raise UserError(f"classes is {classes}: name each class once, or leave it out for all")
         self.num_images, self.per_class, self.classes = num_images, per_class, classes
         self.batch_size, self.piece_size = batch_size, piece_size
-        # more ranks than pieces that are missing
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than pieces that are missing
 
     def setup(self, stage: str) -> None:
         num_classes = getattr(self.trainer.lightning_module, "num_classes", None)
@@ -84,19 +66,19 @@ class LabelsDataModule(L.LightningDataModule):
         classes = list(range(num_classes)) if self.classes is None else self.classes
         if not 0 <= min(classes) <= max(classes) < num_classes:
             raise UserError(f"classes is {classes}: this pipeline has 0 to {num_classes - 1}")
-        count = self.per_class * len(classes) if self.num_images is None else self.num_images
-        self.dataset = BalancedLabels(count, classes)
-        self.pieces = [range(i, min(i + self.piece_size, count)) for i in range(0, count, self.piece_size)]
+        self.count = self.per_class * len(classes) if self.num_images is None else self.num_images
+        self.labels = torch.tensor(classes).repeat(-(-self.count // len(classes)))[: self.count]  # image i: i mod m
+        self.pieces = [range(i, min(i + self.piece_size, self.count)) for i in range(0, self.count, self.piece_size)]
         self.missing = self.pieces
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What the images are of, for JSON; after setup."""
-        classes = self.dataset.classes
-        of = "num_classes" if self.classes is None else f"{len(classes)} of {classes}"
-        return {"classes": f"balanced: image i is of class i mod {of}", "n": len(self.dataset)}
+        of = "num_classes" if self.classes is None else f"{len(self.classes)} of {self.classes}"
+        return {"classes": f"balanced: image i is of class i mod {of}", "n": self.count}
 
     def predict_dataloader(self) -> DataLoader:
-        """This rank's part of the missing pieces."""
+        """This rank's part of the missing pieces: {"index": (B,), "label": (B,)} int64."""
+        dataset = StackDataset(index=torch.arange(self.count), label=self.labels)
         mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(self.dataset, batch_size=self.batch_size, sampler=PieceSampler(self.dataset, mine))
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=PieceSampler(dataset, mine))

@@ -13,9 +13,7 @@ from dar_lightning.records.pixels import image_digests, set_sha256
 def write_npz(
     path: str | Path, pieces: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray | None = None
 ) -> str:
-    """Write `arr_0`, and `labels` where there are some, whole or not at all; equal content gives equal bytes.
-
-    The members are stored uncompressed, as np.savez does: ADM's evaluator reads them so.
+    """Write `arr_0`, and `labels` where there are some, atomically; equal content gives equal bytes.
 
     Args:
         path: the .npz file.
@@ -30,8 +28,8 @@ def write_npz(
         ValueError: if the pieces do not add up to the shape.
     """
     digests = []
+    # not compressed, as np.savez writes and ADM's evaluator reads it; a ZipInfo of its own has a fixed date
     with atomic_path(path) as part, zipfile.ZipFile(part, "w") as archive:
-        # A ZipInfo of its own has a fixed date; numpy, too, asks for the format of members above 4 GB.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(member, header)

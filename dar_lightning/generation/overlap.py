@@ -15,10 +15,8 @@ from torch import Tensor
 class Worker:
     """A thread, on CUDA with a stream, that lives as long as the process and does one job after the other.
 
-    A new stream's memory is not that of the streams before it, and cuDNN makes its plans anew in every new thread.
-
-    Args:
-        device: where its jobs compute.
+    Reused (not a ThreadPoolExecutor, which may start a second one), since each stream has memory of its own, and cuDNN
+    makes its plans anew in every thread.
     """
 
     idle: ClassVar[dict[torch.device, deque["Worker"]]] = defaultdict(deque)  # of each device, with nothing to do
@@ -31,7 +29,7 @@ class Worker:
 
     @classmethod
     def of(cls, device: torch.device) -> "Worker":
-        """One that has nothing to do; a new one where all are busy, so nobody waits for somebody else's job."""
+        """An idle one, or a new one where all are busy, so nobody waits for somebody else's job."""
         try:
             return cls.idle[device].pop()
         except IndexError:
@@ -57,17 +55,13 @@ os.register_at_fork(after_in_child=Worker.idle.clear)  # threads stay behind
 
 
 def run_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield what `tensors` yields, which meanwhile goes on: the reader's work and the iterator's overlap.
+    """Yield what `tensors` yields, while a thread already makes the next ones; its errors are raised here.
 
-    The values are the same, as long as the reader changes nothing that the iterator reads. Closing the returned
-    generator stops the work at the tensor that is being made, and waits for it.
+    Closing the returned generator stops the work at the tensor that is being made, and waits for it.
 
     Args:
-        tensors: an iterator; it is used in the thread only, and closed there.
+        tensors: an iterator; it is used and closed in the thread only.
         device: where its tensors are. On CUDA they are made on a stream beside the reader's current one.
-
-    Raises:
-        BaseException: whatever the iterator raises, in the reader's thread.
     """
     made: SimpleQueue[tuple[Tensor | None, torch.cuda.Event | None, BaseException | None]] = SimpleQueue()
     unwanted = threading.Event()

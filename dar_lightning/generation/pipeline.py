@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.order import placed
-from dar_lightning.ar.sampling import Generators, stream_tokens
+from dar_lightning.ar.sampling import stream_in_place
+from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
 from dar_lightning.generation.overlap import run_ahead
+from dar_lightning.layers import Generators
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.lightning import load_model
 
@@ -45,8 +46,7 @@ class DARPipeline:
 
     Args:
         tokenizer: decodes tokens.
-        ar: predicts them. Its vocabulary and number of tokens are those of the tokenizer; or it has the tokens of the
-            first groups only, after which the preview is the image.
+        ar: predicts all tokens, or those of the first groups, after which the preview is the image.
         classes: names of the classes, in the order of the labels; empty if they have none.
     """
 
@@ -107,11 +107,8 @@ class DARPipeline:
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         codes: list[Tensor] = []
-        order = self.ar.draw_order(len(labels), generator)
-        drawing = {"prefix": prefix, "generator": generator, "order": order}
-        tokens = stream_tokens(self.ar, labels, guidance, temperature, top_k, top_p, **drawing)
-        if self.ar.config.order != "coarse_to_fine":
-            tokens = self._in_place(tokens, order)
+        options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
@@ -123,11 +120,6 @@ class DARPipeline:
             previews = self.tokenizer.stream(read(), noise, solver, num_steps)
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
-
-    @staticmethod
-    def _in_place(tokens: Iterator[Tensor], order: Tensor) -> Iterator[Tensor]:
-        """The tokens (B,) of a sequence that is written in another order, coarse to fine, once all are written."""
-        yield from placed(torch.stack(list(tokens), dim=1), order).unbind(1)
 
     def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
         """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
@@ -142,11 +134,7 @@ class DARPipeline:
         return preview.images
 
     def label(self, name_or_index: str | int) -> int:
-        """The label of a class, by its name or by its number (as int or digits).
-
-        Raises:
-            UserError: if there is no such class.
-        """
+        """The label of a class, by its name or by its number (as int or digits)."""
         text = str(name_or_index)
         if text in self.classes:
             return self.classes.index(text)
@@ -159,6 +147,11 @@ class DARPipeline:
     def averaged(self) -> dict[str, bool | None]:
         """Whether each model's weights are an average over training steps (EMA); None where nobody has noted it."""
         return {"tokenizer": self.tokenizer.averaged, "ar": self.ar.averaged}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each model's weights."""
+        return {"tokenizer": dtype_name(self.tokenizer.dtype), "ar": dtype_name(self.ar.head.weight.dtype)}
 
     @property
     def device(self) -> torch.device:
@@ -181,11 +174,7 @@ class DARPipeline:
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":
-        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files.
-
-        Raises:
-            UserError: if a part is missing or broken, or the parts do not belong together.
-        """
+        """Read a folder that save_pretrained wrote, or a Hugging Face Hub repository with those files."""
         folder = resolve_folder(path_or_repo, ["config.json", "*/config.json", "*/model.safetensors"])
         classes = read_json(folder / PIPELINE_CONFIG).get("classes", [])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -195,14 +184,5 @@ class DARPipeline:
 
     @classmethod
     def from_parts(cls, tokenizer: str | Path, ar: str | Path, classes: tuple[str, ...] = ()) -> "DARPipeline":
-        """Put a pipeline together from two trainings.
-
-        Args:
-            tokenizer: a checkpoint of `dar fit`, a folder or a Hub repository.
-            ar: the same of an AR model.
-            classes: names of the classes.
-
-        Raises:
-            UserError: if one of them cannot be read or is of the other kind, or they do not belong together.
-        """
+        """Put a pipeline together from two trainings, each a checkpoint of `dar fit`, a folder or a Hub repository."""
         return cls(load_model(tokenizer, SequentialDiffusionTokenizer), load_model(ar, ARModel), classes)

@@ -1,4 +1,4 @@
-"""Drawing many images with a pipeline, under Trainer.predict."""
+"""GenerationModule: a pipeline under Trainer.predict, to draw many images."""
 
 from itertools import groupby
 from typing import Any
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance
-from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.flow import SOLVERS
@@ -78,21 +77,20 @@ class GenerationModule(LightningModule):
     @property
     def protocol(self) -> dict[str, Any]:
         """What somebody needs to know to draw the same images, for JSON."""
-        options = dict(self.options)
-        guidance = options.pop("guidance")
+        guidance, dtypes = self.options["guidance"], self.pipeline.dtypes
         return {
             "pipeline": self.path,
-            "tokenizer_sha256": fingerprint(self.tokenizer),
-            "ar_sha256": fingerprint(self.ar),
+            "tokenizer_sha256": model_sha256(self.tokenizer),
+            "ar_sha256": model_sha256(self.ar),
             "ema": self.pipeline.averaged,
             "image_size": self.tokenizer.config.image_size,
             "seed": self.seed,
             "token_draws": gumbel.METHOD,
+            **self.options,
             "guidance": list(guidance) if isinstance(guidance, tuple | list) else guidance,
-            **options,
             "num_tokens": self.tokenizer.schedule.tokens_for_groups(self.options["groups"]),
             "rows": self.rows,
-            "dtype": dtype_name(self.tokenizer.dtype),
+            "dtype": dtypes["ar"] if len({*dtypes.values()}) == 1 else dtypes,
         }
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""Drawn images into one npz, by any number of processes, which may be killed and started again."""
+"""SampleWriter: drawn images into one npz, by any number of processes, which may be killed and started again."""
 
 import glob
 import hashlib
 import json
+import shutil
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
-from dar_lightning.records.drawn import PIXELS
+from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.provenance import provenance
 
 SETTINGS = "settings.json"
@@ -59,7 +60,6 @@ class SampleWriter(BasePredictionWriter):
             "precision": trainer.precision,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
-        self.made = provenance(trainer.strategy.root_device, trainer.precision)
         self.open: dict[int, np.ndarray] = {}  # pieces that are being drawn, by their first number
         mistake, missing = None, []
         if trainer.is_global_zero:
@@ -73,13 +73,19 @@ class SampleWriter(BasePredictionWriter):
             # Lightning kills rank 0, which is to report it, once another rank has left with an error
             raise mistake if trainer.is_global_zero else SystemExit(0)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what draws, once the Trainer has cast the weights."""
+        dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
+        weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
+        self.made = provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")
+
     def _missing(self) -> list[range]:
         """The pieces to draw.
 
         Raises:
             UserError: what is there already was drawn with other settings.
         """
-        if self._done():
+        if self._is_done():
             self._compare(self.protocol_path)
             return []
         if (self.parts / SETTINGS).is_file():
@@ -89,7 +95,7 @@ class SampleWriter(BasePredictionWriter):
             raise UserError(f"output: {self.path} is there, without its {self.protocol_path.name}; delete it or rename")
         return self.data.pieces
 
-    def _done(self) -> bool:
+    def _is_done(self) -> bool:
         """The protocol is written last; pieces that lie there still were about to be deleted."""
         return self.path.exists() and self.protocol_path.is_file()
 
@@ -146,38 +152,34 @@ class SampleWriter(BasePredictionWriter):
             np.save(file, images)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ends the other ranks, which Lightning would leave running."""
+        """End the other ranks, which Lightning would leave running."""
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """When all ranks have drawn theirs, joins the pieces. Lightning calls this also if none was missing."""
+        """Join the pieces when all ranks have drawn theirs. Lightning calls this also if none was missing."""
         if trainer.world_size > 1:
             # Lightning's barrier gives up after 30 minutes; a rank without a piece waits for as long as one takes
             patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
             torch.distributed.barrier(patient)
         if not trainer.is_global_zero:
             return
-        if not self._done():
+        if not self._is_done():
             missing = sum(not self._is_whole(piece) for piece in self.data.pieces)
             if missing:  # the Trainer was told to stop early
                 print(f"{self.path}: {missing} of {len(self.data.pieces)} pieces are missing; the same command goes on")
                 return
             self._join()
         if self.parts.is_dir():
-            for file in self.parts.iterdir():
-                file.unlink()
-            self.parts.rmdir()
-        print(f"{self.path}: {len(self.data.dataset)} images; how they were drawn is in {self.protocol_path.name}")
+            shutil.rmtree(self.parts)
+        print(f"{self.path}: {self.data.count} images; how they were drawn is in {self.protocol_path.name}")
 
     def _join(self) -> None:
         for name in (self.path.name, self.protocol_path.name):
             for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
                 part.unlink()
-        dataset = self.data.dataset
-        labels = np.array([dataset[number]["label"] for number in range(len(dataset))])
         pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-        digest = write_npz(self.path, pieces, (len(dataset), self.size, self.size, 3), labels)
+        shape = (self.data.count, self.size, self.size, 3)
+        digest = write_npz(self.path, pieces, shape, self.data.labels.numpy())
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
-        record = self.settings | {"provenance": runs, PIXELS: digest}
-        write_text(self.protocol_path, json.dumps(record, indent=2) + "\n")
+        write_drawn(self.path, self.settings | {"provenance": runs}, digest)

@@ -6,11 +6,7 @@ from torchmetrics import Metric
 
 
 class BinnedMean(Metric):
-    """Mean of the values that fall into each of a number of bins, over all devices. Its updates never wait for a GPU.
-
-    Args:
-        bins: number of bins.
-    """
+    """Mean of the values that fall into each of a number of bins, over all devices. Updates never wait for a GPU."""
 
     full_state_update = False
 

@@ -6,11 +6,7 @@ from torchmetrics import Metric
 
 
 class CodebookUse(Metric):
-    """Share of codes that occur at least once, and perplexity of their distribution (1 to codebook_size).
-
-    Args:
-        codebook_size: number of codes.
-    """
+    """Share of codes that occur at least once, and perplexity of their distribution (1 to codebook_size)."""
 
     full_state_update = False
 

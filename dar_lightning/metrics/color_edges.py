@@ -1,7 +1,7 @@
-"""Colour and edge statistics of small photographs: features without weights, for machines without a network.
+"""Colour and edge statistics of small photographs: features without weights, for tests and the quickstart.
 
-They see which colours an image has, where, and how much edge at which scale, and no more. A Frechet distance on them
-says whether samples have the colours and the coarse structure of the reference, not whether they look like photographs.
+A Frechet distance on them says whether samples have the colours and the coarse structure of the reference, not whether
+they look like photographs. Results are measured with a named network.
 """
 
 import math
@@ -14,19 +14,13 @@ CANVAS = 32
 
 
 class ColorEdges(nn.Module):
-    """uint8 images (B, 3, H, W) to float32 features (B, 180).
+    """uint8 images (B, 3, H, W) to float32 features (B, 180), from a canvas of 32x32 in opponent colours.
 
-    An image is averaged (a smaller one: its pixels repeated) onto a 32x32 canvas and turned to opponent colours, three
-    orthonormal axes of RGB in [0, 1]: lightness, red - green, yellow - blue. The small canvas makes the features bear
-    noise and blur, so that a probe trained on photographs can be asked about samples. Then:
-
-    - layout: the mean of each axis in each quadrant (12);
-    - colour: an 8x8 histogram over the two chroma axes and 8 levels of lightness, soft counts (72), and the same over
-      the central quarter, where the subject is (72);
+    - layout: the mean of each of three axes (lightness, red - green, yellow - blue) in each quadrant (12);
+    - colour: soft histograms, 8x8 bins of chroma and 8 of lightness, of the image (72) and of its central quarter (72);
     - edges: gradient energy in 4 directions for each axis at 16 and at 8 pixels (24).
 
-    Counts and energies enter as square roots, so that Euclidean distance between histograms is Hellinger's and rare
-    colours are not drowned. The bins are buffers: a change of them changes the network's fingerprint.
+    Counts and energies enter as square roots, so that distances between histograms are Hellinger's.
     """
 
     resize = f"area to {CANVAS}x{CANVAS}"
@@ -57,7 +51,7 @@ class ColorEdges(nn.Module):
         return torch.cat([chroma, _soft_bins(lightness, self.lightness_bins).mean(dim=1)], dim=1).sqrt()
 
     def _edges(self, opponent: Tensor) -> Tensor:
-        """(B, 3, h, w) opponent colours -> (B, 12): axes x directions; directions are modulo 180 degrees."""
+        """(B, 3, h, w) opponent colours -> (B, 12): axes x directions, modulo 180 degrees."""
         dx = F.pad(opponent[..., :, 2:] - opponent[..., :, :-2], (1, 1))
         dy = F.pad(opponent[..., 2:, :] - opponent[..., :-2, :], (0, 0, 1, 1))
         toward = torch.atan2(dy, dx).unsqueeze(2) - self.directions.view(-1, 1, 1)  # (B, 3, 4, h, w)

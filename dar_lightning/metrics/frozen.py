@@ -6,12 +6,8 @@ from torch import nn
 class FrozenNetwork:
     """Holds a network outside of the module tree, so that optimizers, EMA copies and checkpoints do not see it.
 
-    Its weights stay in float32 and its layers compute in the run's precision: with bf16-mixed, autocast runs
-    convolutions and matrix products in bfloat16, and norms and softmax in float32. Weights kept in bfloat16 would save
-    less than 0.2 GB and round what norms compute with.
-
-    Args:
-        network: put into evaluation mode, without gradients of its own.
+    Its weights stay in float32 and its layers compute in the run's precision; in bfloat16 they would save less than
+    0.2 GB and round what norms compute with.
     """
 
     def __init__(self, network: nn.Module):

@@ -1,5 +1,6 @@
 """Sets of images to measure: an npz, a folder, shards, or a pipeline that draws them; read in batches, never whole."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from tqdm import tqdm
 from dar_lightning.ar import gumbel
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import decode, describe, read_label
-from dar_lightning.data.shards import INDEX, ShardIndex, ShardReader
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, one_line
 from dar_lightning.files import find_shipped
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -32,23 +34,15 @@ Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the
 
 
 class ImageSet(Protocol):
-    """Images of one size, in a fixed order.
+    """Images of one size, in a fixed order."""
 
-    Attributes:
-        protocol: what a reader needs to know to measure the same images again, for JSON.
-        labelled: whether its batches have labels.
-    """
-
-    protocol: dict[str, Any]
-    labelled: bool
+    protocol: dict[str, Any]  # what is needed to measure the same images again, for JSON
+    labelled: bool  # whether batches have labels
 
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Reads the set once, in order: of `world_size` ranks, this one gets images rank, rank + world_size, ...
-
-        Where images are drawn, ranks take turns in whole batches.
-        """
+        """The set once, in order: this rank's are rank, rank + world_size, ...; of drawn images, in whole batches."""
 
 
 class NpzImages:
@@ -86,21 +80,17 @@ class NpzImages:
         return self.shape[1:3]
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        height, width = self.size
         mine = slice(rank, None, world_size)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _npy_header(file)
             for start in range(0, len(self), batch_size * world_size):
                 count = min(batch_size * world_size, len(self) - start)
                 try:
-                    content = bytearray(file.read(count * height * width * 3))
-                except UNREADABLE as error:
-                    raise UserError(
-                        f"{self.option}: arr_0 of {self.path} is damaged ({error}); write it again"
-                    ) from error
-                if len(content) < count * height * width * 3:
-                    raise UserError(f"{self.option}: arr_0 of {self.path} ends early; write it again")
-                images = torch.frombuffer(content, dtype=torch.uint8).view(count, height, width, 3)
+                    content = bytearray(file.read(count * math.prod(self.shape[1:])))
+                    images = torch.frombuffer(content, dtype=torch.uint8).view(count, *self.shape[1:])
+                except (*UNREADABLE, RuntimeError) as error:  # the last one where it ends early
+                    place = f"{self.option}: arr_0 of {self.path}"
+                    raise UserError(f"{place} is damaged ({one_line(error)}); write it again") from error
                 labels = None if self.labels is None else self.labels[start : start + count][mine]
                 if count > rank:
                     yield images[mine].permute(0, 3, 1, 2), labels
@@ -168,7 +158,7 @@ class DrawnImages:
         count: number of images.
         seed: with i it seeds the generator of image i, so that order and ranks do not matter.
         num_steps: diffusion steps; None is one per group of tokens.
-        rows: images per forward pass, and per batch, whatever batch size is asked for: it changes the rounding.
+        rows: images per forward pass, whatever batch size is asked for: it changes the rounding.
         options: of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
     """
 
@@ -192,8 +182,8 @@ class DrawnImages:
     @property
     def protocol(self) -> dict[str, Any]:
         return {
-            "tokenizer_sha256": fingerprint(self.pipeline.tokenizer),
-            "ar_sha256": fingerprint(self.pipeline.ar),
+            "tokenizer_sha256": model_sha256(self.pipeline.tokenizer),
+            "ar_sha256": model_sha256(self.pipeline.ar),
             "ema": self.pipeline.averaged,
             "classes": "balanced: image i is of class i mod num_classes",
             "seed": self.seed,
@@ -217,15 +207,12 @@ class DrawnImages:
 
 
 def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
-    """Finds out what kind of image set a path is; pipelines are not files of images and are opened apart.
+    """The images of an npz, of a folder of shards or a pattern of them, or of a folder of image files.
 
     Args:
-        source: an npz file, a folder of shards or a pattern of them, or a folder of images.
-        option: what the user calls this path, for the error line.
+        source: the path.
+        option: what the user calls it, for error lines.
         image_size: encoded images get ADM's centre crop to this size; None leaves them as they are.
-
-    Raises:
-        UserError: nothing there, or nothing in it.
     """
     path = Path(find_shipped(source))
     if path.suffix == ".npz" and path.is_file():

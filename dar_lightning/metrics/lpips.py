@@ -13,11 +13,10 @@ def lpips_network(weights_path: str | None) -> FrozenNetwork:
     """LPIPS of pairs: two batches (B, 3, H, W) in [-1, 1], H, W >= 32 -> (B,).
 
     Args:
-        weights_path: a file of torchvision's VGG16; None lets torchvision download it.
-
-    Raises:
-        UserError: if the file is no VGG16, or there is none and the download fails.
+        weights_path: a file of torchvision's VGG16 (`data/convert_vgg16.py` makes one); None or "download" lets
+            torchvision download it.
     """
+    weights_path = None if weights_path == "download" else weights_path
     try:
         lpips = _LPIPS(net="vgg", pnet_rand=weights_path is not None)
     except OSError as error:
@@ -39,7 +38,7 @@ def _load(vgg: torch.nn.Module, path: str) -> None:
 
 
 class _Distance(nn.Module):
-    """LPIPS of each pair: two batches (B, 3, H, W) in [-1, 1] -> (B,)."""
+    """LPIPS of each pair; unlike torchmetrics' own forward, its differences stay float32 under autocast."""
 
     def __init__(self, lpips: _LPIPS):
         super().__init__()

@@ -12,21 +12,13 @@ from dar_lightning.records.pixels import image_digests, set_sha256
 
 
 class Measured(NamedTuple):
-    """A set of images, reduced.
+    """A set of images, reduced."""
 
-    Attributes:
-        statistics: of the features.
-        size: of the images, (H, W).
-        sha256: of all pixels, in order (`records.pixels.set_sha256`): equal for equal sets, wherever they lie.
-        features: (n, D) float32, if they were to be kept.
-        labels: (n,) int64, if features are kept and the set has labels.
-    """
-
-    statistics: Gaussian
-    size: tuple[int, int]
-    sha256: str
-    features: Tensor | None
-    labels: Tensor | None
+    statistics: Gaussian  # of the features
+    size: tuple[int, int]  # (H, W)
+    sha256: str  # of all pixels, in order: equal for equal sets, wherever they lie (`records.pixels`)
+    features: Tensor | None  # (n, D) float32, if they were to be kept
+    labels: Tensor | None  # (n,) int64, if features are kept and the set has labels
 
 
 @torch.no_grad()
@@ -43,7 +35,7 @@ def measure(
     """Read a set once, in batches; what is kept of an image is its features at most.
 
     Args:
-        images: the set, of 2 images or more.
+        images: the set, of 2 images or more, with values from 0 to 255.
         option: what the user calls it, for error lines.
         network: uint8 (B, 3, H, W) -> (B, D), on the device.
         device: where to compute features. Statistics are there too, unless it has no float64.
@@ -51,10 +43,6 @@ def measure(
         keep: keep features and labels.
         size: the (H, W) that images must have; None takes any.
         unique: refuse a set that has an image twice.
-
-    Raises:
-        UserError: too few images, of another size, twice the same, or with values that are not 0 to 255; or a network
-            that does not give a row of features per image.
     """
     if len(images) < 2:
         raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")

@@ -1,19 +1,24 @@
-"""PSNR, SSIM and LPIPS of reconstructions, on the 8-bit images that a viewer would see."""
+"""Reconstructions of images, and their PSNR, SSIM and LPIPS on the 8-bit images that a viewer would see.
 
-from typing import Any
+Each of the three is torchmetrics' own, image by image; the mean over images is the caller's.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from dar_lightning.data.transforms import to_float
-from dar_lightning.metrics.features import fingerprint
+from dar_lightning.data.transforms import to_float, to_uint8
+from dar_lightning.generation.drawing import image_generator
+from dar_lightning.metrics.features import network_sha256
 from dar_lightning.metrics.frozen import FrozenNetwork
-from dar_lightning.metrics.lpips import lpips_network
+from dar_lightning.metrics.images import ImageSet, with_progress
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
-# Recorded beside every value: the figures change with each of these choices.
-RECONSTRUCTION_PROTOCOL = {
+# Recorded beside every value: they change with each of these choices.
+PROTOCOL = {
     "images": "uint8",
     "data_range": 255,
     "psnr": "mean over images, each over all pixels and channels",
@@ -22,70 +27,70 @@ RECONSTRUCTION_PROTOCOL = {
 LPIPS_PROTOCOL = "VGG16, version 0.1 heads, images in [-1, 1] at their own size, mean over images"
 
 
-class Lpips(Metric):
-    """Mean LPIPS over images.
+class Reconstructed(NamedTuple):
+    """A batch of images, and what a tokenizer made of it."""
 
-    Args:
-        network: from `load_lpips`; it is no part of the metric's state.
+    numbers: Sequence[int]  # of the images in their set
+    images: Tensor  # (B, 3, H, W) uint8
+    codes: Tensor  # (B, N) int64
+    decoded: Tensor  # (B, 3, H, W) uint8; or all previews, (B, K, 3, H, W)
+
+
+@torch.no_grad()
+def reconstruct(
+    tokenizer: SequentialDiffusionTokenizer,
+    images: Tensor,
+    numbers: Sequence[int],
+    seed: int,
+    previews: bool = False,
+    **options: Any,
+) -> Reconstructed:
+    """Encode and decode a batch of uint8 images (B, 3, H, W); an image's noise depends on (seed, its number) alone.
+
+    `options` are those of `tokenizer.detokenize` or, for previews, `tokenizer.previews`: solver, num_steps, groups.
     """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, network: FrozenNetwork) -> None:
-        super().__init__()
-        self.network = network
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    @torch.no_grad()
-    def update(self, reconstructions: Tensor, originals: Tensor) -> None:
-        """Adds pairs (B, 3, H, W), values 0 to 255, H, W >= 32."""
-        self.total += self.network(to_float(reconstructions), to_float(originals)).double().sum()
-        self.count += len(originals)
-
-    def compute(self) -> Tensor:
-        """The mean over all pairs."""
-        return self.total / self.count
+    noise = tokenizer.draw_noise(len(images), [image_generator(seed, number) for number in numbers], images.shape[2:])
+    codes = tokenizer.tokenize(to_float(images))
+    decode = tokenizer.previews if previews else tokenizer.detokenize
+    return Reconstructed(numbers, images, codes, to_uint8(decode(codes, noise, **options)))
 
 
-def load_lpips(weights: str) -> FrozenNetwork:
-    """LPIPS's network.
+def reconstruct_all(
+    tokenizer: SequentialDiffusionTokenizer, images: ImageSet, batch_size: int, seed: int, **options: Any
+) -> Iterator[Reconstructed]:
+    """Encode and decode a set of images in batches, in order, with a progress bar; see `reconstruct`."""
+    start, device = 0, next(tokenizer.parameters()).device
+    for batch, _ in with_progress(images, batch_size, "reconstruct"):
+        numbers = range(start, start := start + len(batch))
+        yield reconstruct(tokenizer, batch.to(device), numbers, seed, **options)
 
-    Args:
-        weights: a file of torchvision's VGG16 (`data/convert_vgg16.py` makes one), or "download".
 
-    Raises:
-        UserError: the file is no VGG16, or the download fails.
+def reconstruction_scores(
+    reconstructions: Tensor, originals: Tensor, lpips: FrozenNetwork | None = None
+) -> dict[str, Tensor]:
+    """PSNR (dB), SSIM and, with `lpips_network`, LPIPS of each pair of uint8 images (B, 3, H, W): (B,) each.
+
+    SSIM's window needs H, W >= 11, LPIPS 32.
     """
-    return lpips_network(None if weights == "download" else weights)
+    pair = reconstructions.float(), originals.float()
+    scores = {
+        "psnr": peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3)),
+        "ssim": structural_similarity_index_measure(*pair, data_range=255.0, reduction="none"),
+    }
+    if lpips is not None:
+        with torch.no_grad():
+            scores["lpips"] = lpips(to_float(reconstructions), to_float(originals))
+    return scores
+
+
+def mean_scores(batches: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Means over all pairs, for JSON, which cannot hold the infinite PSNR of identical images: None."""
+    means = {name: torch.cat([scores[name] for scores in batches]).cpu().double().mean() for name in batches[0]}
+    return {name: mean.item() if mean.isfinite() else None for name, mean in means.items()}
 
 
 def reconstruction_protocol(lpips: FrozenNetwork | None = None) -> dict[str, Any]:
-    """What the figures of reconstruction_metrics(lpips) depend on, for JSON."""
-    if lpips is None:
-        return dict(RECONSTRUCTION_PROTOCOL)
-    return RECONSTRUCTION_PROTOCOL | {"lpips": LPIPS_PROTOCOL, "lpips_sha256": fingerprint(lpips.network)}
-
-
-def as_figures(values: dict[str, Tensor]) -> dict[str, float | None]:
-    """Scalars for JSON, which cannot hold the infinite PSNR of identical images: None."""
-    return {name: value.item() if value.isfinite() else None for name, value in values.items()}
-
-
-def reconstruction_metrics(lpips: FrozenNetwork | None = None) -> MetricCollection:
-    """PSNR (dB), SSIM and, with its network, LPIPS.
-
-    Returns:
-        A collection whose `update(reconstructions, originals)` takes two uint8 tensors (B, 3, H, W) converted by
-        `.float()`, values 0 to 255, and whose `compute()` returns {"psnr", "ssim"} and maybe "lpips". SSIM's window
-        needs H, W >= 11, LPIPS 32.
-    """
-    metrics: dict[str, Metric] = {
-        "psnr": PeakSignalNoiseRatio(data_range=255.0, reduction="elementwise_mean", dim=(1, 2, 3)),
-        "ssim": StructuralSimilarityIndexMeasure(data_range=255.0),
-    }
-    if lpips is not None:
-        metrics["lpips"] = Lpips(lpips)
-    return MetricCollection(metrics, compute_groups=False)
+    """What `reconstruction_scores` depend on, for JSON."""
+    return PROTOCOL | (
+        {} if lpips is None else {"lpips": LPIPS_PROTOCOL, "lpips_sha256": network_sha256(lpips.network)}
+    )

@@ -5,16 +5,9 @@ from torch import Tensor
 
 
 def radial_spectrum(images: Tensor) -> Tensor:
-    """Mean power of each frequency, over directions and channels.
+    """Mean power of images (..., C, S, S) at 1, 2, ..., S // 2 cycles per image, over directions: (..., S // 2).
 
-    A Hann window keeps what differs between opposite borders from showing up at all frequencies; white noise of
-    variance 1 has a power of 1 everywhere.
-
-    Args:
-        images: (..., C, S, S).
-
-    Returns:
-        (..., S // 2) power at 1, 2, ..., S // 2 cycles per image.
+    A Hann window hides the borders; white noise of variance 1 has a power of 1 everywhere.
     """
     size = images.shape[-1]
     window = torch.hann_window(size, periodic=True, device=images.device)

@@ -15,31 +15,25 @@ from dar_lightning.metrics.images import UNREADABLE
 
 
 class StoredStatistics(NamedTuple):
-    """Mean and covariance out of a file.
+    """Mean and covariance out of a file."""
 
-    Attributes:
-        statistics: `mu` (D,) and `sigma` (D, D) of the file, as float64.
-        protocol: what they are statistics of; None in ADM's files, which are of TensorFlow's Inception.
-        has_images: the file also has images, `arr_0`; ADM's has 10,000, of the many that its statistics are of.
-    """
+    statistics: Gaussian  # `mu` (D,) and `sigma` (D, D), as float64
+    protocol: dict[str, Any] | None  # what they are statistics of; None in ADM's files: of TensorFlow's Inception
+    has_images: bool  # `arr_0`; ADM's file has 10,000, of the many that its statistics are of
 
-    statistics: Gaussian
-    protocol: dict[str, Any] | None
-    has_images: bool
+    def facts(self) -> dict[str, Any]:
+        """What identifies them as a reference, for its protocol."""
+        facts = {"n": self.statistics.count, "statistics": "mu and sigma as stored"}
+        facts["statistics_sha256"] = sha256_of(self.statistics)
+        return facts if self.protocol is None else facts | {"statistics_of": self.protocol}
 
 
 def read_statistics(source: str, option: str) -> StoredStatistics | None:
-    """The statistics that an npz file holds.
+    """The statistics of a reference; None of one that is no npz file with `mu` and `sigma`.
 
     Args:
-        source: any reference.
-        option: what the user calls it, for the error line.
-
-    Returns:
-        None for what is no npz file with `mu` and `sigma`.
-
-    Raises:
-        UserError: `mu` and `sigma` are not a mean and a covariance.
+        source: the reference.
+        option: what the user calls it, for error lines.
     """
     if not (source.endswith(".npz") and Path(source).is_file()):
         return None
@@ -63,13 +57,7 @@ def read_statistics(source: str, option: str) -> StoredStatistics | None:
 
 
 def write_statistics(path: str, statistics: Gaussian, protocol: dict[str, Any]) -> None:
-    """Write statistics and their protocol, whole or not at all.
-
-    Args:
-        path: the npz file.
-        statistics: of the reference.
-        protocol: anything that JSON holds; `n` and `features_sha256` are read again.
-    """
+    """Write an npz of statistics and their protocol, of which `n` and `features_sha256` are read again."""
     arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy(), "protocol": json.dumps(protocol)}
     with atomic_path(path) as part, open(part, "wb") as file:  # a name without .npz would get one
         np.savez(file, **arrays)
@@ -83,11 +71,7 @@ def sha256_of(statistics: Gaussian) -> str:
 
 
 def check_fits(stored: StoredStatistics, source: str, features: str, features_sha256: str) -> bool:
-    """Whether stored statistics are of these features; if not, the images beside them must serve.
-
-    Raises:
-        UserError: they are of other features, and there are no images.
-    """
+    """Whether stored statistics are of these features; if not, the images beside them must serve (or UserError)."""
     mark = None if stored.protocol is None else stored.protocol.get("features_sha256")
     if mark == features_sha256 if mark else features == "inception":
         return True

@@ -50,11 +50,9 @@ def token_influence(
         num_steps: diffusion steps; None is one per group of tokens.
 
     Returns:
-        (B, columns), which `token_influence_names` names:
-        `psnr_own_tokens`, `psnr_other_tokens`: the image against its decoding from its own tokens, from the others'.
-        `psnr_same_tokens`: its decoding against that of the same tokens from other noise.
-        `psnr_exchanged_from_group_m`: its decoding against that from the same noise with the others' tokens from
-        group m, counted from 1, on; all of them for m = 1.
+        (B, columns) of `token_influence_names`: the image against its decoding from its own tokens, and from the
+        others'; its decoding against that of the same tokens from other noise; its decoding against that from the same
+        noise with the others' tokens from group m on.
     """
     size = images.shape[2:]
     noise, other_noise = (tokenizer.draw_noise(len(images), generators, size) for _ in range(2))

@@ -1,12 +1,18 @@
-"""How the images of an npz were drawn: what the commands that draw write beside it."""
+"""How the images of an npz were drawn: the JSON beside it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
+from dar_lightning.files import write_text
 
 PIXELS = "pixels_sha256"  # the field by which a record knows its images
+
+
+def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
+    """Write `NAME.json` beside `NAME.npz`: how its images were drawn, and their SHA-256 (`records.pixels`)."""
+    write_text(npz.with_suffix(".json"), json.dumps(facts | {PIXELS: sha256}, indent=2) + "\n")
 
 
 def read_drawn(npz: Path) -> dict[str, Any] | None:
@@ -16,23 +22,13 @@ def read_drawn(npz: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except ValueError:  # no JSON
         return None
     return record if isinstance(record, dict) and PIXELS in record else None
 
 
 def drawn_facts(record: dict[str, Any], npz: Path, option: str, sha256: str) -> dict[str, Any]:
-    """What a record says of the images that were measured, for their protocol.
-
-    Args:
-        record: from read_drawn.
-        npz: the file of the images.
-        option: what the user calls it, for the error line.
-        sha256: of the images, see `records.pixels`.
-
-    Raises:
-        UserError: it is a record of other images.
-    """
+    """What a record says of the images that were measured, for their protocol; UserError if it is of other images."""
     if record[PIXELS] != sha256:
         raise UserError(
             f"{option}: {npz.with_suffix('.json')} tells of other images ({record[PIXELS][:12]}) than {npz} holds "

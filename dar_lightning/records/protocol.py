@@ -1,27 +1,125 @@
-"""The protocol beside every metric: written and read as JSON, and whether two of them allow a comparison."""
+"""Metrics with their protocol: one JSON format, and whether two protocols allow a comparison."""
 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
-PAPER_COUNT = 50_000  # images behind each of the paper's figures
+PAPER_COUNT = 50_000  # images behind each of the paper's FIDs
 FRECHET = "float64, unbiased covariances"
 
+# Metric -> the methods that its value depends on, and what of the reference.
+DEPENDS = {
+    "FD": (("features", "frechet"), ("statistics",)),
+    "KD": (("features", "kernel_distance"), ("images",)),
+    "precision": (("features", "precision_recall"), ("images",)),
+    "recall": (("features", "precision_recall"), ("images",)),
+    "IS": (("features", "IS"), ()),
+    "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), ("images",)),
+    "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), ("images",)),
+    "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), ("images",)),
+    "psnr_own_tokens": (("token_influence",), ()),  # names its images itself
+    "psnr_other_tokens": (("token_influence",), ()),
+    "psnr_same_tokens": (("token_influence",), ()),
+    "psnr_exchanged_from_group": (("token_influence",), ()),
+    "probe_accuracy_samples": (("features", "probe"), ()),
+    "probe_accuracy_reference": (("features", "probe"), ("images",)),
+}
+IDENTITIES = ("reference.sha256", "probe.train.sha256")
 
-def write_figures(path: str | Path, metrics: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    """Write figures with their protocol as JSON, whole or not at all; returns what was written."""
-    result = {"metrics": metrics, "protocol": protocol}
+
+@dataclass(frozen=True)
+class Protocol:
+    """What metrics depend on.
+
+    Attributes:
+        samples: how the measured images were made, their number `n` and their `sha256`.
+        reference: what they are compared with: `n` and `sha256` of images, or stored `statistics`.
+        image_size: [H, W].
+        methods: how metrics are computed, by part: `features`, `frechet`, `reconstruction`, `probe`, ...
+        provenance: which code measured (`records.provenance`); it explains a value, and none depends on it.
+    """
+
+    samples: dict[str, Any]
+    reference: dict[str, Any]
+    image_size: list[int] | None
+    methods: dict[str, Any]
+    provenance: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Protocol":
+        """From the protocol of a JSON file, of any version."""
+        values = dict(values)
+        versions = values.pop("versions", None)  # before there was provenance
+        if "num_images" in values:  # as `dar reconstruct` had it, all in one level
+            values = _of_old_reconstruction(values)
+        fields = {name: values.pop(name, None) for name in ("samples", "reference", "image_size", "provenance")}
+        fields["provenance"] = fields["provenance"] or (versions and {"versions": versions})
+        return cls(**fields | {name: fields[name] or {} for name in ("samples", "reference")}, methods=values)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in files: the methods beside the rest."""
+        fields = {"samples": self.samples, "reference": self.reference, "image_size": self.image_size}
+        return fields | self.methods | {"provenance": self.provenance}
+
+    def common_name(self, metric: str) -> str:
+        """A metric's name without its network's and without the callbacks' r or g: FD for FID, rFID and gFD-NAME."""
+        network = self.methods.get("features", {}).get("name")
+        name = metric if network is None else metric.replace(f"-{network}", "")
+        name = re.sub(r"^[rg]?(FID|FD)$", "FD", name)
+        name = re.sub(r"^KID", "KD", name)
+        return name[1:].lower() if name in ("rPSNR", "rSSIM", "rLPIPS") else name
+
+    def differences(self, other: "Protocol", metric: str | None = None) -> dict[str, str]:
+        """What makes a metric incomparable under two protocols: {field: "value, other value"}, empty if nothing does.
+
+        Args:
+            other: the other protocol.
+            metric: its common name. One that is not known here, and None, which stands for all of one measurement,
+                depends on everything but how the samples were made, and on no provenance. With a name, images that
+                neither protocol identifies by a hash differ.
+        """
+        mine, theirs = (dict(one._facts(metric)) for one in (self, other))
+        found = {
+            field: f"{_shown(mine.get(field))}, {_shown(theirs.get(field))}"
+            for field in sorted(mine.keys() | theirs.keys())
+            if mine.get(field) != theirs.get(field) and (field != "reference.n" or (field in mine and field in theirs))
+        }
+        for field in IDENTITIES if metric is not None else ():
+            if field in mine and mine[field] is None and theirs.get(field) is None:
+                found[field] = "written down in neither"
+        return found
+
+    def _facts(self, metric: str | None) -> Iterator[tuple[str, Any]]:
+        """The fields that decide a metric, as "part.field" and value."""
+        known = re.sub(r"(?<=_from_group)_\d+$", "", (metric or "").removesuffix("_std"))
+        parts, kinds = DEPENDS.get(known, (self.methods, ("images", "statistics")))
+        if metric != "probe_accuracy_reference":
+            yield "samples.n", self.samples.get("n")
+        yield "image_size", self.image_size
+        for part in parts:
+            value = self.methods
+            for step in part.split("."):
+                value = value.get(step) if isinstance(value, dict) else None
+            yield from _flat(value, part)
+        for kind in kinds:
+            yield from _identity(self.reference, kind)
+
+
+def write_metrics(path: str | Path, metrics: dict[str, float | None], protocol: Protocol) -> dict[str, Any]:
+    """Write metrics and their protocol as JSON, atomically; returns what was written."""
+    result = {"metrics": metrics, "protocol": protocol.to_json()}
     write_text(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def read_figures(path: str | Path) -> dict[str, Any]:
-    """What `write_figures` wrote.
+def read_metrics(path: str | Path) -> tuple[dict[str, float | None], Protocol]:
+    """The metrics and the protocol of a file, by whichever version it was written.
 
     Raises:
         UserError: the file is missing or something else.
@@ -32,96 +130,43 @@ def read_figures(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--files: {path} cannot be read ({error}); give files that dar evaluate wrote") from error
     if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"--files: {path} has no metrics and protocol; give files that dar evaluate wrote")
-    return result
+    return result["metrics"], Protocol.from_json(result["protocol"])
 
 
-# What no figure depends on; "versions" is what files had before provenance.
-EXPLAINS = ("provenance", "versions")
-# kind of figure -> parts of the protocol, and what of the reference
-DEPENDS = {
-    "FD": (("features", "frechet"), "statistics"),
-    "KD": (("features", "kernel_distance"), "images"),
-    "precision": (("features", "precision_recall"), "images"),
-    "recall": (("features", "precision_recall"), "images"),
-    "IS": (("features", "IS"), None),
-    "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), "images"),
-    "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), "images"),
-    "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), "images"),
-    "psnr_own_tokens": (("token_influence",), None),  # whose images it names itself
-    "psnr_other_tokens": (("token_influence",), None),
-    "psnr_same_tokens": (("token_influence",), None),
-    "psnr_exchanged_from_group": (("token_influence",), None),
-    "probe_accuracy_samples": (("features", "probe"), None),
-    "probe_accuracy_reference": (("features", "probe"), "images"),
-}
-SET = ("n", "sha256")  # what identifies a set of images
+def _of_old_reconstruction(old: dict[str, Any]) -> dict[str, Any]:
+    """The protocol that `dar reconstruct` wrote at first, in today's form."""
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: old.pop(name) for name in names if name in old}
+
+    n = {"n": old.pop("num_images")}
+    values = taken("token_influence", "provenance") | {"reference": taken("shards", "crop") | n}
+    values["reconstruction"] = taken("images", "data_range", "psnr", "ssim")
+    return values | {"samples": {"reconstructions": "of the reference"} | old | n}
 
 
-def common_name(name: str, protocol: dict[str, Any]) -> str:
-    """A figure's name without its network's and without the callbacks' r or g: FD for FID, rFID and gFD-<name>."""
-    network = protocol.get("features", {}).get("name")
-    name = name if network is None else name.replace(f"-{network}", "")
-    name = re.sub(r"^[rg]?(FID|FD)$", "FD", name)
-    name = re.sub(r"^KID", "KD", name)
-    return name[1:].lower() if name in ("rPSNR", "rSSIM", "rLPIPS") else name
-
-
-def differences(name: str, protocol: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
-    """What makes a figure incomparable under two protocols: {field: "value, other value"}, empty if nothing does.
-
-    Args:
-        name: its common name; one that is not known here depends on everything but the samples and the provenance.
-        protocol: of one file.
-        other: of the other.
-    """
-    mine, theirs = (dict(_facts(name, one)) for one in (protocol, other))
-    found = {
-        field: f"{_shown(mine.get(field))}, {_shown(theirs.get(field))}"
-        for field in sorted(mine.keys() | theirs.keys())
-        if mine.get(field) != theirs.get(field) and (field != "reference.n" or (field in mine and field in theirs))
-    }
-    for field in ("reference.sha256", "probe.train.sha256"):
-        if field in mine and mine[field] is None and theirs.get(field) is None:
-            found[field] = "written down in neither"
-    return found
-
-
-def _facts(name: str, protocol: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    kind = re.sub(r"(?<=_from_group)_\d+$", "", name.removesuffix("_std"))
-    parts, of_reference = DEPENDS.get(kind, (None, "images"))
-    if parts is None:
-        parts = [part for part in protocol if part not in ("samples", "reference", "image_size", *EXPLAINS)]
-    if name != "probe_accuracy_reference":
-        yield "samples.n", protocol.get("samples", {}).get("n")
-    yield "image_size", protocol.get("image_size")
-    for part in parts:
-        value = protocol
-        for step in part.split("."):
-            value = value.get(step) if isinstance(value, dict) else None
-        yield from _flat(value, part)
-    if of_reference is not None:
-        yield from _reference(protocol.get("reference", {}), of_reference == "statistics")
-
-
-def _reference(reference: dict[str, Any], statistics: bool) -> Iterator[tuple[str, Any]]:
-    """What identifies it: pixels, or for a Frechet distance stored statistics, where their pixels are not known."""
-    while statistics and "statistics_of" in reference:
+def _identity(reference: dict[str, Any], kind: str) -> Iterator[tuple[str, Any]]:
+    """What identifies a reference: its pixels, or the stored statistics of it, where their pixels are not known."""
+    while kind == "statistics" and "statistics_of" in reference:
         reference = reference["statistics_of"]
-    if statistics and "statistics" in reference:
+    if kind == "statistics" and "statistics" in reference:
         yield "reference.statistics_sha256", reference.get("statistics_sha256")
         return
     if "statistics" not in reference:  # whose n is another set's
         yield "reference.n", reference.get("n")
+        if "sha256" not in reference:
+            yield from _flat(reference, "reference")
     yield "reference.sha256", reference.get("sha256")
 
 
 def _flat(value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries; of a set of images with a hash, `n` and `sha256` alone."""
     if not isinstance(value, dict):
         yield field, value
         return
     is_set = "n" in value and "sha256" in value
     for name, inner in value.items():
-        if not is_set or name in SET:
+        if not is_set or name in ("n", "sha256"):
             yield from _flat(inner, f"{field}.{name}")
 
 

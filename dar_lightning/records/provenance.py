@@ -26,12 +26,8 @@ FILE = "provenance.json"  # in folders that several processes may fill: a list
 def provenance(device: "torch.device", precision: str) -> dict[str, Any]:
     """What made a result, for JSON: `code` (see `read_code`), `versions`, `device`, `precision`, `command`.
 
-    It explains a result; nothing is refused because of it. The code is looked at once a process: call this when the
+    `precision` is the Trainer's, or the dtype of the weights. The code is looked at once a process: call this when the
     work begins, as files may be edited while it runs.
-
-    Args:
-        device: where it is computed.
-        precision: the Trainer's, or the dtype of the weights.
     """
     return {
         "code": _code_at_first_call(),

@@ -11,12 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.
 def call(words: list[str], **options: Any) -> tuple[int, int]:
     """Run a command to its end; a signal that asks this process to stop is passed on to it.
 
-    Args:
-        words: of the command.
-        options: of subprocess.Popen.
-
-    Returns:
-        Its exit status, and the signal's number, 0 for none.
+    Returns its exit status, and the signal's number, 0 for none. `options` are those of subprocess.Popen.
     """
     received, child, early = 0, None, []
 

@@ -10,15 +10,10 @@ EVENTS = "events.out.tfevents.*"
 
 
 class Curve(NamedTuple):
-    """One scalar over training.
+    """One scalar over training."""
 
-    Attributes:
-        steps: (n,) int64, ascending.
-        values: (n,) float64.
-    """
-
-    steps: np.ndarray
-    values: np.ndarray
+    steps: np.ndarray  # (n,) int64, ascending
+    values: np.ndarray  # (n,) float64
 
 
 def event_folders(folder: str | Path) -> list[Path]:
@@ -33,9 +28,15 @@ def read_scalars(folder: str | Path) -> dict[str, Curve]:
         events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()  # 0: all of them
         for tag in events.Tags()["scalars"]:
             points.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
-    return {tag: _curve(found) for tag, found in sorted(points.items())}
+    return {
+        tag: Curve(
+            np.array(sorted(found), dtype=np.int64), np.array([found[step] for step in sorted(found)], np.float64)
+        )
+        for tag, found in sorted(points.items())
+    }
 
 
-def _curve(points: dict[int, float]) -> Curve:
-    steps = sorted(points)
-    return Curve(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64))
+def last_scalars(folder: Path, prefixes: tuple[str, ...]) -> dict[str, float]:
+    """The last value of each scalar whose name starts with one of the prefixes."""
+    found = read_scalars(folder).items()
+    return {name: float(curve.values[-1]) for name, curve in found if name.startswith(prefixes)}

@@ -13,15 +13,9 @@ from dar_lightning.sweeps.plan import Work
 DONE, BEGUN, LOCK = "done.json", "begun.json", ".sweep.lock"
 
 
-def read_done(work: Work, root: Path) -> dict[str, Any] | None:
-    """The record of a finished stage in a sweep's folder, None of another."""
-    path = root / work.folder / DONE
-    return read_json(path) if path.exists() else None
-
-
-def read_begun(work: Work, root: Path) -> dict[str, Any] | None:
-    """What a stage that is not finished was begun from (`made_from`), None where nothing notes it."""
-    path = root / work.folder / BEGUN
+def read_done(work: Work, root: Path, name: str = DONE) -> dict[str, Any] | None:
+    """The record of a finished stage in a sweep's folder, None of another; or what it was begun from, in BEGUN."""
+    path = root / work.folder / name
     return read_json(path) if path.exists() else None
 
 
@@ -42,7 +36,7 @@ def is_of_others(work: Work, root: Path, code: str) -> bool:
     """Whether a stage is finished or begun, and other code than that of this hash, or other data, made it."""
     done = read_done(work, root)
     if done is None:
-        begun = read_begun(work, root)
+        begun = read_done(work, root, BEGUN)
         return not {*code_hashes(work, root)} <= {code} or (begun is not None and begun["data"] != work.data())
     made = done.get("made")  # not noted by versions before
     return made is None or {made["code"]["sha256"], *made["codes"]} != {code} or made["data"] != work.data()
@@ -51,23 +45,19 @@ def is_of_others(work: Work, root: Path, code: str) -> bool:
 def is_outdated(work: Work, root: Path, wanted: str | None) -> bool:
     """Whether a stage must begin anew: other code or data than wanted made it, or what it needs is or was made anew.
 
-    Args:
-        work: the stage.
-        root: the sweep's folder.
-        wanted: hash of the code that it must be of, with today's data; None where any is as good.
+    `wanted` is the hash of the code that it must be of, with today's data; None where any is as good.
     """
     if wanted is not None and is_of_others(work, root, wanted):
         return True
     done = read_done(work, root)
-    made = read_begun(work, root) if done is None else done.get("made", {"needs": dict.fromkeys(work.needs)})
+    made = read_done(work, root, BEGUN) if done is None else done.get("made", {"needs": dict.fromkeys(work.needs)})
     if made is None:
         return False
-    noted = made["needs"]
-    for name, need in work.needs.items():
-        found = read_done(need, root)
-        if is_outdated(need, root, wanted) or (found is not None and _mark(found) != noted[name]):
-            return True
-    return False
+    found = {name: read_done(need, root) for name, need in work.needs.items()}
+    return any(
+        is_outdated(need, root, wanted) or (found[name] is not None and _mark(found[name]) != made["needs"][name])
+        for name, need in work.needs.items()
+    )
 
 
 def put_aside(work: Work, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a sweep is: cells of a grid, each a chain of `dar` commands, of which equal ones are one piece of work."""
+"""The plan of a sweep: cells of a grid, each a chain of `dar` commands. Identical stages run once and are shared."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ NAME = re.compile(r"[\w.=,+-]+")
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of every cell.
+    """One command of every cell, as the sweep file has it.
 
     Attributes:
         verb: of `dar`: fit, extract, export, reconstruct, sample, table or evaluate.
@@ -56,23 +56,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage with all its values: one command, one folder.
-
-    Attributes:
-        stage: its name.
-        verb: of `dar`.
-        words: its options, in which {name} stands for the folder of the work that it needs.
-        needs: that work by its stage's name.
-        hash: of words, config files and the work that it needs; equal hashes are the same work.
-        texts: every text in its options and config files.
-    """
+    """A stage with all its values: one command, one folder."""
 
     stage: str
     verb: str
-    words: tuple[str, ...]
-    needs: dict[str, "Work"]
-    hash: str
-    texts: tuple[str, ...] = ()
+    words: tuple[str, ...]  # options, in which {name} stands for the folder of the work that it needs
+    needs: dict[str, "Work"]  # that work by its stage's name
+    hash: str  # of words, config files and the work that it needs; equal hashes are the same work
+    texts: tuple[str, ...] = ()  # every text in its options and config files
 
     @property
     def folder(self) -> str:
@@ -80,13 +71,13 @@ class Work:
         return f"shared/{self.stage}-{self.hash}"
 
     def data(self) -> dict[str, str]:
-        """Folders of shards that options or config files name -> SHA-256 of their index, which has those of the shards.
-
-        Not those that earlier stages make.
-        """
-        indices = {text: os.path.join(find_shipped(text), INDEX) for text in sorted({*self.texts}) if text}
-        found = {text: index for text, index in indices.items() if os.path.isfile(index)}
-        return {text: hashlib.sha256(Path(index).read_bytes()).hexdigest() for text, index in found.items()}
+        """Folders of shards that options or config files name -> SHA-256 of their index; none of earlier stages."""
+        indices = {text: Path(find_shipped(text), INDEX) for text in sorted({*self.texts}) if text}
+        return {
+            text: hashlib.sha256(index.read_bytes()).hexdigest()
+            for text, index in indices.items()
+            if os.path.isfile(index)
+        }
 
     def command(self, root: Path) -> list[str]:
         """Options of `dar`, with the verb first."""
@@ -102,17 +93,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid.
+    """One point of the grid."""
 
-    Attributes:
-        name: of its folder.
-        values: its place on every axis.
-        variables: what placeholders stand for: the values, and the names that an axis gives.
-    """
-
-    name: str
-    values: dict[str, Any]
-    variables: dict[str, Any]
+    name: str  # of its folder
+    values: dict[str, Any]  # its place on every axis
+    variables: dict[str, Any]  # what placeholders stand for: the values, and the names that an axis gives
 
 
 @dataclass(frozen=True)
@@ -138,7 +123,7 @@ class Sweep:
             if not given:
                 raise UserError(f"{what} is empty: need at least one entry")
         for axis, values in self.grid.items():
-            given = [{axis, *values[name]} for name in values] if isinstance(values, Mapping) else [{axis}]
+            given = [{axis, *names} for names in values.values()] if isinstance(values, Mapping) else [{axis}]
             if any(names != given[0] for names in given):
                 raise UserError(f"grid: the values of {axis} give different names: {{name}} must mean something in all")
             if "seed" in given[0]:
@@ -154,11 +139,10 @@ class Sweep:
                     raise UserError(f"paper: {axis} is {entry[axis]!r}, which the grid does not have")
         known = {*self.cells[0].variables, "seed"}
         for name, stage in self.stages.items():
-            places = _places([stage.options, stage.config])
-            wrong = [word for word in places if word not in known]
-            if wrong:
-                raise UserError(f"stages: {name} has {{{wrong[0]}}}, which is no axis, no name that it gives, and no "
-                                "earlier stage")  # fmt: skip
+            for place in _places([stage.options, stage.config]):
+                if place not in known:
+                    what = "no axis, no name that it gives, and no earlier stage"
+                    raise UserError(f"stages: {name} has {{{place}}}, which is {what}")
             if name in known:
                 raise UserError(f"stages: {name} is the name of an axis too, or of what one gives")
             known.add(name)
@@ -168,11 +152,9 @@ class Sweep:
         """Every combination of the axes' values."""
         cells = []
         for values in product(*self.grid.values()):
-            chosen = dict(zip(self.grid, values, strict=True))
-            variables = dict(chosen)
+            chosen, variables = dict(zip(self.grid, values, strict=True)), {}
             for axis, value in chosen.items():
-                if isinstance(self.grid[axis], Mapping):
-                    variables |= self.grid[axis][value]
+                variables |= {axis: value} | (self.grid[axis][value] if isinstance(self.grid[axis], Mapping) else {})
             name = ",".join(f"{axis}={value}" for axis, value in chosen.items())
             cells.append(Cell(re.sub(r"[^\w.=,+-]", "_", name), chosen, variables))
         return cells
@@ -188,8 +170,7 @@ class Sweep:
             words = [f"--config={path}" for path in configs]
             words += [f"--{option}={_text(value)}" for option, value in options.items()]
             needs = {place: done[place] for place in _places(stage.options) if place in done}
-            facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}]
-            facts.append(contents)
+            facts = [stage.verb, words, {place: work.hash for place, work in needs.items()}, contents]
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
             texts = tuple(_texts([options, *map(json.loads, contents)]))
             done[name] = Work(name, stage.verb, tuple(words), needs, digest, texts)

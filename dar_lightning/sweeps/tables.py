@@ -1,17 +1,18 @@
-"""One tidy table of a sweep: what was measured, its mean and spread over seeds, and the paper's numbers."""
+"""Tables of a sweep: each metric's mean and spread over seeds, beside the paper's."""
 
 import csv
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from dar_lightning.files import write_text
-from dar_lightning.records.protocol import PAPER_COUNT
+from dar_lightning.records.protocol import PAPER_COUNT, Protocol
 from dar_lightning.records.provenance import code_name
-from dar_lightning.sweeps.results import STATUSES, Cell, Results, Run
+from dar_lightning.sweeps.results import STATUSES, CellResult, RunResult, SweepResult
 
 CURVES = ("val/loss", "val/flow")  # what the two kinds of training are judged by
 GROUPS = re.compile(r"(groups/val_\w+?|written/val_\w+?)_(\d+)$")  # a scalar per group of tokens, or per part written
@@ -19,23 +20,16 @@ GROUPS = re.compile(r"(groups/val_\w+?|written/val_\w+?)_(\d+)$")  # a scalar pe
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of one cell.
+    """One metric of one cell."""
 
-    Attributes:
-        cell: which.
-        source: "measured" (by commands, or in a training's last validation) or "paper".
-        figure: its name.
-        values: one for each piece of work that finished runs have it from, which several may share; of the paper, its
-            number.
-    """
-
-    cell: Cell
-    source: str
-    figure: str
-    values: tuple[float, ...]
+    cell: CellResult
+    source: str  # "measured" (by commands, or in a training's last validation) or "paper"
+    metric: str
+    values: tuple[float, ...]  # one for each piece of work that finished runs have it from, which several may share
 
     @property
     def mean(self) -> float:
+        """Over the values."""
         return mean(self.values)
 
     @property
@@ -44,91 +38,95 @@ class Row:
         return stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}" if self.std is None else f"{self.mean:.4g} ± {self.std:.2g}"
+        return spread_text(self.mean, self.std)
 
 
-def summarize(sweep: Results) -> list[Row]:
-    """Every figure of every cell; cells without a finished run have the paper's only."""
+def summarize(sweep: SweepResult) -> list[Row]:
+    """Every metric of every cell; cells without a finished run have the paper's only."""
     rows = []
     for cell in sweep.cells:
         done = cell.having("done")
-        for figure in dict.fromkeys(name for run in done for name in run.figures):
-            by_work = {run.works.get(figure, run.folder): run.figures[figure] for run in done if figure in run.figures}
-            rows.append(Row(cell, "measured", figure, tuple(by_work.values())))
-        rows += [Row(cell, "paper", figure, (value,)) for figure, value in cell.paper.items()]
+        for metric in dict.fromkeys(name for run in done for name in run.metrics):
+            by_work = {run.works.get(metric, run.folder): run.metrics[metric] for run in done if metric in run.metrics}
+            rows.append(Row(cell, "measured", metric, tuple(by_work.values())))
+        rows += [Row(cell, "paper", metric, (value,)) for metric, value in cell.paper.items()]
     return rows
 
 
-def write_tables(sweep: Results, rows: list[Row], output: Path) -> str:
-    """Write `table.csv` (a line per cell and figure), `runs.csv` (a line per run and figure) and `table.md`.
-
-    Returns:
-        The text of table.md.
-    """
-    header = ["cell", *sweep.axes, "source", "figure", "mean", "std", "n", "failed", "pending"]
-    lines = []
+def write_tables(sweep: SweepResult, rows: list[Row], output: Path) -> str:
+    """Write `table.csv` (a line per cell and metric), `runs.csv` (per run and metric), `table.md`; returns its text."""
+    lines = [["cell", *sweep.axes, "source", "figure", "mean", "std", "n", "failed", "pending"]]
     for row in rows:
-        spread = "" if row.std is None else row.std
-        counts = [len(row.values), *(len(row.cell.having(status)) for status in ("failed", "pending"))]
-        numbers = [row.mean, spread, *(counts if row.source != "paper" else ["", "", ""])]
-        lines.append([row.cell.name, *_values(sweep, row.cell), row.source, row.figure, *numbers])
-    write_text(output / "table.csv", _csv(header, lines))
+        counts = [len(row.values), len(row.cell.having("failed")), len(row.cell.having("pending"))]
+        numbers = [row.mean, "" if row.std is None else row.std, *(counts if row.source != "paper" else ["", "", ""])]
+        lines.append([row.cell.name, *_values(sweep, row.cell), row.source, row.metric, *numbers])
+    write_text(output / "table.csv", _csv(lines))
 
-    header, lines = ["cell", *sweep.axes, "seed", "status", "figure", "value"], []
+    lines = [["cell", *sweep.axes, "seed", "status", "figure", "value"]]
     for cell in sweep.cells:
         for run in cell.runs:
             start = [cell.name, *_values(sweep, cell), run.seed, run.status]
-            lines += [[*start, name, value] for name, value in run.figures.items()] or [[*start, "", ""]]
-    write_text(output / "runs.csv", _csv(header, lines))
+            lines += [[*start, name, value] for name, value in run.metrics.items()] or [[*start, "", ""]]
+    write_text(output / "runs.csv", _csv(lines))
 
     text = markdown(sweep, rows)
     write_text(output / "table.md", text)
     return text
 
 
-def markdown(sweep: Results, rows: list[Row]) -> str:
-    """The figures that the study is about, a line per cell, and what is missing."""
-    figures = shown_figures(sweep, rows)
-    papers = list(dict.fromkeys(row.figure for row in rows if row.source == "paper"))
-    found = {(row.cell.name, row.source, row.figure): row for row in rows}
-    lines = [f"# {sweep.title}", ""]
-    lines += [_line([*sweep.axes, "runs", *figures, *(f"paper: {name}" for name in papers)])]
-    lines += ["|" + "---|" * (len(sweep.axes) + 1 + len(figures) + len(papers))]
-    for cell in sweep.cells:
-        texts = [*_values(sweep, cell), runs_text(cell)]
-        texts += [str(found.get((cell.name, "measured", name), "")) for name in figures]
-        texts += [str(found.get((cell.name, "paper", name), "")) for name in papers]
-        lines.append(_line(texts))
-    lines += ["", *(f"{text}  " for text in remarks(sweep))]
-    for status in ("failed", "pending"):
-        if runs := [run for run in sweep.runs if run.status == status]:
-            lines.append(f"{status.capitalize()}: {', '.join(map(_named, runs))}  ")
-    return "\n".join(lines) + "\n"
+def markdown(sweep: SweepResult, rows: list[Row]) -> str:
+    """The metrics that the study is about, a line per cell, and what is missing."""
+    metrics = shown_metrics(sweep, rows)
+    papers = list(dict.fromkeys(row.metric for row in rows if row.source == "paper"))
+    columns = [("measured", name) for name in metrics] + [("paper", name) for name in papers]
+    found = {(row.cell.name, row.source, row.metric): str(row) for row in rows}
+    lines = [
+        [*_values(sweep, cell), runs_text(cell), *(found.get((cell.name, *column), "") for column in columns)]
+        for cell in sweep.cells
+    ]
+    header = [*sweep.axes, "runs", *metrics, *(f"paper: {name}" for name in papers)]
+    missing = [
+        f"{status.capitalize()}: {', '.join(map(_named, runs))}"
+        for status in ("failed", "pending")
+        if (runs := [run for run in sweep.runs if run.status == status])
+    ]
+    notes = (f"{text}  " for text in [*remarks(sweep), *missing])
+    return "\n".join([f"# {sweep.title}", "", *markdown_table(header, lines), "", *notes]) + "\n"
 
 
-def shown_figures(sweep: Results, rows: list[Row]) -> list[str]:
-    """The figures that the sweep names, or all that were measured where it names none."""
-    measured = list(dict.fromkeys(row.figure for row in rows if row.source == "measured"))
-    return list(sweep.figures) or measured
+def markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
-def runs_text(cell: Cell) -> str:
+def spread_text(mean: float, std: float | None) -> str:
+    """0.11 ± 0.01"""
+    return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {std:.2g}"
+
+
+def shown_metrics(sweep: SweepResult, rows: list[Row]) -> list[str]:
+    """The metrics that the sweep names, or all that were measured where it names none."""
+    return list(sweep.metrics or dict.fromkeys(row.metric for row in rows if row.source == "measured"))
+
+
+def runs_text(cell: CellResult) -> str:
     """How many of a cell's runs are done: "3", or "1 of 3 (1 failed, 1 pending)"."""
     missing = [f"{count} {status}" for status in ("failed", "pending") if (count := len(cell.having(status)))]
     done = len(cell.having("done"))
     return f"{done} of {len(cell.runs)} ({', '.join(missing)})" if missing else str(done)
 
 
-def remarks(sweep: Results) -> list[str]:
-    """What a reader has to know beside the figures: how often, with what budget, how measured, how much is missing."""
+def remarks(sweep: SweepResult) -> list[str]:
+    """What a reader has to know beside the metrics: how often, with what budget, how measured, how much is missing."""
     texts = ["Mean ± standard deviation over the runs of a cell, each of a seed; without ±, of one piece of work."]
     if sweep.budget:
         texts.append(f"Budget: {sweep.budget}")
     if done := [run for run in sweep.runs if run.status == "done"]:
-        measured = dict.fromkeys(_protocol_text(protocol) for protocol in done[0].protocols.values())
-        texts += [f"Measured: {text}." for text in measured if text]
-        if any(cell.paper for cell in sweep.cells) and not any(map(_is_paper_scale, done[0].protocols.values())):
-            texts.append(f"Not comparable with the paper's figures: FID of {PAPER_COUNT:,} ImageNet images.")
+        protocols = done[0].protocols.values()
+        texts += [f"Measured: {text}." for text in dict.fromkeys(map(_protocol_text, protocols)) if text]
+        if any(cell.paper for cell in sweep.cells) and not any(map(_is_paper_scale, protocols)):
+            texts.append(f"Not comparable with the paper's numbers: FID of {PAPER_COUNT:,} ImageNet images.")
     stages = [stage for run in sweep.runs for stage in run.stages if stage.status == "done"]
     if any(stage.code for stage in stages):
         texts.append(f"Made by {'; '.join(dict.fromkeys(code_name(stage.code) for stage in stages))}.")
@@ -138,23 +136,6 @@ def remarks(sweep: Results) -> list[str]:
     return texts
 
 
-def _named(run: Run) -> str:
-    stage = next((stage.name for stage in run.stages if stage.status == "failed"), None)
-    return f"{run.cell} seed {run.seed}" + (f" ({stage})" if stage else "")
-
-
-def _protocol_text(protocol: dict[str, Any]) -> str:
-    facts = (("{} images", "samples", "n"), ("{} of reference", "reference", "n"), ("features {}", "features", "name"))
-    parts = [text.format(protocol[part][name]) for text, part, name in facts if name in protocol.get(part, {})]
-    parts += [f"{protocol['num_images']} reconstructions"] if "num_images" in protocol else []
-    return ", ".join(parts)
-
-
-def _is_paper_scale(protocol: dict[str, Any]) -> bool:
-    inception = protocol.get("features", {}).get("name") == "inception"
-    return inception and protocol.get("samples", {}).get("n") == PAPER_COUNT
-
-
 def value_text(value: Any) -> str:
     """An axis' value as a reader wants it."""
     if isinstance(value, list | tuple):
@@ -162,15 +143,29 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _values(sweep: Results, cell: Cell) -> list[str]:
+def _named(run: RunResult) -> str:
+    stage = next((stage.name for stage in run.stages if stage.status == "failed"), None)
+    return f"{run.cell} seed {run.seed}" + (f" ({stage})" if stage else "")
+
+
+def _protocol_text(protocol: Protocol) -> str:
+    if "reconstructions" in protocol.samples:
+        facts = [("{} reconstructions", protocol.samples, "n")]
+    else:
+        facts = [("{} images", protocol.samples, "n"), ("{} of reference", protocol.reference, "n")]
+    facts.append(("features {}", protocol.methods.get("features", {}), "name"))
+    return ", ".join(text.format(part[name]) for text, part, name in facts if name in part)
+
+
+def _is_paper_scale(protocol: Protocol) -> bool:
+    return protocol.methods.get("features", {}).get("name") == "inception" and protocol.samples.get("n") == PAPER_COUNT
+
+
+def _values(sweep: SweepResult, cell: CellResult) -> list[str]:
     return [value_text(cell.values[axis]) if axis in cell.values else "" for axis in sweep.axes]
 
 
-def _line(texts: list[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
-
-
-def _csv(header: list[str], lines: list[list]) -> str:
+def _csv(lines: list[list]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()

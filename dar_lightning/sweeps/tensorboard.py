@@ -13,16 +13,16 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from dar_lightning.sweeps.curves import EVENTS
-from dar_lightning.sweeps.results import SAMPLES, Results
+from dar_lightning.sweeps.results import SAMPLES, SweepResult
 from dar_lightning.sweeps.tables import CURVES, GROUPS, value_text
 
 FOLDER = "tensorboard"
 
 
-def write_tensorboard(sweep: Results) -> Path:
+def write_tensorboard(sweep: SweepResult) -> Path:
     """Write `tensorboard/` in the sweep's folder, in the place of an earlier one.
 
-    - `CELL/seedS`: the run's axes and seed as hyperparameters, its figures as metrics (the HPARAMS tab), and its
+    - `CELL/seedS`: the run's axes and seed as hyperparameters, its metrics (the HPARAMS tab), and its
       samples, which are of the same classes and noise in every cell.
     - `CELL/seedS/STAGE`: what the stage logged, pictures too, under the cell's name.
     - the root: a layout for the CUSTOM SCALARS tab, with the curves of all cells in one chart each.
@@ -32,10 +32,9 @@ def write_tensorboard(sweep: Results) -> Path:
     for cell in sweep.cells:
         for run in cell.having("done"):
             place = part / cell.name / f"seed{run.seed}"
-            shown = [name for name in sweep.figures or run.figures if name in run.figures]
-            figures = {f"measured/{name}": run.figures[name] for name in shown}
+            metrics = {name: run.metrics[name] for name in sweep.metrics or run.metrics if name in run.metrics}
             settings = {axis: _setting(value) for axis, value in cell.values.items()}
-            _write_run(settings | {"seed": run.seed}, figures, run.folder / SAMPLES, place)
+            _write_run(settings | {"seed": run.seed}, metrics, run.folder / SAMPLES, place)
             for stage in run.stages:
                 _copy_events(stage.folder, place / stage.name)
     with SummaryWriter(str(part)) as writer:
@@ -50,11 +49,12 @@ def _setting(value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else value_text(value)
 
 
-def _write_run(settings: dict[str, Any], figures: dict[str, float], samples: Path, folder: Path) -> None:
+def _write_run(settings: dict[str, Any], metrics: dict[str, float], samples: Path, folder: Path) -> None:
+    metrics = {f"measured/{name}": value for name, value in metrics.items()}
     with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(settings, figures):  # add_hparams puts them into a folder named for the time
+        for summary in hparams(settings, metrics):  # add_hparams puts them into a folder named for the time
             writer.file_writer.add_summary(summary)
-        for name, value in figures.items():
+        for name, value in metrics.items():
             writer.add_scalar(name, value, 0)
         if samples.is_file():
             with Image.open(samples) as image:
@@ -79,7 +79,7 @@ def _copy_events(source: Path, folder: Path) -> None:
     writer.close()
 
 
-def _layout(sweep: Results) -> dict[str, dict[str, list]]:
+def _layout(sweep: SweepResult) -> dict[str, dict[str, list]]:
     """Category -> chart -> ["Multiline", tags]: first the losses, of all tokens and group by group, then the rest."""
     tags = {tag for run in sweep.runs for stage in run.stages for tag in stage.scalars}
     layout: dict[str, list[str]] = {sweep.title: [tag for tag in CURVES if tag in tags]}

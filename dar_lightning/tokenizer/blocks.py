@@ -1,21 +1,19 @@
-"""Transformer parts that the encoder, the conditioner and the pixel decoder share."""
+"""Attention, MLP, transformer block and 2-D positions of the tokenizer."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.layers import rotate
+from dar_lightning.layers import KVCache, rotate
 
 NORM_EPS = 1e-6
 
 
 def axial_rotary(height: int, width: int, head_dim: int, theta: float = 10000.0, device=None) -> Tensor:
-    """Rotations of 2-D RoPE over a patch grid.
-
-    The first half of the channel pairs turns with the row, the second half with the column.
+    """2-D RoPE of a patch grid: half of the channel pairs for the row, half for the column.
 
     Returns:
-        (height * width, head_dim / 2, 2): cosine and sine of each pair's angle, rows first.
+        (height * width, head_dim / 2, 2): cosine and sine of each pair's angle.
     """
     axis_dim = head_dim // 2
     frequencies = theta ** (-torch.arange(0, axis_dim, 2, device=device, dtype=torch.float32) / axis_dim)
@@ -27,44 +25,15 @@ def axial_rotary(height: int, width: int, head_dim: int, theta: float = 10000.0,
 
 
 def identity_rotary(length: int, head_dim: int, device=None) -> Tensor:
-    """Rotations that leave a token as it is, for tokens without a place in the plane: (length, head_dim / 2, 2)."""
+    """RoPE by angles of 0, for tokens without a place in the image: (length, head_dim / 2, 2)."""
     rotary = torch.zeros(length, head_dim // 2, 2, device=device)
     rotary[..., 0] = 1.0
     return rotary
 
 
 def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, device=None) -> Tensor:
-    """Fixed absolute positions of a patch grid (ViT, MAE): half of the channels tell the row, half the column.
-
-    Returns:
-        (height * width, dim), values in [-1, 1], rows first.
-    """
-    turns = axial_rotary(height, width, dim, theta, device)  # (L, dim / 2, 2)
-    return turns.flatten(1)
-
-
-class KVCache:
-    """Keys and values of the tokens one attention layer has seen, in buffers that are allocated once.
-
-    Args:
-        capacity: most tokens the cache can hold.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, n, head_dim); return views of all so far (B, heads, length, head_dim)."""
-        if self.length == 0:
-            batch, heads, _, head_dim = keys.shape
-            self._keys = keys.new_empty(batch, heads, self.capacity, head_dim)
-            self._values = torch.empty_like(self._keys)
-        end = self.length + keys.shape[2]
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+    """Fixed sine-cosine positions of a patch grid (ViT, MAE), half for the row, half for the column: (L, dim)."""
+    return axial_rotary(height, width, dim, theta, device).flatten(1)
 
 
 class Attention(nn.Module):
@@ -88,6 +57,7 @@ class Attention(nn.Module):
         k_rotary: Tensor | None = None,
         mask: Tensor | None = None,  # (L, M) boolean, true = may look
         cache: KVCache | None = None,
+        layer: int = 0,  # of the cache
     ) -> Tensor:  # (B, L, D)
         context = x if context is None else context
         q = self.q_norm(self._split(self.q(x)))
@@ -98,7 +68,7 @@ class Attention(nn.Module):
         if k_rotary is not None:
             k = rotate(k, k_rotary)
         if cache is not None:
-            k, v = cache.extend(k, v)
+            k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(x.transpose(1, 2).flatten(2))
 
@@ -125,8 +95,8 @@ class GatedBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim)
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None) -> Tensor:  # (B, L, D)
-        x = x + self.gate1 * self.attention(self.norm1(x), q_rotary=rotary, k_rotary=rotary, mask=mask, cache=cache)
+    def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), None, rotary, rotary, mask, cache, layer)  # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 

@@ -112,8 +112,7 @@ class PixelDecoder(nn.Module):
     def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """REPA head on the hidden grid, average-pooled to the teacher's grid: (B, D, h, w) -> (B, rows * columns, 768).
 
-        Average-pools where the hidden grid is finer than the teacher's and leaves a coarser one to the pooling's
-        nearest-cell repetition, so any image size works.
+        A hidden grid that is coarser than the teacher's is repeated, so any image size works.
         """
         pooled = F.adaptive_avg_pool2d(hidden, grid)
         return self.repa_head(pooled.flatten(2).transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Image -> N ordered latents: a ViT whose learned queries read the patches (paper, section 3.1)."""
+"""Image encoder: a ViT whose N learned queries become N ordered latents (paper, section 3.1)."""
 
 import torch
 import torch.nn.functional as F

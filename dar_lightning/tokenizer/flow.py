@@ -1,4 +1,4 @@
-"""Flow matching between noise (t = 0) and scaled images (t = 1): training targets, jump estimate and solvers."""
+"""Flow matching between noise (t = 0) and scaled images (t = 1): interpolation, one-step estimate and ODE solvers."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -27,7 +27,7 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def jump(x_t: Tensor, velocity: Tensor, t) -> Tensor:
-    """Estimate of x1 from one velocity: x_t + (1 - t) v. t is a float, or (B,)."""
+    """One-step estimate of x1 from a velocity: x_t + (1 - t) v. t is a float, or (B,)."""
     if isinstance(t, Tensor):
         t = t.view(-1, 1, 1, 1)
     return x_t + (1 - t) * velocity
@@ -38,22 +38,19 @@ def integrate(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Solve dx/dt = velocity from times[0] to times[-1], one step at a time.
 
-    "euler" is x += h_i v_i. "adams2" is the official two-step Adams-Bashforth, x += h_i (1.5 v_i - 0.5 v_{i-1}) after a
-    first Euler step: its coefficients are those of equal steps although the shifted times make h_i vary. The shifted
-    times are smooth, so it stays second-order as steps grow many, but with few steps it differs visibly from
-    "adams2_variable", whose coefficients fit uneven steps (exact where v is linear in t): with r = h_i / h_{i-1},
-    x += h_i ((1 + r / 2) v_i - (r / 2) v_{i-1}). Neither is always nearer to the true solution.
+    "euler" is x += h_i v_i. "adams2" is the official two-step Adams-Bashforth after a first Euler step, with the
+    coefficients of equal steps, x += h_i (1.5 v_i - 0.5 v_{i-1}). "adams2_variable" has those of uneven steps: with
+    r = h_i / h_{i-1}, x += h_i ((1 + r / 2) v_i - (r / 2) v_{i-1}). Neither is always nearer to the true solution.
 
     Args:
-        velocity: called as velocity(x, step, t).
+        velocity: called as velocity(x, step, t), and for step i only when the i-th pair is asked for.
         x: state at times[0], (B, 3, H, W).
         times: increasing flow times, ending in the last state's time.
         solver: one of SOLVERS.
 
     Yields:
-        After each step i: the state at times[i + 1], and the preview, which is what this step gives when it reaches
-        for t = 1 instead. After the last step the two are the same tensor. The velocity of step i is evaluated only
-        when the i-th pair is asked for, so conditioning may arrive while the solver runs.
+        After each step i: the state at times[i + 1], and the preview, the same step taken up to the last time. After
+        the last step the two are the same tensor.
     """
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")

@@ -1,4 +1,4 @@
-"""SequentialDiffusionTokenizer: images <-> ordered tokens, with previews, streaming and training losses."""
+"""SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,17 +8,15 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import PretrainedMixin
+from dar_lightning.layers import Generators, draw_per_sample
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
-from dar_lightning.tokenizer.quantizers.scalar import ScalarQuantizer
-from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
+from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
@@ -40,10 +38,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
         self.encoder = Encoder(config)
-        if config.quantizer == "vq":
-            self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
-        else:
-            self.quantizer = ScalarQuantizer(config)
+        self.quantizer = make_quantizer(config.quantizer, config.codebook_size, config.codebook_dim)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
         init_weights(self, init)
@@ -142,7 +137,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
-        chunks, cache = iter(chunks), self.conditioner.make_cache()
+        chunks, cache = iter(chunks), None
         conds, waiting, done = [], [], 0
         for group in range(1, self.config.num_groups + 1):
             needed = self.schedule.tokens_for_groups(group)
@@ -154,6 +149,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             tokens = torch.cat(waiting, dim=1) if waiting else None
             if needed > done:
                 self._check_codes(tokens)
+                cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
                 conds.append(self.conditioner.forward(self.quantizer.lookup(tokens[:, : needed - done]), cache))
                 waiting, done = [tokens[:, needed - done :]], needed
@@ -182,19 +178,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             yield preview / self.config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device.
-
-        With a list of generators, one per image, an image's noise does not depend on its batch.
-        """
+        """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
         height, width = size or (self.config.image_size, self.config.image_size)
-        device = self.decoder.conv_in.weight.device
-        if isinstance(generator, list):
-            if len(generator) != batch:
-                raise UserError(f"generator is a list of {len(generator)}: {batch} images need {batch}")
-            return torch.cat([self.draw_noise(1, one, (height, width)) for one in generator])
-        # A CPU generator draws the same noise for every device.
-        source = device if generator is None else generator.device
-        return torch.randn(batch, 3, height, width, generator=generator, device=source, dtype=torch.float32).to(device)
+
+        def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+            return torch.randn(rows, 3, height, width, generator=generator, device=device, dtype=torch.float32)
+
+        return draw_per_sample(draw, batch, generator, self.decoder.conv_in.weight.device)
 
     # ---- training
 

@@ -1,8 +1,7 @@
-"""Time <-> token group, the paper's idea (section 3.1): token order is the order of diffusion time.
+"""GroupSchedule: which tokens a diffusion step reads (paper, section 3.1).
 
-Uniform time u in [0, 1] runs from noise to image. Each u belongs to one of K groups of tokens, and one diffusion step
-reads the n consecutive tokens that start at its group. All group arithmetic is in integers, so training and sampling
-never disagree about a window.
+Uniform time u in [0, 1] runs from noise to image. Each u belongs to one of K groups of tokens, and a diffusion step
+reads the n consecutive tokens that start at its group. All arithmetic is in integers, so training and sampling agree.
 """
 
 from dataclasses import dataclass

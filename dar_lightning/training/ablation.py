@@ -1,11 +1,10 @@
 """Training of the autoregressive model under other token orders and on the first tokens alone."""
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from dar_lightning.ar.order import ORDERS, placed, written
+from dar_lightning.ar.order import ORDERS, written
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.training.ar import ARModule
@@ -47,25 +46,3 @@ class AblationModule(ARModule):
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         order = self.ar.draw_order(len(codes), generator)
         return written(codes, order), order
-
-    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        outputs = super().training_step(batch, batch_idx)
-        return outputs | {"token_loss": placed(outputs["token_loss"], outputs["order"])}
-
-    def _evaluate(self, batch: dict, stage: str, batch_idx: int) -> dict[str, Tensor] | None:
-        """As ARModule's, each token at its place, and with its entropy (b, N) and the order (b, N)."""
-        valid = batch["valid"]
-        count = int(valid.sum())
-        kept = valid if count else ~valid
-        codes, order = self.arrange(batch["codes"], torch.Generator().manual_seed(batch_idx))
-        logits = self.ar(batch["label"], codes, order)
-        codes, order, log_p = codes[kept], order[kept], F.log_softmax(logits[kept], dim=-1)  # (b, N, V)
-        values = {
-            "token_loss": -log_p.gather(2, codes[:, :, None])[:, :, 0],
-            "hit": (log_p.argmax(dim=-1) == codes).float(),
-            "entropy": -(log_p.exp() * log_p).sum(dim=-1),
-        }
-        names = {"token_loss": "loss", "hit": "accuracy", "entropy": "entropy"}
-        means = {f"{stage}/{name}": values[key].mean() for key, name in names.items()}
-        self.log_dict(means, batch_size=float(count), sync_dist=True, prog_bar=True)
-        return {name: placed(value, order) for name, value in values.items()} | {"order": order} if count else None

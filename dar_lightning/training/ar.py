@@ -1,26 +1,23 @@
 """Training of the autoregressive model on token sequences."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import placed
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.formats.pretrained import build_config
 from dar_lightning.layers import compile_blocks
-from dar_lightning.training.batch_plan import TrainingPlan
 from dar_lightning.training.init_from import init_from_pretrained
-from dar_lightning.training.optim import OptimizerConfig, configure_adamw
-from dar_lightning.training.seeding import seed_batch
-from dar_lightning.training.step_means import StepMeans
+from dar_lightning.training.module import TrainingModule, choose_config, counted_rows
+from dar_lightning.training.optim import OptimizerConfig
+
+LOGGED = {"token_loss": "loss", "hit": "accuracy", "entropy": "entropy"}  # what is measured of tokens -> its curve
 
 
-class ARModule(LightningModule):
+class ARModule(TrainingModule):
     """Next-token prediction with class dropout (paper, section 3.2).
 
     Args:
@@ -45,13 +42,8 @@ class ARModule(LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
     ):
-        super().__init__()
-        if preset is not None:
-            if config != ARConfig():
-                raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
-            config = ARConfig.preset(preset)
-        elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
-            config = build_config(ARConfig, config, "config")
+        super().__init__(optimizer)
+        config = choose_config(config, preset, ARConfig)
         if config.order not in self.orders:
             raise UserError(
                 f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine, "
@@ -59,8 +51,6 @@ class ARModule(LightningModule):
             )
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
-        self.optimizer = optimizer
-        self.step_means = StepMeans()
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
@@ -75,11 +65,8 @@ class ARModule(LightningModule):
         """
         config = self.ar.config
         self.check_num_tokens(data)
-        for name, mine, needed in (
-            ("vocab_size", config.vocab_size, data.codebook_size),
-            ("num_classes", config.num_classes, data.num_classes),
-        ):
-            if mine < needed:
+        for name, needed in (("vocab_size", data.codebook_size), ("num_classes", data.num_classes)):
+            if (mine := getattr(config, name)) < needed:
                 raise UserError(f"{name} is {mine} in the config, the data needs {needed}")
         for split in ("train", "val"):
             if getattr(data, split) is not None:
@@ -95,42 +82,36 @@ class ARModule(LightningModule):
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
             self.check_data(data)
 
-    def configure_optimizers(self):
-        plan = TrainingPlan.of(self.trainer)
-        return configure_adamw(self.ar, self.optimizer, plan.steps, plan.steps_per_epoch)
-
-    def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
-
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N) of the data as the model writes them, and their places (B, N), or None for their own."""
         return codes, None
 
-    def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor | None]:
+    def training_step(self, batch: dict, batch_idx: int) -> dict:
         codes, order = self.arrange(batch["codes"])
         logits = self.ar(batch["label"], codes, order)  # (B, N, V)
-        token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
+        token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
         loss = token_loss.mean()
-        return {"loss": loss, "token_loss": token_loss.detach().view_as(codes), "order": order}
+        seen = in_place({"token_loss": token_loss.detach()}, order)
+        return {"loss": loss, "parts": {"loss": loss.detach()}} | seen
 
-    def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
-        self.step_means.add(self, {"loss": outputs["loss"]})
+    def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
+        """Log means; returns loss, hit and, with an order, entropy of each token (b, N), or None of padding alone."""
+        kept, count = counted_rows(batch["valid"])
+        codes, order = self.arrange(batch["codes"], torch.Generator().manual_seed(batch_idx))
+        log_p = F.log_softmax(self.ar(batch["label"], codes, order)[kept], dim=-1)  # (b, N, V)
+        codes = codes[kept]
+        values = {"token_loss": -log_p.gather(2, codes[:, :, None])[:, :, 0]}
+        values["hit"] = (log_p.argmax(dim=-1) == codes).float()
+        if order is not None:
+            order = order[kept]
+            values["entropy"] = -(log_p.exp() * log_p).sum(dim=-1)
+        means = {f"{stage}/{LOGGED[name]}": value.mean() for name, value in values.items()}
+        self.log_means(means, count, prog_bar=True)
+        return in_place(values, order) if count else None
 
-    def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate(batch, "val", batch_idx)
 
-    def test_step(self, batch: dict, batch_idx: int) -> None:
-        self._evaluate(batch, "test", batch_idx)
-
-    def _evaluate(self, batch: dict, stage: str, batch_idx: int) -> dict[str, Tensor] | None:
-        """Logs means; returns loss and hit of each valid token (b, N), or None where there is none."""
-        codes, valid = batch["codes"], batch["valid"]
-        count = int(valid.sum())
-        kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
-        logits = self.ar(batch["label"], codes)
-        token_loss = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")[kept]
-        hit = (logits.argmax(dim=-1) == codes)[kept].float()
-        values = {f"{stage}/loss": token_loss.mean(), f"{stage}/accuracy": hit.mean()}
-        # ranks average the weights; integers would be cut
-        self.log_dict(values, batch_size=float(count), sync_dist=True, prog_bar=True)
-        return {"token_loss": token_loss, "hit": hit} if count else None
+def in_place(values: dict[str, Tensor], order: Tensor | None) -> dict[str, Tensor | None]:
+    """Values (B, N) of written tokens at the tokens' places in the image's sequence; and the order itself."""
+    if order is not None:
+        values = {name: placed(value, order) for name, value in values.items()}
+    return values | {"order": order}

@@ -1,6 +1,7 @@
 """How many samples make a step, and how many steps a run: derived here, from what the Trainer and the data say."""
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
@@ -10,21 +11,13 @@ from dar_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The arithmetic of a training run.
+    """The arithmetic of a training run."""
 
-    Args:
-        batch_size: samples per batch and device; None if the loader does not say.
-        devices: processes, over all machines.
-        accumulate: batches per optimizer step.
-        steps_per_epoch: optimizer steps; inf if the data has no end.
-        steps: optimizer steps of the whole run; inf if it has no end.
-    """
-
-    batch_size: int | None
-    devices: int
-    accumulate: int
-    steps_per_epoch: float
-    steps: float
+    batch_size: int | None  # samples per batch and device; None if the loader does not say
+    devices: int  # processes, over all machines
+    accumulate: int  # batches per optimizer step
+    steps_per_epoch: float  # optimizer steps; inf if the data has no end
+    steps: float  # optimizer steps of the whole run; inf if it has no end
 
     @classmethod
     def of(cls, trainer: Trainer) -> "TrainingPlan":
@@ -64,10 +57,8 @@ def accumulation(global_batch: int, batch_size: int, devices: int) -> int:
     share = global_batch // devices
     if share % batch_size:
         fitting = [size for size in range(1, share + 1) if share % size == 0]
-        near = [
-            *[size for size in fitting if size < batch_size][-1:],
-            *[size for size in fitting if size > batch_size][:1],
-        ]
+        place = bisect(fitting, batch_size)
+        near = fitting[max(place - 1, 0) : place + 1]  # the next smaller one and the next larger one
         raise UserError(
             f"global_batch is {global_batch}: not a multiple of batch_size {batch_size} x {devices} device(s) = "
             f"{batch_size * devices}; use data.init_args.batch_size {' or '.join(map(str, near))}"

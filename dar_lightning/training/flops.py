@@ -22,13 +22,8 @@ def step_flops(module: LightningModule, batch: dict) -> int:
     """Operations of matrix products, convolutions and attention in one forward and backward pass over a batch.
 
     The loss networks count, with every loss as if it had started; the optimizer, and what activation checkpointing
-    computes twice, do not. A multiplication and an addition are two operations; the AR model's causal
-    attention counts half, as its queries see half of the keys on average and kernels leave out the others. The module,
-    its networks and the state of the random numbers stay as they are.
-
-    Args:
-        module: a TokenizerModule or ARModule.
-        batch: a batch that it trains on.
+    computes twice, do not. A multiplication and an addition are two operations; causal attention counts half, as its
+    queries see half of the keys on average. The module and the random numbers stay as they are.
     """
     # The frozen networks of losses are real tensors among the others, which have no values.
     shapes = FakeTensorMode(allow_non_fake_inputs=True)

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dar_lightning.errors import UserError
-from dar_lightning.training.sharding import shard, sliced, whole
 
 
 def mixed_precision() -> MixedPrecisionPolicy:
@@ -30,6 +31,68 @@ def mixed_precision() -> MixedPrecisionPolicy:
     return replace(policy, param_dtype_override_fn=lambda parameter: parameter.dtype if parameter.ndim == 1 else None)
 
 
+def shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Replace a model's parameters by slices of rank 0's, in place; a block's are gathered while it computes.
+
+    Args:
+        model: with a list `blocks`; its device is the mesh's.
+        mesh: of one dimension, all devices.
+        policy: dtypes of a block's gathered parameters and of its summed gradients. What is outside of the blocks
+            stays as it is: the sum of embeddings starts the residual stream, which autocast keeps in float32.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, src=0)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # By default what is outside of the blocks stays gathered until the backward pass. In validation there is none, and
+    # whoever looks at the parameters then (EMA, checkpoints) must find slices.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank may have a slice. All ranks call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_slice(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank; it may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """What computes without the other ranks: the model itself, or of a sharded one a copy with whole parameters.
+
+    All ranks call this together.
+
+    Args:
+        model: with a `config` that its class is built from.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()}, assign=True)
+    for name in model.tables():
+        setattr(copy, name, getattr(model, name))
+    return copy.train(model.training)
+
+
+def sliced(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A whole optimizer's state dict, its tensors sliced as this optimizer's parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]  # by their numbers
+
+    def like(parameter: DTensor, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value  # such as the number of steps
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    slices = {
+        number: {name: like(parameters[number], value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {"state": slices, "param_groups": state["param_groups"]}
+
+
 class FSDP2Strategy(DDPStrategy):
     """Each device keeps a slice of every parameter, gradient, optimizer state and average of an AR model.
 
@@ -38,7 +101,7 @@ class FSDP2Strategy(DDPStrategy):
     resumes from it and `dar export` reads it. Validation alone (`dar validate`) runs on the whole model.
 
     Lightning's own FSDPStrategy (FSDP1) runs on GPUs only, its ModelParallelStrategy reads checkpoints past
-    SafeCheckpointIO, and neither keeps EMAWeightAveraging.
+    SafeCheckpointIO, and neither keeps the average of the weights.
 
     With `precision: bf16-mixed`, the blocks' matrices are gathered as bfloat16; embeddings, norms and head as float32,
     so that the residual stream is float32 as under DDP (before torch 2.15, the blocks' norms are rounded); gradients
@@ -63,9 +126,7 @@ class FSDP2Strategy(DDPStrategy):
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy()
-        if trainer.precision == "bf16-mixed":
-            policy = mixed_precision()
+        policy = mixed_precision() if trainer.precision == "bf16-mixed" else MixedPrecisionPolicy()
         shard(module.ar, mesh, policy)
         for callback in trainer.callbacks:
             if isinstance(callback, WeightAveraging):

@@ -9,17 +9,9 @@ from dar_lightning.errors import UserError
 
 
 def init_from_pretrained(module: nn.Module, path_or_repo: str) -> Any:
-    """Copy the weights of a saved model of the same class where name and shape agree, and list the others.
+    """Copy a saved model's weights into one of its class where name and shape agree, and list the others.
 
-    Args:
-        module: a SequentialDiffusionTokenizer or ARModel; changed in place.
-        path_or_repo: a folder that save_pretrained wrote, or a Hugging Face Hub repository.
-
-    Returns:
-        The config of the saved model.
-
-    Raises:
-        UserError: if nothing there can be read, or nothing fits.
+    `path_or_repo` is a folder of save_pretrained or a Hub repository. Returns the saved model's config.
     """
     saved = type(module).from_pretrained(path_or_repo)
     source, target = saved.state_dict(), module.state_dict()

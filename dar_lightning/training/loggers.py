@@ -1,6 +1,7 @@
 """TensorBoard logs that a full disk interrupts, and that do not interrupt the training."""
 
 import sys
+from functools import partialmethod
 from time import monotonic
 from typing import Any
 
@@ -41,15 +42,6 @@ class SurvivingWriter:
     def get_logdir(self) -> str:
         return self._folder
 
-    def add_event(self, event) -> None:
-        self._call("add_event", event)
-
-    def flush(self) -> None:
-        self._call("flush")
-
-    def close(self) -> None:
-        self._call("close")
-
     def _call(self, method: str, *arguments) -> None:
         try:
             if self._writer is None:
@@ -61,3 +53,7 @@ class SurvivingWriter:
             self._writer, self._retry_at = None, monotonic() + RETRY_SECONDS
             reason = f"cannot write logs to {self._folder}: {error.strerror}"
             print(f"WARNING: {reason}; nothing is logged for a minute, training goes on", file=sys.stderr, flush=True)
+
+    add_event = partialmethod(_call, "add_event")
+    flush = partialmethod(_call, "flush")
+    close = partialmethod(_call, "close")

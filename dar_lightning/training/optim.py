@@ -44,11 +44,7 @@ class OptimizerConfig:
             )
 
     def in_steps(self, steps_per_epoch: float) -> "OptimizerConfig":
-        """The same with the descent in steps.
-
-        Raises:
-            UserError: decay_epochs is set and the data has no epochs (steps_per_epoch is infinite).
-        """
+        """The same with the descent in steps; for an infinite steps_per_epoch that is an error."""
         if not self.decay_epochs:
             return self
         if not math.isfinite(steps_per_epoch):
@@ -68,13 +64,9 @@ class OptimizerConfig:
 def configure_adamw(
     module: nn.Module, config: OptimizerConfig, max_steps: float, steps_per_epoch: float = math.inf
 ) -> dict:
-    """What LightningModule.configure_optimizers returns for these settings.
+    """What LightningModule.configure_optimizers returns: AdamW of the trainable parameters, and its schedule.
 
-    Args:
-        module: its trainable parameters are optimised.
-        config: optimizer settings.
-        max_steps: optimizer steps of the whole run; needed only where the learning rate descends.
-        steps_per_epoch: optimizer steps; needed only for decay_epochs.
+    `max_steps` of the whole run is needed where the learning rate descends, `steps_per_epoch` for decay_epochs alone.
     """
     config = config.in_steps(steps_per_epoch)
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -1,32 +1,27 @@
 """Training of the sequential diffusion tokenizer."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
-from dar_lightning.formats.pretrained import build_config
 from dar_lightning.layers import compile_blocks
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.training.batch_plan import TrainingPlan
 from dar_lightning.training.init_from import init_from_pretrained
 from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss, RepaLoss
-from dar_lightning.training.optim import OptimizerConfig, configure_adamw
-from dar_lightning.training.seeding import seed_batch
-from dar_lightning.training.step_means import StepMeans
+from dar_lightning.training.module import TrainingModule, choose_config, counted_rows
+from dar_lightning.training.optim import OptimizerConfig
 
 
-class TokenizerModule(LightningModule):
+class TokenizerModule(TrainingModule):
     """Flow matching plus codebook losses (paper, section 3.1).
 
     Args:
@@ -65,13 +60,8 @@ class TokenizerModule(LightningModule):
         activation_checkpointing: list[Literal["encoder", "conditioner", "decoder"]] | None = None,
         init: TokenizerInit = TokenizerInit(),  # noqa: B008  (frozen)
     ):
-        super().__init__()
-        if preset is not None:
-            if config != TokenizerConfig():
-                raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
-            config = TokenizerConfig.preset(preset)
-        elif isinstance(config, Mapping):  # what checkpoints keep; in the annotation, configs would pass unchecked
-            config = build_config(TokenizerConfig, config, "config")
+        super().__init__(optimizer)
+        config = choose_config(config, preset, TokenizerConfig)
         self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
         self.tokenizer = SequentialDiffusionTokenizer(config, init)
         if repa is not None and config.repa_layer is None:
@@ -80,9 +70,8 @@ class TokenizerModule(LightningModule):
             # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
-        self.optimizer = optimizer
         self.time_sampling = time_sampling
-        self.step_means = StepMeans()
+        self.codebook_use = CodebookUse(config.codebook_size)
         self.freeze_encoder = False
         source = init_from_pretrained(self.tokenizer, init_from) if init_from is not None else None
         if freeze_encoder:
@@ -95,7 +84,6 @@ class TokenizerModule(LightningModule):
                         "other tokens"
                     )
             self.freeze_tokens()
-        self.codebook_use = CodebookUse(config.codebook_size)
         for part in activation_checkpointing or ():
             self.tokenizer.get_submodule(part).recompute = True
         if compile:
@@ -114,13 +102,6 @@ class TokenizerModule(LightningModule):
             self.tokenizer.encoder.eval()  # in training mode latent_norm would go on counting
         return self
 
-    def configure_optimizers(self):
-        plan = TrainingPlan.of(self.trainer)
-        return configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
-
-    def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
-
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         images = to_float(batch["image"])
         u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
@@ -131,21 +112,12 @@ class TokenizerModule(LightningModule):
             name: losses[name] for name in ("latents", "codes", "flow_each", "group")
         }
 
-    def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
-        self.step_means.add(self, outputs["parts"])
-
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum that backward starts from, and its parts by name, unweighted.
+        """The sum that backward starts from; and its parts, unweighted: "loss" is it without the discriminator's own.
 
-        Args:
-            losses: from `training_losses`.
-            images: (B, 3, H, W) in [-1, 1] that they are of.
-            codebook_factor: of "vq" and "commit", see share_of_tokens.
-
-        Returns:
-            The sum; and the parts, where "loss" is the sum without the discriminator's own loss.
+        `losses` are those of `training_losses` for images (B, 3, H, W) in [-1, 1]; `codebook_factor`: share_of_tokens.
         """
         parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
         loss = parts["flow"] + parts["vq"] + parts["commit"]
@@ -191,26 +163,17 @@ class TokenizerModule(LightningModule):
                 "checkpoint was trained with, or begin a run of its own with init_from"
             )
 
-    def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
-        return self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: dict, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
-        """Logs means; returns the valid images with their times, noise and losses, or None where there is none."""
-        images, valid = to_float(batch["image"]), batch["valid"]
+    def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
+        """Log means; returns the valid images with their times, noise and losses, None of padding alone."""
+        images, (kept, count) = to_float(batch["image"]), counted_rows(batch["valid"])
         generator = torch.Generator().manual_seed(batch_idx)
         u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        count = int(valid.sum())
-        kept = valid if count else ~valid  # a rank's batch of padding alone is logged too, with a weight of zero
         inputs = {"images": images[kept], "u": u[kept], "noise": noise[kept]}
         losses = self.tokenizer.training_losses(**inputs)
         if count:
             self.codebook_use.update(losses["codes"])
-        parts = {f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}
-        self.log_dict(parts, batch_size=float(count), sync_dist=True)  # ranks average it; integers would be cut
+        self.log_means({f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}, count)
         return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
 
     def on_validation_epoch_end(self) -> None:
@@ -226,10 +189,9 @@ class TokenizerModule(LightningModule):
 
 
 def share_of_tokens(count: Tensor) -> Tensor:
-    """What turns an average over this device's tokens into its share of the average over all devices' tokens.
+    """What turns an average over this device's `count` tokens into its share of the average over all devices' tokens.
 
-    The mean of the devices' losses is then the loss of one device with all the images, although each device's images
-    read a number of tokens of their own.
+    The mean of the devices' losses is then the loss of one device with all the images.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return torch.ones_like(count)

@@ -1,4 +1,4 @@
-"""The model inside a Lightning checkpoint of `dar fit`, averaged weights or raw ones."""
+"""Loading the model inside a Lightning checkpoint of `dar fit`, with EMA or raw weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.formats.checkpoint import Weights, read_checkpoint
-from dar_lightning.formats.pretrained import build_config, load_tensors, outline
+from dar_lightning.formats.pretrained import build_config, build_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
@@ -18,15 +18,12 @@ PARTS = {"tokenizer": SequentialDiffusionTokenizer, "ar": ARModel}
 
 
 def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> SequentialDiffusionTokenizer | ARModel:
-    """The plain model inside a checkpoint of `dar fit`.
+    """Load the plain model inside a checkpoint of `dar fit`, in evaluation mode.
 
     Args:
         ckpt: the .ckpt file.
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one
-            and had begun to average.
-
-    Returns:
-        The model in evaluation mode; its `averaged` says whether these are EMA weights.
+            and had begun to average. The model's `averaged` says which these are.
 
     Raises:
         UserError: if the file cannot be read safely, is no such checkpoint, or has no such weights.
@@ -42,14 +39,13 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
     if not isinstance(config, Mapping):
         raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
-    model = outline(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
-    load_tensors(model, tensors, ckpt)
+    model = build_model(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
     model.averaged = keeps_ema and not raw
     return model.eval()
 
 
 def load_model(source: str | Path, model_class: type[Model]) -> Model:
-    """A model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
+    """Load a model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
 
     Raises:
         UserError: if it cannot be read, or is a model of another kind.
@@ -63,10 +59,7 @@ def load_model(source: str | Path, model_class: type[Model]) -> Model:
 
 
 def has_average(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's "state_dict" is an average of weights, one that had begun.
-
-    Until its first update, Lightning's average is the model before training.
-    """
+    """Whether a checkpoint's "state_dict" is an EMA after its first update: before, it is the untrained model."""
     state = checkpoint.get("averaging_state")
     count = state.get("n_averaged") if isinstance(state, Mapping) else None
     never = isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
@@ -74,17 +67,12 @@ def has_average(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
-    """Which part a Lightning checkpoint holds, "tokenizer" or "ar", and that model's own tensors.
-
-    Beside the model, a LightningModule may hold networks of its losses: they stay behind.
+    """Which model a Lightning checkpoint holds, "tokenizer" or "ar", and its tensors, without those of loss networks.
 
     Args:
         checkpoint: from read_checkpoint.
         key: where its state dict is.
         origin: file or words that an error message starts with.
-
-    Raises:
-        UserError: if it holds neither part.
     """
     state = checkpoint.get(key)
     names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []

@@ -1,7 +1,8 @@
-"""The official release's weights, as our models."""
+"""Loading the official D-AR weights as our models."""
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,12 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.formats.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint, takes_ema
-from dar_lightning.formats.pretrained import load_tensors, outline
+from dar_lightning.formats.pretrained import build_model
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.official_names import (
     AR_NAMES,
+    LINEAR_CONVOLUTIONS,
     NOT_WEIGHTS,
     REPA_PREFIX,
     TOKENIZER_NAMES,
@@ -31,20 +33,17 @@ Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
 def load_official_tokenizer(
     source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto"
 ) -> SequentialDiffusionTokenizer:
-    """The official implementation's tokenizer, in ours.
+    """Load an official tokenizer, in float32 and evaluation mode.
 
     Args:
         source: path of a .pt or .safetensors file, or a state dict or checkpoint that is already read.
         config: the official YAML as a dict, {"model": {...}}; needed where the file carries none.
         weights: "ema" or "raw" of a training checkpoint; "auto" takes EMA where there is one, as the official code.
 
-    Returns:
-        The model in evaluation mode, float32. A file without any tensor of the REPA head, which only training uses,
-        gives a model without that head, and a warning.
-
     Raises:
         UserError: if the file cannot be read safely, if its config and `config` differ or are both absent, or if any
-            tensor is unknown, missing, misshapen or not finite.
+            tensor is unknown, missing, misshapen or not finite. Only the REPA head, which training alone uses, may be
+            missing, with a warning.
     """
     checkpoint, origin = _read(source)
     state = pick_weights(checkpoint, weights, prefer_ema=True, origin=origin)
@@ -63,15 +62,12 @@ def load_official_tokenizer(
 
 
 def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto") -> ARModel:
-    """The official implementation's AR model, in ours.
+    """Load an official AR model, in float32 and evaluation mode.
 
     Args:
         source: path of a .pt or .safetensors file, or a state dict or checkpoint that is already read.
         config: the official constructor's arguments, {"dim", "n_layer", "n_head", ...}; None for the released sizes.
         weights: "ema" or "raw" of a training checkpoint; "auto" takes raw where both are there, as the official code.
-
-    Returns:
-        The model in evaluation mode, float32.
 
     Raises:
         UserError: if the file cannot be read safely, if heads are neither given nor those of a released size, or if
@@ -96,18 +92,8 @@ def _carried_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state, rules, origin: str) -> Model:
-    model = outline(model_class, config, state, origin)
-    theirs = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
-    names = {name: official_name(name, rules) for name in model.state_dict()}
-    ours = {}
-    for name, wanted in model.state_dict().items():
-        tensor = theirs.pop(names[name], None)
-        if isinstance(tensor, Tensor):
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-            # 1x1 convolutions there are linear layers here.
-            if tensor.shape == (*wanted.shape, 1, 1):
-                tensor = tensor[:, :, 0, 0]
-        if tensor is not None:
-            ours[name] = tensor
-    load_tensors(model, ours | theirs, origin, names)
-    return model.eval()
+    tensors = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
+    for name in LINEAR_CONVOLUTIONS:
+        if isinstance(tensors.get(name), Tensor) and tensors[name].shape[2:] == (1, 1):
+            tensors[name] = tensors[name][:, :, 0, 0]
+    return build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).float().eval()

@@ -1,4 +1,4 @@
-"""The official implementation's names and hyperparameters, in ours: what a converter must know, and nothing else."""
+"""Names of the official implementation's weights and hyperparameters, and ours for them."""
 
 import re
 import warnings
@@ -52,6 +52,7 @@ AR_NAMES = [
 REPA_PREFIX = "diff_decoder.net.repa_out."
 # Statistics and tables that are not weights.
 NOT_WEIGHTS = ("quantize.codebook_used", "freqs_cis")
+LINEAR_CONVOLUTIONS = ("quant_in_conv.weight", "quant_out_conv.weight")  # 1x1 there, linear layers here
 
 
 def official_name(name: str, rules: list[tuple[str, str]]) -> str:
@@ -63,11 +64,15 @@ def official_name(name: str, rules: list[tuple[str, str]]) -> str:
 
 # ---- hyperparameters
 
-TOKENIZER_KEYS = {
-    "encoder_patch_size": "encoder_patch_size",
+
+def same(*names: str) -> dict[str, str]:
+    """Hyperparameters that have one name in both."""
+    return {name: name for name in names}
+
+
+TOKENIZER_KEYS = same("encoder_patch_size", "encoder_dim") | {
     "num_encoder_layers": "encoder_depth",
     "num_decoder_layers": "conditioner_depth",
-    "encoder_dim": "encoder_dim",
     "decoder_dim": "conditioner_dim",
     "vq_dim": "codebook_dim",
     "vq_codebook_size": "codebook_size",
@@ -77,26 +82,14 @@ TOKENIZER_KEYS = {
     "queries_per_step": "tokens_per_step",
     "sampling_resolution": "image_size",
 }
-DECODER_KEYS = {
-    "dim": "decoder_dim",
-    "patch_size": "decoder_patch_size",
-    "depth": "decoder_depth",
-    "data_std": "data_std",
-    "time_shift": "time_shift",
-    "repa_layer": "repa_layer",
-}
+DECODER_KEYS = {"dim": "decoder_dim", "patch_size": "decoder_patch_size", "depth": "decoder_depth"}
+DECODER_KEYS |= same("data_std", "time_shift", "repa_layer")
 TOKENIZER_OPTIONAL = {"query_low_rank", "queries_per_step", "sampling_resolution", "repa_layer"}
-AR_KEYS = {
-    "vocab_size": "vocab_size",
+AR_KEYS = same("vocab_size", "num_classes", "dim", "multiple_of", "rope_base", "norm_eps") | {
     "block_size": "num_tokens",
-    "num_classes": "num_classes",
-    "dim": "dim",
     "n_layer": "depth",
     "n_head": "num_heads",
     "n_kv_head": "num_kv_heads",
-    "multiple_of": "multiple_of",
-    "rope_base": "rope_base",
-    "norm_eps": "norm_eps",
     "class_dropout_prob": "class_dropout",
     "token_dropout_p": "token_dropout",
     "resid_dropout_p": "residual_dropout",
@@ -106,12 +99,7 @@ AR_IGNORED = {"initializer_range", "caption_dim", "max_batch_size", "max_seq_len
 
 
 def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> TokenizerConfig:
-    """Our config from the official YAML's contents, {"model": {...}}.
-
-    Args:
-        config: the YAML as a dict.
-        has_repa_head: whether the weights come with a REPA head. It serves training only, so weights without one give
-            a model without one.
+    """Our config from the official YAML as a dict, {"model": {...}}; without a REPA head in the weights, without one.
 
     Raises:
         UserError: for a key that is missing, unknown, or has a value that we do not build.
@@ -139,13 +127,9 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
 
 
 def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> ARConfig:
-    """Our config from the official constructor's arguments, completed by what the weights' shapes say.
+    """Our config from the official constructor's arguments, {"dim", "n_layer", ...}, and the weights' shapes.
 
-    Without arguments, the number of heads comes from the released size with the same width and depth.
-
-    Args:
-        config: {"dim", "n_layer", "n_head", ...}; the defaults are the official ones. None for the released sizes.
-        state: the weights under their official names.
+    Without arguments, the number of heads is that of the released model with the same width and depth.
 
     Raises:
         UserError: for an unknown argument, a value that we do not build, or weights that are no AR model of a known

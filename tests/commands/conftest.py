@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dar_lightning.cli import main
-from dar_lightning.commands import sweep as command
+from dar_lightning.sweeps import run
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def runs(tmp_path, monkeypatch):
         print("no such thing" if failed else "fine", file=log, flush=True)
         return 2 if failed else 0, 0
 
-    monkeypatch.setattr(command, "_call", call)
+    monkeypatch.setattr(run, "_call", call)
 
     def sweep(settings: dict, *options: str) -> list[list[str]]:
         Path("sweep.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

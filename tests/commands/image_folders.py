@@ -22,15 +22,18 @@ def encoded(number: int, kind: str = "JPEG", size: tuple[int, int] = (40, 30), m
     return file.getvalue()
 
 
+def write_images(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Files by their names below a folder."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def write_tree(folder: Path, counts=COUNTS, size=(40, 30)) -> Path:
     """An ImageFolder: FOLDER/apple/0000.jpg, ..."""
-    number = 0
-    for name, count in zip(CLASSES, counts, strict=True):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            (folder / name / f"{i:04d}.jpg").write_bytes(encoded(number, size=size))
-            number += 1
-    return folder
+    names = [f"{name}/{i:04d}.jpg" for name, count in zip(CLASSES, counts, strict=True) for i in range(count)]
+    return write_images(folder, {name: encoded(number, size=size) for number, name in enumerate(names)})
 
 
 def read(folder: Path) -> list[dict]:

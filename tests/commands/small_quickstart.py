@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from dar_lightning.commands.quickstart import CONFIGS, VAL
-from dar_lightning.data.shards import ShardIndex, ShardReader, write_shard
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex, write_shard
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,6 @@
 """`dar evaluate`: real files in, a JSON with its protocol out, and one line for each mistake."""
 
 import json
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -9,102 +8,49 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_sets import NETWORK, FirstPixels, first_pixels, folder, frechet, npz, pixels, shards
 from PIL import Image
+from tiny_models import CLASSES, SIZE
 
-from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning import DARPipeline
+from dar_lightning.cli import main
+from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.data.shards import Shard, ShardIndex, write_shard
 from dar_lightning.errors import UserError
+from dar_lightning.metrics import features
+from dar_lightning.metrics.features import network_sha256
+from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.images import DrawnImages
+from dar_lightning.records.pixels import image_digests, set_sha256
 
-FRUIT = Path(__file__).parents[2] / "data" / "fruit64"
-
-
-def pixels(n: int, seed: int, size: int = 16) -> np.ndarray:
-    """(n, size, size, 3) uint8: class i mod 2, the first reddish and the second greenish."""
-    random = np.random.default_rng(seed)
-    images = random.integers(0, 80, (n, size, size, 3), dtype=np.uint8)
-    images[np.arange(n), :, :, np.arange(n) % 2] += 150
-    return images
+RED_GREEN = NETWORK.replace("FirstPixels", "RedGreen")
 
 
-def npz(path: Path, images: np.ndarray, **arrays) -> str:
-    np.savez(path, arr_0=images, **arrays)
-    return str(path)
-
-
-def folder(path: Path, images: np.ndarray) -> str:
-    path.mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(path / f"{number:05d}.png")
-    return str(path)
-
-
-def shards(path: Path, images: np.ndarray) -> str:
-    samples = []
-    for number, image in enumerate(images):
-        file = path.parent / "one.png"
-        Image.fromarray(image).save(file)
-        samples.append((f"{number:05d}", {"png": file.read_bytes(), "cls": str(number % 2).encode()}))
-    entries: list[Shard] = [
-        write_shard(path / f"{part:06d}.tar", samples[part * 10 : (part + 1) * 10])
-        for part in range((len(samples) + 9) // 10)
-    ]
-    ShardIndex(path, tuple(entries), ("red", "green")).save()
-    return str(path)
-
-
-class FirstPixels(torch.nn.Module):
-    """A feature network whose Frechet distance is easy to compute by hand."""
-
-    def forward(self, images):
-        return images[:, :, 0, :2].float().flatten(1)
-
-
-NETWORK = f"{__name__}.FirstPixels"
-
-
-def numpy_distance(first: np.ndarray, second: np.ndarray) -> float:
-    from scipy.linalg import sqrtm
-
-    one, two = (
-        images[:, 0, :2].transpose(0, 2, 1).reshape(len(images), -1).astype(float) for images in (first, second)
-    )
-    cov1, cov2 = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
-    return np.square(one.mean(0) - two.mean(0)).sum() + np.trace(cov1 + cov2 - 2 * sqrtm(cov1 @ cov2).real)
-
-
-@pytest.mark.parametrize("kind", [npz, folder, shards])
-@pytest.mark.parametrize("batch_size", [7, 64])
+@pytest.mark.parametrize(("kind", "batch_size"), [(npz, 7), (folder, 7), (shards, 64)])
 def test_distance_from_every_source(tmp_path, kind, batch_size):
     samples, reference = pixels(31, 0), pixels(26, 1)
     source = kind(tmp_path / ("set.npz" if kind is npz else "set"), samples)
-    output = tmp_path / "out" / "figures.json"
+    output = tmp_path / "out" / "metrics.json"
     result = evaluate(
         source, npz(tmp_path / "ref.npz", reference), NETWORK, str(output), batch_size=batch_size, device="cpu"
     )
-    assert result["metrics"] == {f"FD-{NETWORK}": pytest.approx(numpy_distance(samples, reference), rel=1e-6)}
+    of_reference = first_pixels(reference)
+    expected = frechet(first_pixels(samples), of_reference.mean(0), np.cov(of_reference, rowvar=False))
+    assert result["metrics"] == {f"FD-{NETWORK}": pytest.approx(expected, rel=1e-6)}
     assert json.loads(output.read_text()) == result
-    assert [path.name for path in output.parent.iterdir()] == ["figures.json"]
+    assert [path.name for path in output.parent.iterdir()] == ["metrics.json"]
 
 
 def test_protocol_says_what_was_measured(tmp_path, capsys):
     samples = npz(tmp_path / "a.npz", pixels(12, 0))
     reference = shards(tmp_path / "shards", pixels(14, 1))
     protocol = evaluate(samples, reference, "color_edges", str(tmp_path / "o.json"))["protocol"]
-    hashes = [protocol[name].pop("sha256") for name in ("samples", "reference")]
-    assert len({*hashes}) == 2
-    assert protocol["samples"] == {"npz": samples, "n": 12}
-    assert protocol["reference"] == {"shards": reference, "crop": "none", "n": 14}
+    assert protocol["samples"] == {"npz": samples, "n": 12, "sha256": set_sha256(image_digests(pixels(12, 0)))}
+    hashed = {"n": 14, "sha256": set_sha256(image_digests(pixels(14, 1)))}
+    assert protocol["reference"] == {"shards": reference, "crop": "none"} | hashed
     assert protocol["image_size"] == [16, 16]
-    assert protocol["features"] | {"sha256": ""} == {
-        "name": "color_edges",
-        "sha256": "",
-        "dim": 180,
-        "resize": "area to 32x32",
-    }
-    assert len(protocol["features"]["sha256"]) == 64
-    assert protocol["provenance"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert len(protocol["features"].pop("sha256")) == 64
+    assert protocol["features"] == {"name": "color_edges", "dim": 180, "resize": "area to 32x32"}
     shown = capsys.readouterr().out
     assert "FD-color_edges" in shown
     assert "12 samples, 14 reference images, 16x16" in shown
@@ -112,15 +58,13 @@ def test_protocol_says_what_was_measured(tmp_path, capsys):
 
 def test_probe_and_reconstruction(tmp_path):
     train, real = shards(tmp_path / "train", pixels(40, 0)), shards(tmp_path / "val", pixels(20, 1))
-    images = pixels(20, 2)
-    wrong = np.arange(20) % 2
+    images, wrong = pixels(20, 2), np.arange(20) % 2
     wrong[:5] = 1 - wrong[:5]  # a quarter of the labels do not fit their picture
     samples = npz(tmp_path / "s.npz", images, labels=wrong)
     metrics = evaluate(samples, real, "color_edges", str(tmp_path / "o.json"), paired=True, probe_train=train)[
         "metrics"
     ]
-    assert metrics["probe_accuracy_reference"] == 1.0
-    assert metrics["probe_accuracy_samples"] == 0.75
+    assert (metrics["probe_accuracy_reference"], metrics["probe_accuracy_samples"]) == (1.0, 0.75)
     errors = (images.astype(float) - pixels(20, 1)) ** 2
     assert metrics["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors.mean((1, 2, 3)))), rel=1e-5)
     assert 0 < metrics["ssim"] < 1
@@ -128,45 +72,42 @@ def test_probe_and_reconstruction(tmp_path):
 
 def test_identical_pairs_leave_valid_json(tmp_path):
     same = npz(tmp_path / "a.npz", pixels(12, 0))
-    evaluate(same, same, "color_edges", str(tmp_path / "o.json"), paired=True)
+    evaluate(same, same, NETWORK, str(tmp_path / "o.json"), paired=True)
+    metrics = json.loads((tmp_path / "o.json").read_text(), parse_constant=pytest.fail)["metrics"]
+    assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6), "psnr": None, "ssim": pytest.approx(1)}
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
 
-    metrics = json.loads((tmp_path / "o.json").read_text(), parse_constant=refuse)["metrics"]
-    assert metrics == {"FD-color_edges": pytest.approx(0, abs=1e-6), "psnr": None, "ssim": pytest.approx(1)}
+class Distance(torch.nn.Module):
+    """In the place of LPIPS."""
+
+    def forward(self, one, two):
+        return (one - two).abs().mean((1, 2, 3))
+
+
+def test_lpips_is_the_mean_over_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr("dar_lightning.commands.evaluate.lpips_network", lambda path: FrozenNetwork(Distance()))
+    first, second = pixels(5, 0), pixels(5, 1)
+    sets = npz(tmp_path / "a.npz", first), npz(tmp_path / "b.npz", second)
+    result = evaluate(*sets, NETWORK, str(tmp_path / "o.json"), paired=True, lpips="vgg.pth", batch_size=2)
+    assert result["metrics"]["lpips"] == pytest.approx(np.abs(first / 127.5 - second / 127.5).mean(), rel=1e-5)
+    assert result["protocol"]["reconstruction"]["lpips_sha256"] == network_sha256(Distance())
 
 
 def test_centre_crop_brings_photographs_to_one_size(tmp_path):
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
+    (tmp_path / "mixed").mkdir()
     for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
-        Image.new("RGB", size, (200, 80 * number, 0)).save(mixed / f"{number}.jpg")
-    reference = npz(tmp_path / "r.npz", pixels(8, 0))
+        Image.new("RGB", size, (200, 80 * number, 0)).save(tmp_path / f"mixed/{number}.jpg")
+    mixed, reference = str(tmp_path / "mixed"), npz(tmp_path / "r.npz", pixels(8, 0))
     with pytest.raises(UserError, match=r"--samples: images of different sizes, 30x40 and 64x64.*--image_size"):
-        evaluate(str(mixed), npz(tmp_path / "r2.npz", pixels(8, 0, 30)[:, :, :30]), NETWORK, str(tmp_path / "o.json"))
-    protocol = evaluate(str(mixed), reference, NETWORK, str(tmp_path / "o.json"), image_size=16)["protocol"]
+        evaluate(mixed, npz(tmp_path / "r2.npz", pixels(8, 0, 30)[:, :, :30]), NETWORK, str(tmp_path / "o.json"))
+    protocol = evaluate(mixed, reference, NETWORK, str(tmp_path / "o.json"), image_size=16)["protocol"]
     assert protocol["samples"]["crop"] == "ADM centre crop to 16"
 
 
-def test_real_fruit(tmp_path):
-    """Real training photos against real validation photos: how near any generator could hope to come."""
-    metrics = evaluate(
-        str(FRUIT / "val"),
-        str(FRUIT / "val"),
-        "color_edges",
-        str(tmp_path / "o.json"),
-        probe_train=str(FRUIT / "train"),
-    )["metrics"]
-    assert metrics["FD-color_edges"] == pytest.approx(0, abs=1e-6)
-    assert metrics["probe_accuracy_samples"] == metrics["probe_accuracy_reference"] > 0.75
-
-
 def test_memory_does_not_grow_with_the_npz(tmp_path):
-    random = np.random.default_rng(0)
     peaks = []
     for n in (64, 1024):
-        path = npz(tmp_path / f"{n}.npz", random.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8))
+        path = npz(tmp_path / f"{n}.npz", pixels(n, 0, 64))
         tracemalloc.start()
         evaluate(path, path, NETWORK, str(tmp_path / "o.json"), batch_size=16)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -174,163 +115,197 @@ def test_memory_does_not_grow_with_the_npz(tmp_path):
     assert peaks[1] < peaks[0] + 2**20, "12 MB of images may not show"
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig.preset("tiny")).eval()
-    ar = ARModel(ARConfig.preset("tiny", num_classes=3)).eval()
-    for model in (tokenizer, ar):  # parts that start at zero would draw every image alike
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    path = tmp_path_factory.mktemp("models") / "pipeline"
-    DARPipeline(tokenizer, ar).save_pretrained(path)
-    return str(path)
+# ---- a pipeline's own samples
 
 
-def test_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
+def test_a_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     drawn = {}
-    for batch_size in (2, 5):
-        images = DrawnImages(DARPipeline.from_pretrained(pipeline), 5, seed=7, guidance=(1.0, 3.0))
+    for batch_size, seed in ((2, 7), (5, 7), (5, 8)):
+        images = DrawnImages(DARPipeline.from_pretrained(pipeline), 6, seed, guidance=(1.0, 3.0))
         batches = list(images.batches(batch_size))
-        drawn[batch_size] = torch.cat([batch for batch, _ in batches])
-        assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 0, 1]
-    assert drawn[2].shape == (5, 3, 64, 64)
-    assert torch.equal(drawn[2], drawn[5]), "to the bit: always as many rows in a forward pass"
-    assert (drawn[2][0].int() - drawn[2][3].int()).abs().float().mean() > 1, "same class, but another image"
-    other = DrawnImages(DARPipeline.from_pretrained(pipeline), 5, seed=8, guidance=(1.0, 3.0))
-    assert (next(other.batches(5))[0].int() - drawn[5].int()).abs().float().mean() > 1, "another seed"
+        drawn[batch_size, seed] = torch.cat([batch for batch, _ in batches])
+        assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 3, 0, 1]
+    same = drawn[5, 7]
+    assert same.shape == (6, 3, SIZE, SIZE)
+    assert torch.equal(drawn[2, 7], same), "to the bit: always as many rows in a forward pass"
+    assert (same[0].int() - same[len(CLASSES)].int()).abs().float().mean() > 1, "same class, but another image"
+    assert (drawn[5, 8].int() - same.int()).abs().float().mean() > 1, "another seed"
 
-    reference = npz(tmp_path / "r.npz", pixels(8, 0, 64))
-    arguments = {"features": NETWORK, "num_samples": 5, "seed": 7, "guidance": (1.0, 3.0), "batch_size": 5}
-    result = evaluate(pipeline, reference, output=str(tmp_path / "o.json"), device="cpu", **arguments)
-    saved = npz(tmp_path / "s.npz", drawn[5].permute(0, 2, 3, 1).numpy())
-    again = evaluate(saved, reference, NETWORK, str(tmp_path / "o2.json"))
-    assert result["metrics"] == again["metrics"]
-    protocol = json.loads((tmp_path / "o.json").read_text())["protocol"]["samples"]
-    assert (protocol["n"], protocol["seed"], protocol["guidance"], protocol["steps"]) == (5, 7, [1.0, 3.0], 4)
-    assert protocol["ema"] == {"tokenizer": None, "ar": None}, "saved by hand, nobody noted it"
+    reference, output = npz(tmp_path / "r.npz", pixels(8, 0, SIZE)), str(tmp_path / "o.json")
+    options = {"num_samples": 6, "seed": 7, "guidance": (1.0, 3.0), "batch_size": 5}
+    result = evaluate(pipeline, reference, NETWORK, output, device="cpu", **options)
+    saved = npz(tmp_path / "s.npz", same.permute(0, 2, 3, 1).numpy())
+    assert evaluate(saved, reference, NETWORK, str(tmp_path / "o2.json"))["metrics"] == result["metrics"]
+    samples = json.loads(Path(output).read_text())["protocol"]["samples"]
+    assert (samples["n"], samples["seed"], samples["guidance"], samples["steps"]) == (6, 7, [1.0, 3.0], 4)
+    assert samples["ema"] == {"tokenizer": None, "ar": None}, "saved by hand, nobody noted it"
     with pytest.raises(UserError, match=r"--paired: .* is a pipeline"):
-        evaluate(pipeline, reference, NETWORK, str(tmp_path / "o.json"), paired=True)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "says"),
-    [
-        ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8)}, "holds no images"),
-        ({"arr_0": np.zeros((1, 16, 16, 3), np.uint8)}, r"1 image\(s\)"),
-        ({"arr_0": np.zeros((4, 16, 16, 3), np.float32)}, "must be uint8 .* is float32"),
-        ({"arr_0": np.zeros((4, 3, 16, 16), np.uint8)}, r"must be uint8 \(n, H, W, 3\)"),
-        ({"arr_0": np.zeros((4, 16, 16), np.uint8)}, r"must be uint8 \(n, H, W, 3\)"),
-        ({"arr_0": np.zeros((4, 32, 32, 3), np.uint8)}, "images of 32x32, those of --reference have 16x16"),
-        ({"arr_0": np.zeros((4, 16, 16, 3), np.uint8), "labels": np.zeros(3, int)}, "labels of .* must be 4 integers"),
-        ({"images": np.zeros((4, 16, 16, 3), np.uint8)}, "holds no arr_0"),
-    ],
-)
-def test_a_wrong_npz_is_one_line(tmp_path, arrays, says):
-    np.savez(tmp_path / "bad.npz", **arrays)
-    reference, output = npz(tmp_path / "ref.npz", pixels(8, 0)), tmp_path / "o.json"
-    with pytest.raises(UserError, match=f"^--samples: .*{says}") as caught:
-        evaluate(str(tmp_path / "bad.npz"), reference, NETWORK, str(output))
-    assert "\n" not in str(caught.value)
-    assert not output.exists()
-
-
-def test_other_mistakes_are_one_line(tmp_path):
-    good, labelled = (
-        npz(tmp_path / "g.npz", pixels(8, 0)),
-        npz(tmp_path / "l.npz", pixels(8, 0), labels=np.arange(8) % 2),
-    )
-    beyond = npz(tmp_path / "b.npz", pixels(8, 0), labels=np.arange(8))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.npz").write_bytes(b"PK not a zip")
-    (tmp_path / "file").write_text("in the way")
-    half = Path(good).read_bytes()[:500]
-    (tmp_path / "half.npz").write_bytes(half)
-    mistakes = [
-        ({"samples": str(tmp_path / "none")}, "--samples: .* does not exist"),
-        ({"reference": str(tmp_path / "empty")}, "--reference: .* holds no images"),
-        ({"reference": str(tmp_path / "broken.npz")}, "--reference: .* not a readable npz"),
-        ({"reference": str(tmp_path / "half.npz")}, "--reference: .* not a readable npz"),
-        ({"samples": npz(tmp_path / "n.npz", pixels(5, 0)), "paired": True}, "--paired: .* has 5 images"),
-        ({"probe_train": good, "samples": labelled}, "--probe_train has no labels"),
-        ({"probe_train": labelled}, "--samples has no labels"),
-        ({"probe_train": labelled, "samples": beyond}, "--samples: has labels outside"),
-        ({"features": "no_such_network"}, "--features no_such_network: not inception"),
-        ({"features": f"{__name__}.Images"}, "must give .* features, gave"),
-        ({"output": str(tmp_path / "file" / "o.json")}, "--output .* cannot|--output .* not a folder"),
-        ({"output": str(tmp_path / "empty")}, "--output .* is a folder"),
-        ({"output": good.removesuffix("npz") + "json"}, "--output .* is --samples or the record beside it"),
-        ({"device": "tpu9"}, "device: tpu9"),
-        ({"batch_size": 0}, "--batch_size 0"),
-    ]
-    for change, says in mistakes:
-        arguments = {
-            "samples": good,
-            "reference": good,
-            "features": NETWORK,
-            "output": str(tmp_path / "o.json"),
-        } | change
-        with pytest.raises(UserError, match=says) as caught:
-            evaluate(**arguments)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "o.json").exists()
-
-
-def test_missing_probe_labels_are_found_before_the_work(tmp_path):
-    good, labelled = npz(tmp_path / "g.npz", pixels(8, 0)), npz(tmp_path / "l.npz", pixels(8, 0), labels=np.arange(8))
-    options = {"reference": good, "features": "a.network.that.is.not.even.loaded", "output": str(tmp_path / "o.json")}
-    with pytest.raises(UserError, match="--probe_train has no labels"):
-        evaluate(samples=labelled, probe_train=good, **options)
-    with pytest.raises(UserError, match="--samples has no labels"):
-        evaluate(samples=good, probe_train=labelled, **options)
-
-
-def test_damage_inside_an_npz_is_one_line(tmp_path):
-    good = npz(tmp_path / "g.npz", pixels(64, 0))
-    np.savez_compressed(tmp_path / "z.npz", arr_0=pixels(64, 0))
-    for name in ("g.npz", "z.npz"):  # a wrong checksum, and a stream that cannot be inflated
-        content = bytearray((tmp_path / name).read_bytes())
-        content[5000:5400] = bytes(400)
-        (tmp_path / "damaged.npz").write_bytes(content)
-        with pytest.raises(UserError, match=r"--samples: arr_0 of .* is damaged") as caught:
-            evaluate(str(tmp_path / "damaged.npz"), good, NETWORK, str(tmp_path / "o.json"))
-        assert "\n" not in str(caught.value)
-
-
-class Images(torch.nn.Module):
-    """Not features: it returns what it is given."""
-
-    def forward(self, images):
-        return images
-
-
-@pytest.mark.slow
-def test_the_command_itself(tmp_path):
-    (tmp_path / "my_net.py").write_text(
-        "import torch\nclass Mean(torch.nn.Module):\n    def forward(self, x):\n        return x.float().mean((2, 3))\n"
-    )
-    npz(tmp_path / "a.npz", pixels(8, 0))
-    npz(tmp_path / "b.npz", pixels(9, 1, 32))
-
-    def dar(*options: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "dar_lightning", "evaluate", *options, "--output", "out/o.json"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    wrong = dar("--samples", "a.npz", "--reference", "b.npz", "--features", "my_net.Mean")
-    assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1] == (
-        "dar evaluate: --samples: images of 16x16, those of --reference have 32x32; bring them to one size"
-    )
-    assert "Traceback" not in wrong.stderr
-    assert not (tmp_path / "out").exists()
-
-    right = dar("--samples", "a.npz", "--reference", "a.npz", "--features", "my_net.Mean")
-    assert right.returncode == 0, right.stderr
-    metrics = json.loads((tmp_path / "out" / "o.json").read_text())["metrics"]
-    assert metrics == {"FD-my_net.Mean": pytest.approx(0, abs=1e-6)}
+        evaluate(pipeline, reference, NETWORK, output, paired=True)
 
 
 def test_the_shipped_pipeline_is_known_by_its_name(tmp_path):
     reference = npz(tmp_path / "r.npz", pixels(4, 0, 64))
-    result = evaluate("fruit64", reference, NETWORK, str(tmp_path / "o.json"), num_samples=2, device="cpu")
+    options = {"num_samples": 2, "num_steps": 1, "device": "cpu"}
+    result = evaluate("fruit64", reference, NETWORK, str(tmp_path / "o.json"), **options)
     assert result["protocol"]["samples"]["pipeline"] == "fruit64"
+
+
+# ---- stored statistics
+
+
+def test_saved_statistics_stand_for_their_images(tmp_path):
+    samples, reference = npz(tmp_path / "samples.npz", pixels(20, 0)), npz(tmp_path / "reference.npz", pixels(30, 1))
+    file, output = str(tmp_path / "statistics.npz"), str(tmp_path / "o.json")
+    by_images = evaluate(samples, reference, NETWORK, str(tmp_path / "images.json"), save_statistics=file)
+    by_file = evaluate(samples, file, NETWORK, output)
+    assert by_file["metrics"] == pytest.approx(by_images["metrics"], rel=1e-9)
+    protocol = by_file["protocol"]["reference"]
+    assert (protocol["npz"], protocol["n"], protocol["statistics"]) == (file, 30, "mu and sigma as stored")
+    assert protocol["statistics_of"]["npz"] == reference
+    compare(f"{output},{tmp_path}/images.json")
+    with pytest.raises(UserError, match=r"^--reference: .* holds statistics of features [0-9a-f]{12}; --features"):
+        evaluate(samples, file, RED_GREEN, output)
+    for option in ("paired", "full"):
+        with pytest.raises(UserError, match=f"^--{option}: .* statistics only"):
+            evaluate(samples, file, NETWORK, output, **{option: True})
+
+
+def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
+    """ADM's reference batch has mu and sigma of all images, and 10,000 of these."""
+    samples, output = npz(tmp_path / "samples.npz", pixels(20, 0)), str(tmp_path / "o.json")
+    statistics = {"mu": np.linspace(0, 200, 6), "sigma": np.diag(np.linspace(1, 2, 6))}
+    adm = npz(tmp_path / "VIRTUAL.npz", pixels(9, 3), **statistics, mu_s=np.zeros(23), sigma_s=np.eye(23))
+    monkeypatch.setitem(features.BUILT_IN, "inception", lambda weights: FirstPixels())
+    result = evaluate(samples, adm, "inception", output)
+    assert result["metrics"] == {"FID": pytest.approx(frechet(first_pixels(pixels(20, 0)), **statistics), rel=1e-6)}
+    reference = result["protocol"]["reference"]
+    assert (reference["n"], reference["statistics"]) == (None, "mu and sigma as stored")
+    pairs = npz(tmp_path / "nine.npz", pixels(9, 4))
+    reference = evaluate(pairs, adm, "inception", output, paired=True)["protocol"]["reference"]
+    assert reference["sha256"] == set_sha256(image_digests(pixels(9, 3))), "PSNR is of images"
+    assert reference["statistics"] == "mu and sigma as stored"
+    # any other network cannot use them, and measures the images instead
+    reference = evaluate(samples, adm, NETWORK, output)["protocol"]["reference"]
+    assert (reference["n"], "statistics" in reference) == (9, False)
+    small = npz(tmp_path / "small.npz", pixels(9, 3), mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match="statistics of 5 and of 6 features cannot be compared"):
+        evaluate(samples, small, "inception", output)
+    with pytest.raises(UserError, match=r"--samples: images of 16x16, those of --reference have 8x8"):
+        evaluate(samples, npz(tmp_path / "v.npz", pixels(9, 3, 8), **statistics), "inception", output)
+
+
+# ---- mistakes: one line each, and nothing written
+
+ZEROS = np.zeros((4, 16, 16, 3), np.uint8)
+WRONG_NPZ = {
+    "holds no images": {"arr_0": ZEROS[:0]},
+    r"1 image\(s\)": {"arr_0": ZEROS[:1]},
+    "must be uint8 .* is float32": {"arr_0": ZEROS.astype(np.float32)},
+    r"must be uint8 \(n, H, W, 3\)": {"arr_0": ZEROS.transpose(0, 3, 1, 2)},
+    r"must be uint8 \(n, H, W, 3\); is|values": {"arr_0": ZEROS[..., 0]},
+    "images of 32x32, those of --reference have 16x16": {"arr_0": np.zeros((4, 32, 32, 3), np.uint8)},
+    "labels of .* must be 4 integers": {"arr_0": ZEROS, "labels": np.zeros(3, int)},
+    "holds no arr_0": {"images": ZEROS},
+    "mu and sigma of .* must be a mean": {"mu": np.zeros(3), "sigma": np.zeros((3, 2))},
+    "finite and symmetric": {"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)},
+}
+
+
+@pytest.mark.parametrize("says", WRONG_NPZ)
+def test_a_wrong_npz_is_one_line(tmp_path, says):
+    np.savez(tmp_path / "bad.npz", **WRONG_NPZ[says])
+    good, output = npz(tmp_path / "good.npz", pixels(8, 0)), tmp_path / "o.json"
+    option = "reference" if "mu" in WRONG_NPZ[says] else "samples"
+    with pytest.raises(UserError, match=f"^--{option}: .*{says}|^--{option}: {says}") as caught:
+        evaluate(
+            **{"samples": good, "reference": good, option: str(tmp_path / "bad.npz")},
+            features=NETWORK,
+            output=str(output),
+        )
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+MISTAKES = [
+    ({"samples": "none"}, "^--samples: .* does not exist"),
+    ({"reference": "empty"}, "^--reference: .* holds no images"),
+    ({"reference": "broken.npz"}, "^--reference: .* not a readable npz"),
+    ({"reference": "half.npz"}, "^--reference: .* not a readable npz"),
+    ({"samples": "five.npz", "paired": True}, "^--paired: .* has 5 images"),
+    ({"samples": "five.npz", "num_samples": 50}, r"^--num_samples 50: .* has 5 images"),
+    ({"samples": "twice.npz"}, r"^--samples: has an image twice, numbers 4 and 7; "),
+    ({"samples": "dark.npz"}, r"^--samples: no value is above 1; "),
+    (
+        {"probe_train": "good.npz", "samples": "labelled.npz", "features": "not.even.loaded"},
+        "^--probe_train has no labels",
+    ),
+    ({"probe_train": "labelled.npz", "features": "not.even.loaded"}, "^--samples has no labels"),
+    ({"probe_train": "labelled.npz", "samples": "beyond.npz"}, "^--samples: has labels outside"),
+    ({"lpips": "vgg.pth"}, r"^--lpips vgg.pth: compares pairs; add --paired"),
+    ({"features_weights": "w.pth"}, r"^--features_weights w.pth: .* is a class"),
+    ({"features": "no_such_network"}, "^--features no_such_network: not inception"),
+    ({"features": NETWORK.replace("FirstPixels", "Images")}, "must give .* features, gave"),
+    ({"output": "file/o.json"}, "^--output .* not a folder"),
+    ({"output": "empty"}, "^--output .* is a folder"),
+    ({"save_statistics": "empty"}, "^--save_statistics .*: is a folder"),
+    ({"output": "good.json"}, "^--output .* is --samples or the record beside it"),
+    ({"device": "tpu9"}, "device: tpu9"),
+    ({"batch_size": 0}, "^--batch_size 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    root, images = tmp_path_factory.mktemp("files"), pixels(8, 0)
+    npz(root / "good.npz", images), npz(root / "five.npz", images[:5]), npz(root / "dark.npz", images % 2)
+    npz(root / "labelled.npz", images, labels=np.arange(8) % 2), npz(root / "beyond.npz", images, labels=np.arange(8))
+    npz(root / "twice.npz", images[[0, 1, 2, 3, 4, 5, 6, 4]])
+    (root / "empty").mkdir()
+    (root / "file").write_text("in the way")
+    (root / "broken.npz").write_bytes(b"PK not a zip")
+    (root / "half.npz").write_bytes((root / "good.npz").read_bytes()[:500])
+    return root
+
+
+@pytest.mark.parametrize(("change", "says"), MISTAKES, ids=[says for _, says in MISTAKES])
+def test_mistakes_are_one_line(change, says, files, monkeypatch):
+    monkeypatch.chdir(files)
+    before = sorted(files.iterdir())
+    options = {"samples": "good.npz", "reference": "good.npz", "features": NETWORK, "output": "o.json"}
+    with pytest.raises(UserError, match=says) as caught:
+        evaluate(**options | change)
+    assert "\n" not in str(caught.value)
+    assert sorted(files.iterdir()) == before
+
+
+def test_duplicates_are_taken_where_that_is_wanted(files, tmp_path):
+    options = {"allow_duplicates": True, "num_samples": 8, "output": str(tmp_path / "o.json")}
+    evaluate(f"{files}/twice.npz", f"{files}/good.npz", NETWORK, **options)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_inside_an_npz_is_one_line(save, tmp_path):
+    """A wrong checksum, and a stream that cannot be inflated."""
+    save(tmp_path / "x.npz", arr_0=pixels(64, 0))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[5000:5400] = bytes(400)
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"--samples: arr_0 of .* is damaged") as caught:
+        evaluate(str(tmp_path / "x.npz"), npz(tmp_path / "g.npz", pixels(64, 0)), NETWORK, str(tmp_path / "o.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    npz(tmp_path / "a.npz", pixels(8, 0)), npz(tmp_path / "b.npz", pixels(9, 1, 32))
+    words = ["evaluate", "--samples", "a.npz", "--features", NETWORK, "--output", "out/o.json", "--reference"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "b.npz"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "dar evaluate: --samples: images of 16x16, those of --reference have 32x32; bring them to one size"
+    )
+    assert not Path("out").exists()
+    main([*words, "a.npz"])
+    metrics = json.loads(Path("out/o.json").read_text())["metrics"]
+    assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6)}

@@ -1,19 +1,29 @@
-"""The page itself, with a model that can be made to wait: over Gradio's client, and in a browser."""
+"""The page itself, with a small model that can be made to wait: over Gradio's client, and in a browser."""
 
+import io
+import struct
 import threading
 import time
+import zlib
 
+import numpy as np
 import pytest
 from browser import chromium
+from PIL import Image
 from served import wait_for
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
-from dar_lightning.commands.serve import CSS, build_page, serve
-from dar_lightning.commands.serve_page import Work
+from dar_lightning.commands.serve import CSS, NO_PHOTO, build_page, serve
+from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions
+from dar_lightning.data.decode import MAX_PIXELS
 from dar_lightning.errors import UserError
+from dar_lightning.generation.editing import read_photo, tokenize
 
 gradio = pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
 client = pytest.importorskip("gradio_client")
+
+INPUTS = {"label": 1, "seed": 3, "guidance": 2, "path": None, "prefix": 2}
+MANY_PIXELS = f"the photo cannot be read: more than {MAX_PIXELS} pixels"
 
 
 class Page:
@@ -33,11 +43,11 @@ class Page:
         page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=Work())
         page.queue(max_size=2, default_concurrency_limit=1)
         # a port that is free, so that the tests can run beside a page
-        launched = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, css=CSS)
-        self.page, self.url = page, launched[1]
+        options = {"server_name": "127.0.0.1", "prevent_thread_lock": True, "quiet": True, "css": CSS}
+        self.page, self.url = page, page.launch(**options, max_file_size=2**20)[1]
 
     def client(self):
-        return client.Client(self.url, verbose=False)
+        return client.Client(self.url, verbose=False, download_files=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +57,29 @@ def page():
     served.page.close()
 
 
-INPUTS = {"label": 1, "seed": 3, "guidance": 2, "path": None, "prefix": 2}
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of so many pixels, of which none has been written."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(b""), b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.fixture
+def photos(tmp_path) -> dict[str, str]:
+    """What is wrong with it, or "good" -> a file."""
+    picture(2).resize((60, 40)).save(tmp_path / "good.png")
+    contents = {"text": b"no picture", "pixels": png_header(20_000, 20_000), "large": bytes(1_040_000)}
+    for name, content in (contents | {"far above": bytes(1_200_000)}).items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    return {name: str(tmp_path / f"{name}.png") for name in ("good", "far above", *contents)}
 
 
 @pytest.mark.slow
 def test_previews_arrive_one_by_one(page):
-    job = page.client().submit(**INPUTS, api_name="/draw")
-    states = list(job)
+    states = list(page.client().submit(**INPUTS, api_name="/draw"))
     assert len(states) == GROUPS
     assert [strip.count("<img") for _, strip, *_ in states] == [1, 2, 3, 4]
     tokens = [html.count("written") for _, _, html, *_ in states]
@@ -63,29 +89,24 @@ def test_previews_arrive_one_by_one(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": -1}, "the seed is -1: give a whole number from 0"),
-        ({"seed": None}, "the seed is None: give a whole number from 0"),
-        ({"path": "TEXT"}, "the photo cannot be read"),
-        ({"path": "LARGE"}, "the photo has 1.2 MB: at most 1 MB"),
-    ],
-)
-def test_bad_input_gets_one_message(page, tmp_path, change, message):
-    if change.get("path"):
-        content = b"no picture" if change["path"] == "TEXT" else bytes(1_200_000)
-        (tmp_path / "photo.png").write_bytes(content)
-        change = {"path": client.handle_file(tmp_path / "photo.png")}
-    with pytest.raises(client.exceptions.AppError, match=message) as raised:
-        page.client().predict(**INPUTS | change, api_name="/draw")
-    assert "\n" not in str(raised.value).strip()
+def test_bad_input_gets_one_message(page, photos):
+    for change, message in (
+        ({"seed": -1}, "the seed is -1: give a whole number from 0 to 2147483647"),
+        ({"seed": None}, "the seed is None: give a whole number from 0 to 2147483647"),
+        ({"path": client.handle_file(photos["text"])}, "the photo cannot be read: not an image of a known format"),
+        ({"path": client.handle_file(photos["large"])}, "the photo has 1.0 MB: at most 1 MB are read"),
+        ({"path": client.handle_file(photos["pixels"])}, MANY_PIXELS),
+    ):
+        with pytest.raises(client.exceptions.AppError) as raised:
+            page.client().predict(**INPUTS | change, api_name="/draw")
+        assert str(raised.value) == message
+    with pytest.raises(client.exceptions.AppError, match=MANY_PIXELS):
+        page.client().predict(client.handle_file(photos["pixels"]), api_name="/reconstruct")
 
 
 @pytest.mark.slow
-def test_a_photo_is_reconstructed(page, tmp_path):
-    picture(2).save(tmp_path / "photo.png")
-    compared, _ = page.client().predict(client.handle_file(tmp_path / "photo.png"), api_name="/reconstruct")
+def test_a_photo_is_reconstructed(page, photos):
+    compared, _ = page.client().predict(client.handle_file(photos["good"]), api_name="/reconstruct")
     assert len(compared) == 2
 
 
@@ -100,47 +121,140 @@ def test_stop_stops_the_work_and_the_queue_has_an_end(page):
     for job in jobs:
         job.cancel()
     page.pause.set()
-    time.sleep(2)
-    count = len(page.steps)
-    assert count < 2 * (TOKENS - 1), "five drawings were asked for"
+    time.sleep(1)
+    assert len(page.steps) < 2 * (TOKENS - 1), "five drawings were asked for"
     assert len(list(page.client().submit(**INPUTS, api_name="/draw"))) == GROUPS, "the next visitor is served"
 
 
-@pytest.mark.slow
-def test_in_a_browser(page):
-    page.pause.set()
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tab(browser, page):
+    """The page, just opened; it notes each picture that is shown."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(page.url)
+    tab.wait_for_selector("#draw", timeout=60_000)
+    tab.evaluate("""() => {
+        window.sources = [];
+        const look = () => {
+            const source = document.querySelector('#picture img')?.src;
+            if (source && source !== window.sources.at(-1)) window.sources.push(source);
+        };
+        new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+    }""")
+    yield tab
+    tab.close()
+
+
+@pytest.fixture
+def slow(page):
+    """Tokens that take a tenth of a second."""
     original = page.pipe.ar.step
-    page.pipe.ar.step = lambda *args: time.sleep(0.15) or original(*args)
-    try:
-        with chromium() as browser:
-            tab = browser.new_page(viewport={"width": 1400, "height": 900})
-            tab.goto(page.url)
-            tab.click("#draw", timeout=60_000)
-            sources, states = [], []
-            wait_for(lambda: watch(tab, sources, states) >= GROUPS)
-            loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
-            wait_for(lambda: tab.evaluate(loaded) == GROUPS)
-            page.steps.clear()
-            tab.click("#draw")
-            wait_for(lambda: page.steps)
-            tab.click("#stop")
-            time.sleep(3 * 0.15 * TOKENS)  # in which a drawing would end
-            stopped = len(page.steps)
-    finally:
-        page.pipe.ar.step = original
+    page.pipe.ar.step = lambda *args: time.sleep(0.1) or original(*args)
+    yield
+    page.pipe.ar.step = original
+
+
+def difference(tab, source: str, expected: Image.Image) -> int:
+    shown = Image.open(io.BytesIO(tab.request.get(source).body())).convert("RGB")
+    return np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).max()
+
+
+@pytest.mark.slow
+def test_previews_and_a_layout_in_a_browser(page, tab, photos, slow):
+    tab.get_by_text("Layout from a photo").click()
+    tab.set_input_files("#photo input[type=file]", photos["good"])
+    tab.wait_for_selector("#photo img")
+    tab.fill("#seed input", "5")
+    tab.click("#draw")
+    wait_for(lambda: tab.locator("#tokens .written").count() == TOKENS)
+    wait_for(lambda: len(tab.evaluate("window.sources")) >= GROUPS)
+    sources = tab.evaluate("window.sources")
+    kept = max(1, TOKENS // 16)  # unless told otherwise
+    photo = read_photo(photos["good"])
+    expected = [state.picture for state in draw_previews(page.pipe, 0, 5, 3.0, photo, kept)]
     assert len(sources) == len(set(sources)) == GROUPS
-    assert states == sorted(states)
-    assert states[-1] == TOKENS
-    assert stopped < TOKENS - 1, "the button stops the work"
+    assert max(difference(tab, *pair) for pair in zip(sources, expected, strict=True)) <= 1
+    assert tab.locator("#picture img").evaluate("image => image.complete && image.naturalWidth") == expected[-1].width
+    loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
+    wait_for(lambda: tab.evaluate(loaded) == GROUPS)
+    cells = tab.locator("#tokens .token").all_inner_texts()
+    assert cells[:kept] == [str(code) for code in tokenize(page.pipe, photo)[0, :kept].tolist()]
+    assert tab.locator("#tokens .token[style*=outline]").count() == kept
+    tab.get_by_text("Repeat it").click()
+    wait_for(lambda: f"--seed 5 --guidance 3 --layout good.png --prefix {kept}" in tab.inner_text("#command"))
+
+    page.steps.clear()
+    tab.click("#draw")
+    wait_for(lambda: page.steps)
+    tab.click("#stop")
+    time.sleep(3 * 0.1 * TOKENS)  # in which a drawing would end
+    assert len(page.steps) < TOKENS - 1
 
 
-def watch(tab, sources: list, states: list) -> int:
-    """Note the picture on the page, if it is a new one, and how many tokens are filled in."""
-    source = tab.evaluate("document.querySelector('#picture img')?.src")
-    if source and source not in sources:
-        sources.append(source)
-        states.append(tab.evaluate("document.querySelectorAll('#tokens .written').length"))
-    return len(sources)
+@pytest.mark.slow
+def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, photos):
+    def reconstruction() -> str:
+        """Where the right one of the two compared pictures is to be had, if both are there."""
+        sources = tab.eval_on_selector_all("#compared img", "images => images.map(image => image.src)")
+        return sources[1] if len(sources) == 2 else ""
+
+    tab.get_by_role("tab", name="Reconstruct").click()
+    tab.set_input_files("#given input[type=file]", photos["good"])
+    wait_for(reconstruction)
+    expected = [*reconstructions(page.pipe, read_photo(photos["good"]))][1:]
+    sources = {GROUPS: reconstruction()}
+    slider = tab.locator("#groups input[type=range]")
+    for groups in range(1, GROUPS):
+        slider.press("Home" if groups == 1 else "ArrowRight")
+        wait_for(lambda: reconstruction() not in ("", *sources.values()))
+        sources[groups] = reconstruction()
+    slider.press("End")
+    wait_for(lambda: reconstruction() == sources[GROUPS])
+    for groups, source in sources.items():
+        assert difference(tab, source, expected[groups - 1]) <= 1
+
+    box = slider.bounding_box()
+    tab.mouse.click(box["x"] + 1, box["y"] + box["height"] / 2)
+    wait_for(lambda: reconstruction() == sources[1])
+    for typed in ("", "2.5", "0", str(GROUPS + 1)):
+        tab.fill("#groups input[type=number]", typed)
+        time.sleep(0.2)
+    assert reconstruction() == sources[1], "not a number of groups yet"
+    tab.fill("#groups input[type=number]", "3")
+    wait_for(lambda: reconstruction() == sources[3])
+    assert tab.locator(".toast-body").all_inner_texts() == []
+
+
+@pytest.mark.slow
+def test_mistakes_get_one_message_each(tab, photos):
+    def only_message(message: str) -> None:
+        """Wait for the message; look for others beside it or after it; close it."""
+        messages = tab.locator(".toast-body")
+        wait_for(lambda: message in " ".join(messages.all_inner_texts()))
+        time.sleep(0.5)
+        assert len(messages.all_inner_texts()) == 1
+        tab.click(".toast-close")
+        wait_for(lambda: messages.count() == 0)
+
+    tab.get_by_role("tab", name="Reconstruct").click()
+    tab.press("#groups input[type=range]", "Home")
+    tab.press("#groups input[type=range]", "ArrowRight")
+    only_message(NO_PHOTO)
+    tab.set_input_files("#given input[type=file]", photos["far above"])
+    only_message('File(s) exceed the maximum allowed size of 1.0 Mb: "far above.png"')
+    tab.set_input_files("#given input[type=file]", photos["pixels"])
+    only_message(MANY_PIXELS)
+
+
+# ---- options
 
 
 @pytest.mark.parametrize(

@@ -11,32 +11,17 @@ from PIL import Image
 from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
-from dar_lightning.commands.serve_page import (
-    Work,
-    draw,
-    enlarge,
-    read_photo,
-    reconstructions,
-    repeat_command,
-    repeat_python,
-    tokens_html,
-)
+from dar_lightning.commands.serve_page import Work, draw_previews, enlarge, reconstructions, repeat, tokens_html
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.devices import torch_dtype
 from dar_lightning.errors import UserError
+from dar_lightning.generation.editing import read_photo
 from dar_lightning.generation.pipeline import DARPipeline
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return make_pipeline()
-
-
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -50,22 +35,22 @@ def small(image: Image.Image) -> np.ndarray:
     return np.asarray(image)[::factor, ::factor].astype(int)
 
 
-@pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, None), (3, "bfloat16")])
-def test_the_page_draws_what_the_commands_that_it_offers_draw(folder, photo, tmp_path, prefix, dtype):
-    pipe = DARPipeline.from_pretrained(folder).to(dtype=torch_dtype(dtype))
-    shown = list(draw(pipe, 2, 7, 3.0, read_photo(photo, 1), prefix))
+@pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, "bfloat16")])
+def test_the_page_draws_what_the_commands_that_it_offers_draw(pipeline, photo, tmp_path, prefix, dtype):
+    pipe = DARPipeline.from_pretrained(pipeline).to(dtype=torch_dtype(dtype))
+    shown = list(draw_previews(pipe, 2, 7, 3.0, read_photo(photo), prefix))
     assert [state.strip.count("<img") for state in shown] == [1, 2, 3, 4]
     assert len({state.picture.tobytes() for state in shown}) == GROUPS
-    what = (folder, 2, 7, 3.0, photo, prefix, dtype)
+    command, python = repeat(pipeline, 2, 7, 3.0, photo, prefix, dtype)
 
-    words = shlex.split(repeat_command(*what))
+    words = shlex.split(command)
     assert words[:2] == ["dar", "sample"]
     main([*words[1:-1], str(tmp_path / "drawn")])
     drawn = np.asarray(Image.open(tmp_path / "drawn/images/002-0.png")).astype(int)
     assert np.abs(small(shown[-1].picture) - drawn).max() <= 1
 
     names: dict = {}
-    exec(repeat_python(*what), names)
+    exec(python, names)
     again = to_uint8(names["image"])[0].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(small(shown[-1].picture) - again).max() <= 1
     kept = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))[0, :prefix].tolist()
@@ -73,7 +58,7 @@ def test_the_page_draws_what_the_commands_that_it_offers_draw(folder, photo, tmp
 
 
 def test_reconstructions_begin_with_the_photo_and_end_with_all_tokens(pipe, photo):
-    pictures = list(reconstructions(pipe, read_photo(photo, 1)))
+    pictures = list(reconstructions(pipe, read_photo(photo)))
     assert len(pictures) == 1 + GROUPS
     assert np.array_equal(small(pictures[0]), np.asarray(picture(5)))
     codes = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))
@@ -98,7 +83,7 @@ def test_a_closed_drawing_stops(pipe, monkeypatch):
     steps = []
     original = type(pipe.ar).step
     monkeypatch.setattr(type(pipe.ar), "step", lambda self, *args: steps.append(1) or original(self, *args))
-    drawing = draw(pipe, 0, 0, 2.0)
+    drawing = draw_previews(pipe, 0, 0, 2.0)
     next(drawing)
     drawing.close()
     assert len(steps) == TOKENS // GROUPS - 1
@@ -106,17 +91,13 @@ def test_a_closed_drawing_stops(pipe, monkeypatch):
 
 
 def test_photos_that_are_refused(tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"^the photo cannot be read: not an image of a known format$"):
-        read_photo(tmp_path / "text.png", 1)
-    (tmp_path / "large.png").write_bytes(bytes(1_100_000))
-    with pytest.raises(UserError, match=r"^the photo has 1\.1 MB: at most 1 MB are read$"):
-        read_photo(tmp_path / "large.png", 1)
     picture(0).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"^the photo cannot be read: damaged"):
-        read_photo(tmp_path / "cut.png", 1)
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in {"text": "not an image of a known format", "cut": "damaged", "no": "No such file"}.items():
+        with pytest.raises(UserError, match=f"^the photo cannot be read: {reason}"):
+            read_photo(tmp_path / f"{name}.png")
 
 
 def test_enlarging_keeps_pixels():

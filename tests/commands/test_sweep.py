@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,12 +14,15 @@ import yaml
 from filelock import FileLock, Timeout
 from PIL import Image
 from small_sweep import ONE, cell, plan
-from tiny_models import AR, CLASSES, GROUPS, SIZE, make_tokenizer, write_images, write_tokens
+from tiny_models import CLASSES, GROUPS, SIZE, fit_ar, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
-from dar_lightning.commands import sweep as command
+from dar_lightning.commands.sweep import sweep
 from dar_lightning.errors import UserError
+from dar_lightning.sweeps import run
 from dar_lightning.sweeps.plan import Stage, Sweep
+from dar_lightning.sweeps.results import read_sweep
+from dar_lightning.sweeps.run import Runner
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
@@ -84,8 +86,9 @@ def test_a_failure_of_shared_work_is_not_repeated(runs, capsys):
     assert cell("K=2,size=S")["status"] == "pending"
 
 
-def test_a_change_is_noticed(runs, capsys):
-    config = Path("layer.yaml")
+def test_a_change_makes_all_that_it_concerns_pending_at_once(runs, capsys):
+    """Those cells, too, that are not reached, so that no report puts metrics of two configs together."""
+    config, metrics = Path("layer.yaml"), Path("out/cells/K=2/seed0/metrics.json")
     config.write_text("a: 1\n")
     settings = plan(seeds=[0], grid={"K": [1, 2]})
     settings["stages"]["weights"] = {"verb": "export", "config": ["layer.yaml"], "options": {"ckpt": "{train}/{K}"}}
@@ -93,41 +96,26 @@ def test_a_change_is_noticed(runs, capsys):
     config.write_text("# a comment\na:   1\n")
     assert runs(settings) == []
     capsys.readouterr()
+    metrics.with_name("samples.png").touch()
     config.write_text("a: 2\n")
-    runs.broken.append("export")
-    with pytest.raises(SystemExit):
-        runs(settings)
+    assert [words[0] for words in runs(settings, "--only", "[0]")] == ["export"]
     assert "  weights has changed since it was done in shared/weights-" in capsys.readouterr().out
-    assert not Path("out/cells/K=1/seed0/metrics.json").exists(), "figures of another config would mislead"
-    runs.broken.clear()
-    assert [words[0] for words in runs(settings)] == ["export", "export"]
-    assert Path("out/cells/K=1/seed0/metrics.json").exists()
-    capsys.readouterr()
+    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["done", "pending"]
+    assert [path.name for path in metrics.parent.iterdir()] == ["cell.json"]
     settings["stages"]["train"]["options"]["shards"] = "other"
     assert [words[0] for words in runs(settings)] == ["extract", "export", "export"], "what follows is done again too"
+    assert metrics.exists()
     out = capsys.readouterr().out
-    assert out.count("train has changed") == 2
+    assert out.count("train has changed") == 1
     assert "weights has changed" not in out
-
-
-def test_a_change_makes_all_that_it_concerns_pending_at_once(runs):
-    """Those cells, too, that are not reached, so that no report puts figures of two configs together."""
-    settings = plan(seeds=[0], grid={"K": [1, 2]})
-    settings["stages"]["weights"]["options"] = {"weights": "{K}"}
-    runs(settings)
-    Path("out/cells/K=2/seed0/samples.png").touch()
-    settings["stages"]["weights"]["options"] = {"weights": "{K}", "ema": True}
-    runs(settings, "--only", "[0]")
-    assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["done", "pending"]
-    assert [path.name for path in Path("out/cells/K=2/seed0").iterdir()] == ["cell.json"]
 
 
 def test_a_sweep_that_begins_beside_another_waits_with_its_folder(tmp_path):
     study = Sweep(**plan() | {"stages": {"a": Stage("export")}})
-    second = threading.Thread(target=command._prepare, args=(study, tmp_path))
+    second = threading.Thread(target=Runner(study, tmp_path).prepare)
     with FileLock(tmp_path / ".sweep.lock"):
         second.start()
-        second.join(0.5)
+        second.join(0.2)
         assert not (tmp_path / "sweep.json").exists()
     second.join()
     assert len(list(tmp_path.glob("cells/*/*/cell.json"))) == 8
@@ -146,7 +134,7 @@ for _ in range(600):
 
 
 def wait_for(path: str | Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not Path(path).exists():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -155,7 +143,7 @@ def wait_for(path: str | Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "PROGRAM", [sys.executable, "-c", CHILD])
+    monkeypatch.setattr(run, "PROGRAM", [sys.executable, "-c", CHILD])
 
     def stop() -> None:
         wait_for("begun")
@@ -166,7 +154,7 @@ def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, 
     killer.start()
     try:
         with pytest.raises(SystemExit) as stopped:
-            command.sweep("study", {"a": Stage("export")}, {"K": [1, 2]}, output="out")
+            sweep("study", {"a": Stage("export")}, {"K": [1, 2]}, output="out")
     finally:
         killer.join()
         signal.signal(number, before)
@@ -175,23 +163,28 @@ def test_a_signal_lets_the_command_save_before_the_sweep_ends(number, tmp_path, 
     assert [cell(f"K={k}")["status"] for k in (1, 2)] == ["pending", "pending"], "stopped is not failed"
 
 
-def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path):
-    code = (
-        "from dar_lightning.commands import sweep; from dar_lightning.sweeps.plan import Stage\n"
-        f"sweep.PROGRAM = [{sys.executable!r}, '-c', {CHILD!r}]\n"
-        "sweep.sweep('study', {'a': Stage('export')}, {'K': [1]}, output='out')"
-    )
-    killed = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    wait_for(tmp_path / "begun")
-    killed.kill()
-    killed.wait()
-    (path,) = tmp_path.glob("out/shared/*/.sweep.lock")
-    try:
-        with pytest.raises(Timeout):
-            FileLock(path).acquire(blocking=False)
-    finally:
-        (tmp_path / "go").touch()
-    FileLock(path).acquire(timeout=30)
+def test_a_command_whose_sweep_was_killed_keeps_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lock, held = FileLock("stage.lock"), []
+    lock.acquire()
+    number = lock._context.lock_file_fd
+
+    def kill() -> None:
+        wait_for("begun")
+        os.close(number)  # as the system does for a process that is killed
+        try:
+            FileLock("stage.lock").acquire(blocking=False).lock.release()
+        except Timeout:
+            held.append(True)
+        Path("go").touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with open("log.txt", "w") as log:
+        run._call([sys.executable, "-c", CHILD], log, lock)
+    killer.join()
+    lock._context.lock_file_fd = None
+    assert held == [True]
 
 
 def test_dry_run_prints_every_command_once_and_writes_nothing(runs, capsys):
@@ -284,8 +277,8 @@ def test_mistakes_are_one_line(runs, capsys):
     assert "out holds other files" in capsys.readouterr().err
 
 
-def test_from_idea_to_figures(tmp_path, monkeypatch):
-    """A study of two orders by the real verbs, in this process."""
+def test_from_idea_to_report(tmp_path, monkeypatch, capsys):
+    """A study of two orders by the real verbs, in this process; `dar report` reads what `dar sweep` writes."""
 
     def call(words, log, lock):
         try:
@@ -294,38 +287,27 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
             return stop.code, 0
         return 0, 0
 
-    monkeypatch.setattr(command, "_call", call)
+    monkeypatch.setattr(run, "_call", call)
     monkeypatch.chdir(tmp_path)
     make_tokenizer().save_pretrained("tokenizer")
     write_images(Path("images"), 12), write_tokens(Path("tokens"), 8)
-    fit = {
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
-        "model": {
-            "class_path": "dar_lightning.training.AblationModule",
-            "init_args": {"config": AR | {"order_groups": GROUPS}},
-        },
-        "data": {
-            "class_path": "dar_lightning.data.codes.CodesDataModule",
-            "init_args": {"train": "tokens", "val": "tokens", "batch_size": 4},
-        },
+    words = fit_ar("tokens", "tokens", "", max_steps=1, val_check_interval=1)[1:]
+    options = dict(word.removeprefix("--").replace("ARModule", "AblationModule").split("=", 1) for word in words)
+    del options["trainer.default_root_dir"]
+    options |= {"model.init_args.config.order_groups": GROUPS, "model.init_args.config.order": "{order}"}
+    callbacks = {
+        "LastStepCheckpoint": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
+        "GenerationFID": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
     }
-    fit["trainer"]["callbacks"] = [
-        {
-            "class_path": "dar_lightning.training.callbacks.LastStepCheckpoint",
-            "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 1},
-        },
-        {
-            "class_path": "dar_lightning.training.callbacks.GenerationFID",
-            "init_args": {"tokenizer": "tokenizer", "reference": "images", "num_samples": 4, "features": "color_edges"},
-        },
-    ]
-    Path("ar.yaml").write_text(yaml.safe_dump(fit))
-    options = {"model.init_args.config.order": "{order}", "seed_everything": "{seed}"}
+    layer = [{"class_path": name, "init_args": values} for name, values in callbacks.items()]
+    Path("ar.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": layer}}))
+    options["seed_everything"] = "{seed}"
     draw = {"tokenizer": "tokenizer", "ar": "{ar}/checkpoints/last.ckpt", "per_class": 2, "seed": "{seed}"}
     measure = {"samples": "{draw}/samples.npz", "reference": "images", "features": "color_edges"}
     table = {"title": "t", "task": "reconstruct", "rows": [{"solver": "euler"}], "pipeline": "tokenizer"}
     settings = {
         "name": "order",
+        "figures": ["val/loss", "FD-color_edges"],
         "grid": {"order": ["reversed", "sideways", "random_per_sample"]},
         "stages": {
             "ar": {"verb": "fit", "config": ["ar.yaml"], "options": options},
@@ -357,6 +339,16 @@ def test_from_idea_to_figures(tmp_path, monkeypatch):
         assert resolved["model"]["init_args"]["config"]["order"] == name
         assert list((root / work["folder"] / "tensorboard").glob("events.out.*"))
     assert not (root / "cells/order=sideways/seed0/metrics.json").exists()
+
+    capsys.readouterr()
+    main(["report", str(root)])
+    text, found = capsys.readouterr().out, read_sweep(root)
+    for one in (found.cells[0], found.cells[2]):
+        [stage], loss = one.stages("ar"), one.runs[0].metrics["val/loss"]
+        assert loss == stage.scalars["val/loss"].values[-1], "the last validation's"
+        assert f"| {one.values['order']} | 1 | {loss:.4g} |" in text
+    assert found.cells[0].runs[0].metrics["val/loss"] != found.cells[2].runs[0].metrics["val/loss"]
+    assert {"figures.png", "curves.png", "samples.jpg"} <= {path.name for path in (root / "report").iterdir()}
 
     rows = {"rows": [{"solver": "{solver}"}], "reference": "images", "features": "color_edges"}
     settings = {"name": "solvers", "grid": {"solver": ["euler"]}}

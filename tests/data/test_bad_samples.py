@@ -1,35 +1,69 @@
-"""How bad samples are counted: of a part of the classes, over several ranks, and when a pass is limited."""
+"""Bad samples are skipped, named once in the log and counted; too many of them stop the run, on all ranks."""
 
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
+import logging
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch.distributed as dist
-from damaged import module
-from tiny_shards import CLASSES, sample
+from recorder import Recorder
+from tiny_models import fit_tokenizer, write_images
+from tiny_shards import module, sample, validated, write_set
 
+from dar_lightning.cli import main
 from dar_lightning.data.bad_samples import Bad, Skipped
-from dar_lightning.data.shards import ShardIndex, write_shard
+from dar_lightning.data.shards import write_shard
 from dar_lightning.errors import UserError
 
-HERE = Path(__file__).parent
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_limit(tmp_path, workers, caplog):
+    """50 samples, one bad: 2 percent."""
+    write_set(tmp_path, (50,), bad={7})
+    data = module(tmp_path, num_workers=workers, max_bad_share=0.02)
+    for _ in range(2):
+        assert len(validated(data)) == 49
+    line = "skipped 000000.tar/photo-007: not an image of a known format"
+    assert caplog.messages == [f"data.val: {line}"]
+    for split in ("val", "train"):
+        caplog.clear()
+        with pytest.raises(UserError) as error:
+            list(getattr(module(tmp_path, num_workers=workers, max_bad_share=0.01), f"{split}_dataloader")())
+        assert str(error.value) == (
+            f"data.{split}: 1 of 50 samples cannot be used (2.00%, max_bad_share is 1.00%), the first is "
+            + line.removeprefix("skipped ")
+        )
+        assert caplog.messages == [f"data.{split}: {line}"]
 
 
-def write(folder: Path, count: int, bad: set[int]) -> Path:
-    """One shard of numbered pictures of four classes; the bad ones are no pictures."""
-    samples = [sample(number) for number in range(count)]
-    samples = [(key, parts | {"png": b"x"}) if i in bad else (key, parts) for i, (key, parts) in enumerate(samples)]
-    ShardIndex(folder, (write_shard(folder / "0.tar", samples),), CLASSES).save()
-    return folder
+def test_all_are_named_in_the_log(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    write_set(tmp_path, (40, 9), bad=range(30))
+    (tmp_path / "000001.tar").unlink()
+    data = module(tmp_path, max_bad_share=0.9)
+    assert len(validated(data)) == 10
+    assert len(data.skipped["val"]) == 39
+    first, *others = caplog.messages
+    assert first == "data.val: skipped 000001.tar/#0: the file is missing, and 8 more like it"
+    bad = [f"data.val: skipped 000000.tar/photo-{number:03d}: not an image of a known format" for number in range(30)]
+    assert others == bad
+
+
+def test_a_set_that_is_all_bad(tmp_path):
+    write_shard(tmp_path / "0.tar", [(str(i), {"png": b"no picture", "cls": b"0"}) for i in range(20)])
+    data = module(tmp_path, max_bad_share=1.0, num_workers=1)
+    with pytest.raises(
+        UserError, match=r"^data\.train: of 1000 samples none can be used, among them 0\.tar/\d+: [^\n]*$"
+    ):
+        next(iter(data.train_dataloader()))
+    assert validated(data) == []
 
 
 def test_the_share_is_one_of_the_classes_in_use(tmp_path):
     """One of four classes, most of which is bad: it is a small part of the shards and a large one of the data."""
-    write(tmp_path, 40, bad=set(range(0, 36, 4)))
+    write_set(tmp_path, (40,), bad=range(0, 36, 4))
     assert len(list(module(tmp_path, max_bad_share=0.225).val_dataloader())) == 10  # 9 of 40
     for loader in ("train_dataloader", "val_dataloader"):
         data = module(tmp_path, classes=["a"], max_bad_share=0.225, batch_size=2)
@@ -47,8 +81,28 @@ def test_keys_with_colons_keep_their_names(tmp_path, key):
     assert data.skipped["val"] == dict.fromkeys((f"0.tar/{key}0", f"0.tar/{key}1"), "not an image of a known format")
 
 
-def compare(rank: int, store: str, results) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+@pytest.mark.filterwarnings("ignore")
+def test_training_stops_with_one_line(tmp_path, capsys):
+    """The command itself, with worker processes: one label of eight is wrong."""
+    images = write_images(tmp_path / "images", 8, label=lambda number: 4 if number == 3 else 0)
+    command = [*fit_tokenizer(images, images, tmp_path / "run", max_steps=2), "--data.init_args.num_workers=2"]
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in command])
+    assert stop.value.code == 2
+    said = [each for each in capsys.readouterr().err.splitlines() if not each.startswith("Seed set to")]
+    assert said == [
+        "dar fit: data.train: 1 of 8 samples cannot be used (12.50%, max_bad_share is 1.00%), the first is "
+        "000000.tar/0003: its label is '4', the classes are 0 to 3"
+    ]
+
+
+# ---- two ranks
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def compare() -> list:
+    rank = dist.get_rank()
     skipped = Skipped("data.train", 100, 0.03)
     known = []
     for found in ([], [rank], [rank], [1 - rank], [2], [3 + rank]):  # the last one is one too many
@@ -58,89 +112,64 @@ def compare(rank: int, store: str, results) -> None:
             known.append(sorted(skipped.reasons))
         except (UserError, SystemExit) as error:
             known.append(f"{type(error).__name__}: {error}")
-    results.put((rank, known))
-    dist.destroy_process_group()
+    return known
 
 
-def test_ranks_count_a_sample_once(tmp_path):
+def test_ranks_count_a_sample_once(pair):
     """What one has met the other knows, so that it does not count twice when it comes to that one."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=compare, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    ranks = dict(results.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join()
+    first, second = pair(compare)
     both, three = ["0.tar/0", "0.tar/1"], ["0.tar/0", "0.tar/1", "0.tar/2"]
-    assert ranks[0][:-1] == ranks[1][:-1] == [[], both, both, both, three]
-    assert ranks[0][-1].startswith("UserError: data.train: 5 of 100 samples cannot be used (5.00%")
-    assert ranks[1][-1] == "SystemExit: 0"
+    assert first[:-1] == second[:-1] == [[], both, both, both, three]
+    assert first[-1].startswith("UserError: data.train: 5 of 100 samples cannot be used (5.00%")
+    assert second[-1] == "SystemExit: 0"
 
 
-SCRIPT = """
-import json, sys
-import lightning as L
-import torch
-from test_loader import Recorder, make
+def train(folder: Path, seen: Path, max_bad_share: float = 0.01, **options) -> None:
+    """Train on two ranks; seen.0 and seen.1 get the indices of each rank's batches, a line each."""
+    data = module(folder, batch_size=2, max_bad_share=max_bad_share)
+    data.val = None
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", num_sanity_val_steps=0, **QUIET, **options)
+
+    class Writing(Recorder):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            with open(f"{seen}.{self.global_rank}", "a") as file:
+                print(json.dumps(batch["index"].tolist()), file=file)
+
+    trainer.fit(Writing(), datamodule=data)
 
 
-class Model(Recorder):
-    def training_step(self, batch, batch_idx):
-        return self.weight * batch["index"].sum()
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        with open(f"{sys.argv[2]}.{self.global_rank}", "a") as file:
-            file.write(json.dumps(batch["index"].tolist()) + "\\n")
-
-
-trainer = L.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    num_sanity_val_steps=0, **json.loads(sys.argv[3]),
-)
-data = make(sys.argv[1], batch_size=2, max_bad_share=0.01)
-data.val = None
-try:
-    trainer.fit(Model(), datamodule=data)
-finally:
-    torch.distributed.destroy_process_group()
-"""
-
-
-def run_on_two_ranks(folder: Path, options: dict) -> subprocess.CompletedProcess:
-    """Train on folder/data; folder/seen.0 and folder/seen.1 get the indices of each rank's batches, a line each."""
-    (folder / "run.py").write_text(SCRIPT)
-    command = [sys.executable, folder / "run.py", folder / "data", folder / "seen", json.dumps(options)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+STEPS = {"max_steps": 7}
+BATCHES = {"max_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 2}
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[list[int]]:
-    """What rank 1 sees in seven steps."""
+def seen(pair, tmp_path_factory) -> list[list[list[int]]]:
+    """What each rank sees in seven steps."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "data").mkdir()
-    write(folder / "data", 40, bad=set())
-    done = run_on_two_ranks(folder, {"max_steps": 7})
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (folder / "seen.1").read_text().splitlines()]
+    write_set(folder, (40,))
+    assert pair(partial(train, **STEPS), folder, folder / "seen") == [None, None]
+    return [[json.loads(line) for line in (folder / f"seen.{rank}").read_text().splitlines()] for rank in (0, 1)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "batches"),
-    [({"max_steps": 7}, 7), ({"max_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 2}, 3)],
-    ids=["steps", "batches"],
-)
-def test_what_comes_after_the_last_comparison_counts(tmp_path, seen, options, batches):
+@pytest.mark.parametrize(("options", "batches"), [(STEPS, 7), (BATCHES, 3)], ids=["steps", "batches"])
+def test_what_comes_after_the_last_comparison_counts(pair, tmp_path, seen, options, batches):
     """One sample of the last batch of a limited run is bad, on rank 1; both ranks end, and rank 0 says why."""
-    assert len(seen) == 7
-    bad = seen[batches - 1][0]
-    (tmp_path / "data").mkdir()
-    write(tmp_path / "data", 40, bad={bad})
-    done = run_on_two_ranks(tmp_path, options)
-    assert done.returncode == 1, done.stderr
+    bad = seen[1][batches - 1][0]
+    write_set(tmp_path, (40,), bad={bad})
+    first, second = pair(partial(train, **options), tmp_path, tmp_path / "seen")
     assert (
-        f"UserError: data.train: 1 of 40 samples cannot be used (2.50%, max_bad_share is 1.00%), the first is 0.tar/"
-        f"photo-{bad:03d}: " in done.stderr
+        "UserError: data.train: 1 of 40 samples cannot be used (2.50%, max_bad_share is 1.00%), the first is " in first
     )
+    assert f"000000.tar/photo-{bad:03d}: " in first
+    assert second == "SystemExit: 0"
+
+
+def test_two_ranks_stop_together(pair, tmp_path, seen):
+    """In mid-epoch, at the next comparison: the share counts over both."""
+    bad = {seen[0][0][0], seen[1][1][0]}
+    write_set(tmp_path, (40,), bad=bad)
+    options = {"max_bad_share": 0.049, "max_steps": 30}
+    first, second = pair(partial(train, **options), tmp_path, tmp_path / "seen")
+    assert first.startswith("UserError: data.train: 2 of 40 samples cannot be used")
+    assert second == "SystemExit: 0"
+    assert len((tmp_path / "seen.0").read_text().splitlines()) < 10

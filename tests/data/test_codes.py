@@ -4,54 +4,36 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny_shards import CLASSES, SIZES, picture, sample
+from tiny_models import make_tokenizer
+from tiny_shards import CLASSES, SIZES, module, picture, sample, write_set
 
-from dar_lightning.commands.extract import ShardWriter, extract
+from dar_lightning.commands.extract import extract
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data.sampler import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 SIZE, TOKENS, CODEBOOK = 32, 8, 300
+FILES = [f"00000{i}.safetensors" for i in range(3)]
 
 
-def make_tokenizer(seed: int, codebook_size: int = CODEBOOK) -> SequentialDiffusionTokenizer:
-    torch.manual_seed(seed)
-    config = TokenizerConfig(
-        image_size=SIZE,
-        encoder_patch_size=8,
-        encoder_dim=16,
-        encoder_depth=1,
-        conditioner_dim=16,
-        conditioner_depth=1,
-        codebook_size=codebook_size,
-        codebook_dim=4,
-        num_tokens=TOKENS,
-        num_groups=4,
-        decoder_dim=16,
-        decoder_depth=1,
-        decoder_patch_size=8,
-        repa_layer=None,
-        head_dim=16,
-    )
-    tokenizer = SequentialDiffusionTokenizer(config, TokenizerInit(gate=1.0)).eval()
-    for parameter in tokenizer.parameters():  # as if trained: a new encoder tells no images apart
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return tokenizer
+@cache
+def tokenizer(seed: int = 0) -> SequentialDiffusionTokenizer:
+    return make_tokenizer(seed, codebook_size=CODEBOOK)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +41,7 @@ def tokenizers(tmp_path_factory):
     """Two tokenizers on disk."""
     root = tmp_path_factory.mktemp("tokenizers")
     for seed in (0, 1):
-        make_tokenizer(seed).save_pretrained(root / str(seed))
+        tokenizer(seed).save_pretrained(root / str(seed))
     return root
 
 
@@ -76,49 +58,42 @@ def ten(tokenizers, shards, tmp_path_factory):
 
 def by_hand(images: list[Image.Image]) -> np.ndarray:
     pixels = torch.stack([transforms.to_tensor(image) for image in images]).float() / 127.5 - 1
-    return make_tokenizer(0).tokenize(pixels).numpy()
+    return tokenizer().tokenize(pixels).numpy()
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+
+
+# ---- extraction
 
 
 def test_ten_crop_is_what_the_tokenizer_says(ten):
-    assert sorted(path.name for path in ten.glob("[!.]*")) == [
-        *(f"00000{i}.safetensors" for i in range(3)),
-        "index.json",
-        "provenance.json",
-    ]
-    number = 0
-    for i, size in enumerate(SIZES):
-        tensors = load_file(ten / f"00000{i}.safetensors")
+    assert sorted(contents(ten)) == [*FILES, "index.json", "provenance.json"]
+    index, print_ = CodesIndex.load(ten), model_sha256(tokenizer())
+    assert (index.num_samples, index.num_crops, index.classes, index.tokenizer) == (26, 10, CLASSES, print_)
+    assert index.crop_names[:2] == ("top left", "top right")
+    assert index.crop_names[5:7] == ("top left of the mirrored image", "top right of the mirrored image")
+    numbers = iter(range(26))
+    for name, size in zip(FILES, SIZES, strict=True):
+        tensors, header = load_file(ten / name), read_header(ten / name)
         assert tensors["codes"].dtype == np.uint16
         assert tensors["codes"].shape == (size, 10, TOKENS)
-        for row in range(size):
+        for row, number in zip(range(size), numbers, strict=False):
             assert tensors["labels"][row] == number % len(CLASSES)
             crops = [transforms.ten_crop(picture(number), SIZE, crop) for crop in range(10)]
             assert np.array_equal(tensors["codes"][row], by_hand(crops))
-            number += 1
-    index = CodesIndex.load(ten)
-    assert (index.num_samples, index.num_crops, index.classes) == (26, 10, CLASSES)
-    assert index.tokenizer == fingerprint(make_tokenizer(0))
-    assert len(np.unique(tensors["codes"])) > 20  # the comparison above is not of constants
-
-
-def test_a_token_shard_says_what_it_holds(ten):
-    names = CodesIndex.load(ten).crop_names
-    assert names[:2] == ("top left", "top right")
-    assert names[5:7] == ("top left of the mirrored image", "top right of the mirrored image")
-    for i, size in enumerate(SIZES):
-        path = ten / f"00000{i}.safetensors"
-        header = read_header(path)
         assert header["samples"] == len(header["keys"]) == size
         assert header["skipped"] == []
         made_by = header["made_by"]
-        assert made_by["tokenizer"] == fingerprint(make_tokenizer(0))
-        assert TokenizerConfig(**made_by["tokenizer_config"]) == make_tokenizer(0).config
-        assert tuple(made_by["crop_names"]) == names
-        assert made_by["source"]["name"] == f"00000{i}.tar"
-        with path.open("rb") as file:
+        assert (made_by["tokenizer"], tuple(made_by["crop_names"])) == (print_, index.crop_names)
+        assert TokenizerConfig(**made_by["tokenizer_config"]) == tokenizer().config
+        assert made_by["source"]["name"] == name.replace("safetensors", "tar")
+        with (ten / name).open("rb") as file:
             before = 8 + int.from_bytes(file.read(8), "little")
         # 2 bytes per token and 8 per label: ImageNet's 1,281,167 images x 10 crops x 256 tokens are 6.57 GB
-        assert path.stat().st_size - before == size * (10 * TOKENS * 2 + 8)
+        assert (ten / name).stat().st_size - before == size * (10 * TOKENS * 2 + 8)
+    assert len(np.unique(tensors["codes"])) > 20  # the comparison above is not of constants
 
 
 def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monkeypatch):
@@ -139,8 +114,7 @@ def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monk
     run(tokenizers, shards, tmp_path, batch_size=4)
     assert max(passes) == 4
     assert held == [number % size for size in SIZES for number in range(1, size + 1)]
-    for i in range(3):
-        name = f"00000{i}.safetensors"
+    for name in FILES:
         assert np.array_equal(load_file(tmp_path / name)["codes"], load_file(ten / name)["codes"])
 
 
@@ -161,35 +135,44 @@ def test_random_crops_are_seeded(tokenizers, shards, tmp_path):
     assert not np.array_equal(a, c)
 
 
+def test_large_codebooks_take_32_bits(shards, tmp_path):
+    make_tokenizer(0, codebook_size=70_000).save_pretrained(tmp_path / "0")
+    run(tmp_path, f"{shards}/000002.tar", tmp_path / "codes", crops="center")
+    codes = load_file(tmp_path / "codes" / "000002.safetensors")["codes"]
+    assert codes.dtype == np.uint32
+    assert codes.max() > 2**16
+
+
 def test_interrupted_extraction_goes_on(tokenizers, shards, ten, tmp_path, capsys):
-    output = shutil.copytree(ten, tmp_path / "codes")
-    whole = {path.name: path.read_bytes() for path in ten.iterdir()}
+    output, whole = shutil.copytree(ten, tmp_path / "codes"), contents(ten)
     (output / "index.json").unlink()
     (output / "000001.safetensors").unlink()
     kept = (output / "000000.safetensors").stat().st_mtime_ns
     run(tokenizers, shards, output)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+    assert contents(output) == whole
     assert (output / "000000.safetensors").stat().st_mtime_ns == kept
     (output / "index.json").unlink()  # killed just before the end
     run(tokenizers, shards, output)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+    assert contents(output) == whole
     capsys.readouterr()
     run(tokenizers, shards, output)
     assert "is complete: 26 images x 10 crops x 8 tokens" in capsys.readouterr().out
 
 
 def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
-    with pytest.raises(UserError, match=r"output: .* holds tokens of tokenizer"):
-        extract(str(tokenizers / "1"), str(shards), str(ten), accelerator="cpu")
-    with pytest.raises(UserError, match="was made with crops ten_crop, now it is center"):
-        run(tokenizers, shards, ten, crops="center")
-    with pytest.raises(UserError, match="holds tokens of other shards"):
-        run(tokenizers, f"{shards}/000000.tar", ten)
-    with pytest.raises(UserError, match="another kind of index"):
-        run(tokenizers, shards, shards)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output: .*codes: Not a directory"):
-        run(tokenizers, shards, tmp_path / "file" / "codes")
+    for name, source, output, options, message in (
+        ("1", shards, ten, {}, "was made with tokenizer"),
+        ("0", shards, ten, {"crops": "center"}, "was made with crops ten_crop, now it is center"),
+        ("0", f"{shards}/000000.tar", ten, {}, "holds tokens of other shards"),
+        ("0", shards, shards, {}, "another kind of index"),
+        ("0", shards, tmp_path / "file" / "codes", {}, r"output: .*codes: Not a directory"),
+        ("0", shards, tmp_path / "out", {"num_workers": -1}, "^num_workers: -1 is "),
+        ("0", shards, tmp_path / "out", {"image_size": 0}, "^image_size: 0 is "),
+    ):
+        with pytest.raises(UserError, match=message):
+            extract(str(tokenizers / name), str(source), str(output), accelerator="cpu", devices=1, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_shards_of_other_images_are_noticed(tokenizers, shards, ten, tmp_path):
@@ -211,18 +194,19 @@ def test_finished_shards_of_other_images_are_noticed(tokenizers, shards, ten, tm
     assert not (output / "000002.safetensors").exists()
 
 
+# ---- bad samples
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """12 samples in three image shards; 1, 5, 8 and all of the last shard are bad."""
     folder = tmp_path_factory.mktemp("damaged")
-    samples = [sample(number) for number in range(12)]
+    write_set(folder, (6, 4, 2), bad={1, 8, 10, 11})
+    samples = [sample(number) for number in range(6)]
     samples[1][1]["png"] = samples[1][1]["png"][:-500]
     samples[5][1]["cls"] = b"abc"
-    del samples[8][1]["cls"]
-    samples[10][1]["png"] = samples[11][1]["png"] = b""
-    parts = [samples[:6], samples[6:10], samples[10:]]
-    entries = [write_shard(folder / f"{i}.tar", part) for i, part in enumerate(parts)]
-    ShardIndex(folder, tuple(entries), CLASSES).save()
+    index = ShardIndex.load(folder)
+    ShardIndex(folder, (write_shard(folder / "000000.tar", samples), *index.shards[1:]), CLASSES).save()
     return folder
 
 
@@ -230,15 +214,18 @@ def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
     run(tokenizers, damaged, tmp_path, crops="center", max_bad_share=0.5, num_workers=1)
     index = CodesIndex.load(tmp_path)
     assert [shard.samples for shard in index.shards] == [4, 3, 0]
-    bad = ("0.tar/photo-001", "0.tar/photo-005", "1.tar/photo-008", "2.tar/photo-010", "2.tar/photo-011")
+    bad = (
+        "000000.tar/photo-001",
+        "000000.tar/photo-005",
+        "000001.tar/photo-008",
+        *(f"000002.tar/photo-01{i}" for i in (0, 1)),
+    )
     assert [line.split(": ")[0] for line in index.skipped] == [*bad]
     assert "'abc'" in index.skipped[1]
-    assert [line for i in range(3) for line in read_header(tmp_path / f"{i}.safetensors")["skipped"]] == [
-        *index.skipped
-    ]
+    assert [line for name in FILES for line in read_header(tmp_path / name)["skipped"]] == [*index.skipped]
     assert all(line in caplog.text for line in index.skipped)
     good = [0, 2, 3, 4, 6, 7, 9]
-    codes = np.concatenate([load_file(tmp_path / f"{i}.safetensors")["codes"] for i in range(3)])
+    codes = np.concatenate([load_file(tmp_path / name)["codes"] for name in FILES])
     assert np.array_equal(codes[:, 0], by_hand([transforms.center_crop(picture(number), SIZE) for number in good]))
     for loader in (
         CodesDataModule(str(tmp_path), batch_size=7).train_dataloader(),
@@ -251,67 +238,74 @@ def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
 
 def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
     def names() -> list[str]:
-        return sorted(path.name for path in tmp_path.glob("[!.]*") if path.name != "provenance.json")
+        return sorted(contents(tmp_path).keys() - {"provenance.json"})
 
     options = dict(crops="center", batch_size=2)
-    with pytest.raises(UserError, match=r"^shards: 1 of 12 samples .* max_bad_share is 1\.00%\), the first is 0\.t"):
+    with pytest.raises(
+        UserError, match=r"^shards: 1 of 12 samples .* max_bad_share is 1\.00%\), the first is 000000\.t"
+    ):
         run(tokenizers, damaged, tmp_path, **options)
     assert names() == []
     for attempt in range(2):  # the second counts what the first has skipped
-        with pytest.raises(UserError, match=r"3 of 12 samples .* is 20\.00%\), the first is 0\.tar/photo-001: "):
+        with pytest.raises(UserError, match=r"3 of 12 samples .* is 20\.00%\), the first is 000000\.tar/photo-001: "):
             run(tokenizers, damaged, tmp_path, max_bad_share=0.2, num_workers=attempt, **options)
-        assert names() == ["0.safetensors"]
+        assert names() == FILES[:1]
     run(tokenizers, damaged, tmp_path, max_bad_share=0.5, **options)
-    assert names() == [*(f"{i}.safetensors" for i in range(3)), "index.json"]
+    assert names() == [*FILES, "index.json"]
 
 
 def test_a_shard_that_lost_its_end_and_one_that_is_missing(tokenizers, damaged, tmp_path):
     """What is left of them is tokenized; once they are whole again, their tokens are not taken for complete."""
-    folder = tmp_path / "images"
-    shutil.copytree(damaged, folder)
-    whole = (folder / "0.tar").read_bytes()
-    (folder / "0.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
-    (folder / "1.tar").unlink()
+    folder = shutil.copytree(damaged, tmp_path / "images")
+    whole = (folder / "000000.tar").read_bytes()
+    (folder / "000000.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    (folder / "000001.tar").unlink()
     run(tokenizers, folder, tmp_path / "tokens", crops="center", max_bad_share=0.9)
     index = CodesIndex.load(tmp_path / "tokens")
     left = index.shards[0].samples
     assert 0 < left < 4
     assert [shard.samples for shard in index.shards] == [left, 0, 0]
     assert len(index.skipped) == 12 - left
-    assert any(line == "1.tar/#3: the file is missing" for line in index.skipped)
-    (folder / "0.tar").write_bytes(whole)
-    with pytest.raises(UserError, match=r"0\.safetensors was made with source .* delete this one"):
+    assert "000001.tar/#3: the file is missing" in index.skipped
+    (folder / "000000.tar").write_bytes(whole)
+    with pytest.raises(UserError, match=r"000000\.safetensors was made with source .* delete this one"):
         run(tokenizers, folder, tmp_path / "tokens", crops="center", max_bad_share=0.9)
 
 
-def test_damaged_token_shards_get_one_line(ten, tmp_path):
-    """A token that is none, headers that are damaged somewhere."""
-    for name in ("token", "header"):
-        shutil.copytree(ten, tmp_path / name)
-    path = tmp_path / "token" / "000001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-500:] = b"\xff" * 500  # the codes lie behind the labels
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"000001\.safetensors is damaged: it has token \d+, the codebook \d+"):
-        list(CodesDataModule(str(tmp_path / "token"), batch_size=13).train_dataloader())
-    path = tmp_path / "header" / "000001.safetensors"
-    whole = path.read_bytes()
-    length = 8 + int.from_bytes(whole[:8], "little")
-    refused = 0
-    for place in range(0, length, 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        try:
-            list(CodesDataModule(str(tmp_path / "header"), batch_size=13).train_dataloader())
-        except UserError:
-            refused += 1
-    assert refused > length / 7 / 4, "the rest is in keys and names, which nothing depends on"
+def hold(folder, events) -> None:
+    with locked(folder, "output"):
+        events[0].set()
+        events[1].wait()
+
+
+def test_an_output_that_another_process_writes_to(tokenizers, shards, ten, tmp_path):
+    """Its unfinished files stay."""
+    context = multiprocessing.get_context("fork")
+    events = context.Event(), context.Event()
+    copy = shutil.copytree(ten, tmp_path / "copy")
+    (copy / "index.json").unlink()
+    part = copy / ".000001.safetensors.7.part"
+    part.touch()
+    other = context.Process(target=hold, args=(copy, events))
+    other.start()
+    events[0].wait()
+    with pytest.raises(UserError, match=r"^output: another process is writing to .*/copy; wait for it or choose anoth"):
+        run(tokenizers, shards, copy)
+    assert part.exists()
+    events[1].set()
+    other.join()
+    run(tokenizers, shards, copy)
+    assert not part.exists()
+    assert contents(copy) == contents(ten)
+
+
+# ---- batches
 
 
 def test_batches_hold_one_crop_of_each_image(ten):
-    module = CodesDataModule(str(ten), str(ten), batch_size=13, seed=1)
-    stored = np.concatenate([load_file(ten / f"00000{i}.safetensors")["codes"] for i in range(3)])
-    loader = module.train_dataloader()
-    chosen = []
+    data = CodesDataModule(str(ten), str(ten), batch_size=13, seed=1)
+    stored = np.concatenate([load_file(ten / name)["codes"] for name in FILES])
+    loader, chosen = data.train_dataloader(), []
     for _ in range(30):  # epochs
         indices = []
         for batch in loader:
@@ -328,9 +322,9 @@ def test_batches_hold_one_crop_of_each_image(ten):
     counts = np.bincount(chosen, minlength=10)  # 78 expected of each
     assert counts.min() > 45
     assert counts.max() < 115
-    first = torch.cat([batch["codes"] for batch in module.val_dataloader()])
+    first = torch.cat([batch["codes"] for batch in data.val_dataloader()])
     assert np.array_equal(first.numpy(), stored[:, 0])
-    assert (module.num_classes, module.num_tokens, module.codebook_size) == (4, TOKENS, CODEBOOK)
+    assert (data.num_classes, data.num_tokens, data.codebook_size) == (4, TOKENS, CODEBOOK)
 
 
 def test_workers_and_resuming_change_nothing(ten):
@@ -338,29 +332,74 @@ def test_workers_and_resuming_change_nothing(ten):
     whole = [(batch["key"], batch["codes"].tolist()) for _ in range(2) for batch in modules[0].train_dataloader()]
     loader = modules[1].train_dataloader()
     assert [(batch["key"], batch["codes"].tolist()) for batch in loader] == whole[: len(loader)]
-    modules[2].load_state_dict({"stream": modules[1].state_dict()["stream"] | {"position": 3}})
+    modules[2].load_state_dict(
+        modules[1].state_dict() | {"stream": modules[1].state_dict()["stream"] | {"position": 3}}
+    )
     resumed = next(iter(modules[2].train_dataloader()))
     assert (resumed["key"], resumed["codes"].tolist()) == whole[3]
 
 
-def test_large_codebooks_take_32_bits(shards, tmp_path):
-    make_tokenizer(0, 70_000).save_pretrained(tmp_path / "0")
-    run(tmp_path, shards, tmp_path / "codes", crops="center")
-    codes = load_file(tmp_path / "codes" / "000000.safetensors")["codes"]
-    assert codes.dtype == np.uint32
-    assert codes.max() > 2**16
+def test_datasets_travel_to_spawned_workers(ten, shards):
+    """A worker gets a pickled copy, of a dataset that has been read from already."""
+    for data in (CodesDataModule(str(ten), batch_size=2), module(shards)):
+        dataset = data.train_dataloader().dataset
+        item = dataset[Ticket(12, 3)]
+        clone = pickle.loads(pickle.dumps(dataset))[Ticket(12, 3)]
+        for name, value in item.items():
+            assert np.array_equal(value, clone[name])
+
+
+# ---- mistakes
+
+
+def test_damaged_token_shards_get_one_line(ten, tmp_path):
+    """A token that is none; headers that are damaged somewhere; a file that must not be read."""
+    copy = shutil.copytree(ten, tmp_path / "copy")
+    path = copy / "000001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-500] + b"\xff" * 500)  # the codes lie behind the labels
+    with pytest.raises(UserError, match=r"000001\.safetensors is damaged: it has token \d+, the codebook \d+"):
+        list(CodesDataModule(str(copy), batch_size=13).train_dataloader())
+    length = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for place in range(0, length, 13):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            list(CodesDataModule(str(copy), batch_size=13).train_dataloader())
+        except UserError:
+            refused += 1
+    assert refused > length / 13 / 4, "the rest is in keys and names, which nothing depends on"
+
+
+def test_token_shards_that_must_not_be_read(tmp_path, monkeypatch):
+    """Not to be deleted for that."""
+
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "open", refused)
+    with pytest.raises(UserError, match=r"x\.safetensors cannot be read \(Permission denied\)$"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_mistakes_get_one_line(ten, shards, tokenizers, tmp_path):
+    for options, message in (
+        ({}, "^data.train and data.val: neither is set; give folders that `dar extract` wrote"),
+        ({"val": str(ten), "train": str(tmp_path)}, r"data\.train: .*index\.json does not exist; `dar extract` makes"),
+        ({"train": str(shards)}, r"data\.train: .* is another kind of index, it has no tokenizer"),
+        (
+            {"train": str(ten), "tokenizer": str(tokenizers / "1")},
+            r"data\.train holds tokens of tokenizer \w{12}, data\.tokenizer is of \w{12}",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            CodesDataModule(**options).setup("fit")
     with pytest.raises(UserError, match=r"data\.train: not set"):
         CodesDataModule().train_dataloader()
-    with pytest.raises(UserError, match=r"data\.train: .*index\.json does not exist; `dar extract` makes"):
-        CodesDataModule(str(tmp_path)).train_dataloader()
-    with pytest.raises(UserError, match=r"data\.train: .* is another kind of index, it has no tokenizer"):
-        CodesDataModule(str(shards)).train_dataloader()
-    with pytest.raises(UserError, match=r"data\.train holds tokens of tokenizer \w{12}, data\.tokenizer is of \w{12}"):
-        CodesDataModule(str(ten), tokenizer=str(tokenizers / "1")).setup("fit")
     CodesDataModule(str(ten), str(ten), tokenizer=str(tokenizers / "0")).setup("fit")
+
+
+def test_indices_that_say_something_else(ten, tmp_path):
     copy = shutil.copytree(ten, tmp_path / "copy")
     content = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(content | {"num_crops": 9}))
@@ -369,59 +408,13 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, tmp_path):
     (copy / "index.json").write_text(json.dumps(content | {"tokenizer": "0" * 64}))
     with pytest.raises(UserError, match=r"data\.val holds tokens of tokenizer 000000000000, data\.train is of"):
         CodesDataModule(str(ten), str(copy)).setup("fit")
+    with pytest.raises(UserError, match=r"000001?\d*\.safetensors is of tokenizer \w{12}, index\.json of 000000000000"):
+        next(iter(CodesDataModule(str(copy), batch_size=2).train_dataloader()))
+    mine = content["tokenizer"][:12]
+    with pytest.raises(
+        UserError, match=rf"the checkpoint saw tokens of tokenizer {mine}, these are of 000000000000; use"
+    ):
+        CodesDataModule(str(copy)).load_state_dict(CodesDataModule(str(ten)).state_dict())
     (copy / "000001.safetensors").unlink()
     with pytest.raises(UserError, match=r"data\.train: .*000001\.safetensors is missing"):
         CodesDataModule(str(copy)).train_dataloader()
-
-
-def hold(folder, events) -> None:
-    with locked(folder, "output"):
-        events[0].set()
-        events[1].wait()
-
-
-def test_an_output_that_another_process_writes_to(tokenizers, shards, ten, tmp_path):
-    """Its unfinished files stay."""
-    context = multiprocessing.get_context("spawn")
-    events = context.Event(), context.Event()
-    copy = shutil.copytree(ten, tmp_path / "copy")
-    (copy / "index.json").unlink()
-    part = copy / ".000001.safetensors.7.part"
-    part.touch()
-    other = context.Process(target=hold, args=(copy, events))
-    other.start()
-    events[0].wait()
-    with pytest.raises(UserError, match=r"^output: another process is writing to .*/copy; wait for it or choose anoth"):
-        run(tokenizers, shards, copy)
-    assert part.exists()
-    events[1].set()
-    other.join()
-    run(tokenizers, shards, copy)
-    assert not part.exists()
-    assert (copy / "index.json").read_bytes() == (ten / "index.json").read_bytes()
-
-
-@pytest.mark.parametrize("option", [{"num_workers": -1}, {"image_size": 0}], ids=str)
-def test_options_that_cannot_be(tokenizers, shards, tmp_path, option):
-    ((name, value),) = option.items()
-    with pytest.raises(UserError, match=rf"^{name}: {value} is "):
-        extract(str(tokenizers / "0"), str(shards), str(tmp_path / "out"), **option)
-    assert not (tmp_path / "out").exists()
-
-
-def test_datasets_travel_to_spawned_workers(ten, shards):
-    """A worker gets a pickled copy, of a dataset that has been read from already."""
-    for module in (
-        CodesDataModule(str(ten), batch_size=2),
-        ImageNetDataModule(str(shards), image_size=16, batch_size=2),
-    ):
-        dataset = module.train_dataloader().dataset
-        item = dataset[Ticket(12, 3)]
-        clone = pickle.loads(pickle.dumps(dataset))[Ticket(12, 3)]
-        for name, value in item.items():
-            assert np.array_equal(value, clone[name])
-
-
-def test_without_any_split_there_is_one_line():
-    with pytest.raises(UserError, match=r"^data.train and data.val: neither is set; give folders that `dar extract`"):
-        CodesDataModule().setup("validate")

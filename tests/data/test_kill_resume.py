@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -12,22 +14,23 @@ import pytest
 import torch
 from killable import run
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_shards import sample
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import ShardReader
+from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.token_dataset import CodesDataset, CodesIndex, describe, write_codes
-from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import LastStepCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
-STEPS, EPOCH, BATCH = 15, 6, 4  # 26 samples in global batches of 4: step 6 begins the second epoch, step 12 the third
+STEPS, BATCH = 15, 4  # 26 samples in global batches of 4: step 6 begins the second epoch, step 12 the third
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-class Recorder(L.LightningModule):
-    """Trains nothing; keeps a diary of every sample, and dies where it is told to."""
+class Diary(L.LightningModule):
+    """Trains nothing; writes down every sample, and dies where it is told to."""
 
-    def __init__(self, diary: Path, dies_at: int | None, while_saving: bool) -> None:
+    def __init__(self, diary: Path, dies_at: int | None = None, while_saving: bool = False) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.diary, self.dies_at, self.while_saving = diary, dies_at, while_saving
@@ -41,6 +44,11 @@ class Recorder(L.LightningModule):
         self._die(while_saving=False)
         return self.weight * 0
 
+    def validation_step(self, batch, batch_idx):
+        keys = [key for key, valid in zip(batch["key"], batch["valid"], strict=True) if valid]
+        with open(f"{self.diary}.{self.global_rank}.val", "a") as file:
+            print(*keys, file=file)
+
     def on_save_checkpoint(self, checkpoint):
         self._die(while_saving=True)
 
@@ -53,23 +61,22 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(data, source, root: Path, world=1, workers=0, name="diary", dies_at=None, while_saving=False, **options):
+def train(data, source, root: Path, world=1, name="diary", dies_at=None, while_saving=False, val=False, **options):
     """What a user would start, and start again after it died."""
     root.mkdir(exist_ok=True)
-    options = {"batch_size": BATCH // world, "num_workers": workers, "seed": 3} | options
+    options = {"batch_size": BATCH // world, "seed": 3, "val": str(source) if val else None} | options
     trainer = L.Trainer(
         default_root_dir=root,
-        accelerator="cpu",
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         max_steps=STEPS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        num_sanity_val_steps=0,
         callbacks=[LastStepCheckpoint(dirpath=root / "checkpoints", every_n_train_steps=2, save_top_k=0)],
+        **QUIET,
     )
-    model = Recorder(root / name, dies_at, while_saving)
-    trainer.fit(model, datamodule=data(str(source), **options), ckpt_path="last")
+    module = data(str(source), **options)
+    trainer.fit(Diary(root / name, dies_at, while_saving), datamodule=module, ckpt_path="last")
+    return module.skipped if data is ImageNetDataModule else None
 
 
 def diary(path: Path) -> list[tuple[int, list]]:
@@ -93,48 +100,77 @@ def check(whole: dict[int, list], root: Path, worlds: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory) -> dict[int, list]:
+def damaged(shards, tmp_path_factory) -> tuple[Path, list[int]]:
+    """What is left of the 26 pictures: sample 4 breaks off, and the second shard behind its first pictures."""
+    folder = tmp_path_factory.mktemp("damaged") / "shards"
+    shutil.copytree(shards, folder)
+    first, second, _ = sorted(folder.glob("*.tar"))
+    png = sample(4)[1]["png"]
+    first.write_bytes(first.read_bytes().replace(png, png[:500] + bytes(len(png) - 500)))
+    cut = second.stat().st_size // 3
+    with tarfile.open(second) as tar:
+        lost = {member.name.partition(".")[0] for member in tar if member.offset_data + member.size > cut}
+    os.truncate(second, cut)
+    return folder, [number for number in range(26) if number != 4 and f"photo-{number:03d}" not in lost]
+
+
+def of_images(damaged: Path, root: Path, **options) -> dict:
+    return train(ImageNetDataModule, damaged, root, image_size=16, max_bad_share=0.5, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(damaged, tmp_path_factory) -> dict[int, list]:
     """What the unbroken run saw at each step: of every sample its key, label and sum of pixels."""
-    root = tmp_path_factory.mktemp("whole")
-    train(ImageNetDataModule, shards, root, image_size=16)
+    root, (folder, good) = tmp_path_factory.mktemp("whole"), damaged
+    of_images(folder, root)
     whole = dict(diary(root / "diary.0"))
     assert list(whole) == list(range(STEPS))
-    keys = [key for step in range(EPOCH) for key, _, _ in whole[step]]
-    assert len(set(keys)) == len(keys) == 24
-    assert [key for key, _, _ in whole[EPOCH]] != [key for key, _, _ in whole[0]]
+    keys = [key for step in range(6) for key, _, _ in whole[step]]
+    assert len(keys) == 24
+    assert len(set(keys)) > 12
+    assert set(keys) <= {f"photo-{number:03d}" for number in good}
+    assert [key for key, _, _ in whole[6]] != [key for key, _, _ in whole[0]]
     return whole
 
 
 # One entry per start: where it dies. A checkpoint is written after every second step, so a death in step 5 takes up
-# again at 4; one in step 6 or 12 at the edge of an epoch; one in step 7 right behind it; "saving 8" repeats from 6.
+# again at 4; one in step 6 at the edge of an epoch; "saving 8" repeats from 6.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("worlds", "workers", "deaths"),
     [
-        ([1, 1, 1, 1], 0, [5, 6, "saving 8"]),
-        ([1, 1, 1], 1, [7, 12]),
-        ([1, 1], 4, [6]),
-        ([1, 1], 4, [9]),
-        ([2, 2], 0, [9]),
-        ([2, 2, 2], 1, [5, 6]),
-        ([2, 2], 4, [6]),
-        ([2, 1, 2], 0, [5, 11]),  # the global batch stays, so the order does
+        ([1, 1, 1], 0, [6, "saving 8"]),
+        ([2, 1, 2], 1, [5, 11]),  # the global batch stays, so the order does
     ],
     ids=str,
 )
-def test_images(shards, whole, tmp_path, worlds, workers, deaths):
+def test_images(damaged, whole, tmp_path, worlds, workers, deaths):
     for attempt, (world, death) in enumerate(zip(worlds, [*deaths, None], strict=True)):
-        options = dict(image_size=16, name=f"attempt{attempt}")
+        options = {"name": f"attempt{attempt}", "world": world, "num_workers": workers}
         if death is not None:
-            options |= dict(dies_at=int(str(death).split()[-1]), while_saving="saving" in str(death))
-        codes = run(_train_images, shards, tmp_path, world, workers, options, world=world)
+            options |= {"dies_at": int(str(death).split()[-1]), "while_saving": "saving" in str(death)}
+        codes = run(_train_images, damaged[0], tmp_path, options, world=world)
         assert codes[-1] == (0 if death is None else -signal.SIGKILL)
         assert all(codes) == any(codes)
     check(whole, tmp_path, worlds)
 
 
-def _train_images(shards, root, world, workers, options) -> None:
-    train(ImageNetDataModule, shards, root, world, workers, **options)
+def _train_images(folder, root, options) -> None:
+    of_images(folder, root, **options)
+
+
+def _two_ranks_of_images(folder, root):
+    return of_images(folder, root, world=2, name="attempt0", val=True)
+
+
+def test_two_ranks_see_what_one_sees(pair, damaged, whole, tmp_path):
+    """Bad samples and their replacements, too; in validation, each good sample on one rank only."""
+    folder, good = damaged
+    skipped = pair(_two_ranks_of_images, folder, tmp_path)
+    check(whole, tmp_path, [2])
+    validated = [key for rank in range(2) for key in (tmp_path / f"attempt0.{rank}.val").read_text().split()]
+    assert sorted(validated) == sorted(2 * [f"photo-{number:03d}" for number in good])  # in two epochs
+    assert all(len(found["val"]) > 0 for found in skipped)
 
 
 @pytest.fixture(scope="module")
@@ -152,67 +188,39 @@ def tokens(tmp_path_factory) -> Path:
     return root
 
 
-def _train_codes(tokens, root, world, options) -> None:
-    train(CodesDataModule, tokens, root, world, workers=1, **options)
+def _two_ranks_of_codes(tokens, root):
+    return train(CodesDataModule, tokens, root, world=2, name="attempt0")
 
 
-@pytest.mark.slow
-def test_codes(tokens, tmp_path):
+def test_codes_on_two_ranks(pair, tokens, tmp_path):
     train(CodesDataModule, tokens, tmp_path / "whole")
-    for attempt, (world, death) in enumerate(((2, 5), (1, 12), (1, None))):
-        options = dict(name=f"attempt{attempt}", dies_at=death)
-        assert run(_train_codes, tokens, tmp_path, world, options, world=world)[-1] == (-9 if death else 0)
-    check(dict(diary(tmp_path / "whole" / "diary.0")), tmp_path, [2, 1, 1])
+    assert pair(_two_ranks_of_codes, tokens, tmp_path) == [None, None]
+    check(dict(diary(tmp_path / "whole" / "diary.0")), tmp_path, [2])
 
 
-def test_another_global_batch_is_refused(shards, tokens, tmp_path):
-    for data, source in ((ImageNetDataModule, shards), (CodesDataModule, tokens)):
-        train(data, source, tmp_path / data.__name__)
-        with pytest.raises(UserError, match="batch size x devices was 4 in the checkpoint and is 3 now; use the same"):
-            train(data, source, tmp_path / data.__name__, batch_size=3)
+@pytest.mark.parametrize("what", ["images", "codes"])
+def test_resuming_late_reads_no_more_than_resuming_early(shards, tokens, tmp_path, monkeypatch, what):
+    data, source, reader, name = {
+        "images": (ImageNetDataModule, shards, ShardReader, "read"),
+        "codes": (CodesDataModule, tokens, CodesDataset, "__getitem__"),
+    }[what]
+    reads, read = [], getattr(reader, name)
 
+    def counted(self, number, **options):
+        reads.append(number)
+        return read(self, number, **options)
 
-def test_tokens_of_another_tokenizer_are_refused(tokens, tmp_path):
-    train(CodesDataModule, tokens, tmp_path)
-    index = CodesIndex.load(tokens)
-    other = tmp_path / "other"
-    other.mkdir()
-    for shard in index.shards:
-        (other / shard.name).write_bytes((tokens / shard.name).read_bytes())
-    content = json.loads((tokens / "index.json").read_text()) | {"tokenizer": "1" * 64}
-    (other / "index.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="the checkpoint saw tokens of tokenizer 000000000000, these are of 1111111111"):
-        train(CodesDataModule, other, tmp_path)
+    monkeypatch.setattr(reader, name, counted)
 
+    def fit(ckpt_path=None, **options):
+        trainer = L.Trainer(default_root_dir=tmp_path, **QUIET, **options)
+        trainer.fit(Diary(tmp_path / "diary"), datamodule=data(str(source), batch_size=BATCH), ckpt_path=ckpt_path)
 
-def test_resuming_late_reads_no_more_than_resuming_early(shards, tokens, tmp_path, monkeypatch):
-    for data, source, reader, name in (
-        (ImageNetDataModule, shards, ShardReader, "read"),
-        (CodesDataModule, tokens, CodesDataset, "__getitem__"),
-    ):
-        root = tmp_path / data.__name__
-        root.mkdir()
-        reads = []
-        read = getattr(reader, name)
-
-        def counted(self, number, read=read, reads=reads, **options):
-            reads.append(number)
-            return read(self, number, **options)
-
-        monkeypatch.setattr(reader, name, counted)
-
-        def fit(data=data, source=source, root=root, ckpt_path=None, **options):
-            trainer = L.Trainer(
-                default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, **options
-            )
-            model = Recorder(root / "diary", None, False)
-            trainer.fit(model, datamodule=data(str(source), batch_size=BATCH), ckpt_path=ckpt_path)
-
-        fit(max_steps=62, callbacks=[ModelCheckpoint(root, "{step}", every_n_train_steps=2, save_top_k=-1)])
-        assert len(reads) >= 62 * BATCH
-        counts = []
-        for step in (2, 62):  # both are the third of an epoch
-            reads.clear()
-            fit(ckpt_path=str(root / f"step={step}.ckpt"), max_steps=step + 3, enable_checkpointing=False)
-            counts.append(len(reads))
-        assert counts[0] == counts[1] <= (3 + 1) * BATCH  # one batch is fetched ahead
+    fit(max_steps=32, callbacks=[ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)])
+    assert len(reads) >= 32 * BATCH
+    counts = []
+    for step in (2, 32):  # both are the third of an epoch
+        reads.clear()
+        fit(ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=step + 3, enable_checkpointing=False)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] <= (3 + 1) * BATCH  # one batch is fetched ahead

@@ -1,8 +1,8 @@
-"""Shards on a real HTTP server, which also breaks off, lies and goes away."""
+"""Shards on a real HTTP server, which also breaks off, lies and goes away; and on a server that speaks S3."""
 
 import functools
-import json
 import multiprocessing
+import os
 import shutil
 import sys
 import threading
@@ -11,15 +11,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
+import s3fs
 import torch
-from tiny_shards import SIZES, sample
+from moto.server import ThreadedMotoServer
+from tiny_shards import SIZES, module, sample
 
 from dar_lightning.data import remote
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex
 from dar_lightning.errors import UserError
+
+KEYS = [sample(number)[0] for number in range(26)]
 
 
 class Server(ThreadingHTTPServer):
@@ -30,7 +34,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.asked: Counter[str] = Counter()
         self.cut: dict[str, int] = {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://127.0.0.1:{self.server_port}/train"
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -59,26 +63,60 @@ def impatient(monkeypatch):
 def server(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "served" / "train")
     server = Server(tmp_path / "served")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def module(source: str, cache: Path | None, workers: int = 0, **options) -> ImageNetDataModule:
-    common = {"image_size": 16, "batch_size": 4, "num_classes": 4, "seed": 3, "num_workers": workers}
-    return ImageNetDataModule(source, source, cache_dir=cache and str(cache), **common | options)
+@pytest.fixture
+def bucket(shards, tmp_path, monkeypatch):
+    """A bucket with the shards under train/; s3fs finds server and keys where AWS's own tools do."""
+    for name in list(os.environ):  # nothing of what this machine knows of AWS
+        if name.startswith(("AWS_", "FSSPEC_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "CONFIG_FILE": str(tmp_path / "none"),
+        "SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "EC2_METADATA_DISABLED": "true",
+        "ENDPOINT_URL": f"http://{host}:{port}",
+        "ACCESS_KEY_ID": "key",
+        "SECRET_ACCESS_KEY": "secret",
+        "DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()  # an earlier test's server is gone
+    client = boto3.client("s3")
+    try:
+        client.create_bucket(Bucket="bucket")
+        for path in shards.iterdir():
+            client.upload_file(str(path), "bucket", f"train/{path.name}")
+        yield client
+    finally:
+        server.stop()
 
 
 def tars(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.rglob("*.tar"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_batches_as_from_the_disk(server, shards, tmp_path, workers):
-    local = module(str(shards), None)
-    data = module(f"{server.url}/train/", tmp_path / "cache", workers)
-    assert data.index("train").num_samples == sum(SIZES)
+def keys(source: str, cache: Path, **options) -> list[str]:
+    """Of the good samples in validation."""
+    batches = module(source, cache_dir=str(cache), **options).val_dataloader()
+    return [key for b in batches for key, valid in zip(b["key"], b["valid"], strict=True) if valid]
+
+
+@pytest.mark.parametrize(("protocol", "workers"), [("http", 0), ("http", 2), ("s3", 2)])
+def test_the_same_batches_as_from_the_disk(request, shards, tmp_path, protocol, workers):
+    server = request.getfixturevalue("server" if protocol == "http" else "bucket")
+    local = module(shards)
+    url = server.url if protocol == "http" else "s3://bucket/train"
+    data = module(f"{url}/", cache_dir=str(tmp_path / "cache"), num_workers=workers)
+    assert data.index("train") != local.index("train")  # it has an address
+    assert data.index("train").shards == local.index("train").shards
     assert tars(tmp_path / "cache") == []  # nothing is copied before it is needed
     assert data.classes == local.classes
     for loader in ("train_dataloader", "val_dataloader"):
@@ -86,42 +124,39 @@ def test_the_same_batches_as_from_the_disk(server, shards, tmp_path, workers):
             assert here["key"] == there["key"]
             assert here["shard"] == there["shard"]
             assert torch.equal(here["image"], there["image"])
-    assert {name: server.asked[name] for name in tars(shards)} == dict.fromkeys(tars(shards), 1)  # once each
+    if protocol == "http":
+        assert {name: server.asked[name] for name in tars(shards)} == dict.fromkeys(tars(shards), 1)  # once each
     for path in (tmp_path / "cache").rglob("*.tar"):
         assert path.read_bytes() == (shards / path.name).read_bytes()
     assert list((tmp_path / "cache").rglob("*.part")) == []
 
 
 def test_patterns_with_and_without_an_index(server, shards, tmp_path):
-    pattern = f"{server.url}/train/{{000000..000002}}.tar"
-    known = ShardIndex.load(pattern, cache_dir=str(tmp_path / "cache"))
-    assert known.shards == ShardIndex.load(shards).shards
+    load = functools.partial(ShardIndex.load, cache_dir=str(tmp_path / "cache"))
+    pattern = f"{server.url}/{{000000..000002}}.tar"
+    assert load(pattern).shards == ShardIndex.load(shards).shards
     assert tars(tmp_path / "cache") == []
     (server.folder / "train" / "index.json").unlink()
-    counted = ShardIndex.load(pattern, cache_dir=str(tmp_path / "cache"))
+    counted = load(pattern)
     assert [shard.samples for shard in counted.shards] == list(SIZES)
     assert counted.classes == ()
     with pytest.raises(UserError, match=r"shards: http://.*/train has no index\.json; give a pattern"):
-        ShardIndex.load(f"{server.url}/train", cache_dir=str(tmp_path / "cache"))
+        load(server.url)
     with pytest.raises(UserError, match=r"http://.*/000003\.tar is missing, and no index\.json says"):
-        ShardIndex.load(f"{server.url}/train/{{000000..000003}}.tar", cache_dir=str(tmp_path / "cache"))
+        load(f"{server.url}/{{000000..000003}}.tar")
 
 
-def test_transfers_that_break_off_are_repeated(server, shards, tmp_path):
+def test_transfers_that_break_off_are_repeated(server, tmp_path):
     server.cut = {"000001.tar": 2, "index.json": 1}
-    data = module(f"{server.url}/train", tmp_path / "cache")
-    keys = [key for batch in data.val_dataloader() for key in batch["key"]]
-    assert keys == [sample(number)[0] for number in range(26)]
+    assert keys(server.url, tmp_path / "cache", max_bad_share=0) == KEYS
     assert server.asked["000001.tar"] == 3
-    assert data.skipped["val"] == {}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_server_that_always_breaks_off(server, tmp_path, workers):
     server.cut = {"000001.tar": 99}
-    data = module(f"{server.url}/train", tmp_path / "cache", workers)
     with pytest.raises(UserError, match=r"/train/000001\.tar cannot be copied after 4 tries \(ClientPayload") as error:
-        list(data.val_dataloader())
+        keys(server.url, tmp_path / "cache", num_workers=workers)
     assert "\n" not in str(error.value)
     assert tars(tmp_path / "cache") == ["000000.tar"]  # nothing half-written
     assert list((tmp_path / "cache").rglob("*.part")) == []
@@ -135,7 +170,7 @@ def test_a_server_that_always_breaks_off(server, tmp_path, workers):
         ("other", "not an image of a known format"),
     ],
 )
-def test_shards_that_are_not_as_the_index_says(server, tmp_path, caplog, what, reason):
+def test_shards_that_are_not_as_the_index_says(server, tmp_path, what, reason):
     """What is good in them is used; they are fetched twice to be sure, and not once more for each reader."""
     path = server.folder / "train" / "000001.tar"
     whole = path.read_bytes()
@@ -145,7 +180,7 @@ def test_shards_that_are_not_as_the_index_says(server, tmp_path, caplog, what, r
     if what != "missing":
         end = whole.index(sample(13)[1]["png"]) - 1024  # of the third sample; there the fourth one's header begins
         path.write_bytes(whole[: end - 512] if what == "shorter" else whole.replace(png, bytes(len(png))))
-    data = module(f"{server.url}/train", tmp_path / "cache", max_bad_share=0.5, workers=2)
+    data = module(server.url, cache_dir=str(tmp_path / "cache"), max_bad_share=0.5, num_workers=2)
     for _ in range(2):
         valid = [bool(valid) for batch in data.val_dataloader() for valid in batch["valid"]]
         assert valid == [number - 10 not in bad for number in range(26)]
@@ -153,108 +188,101 @@ def test_shards_that_are_not_as_the_index_says(server, tmp_path, caplog, what, r
     assert list(data.skipped["val"]) == names
     assert what == "missing" or server.asked["000001.tar"] == 2
     with pytest.raises(UserError, match=rf"data\.val: \d of 26 .* the first is {names[0]}: {reason}"):
-        list(module(f"{server.url}/train", tmp_path / "cache").val_dataloader())
+        keys(server.url, tmp_path / "cache")
     path.write_bytes(whole)  # mended
-    data = module(f"{server.url}/train", tmp_path / "cache")
-    assert all(batch["valid"].all() for batch in data.val_dataloader())
-    assert data.skipped["val"] == {}
+    assert keys(server.url, tmp_path / "cache", max_bad_share=0) == KEYS
 
 
 def test_a_server_that_is_down(server, tmp_path, caplog):
-    """What was copied is enough."""
-
-    def keys() -> list[str]:
-        loader = module(f"{server.url}/train", tmp_path / "cache").val_dataloader()
-        return [key for batch in loader for key in batch["key"]]
-
-    before = keys()
-    server.cut = {"index.json": 99, "000000.tar": 99, "000001.tar": 99, "000002.tar": 99}
-    assert keys() == before
-    assert "going on with the copy of before" in caplog.text
-
-
-def test_a_copy_of_another_version_is_replaced(server, shards, tmp_path):
-    list(module(f"{server.url}/train", tmp_path / "cache").val_dataloader())
+    """What was copied is enough; a copy of another size is no copy."""
+    assert keys(server.url, tmp_path / "cache") == KEYS
+    server.cut = {"index.json": 99, "000000.tar": 99, "000001.tar": 99}
     (copy,) = (tmp_path / "cache").rglob("000002.tar")
     copy.write_bytes(b"older")
-    data = module(f"{server.url}/train", tmp_path / "cache")
-    assert all(batch["valid"].all() for batch in data.val_dataloader())
-    assert copy.read_bytes() == (shards / "000002.tar").read_bytes()
-
-
-def fetch_many(url: str, path: Path) -> None:
-    remote.fetch(url, path)
+    assert keys(server.url, tmp_path / "cache", max_bad_share=0) == KEYS
+    assert "going on with the copy of before" in caplog.text
 
 
 def test_many_processes_copy_a_shard_once(server, shards, tmp_path):
     path = tmp_path / "cache" / "000000.tar"
-    arguments = [(f"{server.url}/train/000000.tar", path)] * 4
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.starmap(fetch_many, arguments)
+        pool.starmap(remote.fetch, [(f"{server.url}/000000.tar", path)] * 4)
     assert server.asked["000000.tar"] == 1
     assert path.read_bytes() == (shards / "000000.tar").read_bytes()
 
 
-def test_other_protocols(shards, tmp_path):
-    """What fsspec knows; here its file system in memory."""
+def test_other_protocols(shards, tmp_path, monkeypatch):
+    """What fsspec knows; here its file system in memory. And one that is not installed."""
     memory = fsspec.filesystem("memory")
     memory.put(str(shards), "/bucket/train", recursive=True)
-    data = module("memory://bucket/train", tmp_path / "cache")
-    assert [key for batch in data.val_dataloader() for key in batch["key"]] == [sample(i)[0] for i in range(26)]
+    assert keys("memory://bucket/train", tmp_path / "cache") == KEYS
     memory.rm("/bucket", recursive=True)
-
-
-def test_a_protocol_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it could not be imported
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)  # what was imported before
     with pytest.raises(UserError, match=r"s3://bucket/train/index\.json: Install s3fs to access S3"):
-        module("s3://bucket/train", tmp_path / "cache").train_dataloader()
+        keys("s3://bucket/train", tmp_path / "cache")
 
 
 def test_mistakes_get_one_line(server, tmp_path):
-    url = f"{server.url}/train"
-    cases = [
-        (url, None, rf"data\.train: {url} is remote, set cache_dir to a folder"),
+    (tmp_path / "file").touch()
+    index = server.folder / "train" / "index.json"
+    (server.folder / "hostile").mkdir()
+    (server.folder / "hostile" / "index.json").write_text(index.read_text().replace("000001.tar", "../../../x.tar"))
+    hostile = server.url.replace("train", "hostile")
+    for source, cache, message in [
+        (server.url, None, rf"data\.train: {server.url} is remote, set cache_dir to a folder"),
         (f"{server.url}/nowhere", "cache", r"data\.train: .*/nowhere has no index\.json"),
         ("s4://bucket/train", "cache", "s4://bucket/train/index.json: Protocol not known: s4"),
-        (url, "file/cache", r"cache_dir: .*file/cache/.* cannot be written \(Not a directory\)"),
-    ]
-    (tmp_path / "file").touch()
-    for source, cache, message in cases:
+        (server.url, "file/cache", r"cache_dir: .*file/cache/.* cannot be written \(Not a directory\)"),
+        (hostile, "cache", r"is not a shard index .*'\.\./\.\./\.\./x\.tar'"),
+        ("http://127.0.0.1:9/train", "cache", r"index\.json cannot be copied after 4 tries \(.*127\.0\.0\.1"),
+    ]:
         with pytest.raises(UserError, match=message) as error:
-            module(source, cache and tmp_path / cache).train_dataloader()
+            module(source, cache_dir=cache and str(tmp_path / cache)).train_dataloader()
         assert "\n" not in str(error.value)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match=r"index\.json cannot be copied after 4 tries \(.*127\.0\.0\.1") as error:
-        module(url, tmp_path / "cache").train_dataloader()
-    assert "\n" not in str(error.value)
-
-
-def test_an_index_cannot_name_files_elsewhere(server, tmp_path):
-    path = server.folder / "train" / "index.json"
-    content = json.loads(path.read_text())
-    content["shards"][0]["name"] = "../../../x.tar"
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"is not a shard index .*'\.\./\.\./\.\./x\.tar'"):
-        module(f"{server.url}/train", tmp_path / "cache").train_dataloader()
 
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch, caplog, indexed):
     """Its copies serve if they are enough; here the rights are taken by a stand-in, since root has them all."""
-    pattern = f"{server.url}/train/{{000000..000002}}.tar"
+    pattern = f"{server.url}/{{000000..000002}}.tar"
     if not indexed:
         (server.folder / "train" / "index.json").unlink()
-    before = [batch["key"] for batch in module(pattern, tmp_path / "cache").val_dataloader()]
+    assert keys(pattern, tmp_path / "cache") == KEYS
 
     def refused(lock, *arguments, **options):
         raise PermissionError(13, "Permission denied", lock.lock_file)
 
     monkeypatch.setattr(remote.FileLock, "acquire", refused)
     if indexed:
-        assert [batch["key"] for batch in module(pattern, tmp_path / "cache").val_dataloader()] == before
+        assert keys(pattern, tmp_path / "cache") == KEYS
         assert "cannot be written (Permission denied); going on with the copy of before" in caplog.text
     else:
         with pytest.raises(UserError, match=r"cache_dir: .* cannot be written \(Permission denied\)$"):
-            module(pattern, tmp_path / "cache").val_dataloader()
+            keys(pattern, tmp_path / "cache")
+
+
+def test_a_bucket_without_a_shard(bucket, tmp_path):
+    bucket.delete_object(Bucket="bucket", Key="train/000001.tar")
+    left = [key for number, key in enumerate(KEYS) if not 10 <= number < 19]
+    assert keys("s3://bucket/train", tmp_path / "cache", max_bad_share=0.5) == left
+
+
+@pytest.mark.parametrize(
+    ("source", "broken", "message"),
+    [
+        ("s3://nowhere/train", {}, r"s3://nowhere/train has no index\.json"),
+        ("s3://bucket/train", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be copied after 4 tries"),
+        ("s3://bucket/train", {"AWS_ACCESS_KEY_ID": None}, r"after 4 tries \(NoCredentialsError"),
+    ],
+)
+def test_mistakes_with_buckets_get_one_line(bucket, tmp_path, monkeypatch, source, broken, message):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    for name, value in broken.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=message) as error:
+        keys(source, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert tars(tmp_path / "cache") == []

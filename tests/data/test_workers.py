@@ -20,7 +20,10 @@ from dar_lightning.data.views import ViewBatches, Views
 from dar_lightning.data.workers import options
 from dar_lightning.errors import UserError
 
-# A run: says who its worker and the worker's parent are, and stands still.
+in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+
+# A run: says who its worker and the worker's parent are, and stands still. A child that is forked from it, as with
+# Lightning's `ddp_notebook` after a look at one batch, has workers, too.
 RUN = """
 import multiprocessing, os, signal, sys
 if __name__ == "__main__":
@@ -38,6 +41,11 @@ if __name__ == "__main__":
     sys.stdin.readline()
     print(len([next(batches) for _ in range(4)]), worker.is_alive(), flush=True)
     sys.stdin.readline()
+    if os.fork() == 0:
+        print([int(number) for number in DataLoader(range(3), batch_size=None, **options(1))], flush=True)
+        sys.exit()
+    os.wait()
+    sys.stdin.readline()
 """
 
 
@@ -48,10 +56,14 @@ def images(tmp_path) -> str:
 
 @pytest.fixture
 def run(tmp_path):
-    script = tmp_path / "dar"  # for which the server does not import Lightning, as it does for scripts of others
+    """In a folder whose modules would be the wrong ones."""
+    for name in ("dar_lightning", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "dar"  # for which the server does not import Lightning, as for scripts of others
     script.write_text(RUN)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, script], **pipes) as process:
+    with subprocess.Popen([sys.executable, script], cwd=tmp_path, **pipes) as process:
         yield process
         process.kill()
 
@@ -63,29 +75,31 @@ def is_there(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_signals_to_the_whole_group_leave_worker_and_server_at_work(run):
+def go_on(run) -> str:
+    run.stdin.write("\n")
+    run.stdin.flush()
+    return run.stdout.readline().strip()
+
+
+@in_proc
+def test_a_run_its_server_and_its_worker(run):
+    """Signals to the whole group leave worker and server at work; both end with a run that is killed."""
     worker, server = map(int, run.stdout.readline().split())
     assert server != run.pid, "not a fork of the run"
     for number in (signal.SIGINT, signal.SIGUSR1):
         os.killpg(run.pid, number)
     for pid in (worker, server):
         os.kill(pid, signal.SIGTERM)
-    time.sleep(0.5)
-    run.stdin.write("\n")
-    run.stdin.flush()
-    assert run.stdout.readline().split() == ["4", "True"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_workers_end_with_a_run_that_is_killed(run):
-    pids = [int(word) for word in run.stdout.readline().split()]
-    assert all(is_there(pid) for pid in pids)
+    time.sleep(0.2)
+    assert go_on(run) == "4 True"
+    assert go_on(run) == "[0, 1, 2]"
+    assert is_there(worker)
+    assert is_there(server)
     run.kill()
     deadline = time.monotonic() + 60
-    while any(is_there(pid) for pid in pids):
+    while is_there(worker) or is_there(server):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 class Variables(torch.utils.data.Dataset):
@@ -100,15 +114,15 @@ class Variables(torch.utils.data.Dataset):
 
 def test_workers_have_the_environment_of_the_run_as_it_is_now(monkeypatch):
     """The server has that of the moment in which it started: a key for S3 may have come later."""
+    monkeypatch.delenv("PATH")  # the server has it
     for value in ("one", "two"):
         monkeypatch.setenv("DAR_TEST_VARIABLE", value)
         loader = torch.utils.data.DataLoader(Variables(), batch_size=None, **options(1))
         assert list(loader) == [dict(os.environ)]
-    monkeypatch.delenv("PATH")  # the server has it
-    assert "PATH" not in next(iter(torch.utils.data.DataLoader(Variables(), batch_size=None, **options(1))))
 
 
 def test_workers_obey_only_the_run(images):
+    """What another process sends is ignored, what the run sends ends it; a dead worker is a line in the next epoch."""
     data = ImageNetDataModule(images, image_size=SIZE, batch_size=4, num_workers=1)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -118,12 +132,14 @@ def test_workers_obey_only_the_run(images):
     (worker,) = {*multiprocessing.active_children()} - others
     for name in ("-TERM", "-INT"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)  # a process of its own, as a cluster's daemon
-        time.sleep(0.2)
+    time.sleep(0.2)
     assert len(list(batches)) == 4
     assert worker.is_alive()
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(20)
     assert worker.exitcode == 0
+    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .* num_workers=0 may show why"):
+        list(loader)
 
 
 def test_what_workers_are_sent_needs_no_lightning(images, tmp_path):
@@ -141,49 +157,3 @@ def test_what_workers_are_sent_needs_no_lightning(images, tmp_path):
     )
     words = [sys.executable, "-c", code, tmp_path / "sent"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["4", "[]"]
-
-
-def test_the_server_imports_the_package_of_the_run(tmp_path):
-    """And not another one that lies in the current folder."""
-    for name in ("dar_lightning", "queue"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
-    (tmp_path / "scripts").mkdir()
-    script = tmp_path / "scripts" / "run.py"
-    script.write_text(RUN)
-    words = [sys.executable, script]
-    run = subprocess.run(words, input="\n\n", capture_output=True, text=True, cwd=tmp_path, start_new_session=True)
-    assert run.stdout.splitlines()[1] == "4 True"
-    assert "the wrong one" not in run.stderr
-
-
-FORKS = """
-import os, sys
-if __name__ == "__main__":
-    from dar_lightning.data.workers import options
-    from torch.utils.data import DataLoader
-    numbers = lambda: [int(number) for number in DataLoader(range(3), batch_size=None, **options(1))]
-    assert numbers() == [0, 1, 2]
-    child = os.fork()
-    assert numbers() == [0, 1, 2]
-    if child:
-        sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
-def test_a_fork_of_a_run_has_workers_too(tmp_path):
-    """As with Lightning's `ddp_notebook`, after a look at one batch."""
-    script = tmp_path / "dar"
-    script.write_text(FORKS)
-    subprocess.run([sys.executable, script], check=True, timeout=120)
-
-
-def test_a_worker_that_dies_between_two_epochs(images):
-    data = ImageNetDataModule(images, image_size=SIZE, batch_size=4, num_workers=1)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    assert len(list(loader)) == 5
-    (worker,) = loader._iterator._workers
-    worker.kill()
-    worker.join(20)
-    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .* is there enough memory for 1\?"):
-        list(loader)

@@ -1,14 +1,15 @@
 """A pipeline by its name: out of a Hub repository, here a stand-in, or out of the package without any network."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from tiny_models import CLASSES, make_pipeline
+from tiny_models import CLASSES
 
 from dar_lightning import ARModel, DARPipeline, SequentialDiffusionTokenizer
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import SHIPPED
 
 LABELS = torch.tensor([0, 3, 1])
@@ -19,30 +20,27 @@ def draw(pipe: DARPipeline) -> torch.Tensor:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Repository name -> a folder that it is downloaded to; and what was asked for."""
-    folders, asked = {}, []
+def asked(pipeline, tmp_path, monkeypatch) -> list[tuple[str, dict]]:
+    """What was asked of the Hub, which has someone/pipeline, someone/tokenizer and someone/ar."""
+    asked = []
 
     def download(repo: str, **options) -> str:
         asked.append((repo, options))
-        return str(folders[repo])
+        return str(Path(pipeline) / repo.removeprefix("someone/").removeprefix("pipeline"))
 
     monkeypatch.setattr("dar_lightning.formats.pretrained.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    return folders, asked
+    return asked
 
 
-def test_a_pipeline_out_of_a_repository(hub, tmp_path):
-    folders, asked = hub
-    make_pipeline().save_pretrained(tmp_path / "snapshot")
-    folders["someone/dar-tiny"] = tmp_path / "snapshot"
-    pipe = DARPipeline.from_pretrained("someone/dar-tiny")
+def test_a_pipeline_out_of_a_repository(asked, pipeline):
+    pipe = DARPipeline.from_pretrained("someone/pipeline")
     assert pipe.classes == CLASSES
-    assert torch.equal(draw(pipe), draw(DARPipeline.from_pretrained(tmp_path / "snapshot")))
+    assert torch.equal(draw(pipe), draw(DARPipeline.from_pretrained(pipeline)))
     ((repo, options),) = asked
-    assert repo == "someone/dar-tiny"
+    assert repo == "someone/pipeline"
     # as patterns match: every file of the three folders that is read, and no other
-    names = [str(path.relative_to(tmp_path / "snapshot")) for path in (tmp_path / "snapshot").rglob("*.*")]
+    names = [str(path.relative_to(pipeline)) for path in Path(pipeline).rglob("*.*")]
     names += ["ar/optimizer.pt", "images/000-0.png", "samples.npz"]
     assert set(filter_repo_objects(names, allow_patterns=options["allow_patterns"])) == {
         "config.json",
@@ -50,29 +48,17 @@ def test_a_pipeline_out_of_a_repository(hub, tmp_path):
     }
 
 
-def test_one_model_out_of_a_repository(hub, tmp_path):
-    folders, asked = hub
-    ar = make_pipeline().ar
-    ar.save_pretrained(tmp_path / "snapshot")
-    folders["someone/dar-ar"] = tmp_path / "snapshot"
+def test_models_out_of_repositories(asked, pipeline):
     wanted = dict(revision="v2", cache_dir="cache", force_download=True, local_files_only=False, token="secret")
-    assert fingerprint(ARModel.from_pretrained("someone/dar-ar", **wanted)) == fingerprint(ar)
-    assert asked == [("someone/dar-ar", {"allow_patterns": ["config.json", "model.safetensors"], **wanted})]
-    ARModel.from_pretrained("someone/dar-ar")
-    assert asked[1][1]["revision"] is None, "the main branch"
-
-
-def test_parts_out_of_two_repositories(hub, tmp_path):
-    folders, asked = hub
-    whole = make_pipeline()
-    for part in ("tokenizer", "ar"):
-        getattr(whole, part).save_pretrained(tmp_path / part)
-        folders[f"someone/{part}"] = tmp_path / part
-    assert torch.equal(draw(DARPipeline.from_parts("someone/tokenizer", "someone/ar")), draw(whole))
-    assert [repo for repo, _ in asked] == ["someone/tokenizer", "someone/ar"]
-
-
-# ---- what comes with the package
+    ar = ARModel.from_pretrained("someone/ar", **wanted)
+    assert model_sha256(ar) == model_sha256(ARModel.from_pretrained(Path(pipeline) / "ar"))
+    assert asked.pop() == ("someone/ar", {"allow_patterns": ["config.json", "model.safetensors"], **wanted})
+    parts = DARPipeline.from_parts("someone/tokenizer", "someone/ar")
+    assert torch.equal(draw(parts), draw(DARPipeline.from_pretrained(pipeline)))
+    assert [(repo, options["revision"]) for repo, options in asked] == [
+        ("someone/tokenizer", None),
+        ("someone/ar", None),
+    ]
 
 
 def test_the_shipped_pipeline_is_small():

@@ -22,10 +22,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("solver", ["adams2", "euler"])
-@pytest.mark.parametrize("options", [{}, {"guidance": (1.0, 4.0), "top_k": 9, "num_steps": 6}], ids=["plain", "guided"])
-def test_the_last_preview_is_what_generate_returns(pipe, solver, options):
-    options = options | {"solver": solver}
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance": (1.0, 4.0), "top_k": 9, "num_steps": 6, "solver": "euler"}],
+    ids=["plain", "guided"],
+)
+def test_the_last_preview_is_what_generate_returns(pipe, options):
     previews = list(pipe.stream(LABELS, generator=seeded(1), **options))
     assert [preview.group for preview in previews] == [1, 2, 3, 4]
     assert [preview.codes.shape for preview in previews] == [(3, 2), (3, 4), (3, 6), (3, 8)]

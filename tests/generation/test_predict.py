@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.predict import GenerationModule
+from dar_lightning.generation.writer import SampleWriter
 from dar_lightning.records import provenance
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -30,6 +34,15 @@ def command(pipeline: str, output: Path, *more: str) -> list[str]:
     words += ["--model.init_args.rows=4", "--model.init_args.seed=5"]
     sizes = {"num_images": COUNT, "batch_size": 4, "piece_size": 4}
     return [*words, *(f"--data.init_args.{name}={value}" for name, value in sizes.items()), *more]
+
+
+def draw(pipeline: str, output: Path, model=None, data=None, trainer=None) -> None:
+    """The same without the command line, and with some options changed."""
+    options = {"seed": 5, "rows": 4, "guidance": (1.1, 8.0)} | (model or {})
+    numbers = {"num_images": COUNT, "batch_size": 4, "piece_size": 4} | (data or {})
+    common = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    runner = L.Trainer(**common, callbacks=[SampleWriter(str(output))], **(trainer or {}))
+    runner.predict(GenerationModule(pipeline, **options), LabelsDataModule(**numbers))
 
 
 def refusal(capsys, argv: list[str]) -> str:
@@ -72,10 +85,9 @@ def test_every_seed_and_number_has_a_generator_of_its_own(pipeline):
     assert all(not torch.equal(*pair) for pair in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize("sizes", [(1, 4), (3, 4), (64, 4), (5, 100), (2, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 4), (64, 4), (5, 100), (2, 3)], ids=str)
 def test_neither_batches_nor_pieces_change_a_bit(pipeline, whole, sizes, tmp_path):
-    more = [f"--data.init_args.batch_size={sizes[0]}", f"--data.init_args.piece_size={sizes[1]}"]
-    main(command(pipeline, tmp_path / "y.npz", *more))
+    draw(pipeline, tmp_path / "y.npz", data={"batch_size": sizes[0], "piece_size": sizes[1]})
     assert (tmp_path / "y.npz").read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["y.json", "y.npz"]
 
@@ -110,30 +122,27 @@ def test_a_finished_one_is_left_alone(pipeline, whole, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("part", "option", "named"),
     [
-        ("model.init_args.seed", "6"),
-        ("model.init_args.guidance", "3"),
-        ("model.init_args.num_steps", "3"),
-        ("model.init_args.groups", "2"),
-        ("model.init_args.rows", "5"),
-        ("data.init_args.num_images", "14"),
-        ("data.init_args.classes", "[0,1]"),
-        ("data.init_args.piece_size", "5"),
-        ("trainer.precision", "bf16-mixed"),
+        ("model", {"guidance": 3.0}, "guidance"),
+        ("model", {"rows": 5}, "rows"),
+        ("data", {"num_images": 14}, "n"),
+        ("data", {"classes": [0, 1]}, "classes"),
+        ("data", {"piece_size": 5}, "piece_size"),
+        ("trainer", {"precision": "bf16-mixed"}, "precision"),
     ],
 )
-def test_other_settings_are_refused(option, value, pipeline, whole, capsys):
-    line = refusal(capsys, command(pipeline, whole, f"--{option}={value}"))
-    name = option.rpartition(".")[2].replace("num_images", "n")
-    assert f"{whole.with_suffix('.json')} tells of images with {name}" in line
+def test_other_settings_are_refused(part, option, named, pipeline, whole):
+    with pytest.raises(UserError, match=rf"^output: {whole.with_suffix('.json')} tells of images with {named} "):
+        draw(pipeline, whole, **{part: option})
 
 
-def test_another_model_is_refused(pipeline, whole, tmp_path, capsys):
+def test_another_model_is_refused(pipeline, whole, tmp_path):
     other = DARPipeline.from_pretrained(pipeline)
     other.ar.head.weight.data[0] += 1
     other.save_pretrained(tmp_path)
-    assert "with ar_sha256" in refusal(capsys, command(str(tmp_path), whole))
+    with pytest.raises(UserError, match="with ar_sha256"):
+        draw(str(tmp_path), whole)
 
 
 def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
@@ -143,73 +152,93 @@ def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("make", "message"),
     [
-        ("model.init_args.solver=eular", "solver is 'eular'"),
-        ("model.init_args.rows=0", "rows is 0"),
-        ("model.init_args.seed=-1", "seed is -1"),
-        ("model.init_args.groups=9", "groups is 9"),
-        ("model.init_args.groups=0", "groups is 0"),
-        ("model.init_args.num_steps=0", "num_steps is 0"),
-        ("model.init_args.temperature=0", "temperature is 0"),
-        ("model.init_args.pipeline=./nowhere", "./nowhere is not a folder"),
-        ("data.init_args.per_class=3", "give one of the two"),
-        ("data.init_args.batch_size=0", "batch_size is 0"),
-        ("data.init_args.classes=[4]", "classes is [4]: this pipeline has 0 to 3"),
-        ("data.init_args.classes=[1,1]", "name each class once"),
-        ("trainer.callbacks.output=x.zip", "output is x.zip"),
+        (lambda path: GenerationModule(path, solver="eular"), "solver is 'eular'"),
+        (lambda path: GenerationModule(path, rows=0), "rows is 0"),
+        (lambda path: GenerationModule(path, seed=-1), "seed is -1"),
+        (lambda path: GenerationModule("./nowhere"), "./nowhere is not a folder"),
+        (lambda path: LabelsDataModule(), "num_images is None and per_class None: give one of the two"),
+        (lambda path: LabelsDataModule(5, batch_size=0), "batch_size is 0"),
+        (lambda path: LabelsDataModule(5, classes=[1, 1]), "name each class once"),
+        (lambda path: SampleWriter("x.zip"), "output is x.zip"),
     ],
 )
-def test_mistakes(option, message, pipeline, tmp_path, capsys):
-    assert message in refusal(capsys, command(pipeline, tmp_path / "x.npz", f"--{option}"))
+def test_mistakes_in_the_options(make, message, pipeline):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "message"),
+    [
+        ("model", {"groups": 9}, "groups is 9"),
+        ("model", {"groups": 0}, "groups is 0"),
+        ("model", {"num_steps": 0}, "num_steps is 0"),
+        ("model", {"temperature": 0}, "temperature is 0"),
+        ("data", {"classes": [4]}, "classes is [4]: this pipeline has 0 to 3"),
+    ],
+)
+def test_mistakes_that_the_work_shows(part, option, message, pipeline, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        draw(pipeline, tmp_path / "x.npz", **{part: option})
     assert list(tmp_path.iterdir()) == [], "nothing stands in the way of the right command"
 
 
-def test_other_data_is_refused(pipeline, tmp_path, capsys):
-    words = command(pipeline, tmp_path / "x.npz", "--data=lightning.pytorch.demos.boring_classes.BoringDataModule")
-    words = [word for word in words if not word.startswith("--data.init_args")]
-    assert "LabelsDataModule" in refusal(capsys, words)
+@pytest.mark.parametrize(
+    ("part", "path", "message"),
+    [("data", "BoringDataModule", "LabelsDataModule"), ("model", "BoringModel", "model is BoringModel")],
+)
+def test_another_class_is_refused(part, path, message, pipeline, tmp_path, capsys):
+    words = command(pipeline, tmp_path / "x.npz", f"--{part}=lightning.pytorch.demos.boring_classes.{path}")
+    words = [word for word in words if not word.startswith(f"--{part}.init_args")]
+    assert message in refusal(capsys, words)
 
 
-def test_another_model_than_one_that_draws_is_refused(pipeline, tmp_path, capsys):
-    words = command(pipeline, tmp_path / "x.npz", "--model=lightning.pytorch.demos.boring_classes.BoringModel")
-    words = [word for word in words if not word.startswith("--model.init_args")]
-    assert "model is BoringModel" in refusal(capsys, words)
-
-
-def test_a_trainer_that_stops_early(pipeline, whole, tmp_path, capsys):
-    output = tmp_path / "x.npz"
-    main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
-    assert "2 of 4 pieces are missing" in capsys.readouterr().out
-    assert not output.exists()
-    main(command(pipeline, output))
-    assert output.read_bytes() == whole.read_bytes()
-
-
-def test_every_kind_of_machine_that_drew_is_named(pipeline, whole, tmp_path, monkeypatch):
-    """A run goes on elsewhere; of a piece that was cut to nothing, nothing is left but its name."""
+def test_a_run_that_stops_early_goes_on_elsewhere(pipeline, whole, tmp_path, monkeypatch, capsys):
+    """Every kind of machine that drew is named; of a piece that was cut to nothing, nothing is left but its name."""
     output = tmp_path / "x.npz"
     with monkeypatch.context() as patch:
         patch.setattr(provenance, "device_name", lambda device: "another machine")
-        main(command(pipeline, output, "--trainer.limit_predict_batches=2"))
+        draw(pipeline, output, trainer={"limit_predict_batches": 2})
+    assert "2 of 4 pieces are missing" in capsys.readouterr().out
+    assert not output.exists()
     (tmp_path / "x.parts/0000000.npy").write_bytes(b"")
-    main(command(pipeline, output))
+    draw(pipeline, output)
     assert output.read_bytes() == whole.read_bytes()
     runs = json.loads(output.with_suffix(".json").read_text())["provenance"]
     here = provenance.device_name(torch.device("cpu"))
     assert sorted(run["device"] for run in runs) == sorted(["another machine", here])
-    assert all(run["versions"]["torch"] for run in runs)
+    assert all(run["versions"]["torch"] and run["precision"] == "32-true" for run in runs)
 
 
-def test_images_of_other_draws_are_not_continued(pipeline, whole, tmp_path, capsys):
+@pytest.mark.parametrize("parts", ["tokenizer ar", "ar"])
+def test_the_record_names_the_dtype_of_the_weights(parts, pipeline, tmp_path):
+    """The Trainer's precision is 32-true also where it draws with weights in bfloat16."""
+    pipe = DARPipeline.from_pretrained(pipeline)
+    for part in parts.split():
+        getattr(pipe, part).to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "half")
+    draw(str(tmp_path / "half"), tmp_path / "x.npz")
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [run["precision"] for run in record["provenance"]] == ["32-true, weights in bfloat16"]
+    mixed = {"tokenizer": "float32", "ar": "bfloat16"}
+    assert (record["precision"], record["dtype"]) == ("32-true", mixed if parts == "ar" else "bfloat16")
+
+
+def test_weights_that_the_trainer_casts(pipeline, tmp_path):
+    draw(pipeline, tmp_path / "x.npz", trainer={"precision": "bf16-true"})
+    (run,) = json.loads((tmp_path / "x.json").read_text())["provenance"]
+    assert run["precision"] == "bf16-true, weights in bfloat16"
+
+
+def test_images_of_other_draws_are_not_continued(pipeline, whole, tmp_path):
     record = json.loads(whole.with_suffix(".json").read_text())
     del record["token_draws"]  # as versions before wrote it
     (tmp_path / "x.parts").mkdir()
     (tmp_path / "x.parts/settings.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit) as end:
-        main(command(pipeline, tmp_path / "x.npz"))
-    assert end.value.code == 2
-    assert "tells of images with token_draws None, now it is" in capsys.readouterr().err
+    with pytest.raises(UserError, match="tells of images with token_draws None, now it is"):
+        draw(pipeline, tmp_path / "x.npz")
 
 
 def test_pieces_that_a_kill_left_behind_are_cleared_away(pipeline, whole, tmp_path):
@@ -217,18 +246,18 @@ def test_pieces_that_a_kill_left_behind_are_cleared_away(pipeline, whole, tmp_pa
         shutil.copy(whole.with_suffix(suffix), tmp_path / f"x{suffix}")
     (tmp_path / "x.parts").mkdir()
     (tmp_path / "x.parts/settings.json").write_text(whole.with_suffix(".json").read_text())
-    main(command(pipeline, tmp_path / "x.npz"))
+    draw(pipeline, tmp_path / "x.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
     assert (tmp_path / "x.npz").read_bytes() == whole.read_bytes()
 
 
 def test_per_class_and_fewer_classes():
     data = LabelsDataModule(per_class=2, classes=[3, 1])
-    data.trainer = type("Trainer", (), {"lightning_module": type("Module", (), {"num_classes": 4})})
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(num_classes=4), global_rank=0, world_size=1)
     data.setup("predict")
-    assert [data.dataset[i]["label"] for i in range(len(data.dataset))] == [3, 1, 3, 1]
-    with pytest.raises(UserError, match="num_images is None and per_class None"):
-        LabelsDataModule()
+    (batch,) = data.predict_dataloader()
+    assert batch["label"].tolist() == [3, 1, 3, 1]
+    assert batch["index"].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from killable import run, signal_before
-from tiny_models import SIZE, make_pipeline
+from tiny_models import SIZE
 
 from dar_lightning.cli import main
 from dar_lightning.generation.predict import GenerationModule
@@ -20,7 +20,7 @@ COUNT, PIECE = 18, 4
 FILES = [f"{start:07d}.npy" for start in range(0, COUNT, PIECE)]
 
 
-def command(pipeline: Path, output: Path, devices: int = 1, *more: str) -> list[str]:
+def command(pipeline: str, output: Path, devices: int = 1, *more: str) -> list[str]:
     words = ["predict", f"--config={CONFIG}", f"--trainer.callbacks.output={output}", "--trainer.accelerator=cpu"]
     words += [f"--trainer.devices={devices}", "--trainer.enable_progress_bar=false"]
     words += [f"--model.init_args.pipeline={pipeline}", "--model.init_args.rows=2"]
@@ -36,17 +36,11 @@ def predict(words: list[str], rank: int, function: str, calls: int, number: int)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def whole(pipeline, tmp_path_factory) -> bytes:
+def whole(pipeline, tmp_path_factory) -> Path:
+    """An npz that nothing befell."""
     output = tmp_path_factory.mktemp("whole") / "x.npz"
     assert run(main, command(pipeline, output)) == [0]
-    return output.read_bytes()
+    return output
 
 
 def left(output: Path) -> list[str]:
@@ -54,35 +48,27 @@ def left(output: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("deaths", "pieces"),
-    [
-        # before the settings have their name, before the second piece has, then in the first batch of the third
-        (
-            [("replace", 1, signal.SIGKILL), ("replace", 4, signal.SIGKILL), ("predict_step", 3, signal.SIGKILL)],
-            [0, 1, 2],
-        ),
-        # all pieces are there; neither npz nor protocol has its name yet; then the npz has
-        ([("replace", 8, signal.SIGKILL), ("replace", 2, signal.SIGKILL)], [5, 5]),
-        # asked to end, as by a batch system: after the batch
-        ([("predict_step", 4, signal.SIGTERM)], [2]),
-    ],
-    ids=["piece", "npz", "asked"],
-)
-def test_one_process(pipeline, whole, tmp_path, deaths, pieces):
+def test_one_process(pipeline, whole, tmp_path):
+    """Settings, then what drew, then each piece get their names; in the end npz and protocol."""
     output = tmp_path / "x.npz"
     words = command(pipeline, output)
-    for death, count in zip(deaths, pieces, strict=True):
-        number = death[-1]
-        assert run(predict, words, 0, *death) == [-number if number == signal.SIGKILL else 128 + number]
-        assert left(output) == FILES[:count]
+    for function, calls, number, pieces in (
+        ("replace", 1, signal.SIGKILL, 0),  # before the settings
+        ("replace", 4, signal.SIGKILL, 1),  # before the second piece
+        ("predict_step", 4, signal.SIGTERM, 3),  # asked to end, as by a batch system: after the batch
+        ("replace", 3, signal.SIGKILL, 5),  # before the npz
+        ("replace", 2, signal.SIGKILL, 5),  # before the protocol
+    ):
+        code = -number if number == signal.SIGKILL else 128 + number
+        assert run(predict, words, 0, function, calls, number) == [code]
+        assert left(output) == FILES[:pieces]
     assert run(main, words) == [0]
-    assert output.read_bytes() == whole
+    assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
 
 @pytest.mark.slow
-def test_two_processes(pipeline, whole, tmp_path, capfd):
+def test_two_processes(pipeline, whole, tmp_path):
     """Pieces 0, 2 and 4 are rank 0's, 1 and 3 rank 1's; a damaged piece is drawn again."""
     output = tmp_path / "x.npz"
     words = command(pipeline, output, 2)
@@ -93,20 +79,19 @@ def test_two_processes(pipeline, whole, tmp_path, capfd):
     damaged = output.with_suffix(".parts") / FILES[1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert run(main, words, world=2) == [0, 0]
-    assert output.read_bytes() == whole
+    assert output.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_user(pipeline, whole, tmp_path):
+def test_two_processes_of_a_user(pipeline, whole):
     """Lightning starts the second one. Other settings end both, with one line."""
-    output = tmp_path / "x.npz"
-    assert run(main, command(pipeline, output)) == [0]
-    command_line = [sys.executable, "-m", "dar_lightning", *command(pipeline, output, 2, "--model.init_args.seed=1")]
-    process = subprocess.run(command_line, capture_output=True, text=True, timeout=300, check=False)
+    before = whole.read_bytes()
+    words = [sys.executable, "-m", "dar_lightning", *command(pipeline, whole, 2, "--model.init_args.seed=1")]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 2, process.stderr
     assert process.stderr.count("dar predict: output: ") == 1
     assert "Traceback" not in process.stderr
-    assert output.read_bytes() == whole
+    assert whole.read_bytes() == before
 
 
 def predict_and_measure(words: list[str], output: Path) -> None:

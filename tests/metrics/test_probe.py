@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from scipy.optimize import minimize
 
@@ -18,8 +17,7 @@ def blobs(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
     centers = torch.tensor([[0.0, 0, 5], [3, 0, 5], [0, 30, 5]])  # the last feature is constant: it says nothing
-    spread = torch.tensor([1.0, 10, 0])
-    return centers[labels] + spread * torch.randn(n, 3, generator=generator), labels
+    return centers[labels] + torch.tensor([1.0, 10, 0]) * torch.randn(n, 3, generator=generator), labels
 
 
 def test_solves_the_stated_problem():
@@ -38,43 +36,27 @@ def test_solves_the_stated_problem():
     probe = LinearProbe(features, labels, l2=0.05)
     np.testing.assert_allclose(probe.weight[:, :2].numpy(), expected[:6].reshape(3, 2), atol=1e-4)
     assert probe.weight[:, 2].abs().max() == 0
+    assert torch.equal(probe.weight, LinearProbe(features, labels, l2=0.05).weight)
 
 
-def test_accuracy_counts_right_answers_and_chance_is_chance():
-    probe = LinearProbe(*blobs(300, 0))
+def test_accuracy_counts_right_answers():
     features, labels = blobs(300, 1)
+    probe = LinearProbe(*blobs(300, 0))
     accuracy = probe.accuracy(features, labels)
     assert accuracy == np.mean(probe(features).argmax(1).numpy() == labels.numpy())
     assert accuracy > 0.85
-    shuffled = labels[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
-    assert abs(probe.accuracy(features, shuffled) - 1 / 3) < 0.1
 
 
-def test_deterministic():
-    first, second = LinearProbe(*blobs(60, 0)), LinearProbe(*blobs(60, 0))
-    assert torch.equal(first.weight, second.weight)
-
-
-def features_of(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    network = ColorEdges()
-    batches = [(network(images), labels) for images, labels in open_images(str(FRUIT / split), split, None).batches(64)]
-    return torch.cat([features for features, _ in batches]), torch.cat([labels for _, labels in batches])
-
-
-def test_color_edges_tell_fruit_apart():
-    """Measured: 0.83 on real validation photos, of which no near duplicate was trained on; chance is 0.07."""
-    probe = LinearProbe(*features_of("train"))
-    assert probe.accuracy(*features_of("val")) > 0.75
-    assert probe.weight.shape[0] == 14
-
-
-@pytest.mark.parametrize("block", [2, 4])
-def test_the_probe_bears_blur(block):
-    probe = LinearProbe(*features_of("train"))
-    network, right, total = ColorEdges(), 0, 0
-    for images, labels in open_images(str(FRUIT / "val"), "val", None).batches(64):
-        small = torch.nn.functional.avg_pool2d(images.float(), block)
-        blurred = torch.nn.functional.interpolate(small, scale_factor=block, mode="bilinear").round().to(torch.uint8)
-        right += (probe(network(blurred)).argmax(1) == labels).sum().item()
-        total += len(labels)
-    assert right / total > 0.65  # measured: 0.81 and 0.72
+def test_color_edges_tell_fruit_apart_and_bear_blur():
+    """Measured: 0.83 on real validation photos, 0.72 blurred in 4x4 blocks; chance is 0.07."""
+    network, sets = ColorEdges(), {}
+    for split in ("train", "val"):
+        images, labels = zip(*open_images(str(FRUIT / split), split, None).batches(64), strict=True)
+        sets[split] = torch.cat(images), torch.cat(labels)
+    probe = LinearProbe(network(sets["train"][0]), sets["train"][1])
+    images, labels = sets["val"]
+    assert probe.accuracy(network(images), labels) > 0.75
+    small = torch.nn.functional.avg_pool2d(images.float(), 4)
+    blurred = torch.nn.functional.interpolate(small, scale_factor=4, mode="bilinear").round().to(torch.uint8)
+    assert probe.accuracy(network(blurred), labels) > 0.65
+    assert probe.num_classes == 14

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dar_lightning.metrics.reconstruction import reconstruction_metrics
+from dar_lightning.metrics.reconstruction import mean_scores, reconstruction_scores
 
 
 def images(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,14 +15,6 @@ def images(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     strength = torch.linspace(2, 30, n).view(-1, 1, 1, 1)
     noisy = (original + strength * torch.randn(original.shape, generator=generator)).round().clamp(0, 255)
     return noisy.to(torch.uint8), original.to(torch.uint8)
-
-
-def measured(noisy: torch.Tensor, original: torch.Tensor, batch_size: int) -> dict[str, float]:
-    metrics = reconstruction_metrics()
-    for start in range(0, len(noisy), batch_size):
-        part = slice(start, start + batch_size)
-        metrics.update(noisy[part].float(), original[part].float())
-    return {name: value.item() for name, value in metrics.compute().items()}
 
 
 def numpy_ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -37,12 +29,14 @@ def numpy_ssim(a: np.ndarray, b: np.ndarray) -> float:
     return ((2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
-@pytest.mark.parametrize("batch_size", [6, 4])
-def test_against_numpy(batch_size):
+def test_against_numpy():
     noisy, original = images()
-    a, b = noisy.double().numpy(), original.double().numpy()
-    values = measured(noisy, original, batch_size)
-    psnr = [10 * np.log10(255**2 / np.mean((x - y) ** 2)) for x, y in zip(a, b, strict=True)]
-    assert values["psnr"] == pytest.approx(np.mean(psnr), rel=1e-5)
-    ssim = [numpy_ssim(x[c], y[c]) for x, y in zip(a, b, strict=True) for c in range(3)]
-    assert values["ssim"] == pytest.approx(np.mean(ssim), abs=1e-5)
+    pairs = list(zip(noisy.double().numpy(), original.double().numpy(), strict=True))
+    scores = [reconstruction_scores(*part) for part in zip(noisy.split(4), original.split(4), strict=True)]
+    psnr = [10 * np.log10(255**2 / np.mean((x - y) ** 2)) for x, y in pairs]
+    ssim = [np.mean([numpy_ssim(x[c], y[c]) for c in range(3)]) for x, y in pairs]
+    for name, expected in (("psnr", psnr), ("ssim", ssim)):
+        assert torch.cat([score[name] for score in scores]).tolist() == pytest.approx(expected, rel=1e-4), "each image"
+        assert mean_scores(scores)[name] == pytest.approx(np.mean(expected), rel=1e-5)
+    identical = reconstruction_scores(original, original)
+    assert mean_scores([identical, *scores]) == {"psnr": None, "ssim": pytest.approx((1 + np.mean(ssim)) / 2)}

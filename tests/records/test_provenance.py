@@ -29,8 +29,9 @@ print(json.dumps(provenance(SimpleNamespace(type="cpu"), "bf16-mixed")))
 def package(root: Path) -> Path:
     """A package of this name that has the module at hand and nothing else."""
     folder = root / "dar_lightning"
-    folder.mkdir(parents=True)
-    shutil.copy(MODULE, folder)
+    (folder / "records").mkdir(parents=True)
+    shutil.copy(MODULE, folder / "records")
+    (folder / "records" / "__init__.py").touch()
     (folder / "__init__.py").write_text('__version__ = "9.8"\n')
     (folder / "__main__.py").write_text(MAIN)
     return folder
@@ -64,30 +65,28 @@ def checkout(tmp_path) -> tuple[Path, str]:
     return folder, repository(folder.parent)
 
 
-def test_a_checkout_is_asked_wherever_the_command_runs(checkout, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "changed"),
+    {
+        None: False,
+        "notes.txt": False,
+        "README.md": True,
+        "dar_lightning/__init__.py": True,
+        "dar_lightning/new.py": True,
+    }.items(),
+)
+def test_a_checkout_is_asked_wherever_the_command_runs(checkout, path, changed, tmp_path):
     folder, commit = checkout
     other = tmp_path / "other"
     assert repository(other) != commit
+    if path is not None:
+        with (folder.parent / path).open("a") as file:
+            file.write("# more\n")
     found = ask(folder, other, "fit", "--name=a b", GIT_DIR=str(other / ".git"))  # as git's hooks have it
-    assert {name: found["code"][name] for name in ("version", "commit", "changed")} == {
-        "version": "9.8",
-        "commit": commit,
-        "changed": False,
-    }
+    code = found.pop("code")
+    assert [code[name] for name in ("version", "commit", "changed")] == ["9.8", commit, changed]
     assert found["command"] == "dar fit '--name=a b'"
     assert (found["precision"], found["device"][:5]) == ("bf16-mixed", "cpu (")
-
-
-@pytest.mark.parametrize(
-    ("path", "changed"),
-    [("README.md", True), ("dar_lightning/__init__.py", True), ("dar_lightning/new.py", True), ("notes.txt", False)],
-)
-def test_changes_of_the_tree_are_noted(checkout, path, changed):
-    folder, commit = checkout
-    with (folder.parent / path).open("a") as file:
-        file.write("# more\n")
-    found = ask(folder, folder)["code"]
-    assert (found["commit"], found["changed"]) == (commit, changed)
 
 
 @pytest.mark.parametrize("case", ["no git", "a git that hangs", "no repository", "installed inside of one"])
@@ -103,27 +102,27 @@ def test_without_a_commit_there_is_none(case, tmp_path):
     if case == "a git that hangs":
         (tmp_path / "bin" / "git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
         (tmp_path / "bin" / "git").chmod(0o755)
-        module = folder / MODULE.name
+        module = folder / "records" / MODULE.name
         module.write_text(module.read_text().replace("GIT_SECONDS = 5", "GIT_SECONDS = 0.2"))
     found = ask(folder, tmp_path, PATH=path)["code"]
     assert (found["version"], found["commit"], found["changed"]) == ("9.8", None, None)
     assert len(found["sha256"]) == 64
 
 
-def test_the_hash_is_of_what_decides_results(checkout, tmp_path):
-    folder, _ = checkout
-    (folder / "shipped").mkdir()
-    (folder / "shipped" / "config.json").write_text("{}")
-    copy = tmp_path / "copy" / "dar_lightning"
-    shutil.copytree(folder, copy)
-    first = ask(folder, tmp_path)["code"]["sha256"]
-    assert ask(copy, tmp_path)["code"]["sha256"] == first
-    (copy / "README.md").write_text("words")
-    assert ask(copy, tmp_path)["code"]["sha256"] == first
-    (copy / "shipped" / "config.json").write_text('{"a": 1}')
-    second = ask(copy, tmp_path)["code"]["sha256"]
-    (copy / "shipped" / "config.json").rename(copy / "shipped" / "other.json")
-    assert len({first, second, ask(copy, tmp_path)["code"]["sha256"]}) == 3
+def test_the_hash_is_of_what_decides_results(tmp_path, monkeypatch):
+    folder = package(tmp_path)
+    monkeypatch.setattr(provenance, "PACKAGE", folder)
+    hashes = [provenance.read_code()["sha256"]]
+    for path, text in (("README.md", "words"), ("config.json", "{}"), ("config.json", '{"a": 1}')):
+        (folder / path).write_text(text)
+        hashes.append(provenance.read_code()["sha256"])
+    (folder / "config.json").rename(folder / "other.json")
+    hashes.append(provenance.read_code()["sha256"])
+    folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "elsewhere")
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+    assert provenance.read_code()["sha256"] == hashes[-1]
 
 
 def test_names():
@@ -179,36 +178,28 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+# File of a verb -> the precision it notes, and where in the file its provenance is.
 RECORDS = {
-    "fit": ("32-true", lambda root: read(root / "run/logs/provenance.json")[0]),
-    "fit, checkpoint": ("32-true", lambda root: torch.load(root / "run/checkpoints/last.ckpt")["provenance"][0]),
-    "fit, FID": (
-        "32-true",
-        lambda root: read(next((root / "run/evaluation").glob("gFD-*")))["protocol"]["provenance"],
-    ),
-    "extract": ("32-true", lambda root: read(root / "codes/provenance.json")[0]),
-    "reconstruct": ("float32", lambda root: read(root / "out/reconstruction.json")["protocol"]["provenance"]),
-    "sample": ("float32", lambda root: read(root / "out/samples.json")["provenance"]),
-    "evaluate": ("float32", lambda root: read(root / "out/evaluation.json")["protocol"]["provenance"]),
-    "of what evaluate measured": (
-        "float32",
-        lambda root: read(root / "out/evaluation.json")["protocol"]["samples"]["provenance"],
-    ),
-    "table": ("float32", lambda root: read(root / "table/table.json")["provenance"]),
-    "table, row": ("float32", lambda root: read(root / "table/table.json")["rows"][0]["protocol"]["provenance"]),
-    "predict": ("32-true", lambda root: read(root / "drawn.json")["provenance"][0]),
+    "run/logs/provenance.json": ("32-true", [0]),
+    "run/evaluation/gFD-color_edges-0000001.json": ("32-true", ["protocol", "provenance"]),
+    "codes/provenance.json": ("32-true", [0]),
+    "out/reconstruction.json": ("float32", ["protocol", "provenance"]),
+    "out/samples.json": ("float32", ["provenance"]),
+    "out/evaluation.json": ("float32", ["protocol", "provenance"]),
+    "out/evaluation.json of the samples": ("float32", ["protocol", "samples", "provenance"]),
+    "table/table.json": ("float32", ["provenance"]),
+    "table/table.json of a row": ("float32", ["rows", 0, "protocol", "provenance"]),
+    "drawn.json": ("32-true", ["provenance", 0]),
 }
 
 
-@pytest.mark.parametrize("kind", RECORDS)
-def test_every_result_says_what_made_it(kind, made):
-    precision, record = RECORDS[kind]
-    found = record(made)
-    try:
-        commit = git(MODULE.parent, "rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):  # the tests of a source archive
-        commit = None
-    assert found["code"]["commit"] == commit
+@pytest.mark.parametrize("file", RECORDS)
+def test_every_result_says_what_made_it(file, made):
+    precision, steps = RECORDS[file]
+    found = read(made / file.partition(" ")[0])
+    for step in steps:
+        found = found[step]
+    assert found["code"]["commit"] == provenance.read_code()["commit"]
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found["versions"]["lightning"] == lightning.__version__
     assert found["device"].startswith("cpu")
@@ -217,10 +208,10 @@ def test_every_result_says_what_made_it(kind, made):
 
 
 def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
-    """The second part is of other code, the third one of the same."""
-    codes = str(made / "codes")
+    """The second part is of other code, the third one of the same; a checkpoint of before has no list."""
+    codes, first = str(made / "codes"), made / "run/checkpoints/last.ckpt"
     monkeypatch.setattr(provenance, "_code_at_first_call", lambda: {"sha256": "other"})
-    for steps, start in ((2, made / "run/checkpoints/last.ckpt"), (3, "last")):
+    for steps, start in ((2, first), (3, "last")):
         words = fit_ar(codes, codes, tmp_path / "run", max_steps=steps, limit_val_batches=0)
         main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={start}"])
     listed = read(tmp_path / "run/logs/provenance.json")
@@ -229,14 +220,12 @@ def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
     assert listed[1]["code"] == {"sha256": "other"}
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt")["provenance"] == listed
 
-
-def test_a_checkpoint_of_before_is_resumed(made, tmp_path):
-    checkpoint = torch.load(made / "run/checkpoints/last.ckpt")
-    del checkpoint["provenance"]
+    checkpoint = torch.load(first)
+    assert checkpoint.pop("provenance") == listed[:1]
     torch.save(checkpoint, tmp_path / "before.ckpt")
-    words = fit_ar(str(made / "codes"), str(made / "codes"), tmp_path / "run", max_steps=2, limit_val_batches=0)
+    words = fit_ar(codes, codes, tmp_path / "old", max_steps=2, limit_val_batches=0)
     main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={tmp_path}/before.ckpt"])
-    assert [one["from_step"] for one in read(tmp_path / "run/logs/provenance.json")] == [1]
+    assert [one["from_step"] for one in read(tmp_path / "old/logs/provenance.json")] == [1]
 
 
 @pytest.mark.parametrize("noted", [True, False])

@@ -1,15 +1,14 @@
-"""What must hold for any weights: causality, prefixes, batches, sizes, dtypes."""
+"""What must hold for any weights: causality, prefixes, batches, sizes, dtypes; and what is refused."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.blocks import axial_rotary, rotate
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.encoder import query_mask
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 # Other matrix shapes round differently.
@@ -20,10 +19,12 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     return ((ours.float() - expected).abs().max() / expected.abs().max()).item()
 
 
-def change(codes: Tensor, position: int, codebook_size: int) -> Tensor:
-    codes = codes.clone()
-    codes[:, position] = (codes[:, position] + 1) % codebook_size
-    return codes
+def random_images(count: int = 2, size=(32, 32)) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def codes_of(length: int = 32) -> Tensor:
+    return torch.arange(length)[None] % 64
 
 
 def lively(**changes) -> SequentialDiffusionTokenizer:
@@ -36,15 +37,22 @@ def lively(**changes) -> SequentialDiffusionTokenizer:
     return tokenizer.eval()
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> SequentialDiffusionTokenizer:
+    """Not to be changed."""
+    return lively()
+
+
 # ---- causality
 
 
-@pytest.mark.parametrize("position", [0, 7, 8, 17, -1])
+@pytest.mark.parametrize("position", [0, 7, 8, -1])
 def test_a_token_changes_nothing_before_it(golden, position):
     """Bit for bit."""
-    tokenizer, codes = golden.tokenizer, golden.outputs["codes"][:1].long()
+    tokenizer, codes = golden.model, golden.outputs["codes"][:1].long()
     position %= codes.shape[1]
-    changed = change(codes, position, tokenizer.config.codebook_size)
+    changed = codes.clone()
+    changed[:, position] = (changed[:, position] + 1) % tokenizer.config.codebook_size
     before, after = tokenizer.condition(codes), tokenizer.condition(changed)
     assert torch.equal(before[:, :position], after[:, :position])
     assert not torch.equal(before[:, position], after[:, position])
@@ -56,27 +64,21 @@ def test_a_token_changes_nothing_before_it(golden, position):
     assert not torch.equal(before[:, group], after[:, group])
 
 
-def test_a_query_reads_the_image_and_the_queries_up_to_itself():
-    mask = query_mask(3, 4)
-    expected = [[j < 3 or 3 <= j <= i for j in range(7)] for i in range(7)]
-    assert mask.tolist() == expected
-
-
 def test_a_prefix_is_decoded_as_in_the_full_sequence(golden):
-    tokenizer, codes = golden.tokenizer, golden.outputs["codes"][:2].long()
+    tokenizer, codes = golden.model, golden.outputs["codes"][:2].long()
     noise = golden.inputs["train_noise"][:2]
     full, previews = tokenizer.condition(codes), tokenizer.previews(codes, noise)
     size = tokenizer.config.num_tokens // tokenizer.config.num_groups
-    for groups in range(1, tokenizer.config.num_groups + 1):
+    for groups in (1, tokenizer.config.num_groups - 1):
         prefix = codes[:, : groups * size]
         assert relative_error(tokenizer.condition(prefix), full[:, : groups * size]) < ROUNDING
         assert relative_error(tokenizer.detokenize(prefix, noise), previews[:, groups - 1]) < ROUNDING
         assert relative_error(tokenizer.previews(prefix, noise), previews[:, :groups]) < ROUNDING
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_streaming_equals_decoding(golden, chunk):
-    tokenizer, codes = golden.tokenizer, golden.outputs["codes"][:1].long()
+    tokenizer, codes = golden.model, golden.outputs["codes"][:1].long()
     noise = golden.inputs["decode_noise"][:1]
     size = tokenizer.config.num_tokens // tokenizer.config.num_groups
     read = []
@@ -97,24 +99,21 @@ def test_streaming_equals_decoding(golden, chunk):
 
 
 def test_an_image_does_not_depend_on_its_batch(golden):
-    tokenizer, images = golden.tokenizer, golden.inputs["images"]
+    tokenizer, images = golden.model, golden.inputs["images"]
     codes = tokenizer.tokenize(images)
-    alone = torch.cat([tokenizer.tokenize(image[None]) for image in images])
-    assert torch.equal(codes, alone)
+    assert torch.equal(codes, torch.cat([tokenizer.tokenize(image[None]) for image in images]))
 
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(codes))]
-    noise = tokenizer.draw_noise(len(codes), [torch.Generator().manual_seed(seed) for seed in range(len(codes))])
     together = tokenizer.detokenize(codes, generator=generators)
     for i in range(len(codes)):
-        assert torch.equal(noise[i : i + 1], tokenizer.draw_noise(1, torch.Generator().manual_seed(i)))
-        one = tokenizer.detokenize(codes[i : i + 1], generator=[torch.Generator().manual_seed(i)])
-        assert relative_error(one, together[i : i + 1]) < ROUNDING
+        noise = tokenizer.draw_noise(1, torch.Generator().manual_seed(i))
+        assert relative_error(tokenizer.detokenize(codes[i : i + 1], noise), together[i : i + 1]) < ROUNDING
     with pytest.raises(UserError, match="list of 2"):
         tokenizer.detokenize(codes, generator=generators[:2])
 
 
 def test_encoding_draws_no_random_number(golden):
-    tokenizer, codes = golden.tokenizer, golden.outputs["codes"][:1].long()
+    tokenizer, codes = golden.model, golden.outputs["codes"][:1].long()
     state = torch.get_rng_state()
     tokenizer.tokenize(golden.inputs["images"])
     tokenizer.detokenize(codes, golden.inputs["decode_noise"][:1])
@@ -125,44 +124,37 @@ def test_encoding_draws_no_random_number(golden):
 # ---- sizes
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 96), (96, 32), (80, 48), (128, 128)])
-def test_other_sizes_and_shapes(size):
-    tokenizer = lively(decoder_patch_size=8)
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("size", [(32, 96), (80, 48), (128, 128)])
+def test_other_sizes_and_shapes(tokenizer, size):
+    images = random_images(size=size)
     codes = tokenizer.tokenize(images)
     assert codes.shape == (2, 32)
-    noise = tokenizer.draw_noise(2, size=size)
-    decoded = tokenizer.detokenize(codes, noise)
+    decoded = tokenizer.detokenize(codes, tokenizer.draw_noise(2, size=size))
     assert decoded.shape == images.shape
     assert decoded.isfinite().all()
-    losses = tokenizer.training_losses(images)
-    assert losses["x1_hat"].shape == images.shape
+    assert tokenizer.training_losses(images)["x1_hat"].shape == images.shape
+    assert tokenizer.detokenize(codes).shape[-2:] == (64, 64), "the config's size, without noise"
 
 
-def test_rows_and_columns_are_told_apart():
-    """Turning by the angle that the row (first half of the pairs) or the column (second half) gives, one by one."""
-    height, width, head_dim = 2, 3, 16
-    rotary = axial_rotary(height, width, head_dim)
-    x = torch.randn(height * width, head_dim, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, rotary)
-    for row in range(height):
-        for column in range(width):
-            index = row * width + column
-            for pair in range(head_dim // 2):
-                place, number = (row, pair) if pair < head_dim // 4 else (column, pair - head_dim // 4)
-                angle = torch.tensor(place * 10000 ** (-2 * number / (head_dim // 2)))
-                a, b = x[index, 2 * pair], x[index, 2 * pair + 1]
-                expected = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()])
-                assert torch.allclose(turned[index, 2 * pair : 2 * pair + 2], expected, atol=1e-6)
+# ---- the REPA head
 
 
-@pytest.mark.parametrize("size", [(60, 64), (64, 40)])
-def test_sizes_that_the_patches_do_not_divide(size):
-    tokenizer = lively()
-    with pytest.raises(UserError, match="is not a multiple of"):
-        tokenizer.tokenize(torch.zeros(1, 3, *size))
-    with pytest.raises(UserError, match="is not a multiple of"):
-        lively(decoder_patch_size=16).detokenize(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 3, *size))
+def test_repa_head():
+    """On the grid of its teacher, also below 16 x 16 and on 20 x 20, where the official code fails or does not pool."""
+    tokenizer = lively(repa_layer=1, decoder_patch_size=4)
+    for side in (16, 80):
+        hidden = tokenizer.training_losses(torch.zeros(1, 3, side, side))["hidden"]
+        assert hidden.shape[-2:] == (side // 4, side // 4)
+        assert tokenizer.decoder.project_hidden(hidden, (16, 16)).shape == (1, 256, 768)
+    hidden = torch.randn(1, 64, 32, 32)
+    pooled = F.avg_pool2d(hidden, 2).flatten(2).transpose(1, 2)  # as the official code where that works
+    ours = tokenizer.decoder.project_hidden(hidden, (16, 16))
+    torch.testing.assert_close(ours, tokenizer.decoder.repa_head(pooled), atol=1e-5, rtol=1e-5)
+
+    tokenizer.decoder.repa_head = None  # it runs in training only
+    tokenizer.previews(codes_of(), torch.randn(1, 3, 16, 16))
+    list(tokenizer.stream([codes_of()], torch.randn(1, 3, 16, 16)))
+    tokenizer.tokenize(torch.zeros(1, 3, 16, 16))
 
 
 # ---- dtypes
@@ -175,69 +167,41 @@ BF16_ERROR = 0.03
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bfloat16_is_near_float32(golden, how):
     codes, noise = golden.outputs["codes"][:1].long(), golden.inputs["decode_noise"][:1]
-    expected, cond = golden.tokenizer.detokenize(codes, noise), golden.tokenizer.condition(codes)
-    if how == "weights":
-        half = copy.deepcopy(golden.tokenizer).bfloat16()
-        image, half_cond = half.detokenize(codes, noise), half.condition(codes)
-        assert (image.dtype, half_cond.dtype) == (torch.float32, torch.bfloat16)
-        tokens = half.tokenize(golden.inputs["images"].bfloat16())
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            image, half_cond = golden.tokenizer.detokenize(codes, noise), golden.tokenizer.condition(codes)
-            tokens = golden.tokenizer.tokenize(golden.inputs["images"])
+    expected, cond = golden.model.detokenize(codes, noise), golden.model.condition(codes)
+    model = copy.deepcopy(golden.model).bfloat16() if how == "weights" else golden.model
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        image, half_cond = model.detokenize(codes, noise), model.condition(codes)
+        tokens = model.tokenize(golden.inputs["images"])
+        streamed = list(model.stream(codes.split(1, dim=1), noise))
+    assert image.dtype == streamed[0].dtype == torch.float32
     assert relative_error(half_cond, cond) < BF16_ERROR
     assert relative_error(image, expected) < BF16_ERROR
+    assert relative_error(streamed[-1], expected) < BF16_ERROR
     assert (tokens == golden.outputs["codes"]).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("prediction", ["velocity", "image"])
-@pytest.mark.parametrize("bypass", [False, True])
-def test_bfloat16_weights_take_float32_images_and_noise(prediction, bypass):
-    half = lively(prediction=prediction, latent_norm="batch", repa_layer=1).bfloat16()
-    half.quantizer.bypass = bypass
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    codes = half.tokenize(images)
-    image, previews = half.detokenize(codes, images), half.previews(codes, images)
-    streamed = list(half.stream(codes.split(1, dim=1), images))
-    assert image.dtype == previews.dtype == streamed[0].dtype == torch.float32
-    assert torch.equal(image, previews[:, -1])
-    assert len(streamed) == half.config.num_groups
-    losses = half.training_losses(images, noise=images)
-    (losses["flow"] + losses["vq"] + losses["commit"]).backward()
-    assert all(losses[name].dtype == torch.float32 for name in ("flow", "vq", "commit", "x1_hat"))
-    assert half.encoder.to_latent.weight.grad.isfinite().all()
-
-
-def test_float64_agrees_with_float32(golden):
-    codes, noise = golden.outputs["codes"][:1].long(), golden.inputs["decode_noise"][:1]
-    double = copy.deepcopy(golden.tokenizer).double().detokenize(codes, noise)
-    assert relative_error(golden.tokenizer.detokenize(codes, noise), double) < ROUNDING
 
 
 # ---- variants
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "steps"),
     [
-        dict(group_rounding="ceil"),
-        dict(time_shift=1.0),
-        dict(num_groups=1),
-        dict(num_groups=16),
-        dict(tokens_per_step=16),
-        dict(tokens_per_step=4),
-        dict(low_rank_queries=False),
-        dict(prediction="image"),
+        (dict(group_rounding="ceil"), None),
+        (dict(time_shift=1.0), 11),
+        (dict(num_groups=1), 11),
+        (dict(num_groups=16), None),
+        (dict(tokens_per_step=16), 11),
+        (dict(tokens_per_step=4), None),
+        (dict(low_rank_queries=False), None),
+        (dict(prediction="image"), 11),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("steps", [None, 11])
 def test_variants_train_and_decode(changes, steps):
-    tokenizer = lively(**changes)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokenizer, images = lively(**changes), random_images()
     losses = tokenizer.training_losses(images)
     (losses["flow"] + losses["vq"] + losses["commit"]).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in tokenizer.parameters())
+    assert all(p.requires_grad and (p.grad is None or p.grad.isfinite().all()) for p in tokenizer.parameters())
 
     codes, noise = tokenizer.tokenize(images), torch.randn(2, 3, 32, 32)
     for solver in ("euler", "adams2", "adams2_variable"):
@@ -247,26 +211,16 @@ def test_variants_train_and_decode(changes, steps):
         assert torch.equal(previews[:, -1], tokenizer.detokenize(codes, noise, solver, num_steps=steps))
 
 
-def test_full_rank_queries_hold_what_low_rank_ones_compute():
-    low, full = lively(), lively(low_rank_queries=False)
-    full.load_state_dict({k: v for k, v in low.state_dict().items() if "quer" not in k}, strict=False)
-    assert full.encoder.queries.weight.shape == (1024, 64)
+def test_full_rank_queries_hold_what_low_rank_ones_compute(tokenizer):
+    full = lively(low_rank_queries=False)
+    full.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if "quer" not in k}, strict=False)
     with torch.no_grad():
-        full.encoder.queries.weight.copy_(low.encoder.query_proj(low.encoder.queries.weight))
-    images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(full.encoder(images), low.encoder(images))
+        full.encoder.queries.weight.copy_(tokenizer.encoder.query_proj(tokenizer.encoder.queries.weight))
+    images = random_images(1)
+    assert torch.equal(full.encoder(images), tokenizer.encoder(images))
 
 
-def test_more_steps_than_groups_approach_a_limit():
-    """Each group's window serves several steps; the solution of the same equation gets finer."""
-    tokenizer = lively(num_groups=1)
-    codes, noise = torch.zeros(1, 32, dtype=torch.long), torch.randn(1, 3, 32, 32)
-    images = [tokenizer.detokenize(codes, noise, "adams2_variable", num_steps=steps) for steps in (8, 16, 32, 256)]
-    errors = [relative_error(image, images[-1]) for image in images[:-1]]
-    assert errors[2] < errors[1] < errors[0]
-
-
-@pytest.mark.parametrize("u", [0.2, 0.99, 1.0])
+@pytest.mark.parametrize("u", [0.2, 1.0])
 def test_the_loss_of_an_image_estimate_is_zero_at_the_image(u):
     """At every time, also where sampling bounds 1 - t from below."""
     tokenizer = lively(prediction="image")
@@ -281,13 +235,10 @@ def test_the_loss_of_an_image_estimate_is_zero_at_the_image(u):
 
 
 def test_tokenizing_in_training_mode_uses_running_statistics_and_keeps_them():
-    tokenizer = lively(latent_norm="batch")
-    tokenizer.train()
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokenizer, images = lively(latent_norm="batch").train(), random_images(4)
     tokenizer.training_losses(images)  # statistics worth the name
     before = {name: buffer.clone() for name, buffer in tokenizer.named_buffers()}
     codes = tokenizer.tokenize(images)
-    assert tokenizer.training
     assert tokenizer.encoder.latent_norm.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in tokenizer.named_buffers())
     assert torch.equal(codes, tokenizer.eval().tokenize(images))
@@ -296,40 +247,51 @@ def test_tokenizing_in_training_mode_uses_running_statistics_and_keeps_them():
 # ---- mistakes
 
 
-@pytest.mark.parametrize("code", [-1, 64])
-def test_codes_outside_the_codebook(code):
-    tokenizer, codes = lively(), torch.zeros(1, 32, dtype=torch.long)
-    codes[0, 3] = code
-    for decode in (tokenizer.condition, tokenizer.detokenize, tokenizer.previews):
-        with pytest.raises(UserError, match="need 0 to 63"):
-            decode(codes)
-    with pytest.raises(UserError, match="need 0 to 63"):
-        next(tokenizer.stream([codes], torch.zeros(1, 3, 16, 16)))
-
-
-def test_codes_too_few_for_a_window_wider_than_a_group():
-    tokenizer = lively(tokens_per_step=16)
-    with pytest.raises(
-        UserError, match=r"codes hold 8 tokens: .* groups of 8, and at least the 16 that the first step"
-    ):
-        tokenizer.detokenize(torch.zeros(1, 8, dtype=torch.long))
-    assert tokenizer.detokenize(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 3, 64, 64)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *((lambda t, n=n: t.detokenize(codes_of(n)), r"groups of 8|at most 32") for n in (0, 7, 33)),
+        *((lambda t, m=m: t.detokenize(codes_of(), groups=m), "from 1 to 4 groups") for m in (0, 5)),
+        (lambda t: t.detokenize(codes_of(16), groups=3), "3 groups need 24 tokens: the codes hold 16"),
+        (lambda t: t.detokenize(codes_of(), num_steps=0), "num_steps is 0"),
+        (lambda t: t.condition(codes_of().float()), "need integers"),
+        (lambda t: t.condition(codes_of()[0]), "need integers"),
+        (lambda t: t.condition(codes_of() - 1), "codes are from -1 to 30: need 0 to 63"),
+        (lambda t: t.previews(codes_of() + 33), "codes are from 33 to 64: need 0 to 63"),
+        (lambda t: next(t.stream([codes_of() + 33], torch.zeros(1, 3, 16, 16))), "need 0 to 63"),
+        (lambda t: t.tokenize(torch.zeros(1, 3, 60, 64)), "is not a multiple of encoder_patch_size 16"),
+        (lambda t: t.detokenize(codes_of(), torch.zeros(1, 3, 64, 40)), "is not a multiple of encoder_patch_size 16"),
+        (lambda t: t.training_losses(torch.zeros(1, 3, 64, 40)), "is not a multiple of encoder_patch_size 16"),
+        (
+            lambda t: lively(tokens_per_step=16).detokenize(codes_of(8)),
+            "codes hold 8 tokens: .* groups of 8, and at least the 16 that the first step",
+        ),
+    ],
+)
+def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
+    with pytest.raises(UserError, match=message):
+        call(tokenizer)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        *(
-            {name: 0}
-            for name in ("encoder_patch_size", "decoder_patch_size", "head_dim", "encoder_depth", "codebook_dim")
-        ),
-        *({name: -64} for name in ("encoder_dim", "conditioner_dim", "decoder_dim", "conditioner_depth", "head_dim")),
-        *({name: float("nan")} for name in ("data_std", "time_shift")),
-        {"data_std": float("inf")},
+        *(({name: 0}, f"{name} is 0") for name in ("encoder_patch_size", "head_dim", "encoder_depth", "codebook_dim")),
+        *(({name: -64}, f"{name} is -64") for name in ("encoder_dim", "decoder_dim", "conditioner_depth")),
+        *(({"data_std": value}, f"data_std is {value}") for value in (float("nan"), float("inf"))),
+        ({"time_shift": 0.0}, "time_shift is 0.0"),
+        ({"num_groups": 5}, "num_tokens 32 is not a multiple of num_groups 5"),
+        ({"num_tokens": 2048}, "num_tokens is 2048"),
+        ({"tokens_per_step": 33}, "tokens_per_step is 33"),
+        ({"tokens_per_step": 0}, "tokens_per_step is 0"),
+        ({"image_size": 66}, "image_size 66"),
+        ({"encoder_dim": 100}, "encoder_dim 100"),
+        ({"head_dim": 2}, "head_dim is 2: 2-D RoPE"),
+        ({"repa_layer": 2}, "repa_layer is 2"),
+        ({"group_rounding": "floor"}, "group_rounding is 'floor'"),
     ],
     ids=str,
 )
-def test_impossible_configs(changes):
-    (name,) = changes
-    with pytest.raises(UserError, match=f"^{name} is [^\n]*$"):
+def test_impossible_configs(changes, message):
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
         TokenizerConfig(**(TokenizerConfig.preset("tiny").to_dict() | changes))

@@ -1,5 +1,15 @@
+from pathlib import Path
+
 import pytest
-from tiny_models import write_images, write_tokens
+from ranks import TwoRanks
+from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
+
+
+def pytest_collection_modifyitems(items):
+    """Lightning's warnings of options, loaders and loggers say nothing about these tests."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +24,24 @@ def tokens(tmp_path_factory) -> tuple[str, str]:
     """Token shards, likewise."""
     root = tmp_path_factory.mktemp("tokens")
     return write_tokens(root / "train", 22), write_tokens(root / "val", 7)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> str:
+    """The tiny tokenizer as a folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory) -> str:
+    """A file of a random VGG16."""
+    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()

@@ -6,23 +6,17 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from runs import STILL, ar_module, events, image_data, token_data, tokenizer_module, trainer
 from test_resume import WHAT, DieAt, Killed, ar_command, differences, last, run, tokenizer_command
-from tiny_models import AR, SIZE, TOKENIZER, fit_ar, make_ar, make_tokenizer
+from tiny_models import fit_ar
 from torch.utils.data import TensorDataset
 
-from dar_lightning.ar.config import ARConfig
 from dar_lightning.cli import main
-from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.sampler import TrainSampler, shuffled
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.batch_plan import accumulation
 from dar_lightning.training.callbacks import GlobalBatch
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 
 
 @pytest.mark.parametrize(
@@ -47,7 +41,7 @@ def test_what_does_not_fit_is_answered_with_what_would(global_batch, batch_size,
         accumulation(global_batch, batch_size, devices)
 
 
-@pytest.mark.parametrize("division", [(1, 24, 1), (1, 8, 3), (2, 3, 4), (3, 8, 1), (4, 1, 6)], ids=str)
+@pytest.mark.parametrize("division", [(1, 24, 1), (2, 3, 4), (4, 1, 6)], ids=str)
 def test_steps_hold_the_same_samples_however_they_are_divided(division):
     """103 samples in steps of 24: four steps an epoch, and 7 samples are left out."""
     devices, batch_size, parts = division
@@ -75,10 +69,7 @@ class Gradients(Callback):
 
 def first_gradients(module, data, global_batch: int) -> dict:
     gradients = Gradients()
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    Trainer(
-        accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[GlobalBatch(global_batch), gradients], **quiet
-    ).fit(module, datamodule=data)
+    trainer(GlobalBatch(global_batch), gradients, max_steps=1, limit_val_batches=0).fit(module, data)
     return gradients.found
 
 
@@ -90,20 +81,17 @@ def check_gradients(found: dict, model: torch.nn.Module, prefix: str) -> None:
 
 
 def test_two_batches_of_tokens_are_one_of_twice_the_size(tokens):
-    quiet = dict(class_dropout=0.0, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
-    module = ARModule(ARConfig(**AR | quiet))
-    module.ar.load_state_dict(make_ar(**quiet).state_dict())
+    module = ar_module(STILL)
     whole = copy.deepcopy(module.ar)
-    found = first_gradients(module, CodesDataModule(*tokens, batch_size=3), global_batch=6)
-    batch = next(iter(CodesDataModule(*tokens, batch_size=6).train_dataloader()))
+    found = first_gradients(module, token_data(tokens, 3), global_batch=6)
+    batch = next(iter(token_data(tokens, 6).train_dataloader()))
     F.cross_entropy(whole(batch["label"], batch["codes"]).transpose(1, 2), batch["codes"]).backward()
     check_gradients(found, whole, "ar.")
 
 
 def test_two_batches_of_images_are_one_of_twice_the_size(images):
     """With stratified times every batch reads as many tokens, over which the codebook's losses are averaged."""
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER), time_sampling="stratified")
-    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
+    module = tokenizer_module(time_sampling="stratified")
     whole = copy.deepcopy(module.tokenizer).train()
     drawn, original = [], module.tokenizer.training_losses
 
@@ -112,10 +100,10 @@ def test_two_batches_of_images_are_one_of_twice_the_size(images):
         return original(pixels, *drawn[-1])
 
     module.tokenizer.training_losses = record
-    found = first_gradients(module, ImageNetDataModule(*images, image_size=SIZE, batch_size=4), global_batch=8)
+    found = first_gradients(module, image_data(images), global_batch=8)
     u, noise = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     assert not torch.equal(noise[:4], noise[4:])
-    batch = next(iter(ImageNetDataModule(*images, image_size=SIZE, batch_size=8).train_dataloader()))
+    batch = next(iter(image_data(images, 8).train_dataloader()))
     losses = whole.training_losses(batch["image"] / 127.5 - 1, u, noise)
     (losses["flow"] + losses["vq"] + losses["commit"]).backward()
     check_gradients(found, whole, "tokenizer.")
@@ -150,10 +138,10 @@ PARTS = ["--data.init_args.batch_size=2", "--global_batch=4"]  # 22 samples: 5 s
 
 @pytest.fixture(scope="module")
 def whole(images, tokens, tmp_path_factory) -> dict:
-    root, commands = tmp_path_factory.mktemp("whole"), {"tokenizer": tokenizer_command, "ar": ar_command}
-    for part, command in commands.items():
-        run([*command(images if part == "tokenizer" else tokens, root / part), *PARTS], every=14)
-    return {part: last(root / part) for part in commands}
+    root = tmp_path_factory.mktemp("whole")
+    run([*tokenizer_command(images, root / "tokenizer"), *PARTS], every=14)
+    run([*ar_command(tokens, root / "ar"), *PARTS], every=14)
+    return {part: last(root / part) for part in ("tokenizer", "ar")}
 
 
 # Batches 2k + 1 are the first half of step k: 7 is one before the codebook starts, 15 one of the second epoch.
@@ -207,14 +195,10 @@ def test_mistakes_end_before_the_first_file(options, line, tokens, tmp_path, cap
 
 
 def test_the_plan_is_printed_and_logged(tokens, tmp_path, caplog):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     options = ["--data.init_args.batch_size=2", "--global_batch=8", "--trainer.max_epochs=3", "--trainer.max_steps=-1"]
     descent = ["--model.init_args.optimizer.decay_epochs=1.5", "--model.init_args.optimizer.lr=1e-3"]
     with caplog.at_level("INFO"):
         main([str(word) for word in [*fit_ar(*tokens, tmp_path), *options, *descent]])
     plan = "global batch 8 = 2 x 1 device x 4 accumulated; 6 steps (3 epochs of 2); lr 0.001"
     assert plan in caplog.text
-    events = EventAccumulator(str(tmp_path / "logs"))
-    events.Reload()
-    assert events.Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode() == plan
+    assert events(tmp_path).Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode() == plan

@@ -2,28 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import AR, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
+from runs import ar_module, tokenizer_module
+from tiny_models import SIZE, random_codes
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import ARModule, TokenizerModule
-
 DEEP = {"encoder_depth": 2, "conditioner_depth": 2, "decoder_depth": 2}
 PARTS = ("encoder", "conditioner", "decoder")
-
-
-def tokenizer_module(parts: list[str] | None) -> TokenizerModule:
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER | DEEP), activation_checkpointing=parts)
-    module.tokenizer.load_state_dict(make_tokenizer(**DEEP).state_dict())
-    return module
-
-
-def ar_module(on: bool) -> ARModule:
-    module = ARModule(ARConfig(**AR), activation_checkpointing=on)
-    module.ar.load_state_dict(make_ar().state_dict())
-    return module
 
 
 IMAGES = {"image": torch.randint(256, (3, 3, SIZE, SIZE), generator=torch.manual_seed(0), dtype=torch.uint8)}
@@ -43,7 +28,7 @@ def step(module, batch: dict) -> tuple[dict, int, FlopCounterMode]:
     with FlopCounterMode(display=False) as flops:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             output = module.train().training_step(batch, 0)
-        (output["loss"] if isinstance(output, dict) else output).backward()
+        output["loss"].backward()
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return gradients, sum(waiting.values()), flops
 
@@ -58,12 +43,12 @@ def forward_flops(flops: FlopCounterMode, part: str) -> int:
 
 @pytest.mark.parametrize("parts", [*([part] for part in PARTS), list(PARTS)], ids=str)
 def test_tokenizer(parts):
-    plain, plain_bytes, plain_flops = step(tokenizer_module(None), IMAGES)
-    found, found_bytes, flops = step(tokenizer_module(parts), IMAGES)
+    plain, plain_bytes, plain_flops = step(tokenizer_module(DEEP), IMAGES)
+    found, found_bytes, flops = step(tokenizer_module(DEEP, activation_checkpointing=parts), IMAGES)
     assert found.keys() == plain.keys()
     assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
     with FlopCounterMode(display=False) as forward:
-        tokenizer_module(None).tokenizer.training_losses(IMAGES["image"].float())
+        tokenizer_module(DEEP).tokenizer.training_losses(IMAGES["image"].float())
     extra = sum(forward_flops(forward, part) for part in parts)
     assert extra > 0
     assert flops.get_total_flops() - plain_flops.get_total_flops() == extra
@@ -71,19 +56,12 @@ def test_tokenizer(parts):
 
 
 def test_ar_with_dropout():
-    plain, plain_bytes, plain_flops = step(ar_module(False), TOKENS)
-    found, found_bytes, flops = step(ar_module(True), TOKENS)
-    other, *_ = step(ar_module(False), TOKENS | {"label": torch.tensor([2, 2, 2])})
+    plain, plain_bytes, plain_flops = step(ar_module(), TOKENS)
+    found, found_bytes, flops = step(ar_module(activation_checkpointing=True), TOKENS)
+    other, *_ = step(ar_module(), TOKENS | {"label": torch.tensor([2, 2, 2])})
     assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
     assert not torch.equal(other["ar.blocks.0.ffn.up.weight"], plain["ar.blocks.0.ffn.up.weight"])
     with FlopCounterMode(display=False) as forward:
-        ar_module(False).train().ar(TOKENS["label"], TOKENS["codes"])
+        ar_module().train().ar(TOKENS["label"], TOKENS["codes"])
     assert flops.get_total_flops() - plain_flops.get_total_flops() == forward_flops(forward, "armodel") > 0
     assert found_bytes < 0.5 * plain_bytes
-
-
-def test_a_cache_does_not_grow_twice():
-    conditioner = tokenizer_module(["conditioner"]).tokenizer.conditioner
-    cache = conditioner.make_cache()
-    conditioner(torch.randn(1, 3, 4), cache).sum().backward()
-    assert [one.length for one in cache] == [3, 3]

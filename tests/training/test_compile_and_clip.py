@@ -5,17 +5,13 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from tiny_models import AR, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
+from runs import ar_module, image_data, tokenizer_module, trainer
+from tiny_models import SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import ARModule, TokenizerModule
+from dar_lightning.training import TokenizerModule
 from dar_lightning.training.optim import OptimizerConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 
@@ -23,8 +19,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_tokenizer_computes_the_same():
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER), compile=True)
-    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
+    module = tokenizer_module(compile=True)
     assert module.tokenizer.state_dict().keys() == make_tokenizer().state_dict().keys()
     images, u, noise = torch.rand(3, 3, SIZE, SIZE) * 2 - 1, torch.rand(3), torch.randn(3, 3, SIZE, SIZE)
     parts = (module.tokenizer.encoder, module.tokenizer.conditioner, module.tokenizer.decoder)
@@ -44,8 +39,7 @@ def test_a_compiled_tokenizer_computes_the_same():
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_ar_model_computes_the_same():
-    module = ARModule(ARConfig(**AR), compile=True).eval()
-    module.ar.load_state_dict(make_ar().state_dict())
+    module = ar_module(compile=True).eval()
     assert all(block._compiled_call_impl is not None for block in module.ar.blocks)
     codes, labels = torch.from_numpy(random_codes(3)), torch.tensor([0, 1, 3])
     torch.testing.assert_close(module.ar(labels, codes), make_ar().eval()(labels, codes))
@@ -72,10 +66,8 @@ def test_gradients_are_clipped_under_mixed_precision(precision, images):
         options = {key: value() if callable(value) else value for key, value in options.items()}
         module = Recording(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3))
         module.tokenizer.load_state_dict(make_tokenizer().state_dict())
-        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        limits = dict(gradient_clip_val=1e-3, max_steps=1, limit_val_batches=0)
-        trainer = Trainer(accelerator="cpu", **limits, **quiet, **options)
-        trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+        fit = trainer(gradient_clip_val=1e-3, max_steps=1, limit_val_batches=0, **options)
+        fit.fit(module, image_data(images))
         assert module.norm == pytest.approx(1e-3, rel=1e-2)
-        moved[name] = trainer.optimizers[0].state[module.tokenizer.decoder.conv_out.weight]["exp_avg"]
+        moved[name] = fit.optimizers[0].state[module.tokenizer.decoder.conv_out.weight]["exp_avg"]
     assert (moved["mixed"] - moved["full"]).norm() < 0.2 * moved["full"].norm()

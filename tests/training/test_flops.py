@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import AR, SIZE, TOKENIZER, TOKENS, write_vgg
+from tiny_models import AR, SIZE, TOKENIZER, TOKENS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dar_lightning.ar.config import ARConfig
@@ -14,27 +14,22 @@ from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss
 IMAGES = {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.long)}
 
 
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory):
-    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
-
-
-def closed_form(config: ARConfig) -> int:
+def ar_flops(config: ARConfig) -> int:
     """Per layer and token 2 per weight, and 4 D for each of N / 2 keys; the backward pass is twice that."""
     dim, tokens = config.dim, config.num_tokens
-    per_token = config.depth * (2 * (4 * dim**2 + 3 * dim * config.ffn_dim) + 4 * tokens // 2 * dim)
-    return 3 * tokens * (per_token + 2 * dim * config.vocab_size)
+    per_layer = 2 * (4 * dim**2 + 3 * dim * config.ffn_dim) + 4 * tokens // 2 * dim
+    return 3 * tokens * (config.depth * per_layer + 2 * dim * config.vocab_size)
 
 
 def test_the_ar_model_in_closed_form():
     batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
-    assert step_flops(ARModule(ARConfig(**AR)), batch) == 5 * closed_form(ARConfig(**AR))
+    assert step_flops(ARModule(ARConfig(**AR)), batch) == 5 * ar_flops(ARConfig(**AR))
 
 
 @pytest.mark.parametrize(("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155)])
-def test_the_sizes_of_the_paper(size, gflop):
+def test_the_ar_sizes_of_the_paper(size, gflop):
     """What docs and recipes say, of one sequence."""
-    assert closed_form(ARConfig.preset(size)) / 1e9 == pytest.approx(gflop, rel=0.005)
+    assert ar_flops(ARConfig.preset(size)) / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 class Aligned:
@@ -50,13 +45,14 @@ class Aligned:
 
 
 @pytest.mark.slow
-def test_the_light_tokenizer():
-    """What docs and recipes say, of one image; tests/test_counts.py has v1."""
-    batch = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+@pytest.mark.parametrize(("size", "gflop"), [("light", 457), ("v1", 1294)])
+def test_the_tokenizers_of_the_paper(size, gflop):
+    """What docs and recipes say, of one image."""
+    image = {"image": torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
     with FakeTensorMode():
-        module = TokenizerModule(preset="light")
+        module = TokenizerModule(preset=size)
         module.repa = Aligned()
-    assert step_flops(module, batch) / 1e9 == pytest.approx(457, rel=0.005)
+    assert step_flops(module, image) / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 def test_lpips_in_closed_form(vgg_file):

@@ -9,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killable import run
 from lightning.pytorch import Callback
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import AR, fit_ar, fit_tokenizer, make_tokenizer
+from runs import STILL, events
+from tiny_models import AR, fit_ar, fit_tokenizer
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.cli import main
-from dar_lightning.training.sharding import own_slice
+from dar_lightning.training.fsdp import own_slice
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"
-STILL = dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"), 0.0)
+OURS = "--trainer.callbacks+=dar_lightning.training.callbacks."
 
 
 class HoldsHalf(Callback):
@@ -38,18 +37,14 @@ class HoldsHalf(Callback):
 
 
 class BadGradient(Callback):
-    """One number that is none, in the last rank's slice of one gradient of the second step."""
+    """NaN in the last rank's slice of one gradient of the second step, which must change no slice of that weight."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = own_slice(pl_module.ar.head.weight).clone()
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step == 1 and trainer.global_rank == 1:
             own_slice(pl_module.ar.head.weight.grad)[0, 0] = torch.nan
-
-
-class Unchanged(Callback):
-    """Fails if the second step changes this rank's slice of a weight."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before = own_slice(pl_module.ar.head.weight).clone()
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         same = torch.equal(self.before, own_slice(pl_module.ar.head.weight))
@@ -59,55 +54,55 @@ class Unchanged(Callback):
 class Compiled(Callback):
     """Fails unless something was."""
 
+    def on_train_start(self, trainer, pl_module):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
     def on_train_end(self, trainer, pl_module):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.fixture(scope="module")
-def command(images, tokens, tmp_path_factory):
-    """Folder, strategy, steps and devices -> arguments of `dar`, with all that reads or writes weights."""
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(tokenizer)
+def command(images, tokens, tokenizer_folder):
+    """Folder, strategy, steps, further words and devices -> arguments of `dar`."""
 
     def arguments(folder: Path, strategy: str, steps: int, *more: str, devices: int = 2) -> list[str]:
         trainer = dict(devices=devices, max_steps=steps, val_check_interval=2, gradient_clip_val=0.05)
-        layer = [LAYER, f"--trainer.callbacks+={__name__}.HoldsHalf"] if strategy == "fsdp" else []
         words = [
             *fit_ar(*tokens, folder, **trainer, strategy="ddp" if devices > 1 else "auto"),
             f"--model.init_args.config={json.dumps(AR | STILL)}",
-            f"--data.init_args.batch_size={4 // devices}",
-            "--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint",
-            "--trainer.callbacks.every_n_train_steps=2",
-            *("--trainer.callbacks+=dar_lightning.training.callbacks.EMA", "--trainer.callbacks.decay=0.7"),
-            *(
-                "--trainer.callbacks+=dar_lightning.training.callbacks.Samples",
-                f"--trainer.callbacks.tokenizer={tokenizer}",
-            ),
-            "--trainer.callbacks+=dar_lightning.training.callbacks.GenerationFID",  # of three batches: rank 0 draws two
-            *(f"--trainer.callbacks.tokenizer={tokenizer}", f"--trainer.callbacks.reference={images[1]}"),
-            *("--trainer.callbacks.features=color_edges", "--trainer.callbacks.num_samples=5"),
-            *("--trainer.callbacks.batch_size=2", "--trainer.callbacks.every_n_steps=4"),
-            "--trainer.callbacks+=dar_lightning.training.callbacks.SkipBadSteps",
-            *("--ckpt_path=last", "--model.init_args.optimizer.lr=0.01", *layer, *more),
+            *(f"--data.init_args.batch_size={4 // devices}", "--ckpt_path=last", "--model.init_args.optimizer.lr=0.01"),
+            *(f"{OURS}LastStepCheckpoint", "--trainer.callbacks.every_n_train_steps=2"),
+            *(f"{OURS}EMA", "--trainer.callbacks.decay=0.7", f"{OURS}SkipBadSteps"),
+            *([LAYER, f"--trainer.callbacks+={__name__}.HoldsHalf"] if strategy == "fsdp" else []),
         ]
-        return [str(word) for word in words]
+        return [str(word) for word in (*words, *more)]
 
     return arguments
 
 
 @pytest.fixture(scope="module")
-def whole_run(command, tmp_path_factory) -> Path:
+def drawing(images, tokenizer_folder) -> list[str]:
+    """Callbacks that need the whole model; of GenerationFID's three batches rank 0 draws two."""
+    options = dict(reference=images[1], features="color_edges", num_samples=5, batch_size=2, every_n_steps=4)
+    tokenizer = f"--trainer.callbacks.tokenizer={tokenizer_folder}"
+    words = [f"{OURS}Samples", tokenizer, f"{OURS}GenerationFID", tokenizer]
+    return [*words, *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture(scope="module")
+def whole_run(command, drawing, two_ranks, tmp_path_factory) -> Path:
     """Six sharded steps."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run(main, command(folder, "fsdp", 6), world=2) == [0, 0]
+    two_ranks(main, command(folder, "fsdp", 6, *drawing))
     return folder
 
 
 @pytest.fixture(scope="module")
-def broken_run(command, tmp_path_factory) -> Path:
+def broken_run(command, two_ranks, tmp_path_factory) -> Path:
     """The first four of them."""
     folder = tmp_path_factory.mktemp("broken")
-    assert run(main, command(folder, "fsdp", 4), world=2) == [0, 0]
+    two_ranks(main, command(folder, "fsdp", 4))
     return folder
 
 
@@ -120,6 +115,8 @@ def largest_difference(folder: Path, other: Path) -> float:
     one, two = last(folder), last(other)
     assert one.keys() == two.keys()
     assert one["global_step"] == two["global_step"]
+    groups = [state["optimizer_states"][0]["param_groups"] for state in (one, two)]
+    assert [group["params"] for group in groups[0]] == [group["params"] for group in groups[1]]
     states = [[state["optimizer_states"][0]["state"][i] for i in range(18)] for state in (one, two)]
     pairs = list(zip(*states, strict=True))
     pairs += [(one[key], two[key]) for key in ("state_dict", "current_model_state", "averaging_state")]
@@ -134,9 +131,7 @@ def largest_difference(folder: Path, other: Path) -> float:
 
 def drawn(folder: Path) -> np.ndarray:
     """The last picture of Samples, in [0, 255]."""
-    events = EventAccumulator(str(folder / "logs"))
-    events.Reload()
-    return np.asarray(Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string)), dtype=float)
+    return np.asarray(Image.open(io.BytesIO(events(folder).Images("samples")[-1].encoded_image_string)), dtype=float)
 
 
 def measured(folder: Path) -> float:
@@ -145,18 +140,16 @@ def measured(folder: Path) -> float:
     return json.loads(file.read_text())["metrics"]["gFD-color_edges"]
 
 
-def test_the_numbers_are_those_of_ddp(command, whole_run, tmp_path):
-    assert run(main, command(tmp_path, "ddp", 6), world=2) == [0, 0]
+def test_the_numbers_are_those_of_ddp(command, drawing, two_ranks, whole_run, tmp_path):
+    two_ranks(main, command(tmp_path, "ddp", 6, *drawing))
     assert largest_difference(tmp_path, whole_run) < 1e-4
     assert np.abs(drawn(tmp_path) - drawn(whole_run)).max() <= 1
     assert measured(tmp_path) == pytest.approx(measured(whole_run), rel=0.01)
-    parameters = [group["params"] for group in last(whole_run)["optimizer_states"][0]["param_groups"]]
-    assert parameters == [group["params"] for group in last(tmp_path)["optimizer_states"][0]["param_groups"]]
 
 
-def test_resuming_changes_no_bit(command, whole_run, broken_run, tmp_path):
+def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, broken_run, tmp_path):
     first = broken_run / "checkpoints" / "last.ckpt"
-    assert run(main, command(tmp_path, "fsdp", 6, f"--ckpt_path={first}"), world=2) == [0, 0]
+    two_ranks(main, command(tmp_path, "fsdp", 6, *drawing, f"--ckpt_path={first}"))
     assert largest_difference(tmp_path, whole_run) == 0
 
 
@@ -166,9 +159,8 @@ def test_one_device_goes_on_from_two(command, whole_run, broken_run, tmp_path):
     assert largest_difference(tmp_path, whole_run) < 1e-4
 
 
-def test_a_bad_gradient_in_one_slice_skips_the_step_on_all_ranks(command, tmp_path):
-    more = [f"--trainer.callbacks+={__name__}.{name}" for name in ("BadGradient", "Unchanged")]
-    assert run(main, command(tmp_path, "fsdp", 3, *more), world=2) == [0, 0]
+def test_a_bad_gradient_in_one_slice_skips_the_step_on_all_ranks(command, two_ranks, tmp_path):
+    two_ranks(main, command(tmp_path, "fsdp", 3, f"--trainer.callbacks+={__name__}.BadGradient"))
     (counts,) = [state["counts"] for name, state in last(tmp_path)["callbacks"].items() if "SkipBadSteps" in name]
     assert counts.tolist() == [1, 0]
 
@@ -181,38 +173,34 @@ def test_export(whole_run, tmp_path):
     assert all(torch.equal(tensor, average[f"ar.{name}"]) for name, tensor in exported.items())
 
 
-def test_mixed_precision(command, whole_run, tmp_path):
-    assert run(main, command(tmp_path, "fsdp", 6, "--trainer.precision=bf16-mixed"), world=2) == [0, 0]
+def test_mixed_precision(command, two_ranks, broken_run, tmp_path):
+    two_ranks(main, command(tmp_path, "fsdp", 4, "--trainer.precision=bf16-mixed"))
     assert {tensor.dtype for tensor in last(tmp_path)["current_model_state"].values()} == {torch.float32}
-    one, two = (last(folder)["current_model_state"]["ar.head.weight"] for folder in (whole_run, tmp_path))
+    one, two = (last(folder)["current_model_state"]["ar.head.weight"] for folder in (broken_run, tmp_path))
     assert 0 < float((one - two).norm() / one.norm()) < 0.1
 
 
-def test_recomputed_blocks(command, broken_run, tmp_path):
-    more = "--model.init_args.activation_checkpointing=true"
-    assert run(main, command(tmp_path, "fsdp", 4, more), world=2) == [0, 0]
-    assert largest_difference(tmp_path, broken_run) == 0
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks(command, two_ranks, broken_run, compiled, tmp_path):
+    more = ["--model.init_args.activation_checkpointing=true"]
+    if compiled:
+        if shutil.which("g++") is None:
+            pytest.skip("torch.compile on a CPU needs g++")
+        more += ["--model.init_args.compile=true", f"--trainer.callbacks+={__name__}.Compiled"]
+    two_ranks(main, command(tmp_path, "fsdp", 4, *more))
+    difference = largest_difference(tmp_path, broken_run)
+    assert 0 < difference < 1e-4 if compiled else difference == 0
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-@pytest.mark.parametrize("recompute", ["false", "true"])
-def test_compiled_blocks(command, broken_run, recompute, tmp_path):
-    more = ["--model.init_args.compile=true", f"--model.init_args.activation_checkpointing={recompute}"]
-    more += [f"--trainer.callbacks+={__name__}.Compiled"]
-    assert run(main, command(tmp_path, "fsdp", 4, *more), world=2) == [0, 0]
-    assert 0 < largest_difference(tmp_path, broken_run) < 1e-4
-
-
-def main_into(file: Path, arguments: list[str]) -> None:
-    with open(file, "w") as errors, redirect_stderr(errors):
+def refusal(arguments: list[str]) -> str:
+    """The line that `dar` ends with."""
+    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match="2"):
         main(arguments)
+    return errors.getvalue().splitlines()[-1]
 
 
-def test_what_cannot_be_sharded(command, images, tmp_path):
-    tokenizer = [*map(str, fit_tokenizer(*images, tmp_path, max_steps=1)), LAYER]
-    for arguments, message in (
-        (tokenizer, "shards AR models, this is a TokenizerModule: use ddp"),
-        (command(tmp_path, "fsdp", 1, "--trainer.precision=bf16-true", devices=1), "use bf16-mixed or 32-true"),
-    ):
-        assert run(main_into, tmp_path / "errors", arguments) == [2]
-        assert message in (tmp_path / "errors").read_text().splitlines()[-1]
+def test_what_cannot_be_sharded(command, images, two_ranks, tmp_path):
+    tokenizer = [*map(str, fit_tokenizer(*images, tmp_path, max_steps=1, devices=2)), LAYER]
+    assert "shards AR models, this is a TokenizerModule: use ddp" in two_ranks(refusal, tokenizer)[0]
+    half = command(tmp_path, "fsdp", 1, "--trainer.precision=bf16-true")
+    assert "use bf16-mixed or 32-true" in two_ranks(refusal, half)[0]

@@ -6,20 +6,16 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from killable import run
-from lightning.pytorch import Callback, Trainer
-from tiny_models import AR, SIZE, TOKENIZER, fit_tokenizer
+from lightning.pytorch import Callback
+from runs import ar_module, image_data, token_data, tokenizer_module, trainer
+from tiny_models import fit_tokenizer
 
-from dar_lightning.ar.config import ARConfig
 from dar_lightning.cli import main
-from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import ARModule, FSDP2Strategy, TokenizerModule
+from dar_lightning.training import FSDP2Strategy
+from dar_lightning.training.fsdp import whole
 from dar_lightning.training.optim import OptimizerConfig
-from dar_lightning.training.sharding import whole
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 BATCH, STEPS = 4, 3
 STILL = OptimizerConfig(lr=1e-12)  # Adam's first steps have one size for all gradients, however uncertain their sign
 
@@ -70,44 +66,32 @@ class InBuckets(Callback):
         assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) < len(gradients) / 4
 
 
-def train(model: str, data: tuple[str, str], strategy: str, world: int, out: Path) -> None:
-    torch.manual_seed(world)  # the ranks must agree on rank 0's weights, not on the seed
+def gradients(model: str, data: tuple[str, str], strategy: str, world: int, out: Path) -> None:
     if model == "ar":
-        module, loader = ARModule(ARConfig(**AR | {"class_dropout": 0.5}), STILL), CodesDataModule
+        module, loader = ar_module({"class_dropout": 0.5}, optimizer=STILL), token_data
     else:
-        module, loader = TokenizerModule(TokenizerConfig(**TOKENIZER), STILL), ImageNetDataModule
+        module, loader = tokenizer_module(optimizer=STILL), image_data
+    torch.manual_seed(world)  # the ranks must agree on rank 0's weights, not on the seed
     weights = torch.Generator().manual_seed(0)
     for parameter in module.parameters():  # no zeros that hide gradients
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=weights)
-    gradients = Gradients()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=FSDP2Strategy() if strategy == "fsdp" else strategy,
-        max_steps=STEPS,
-        callbacks=[OneNoise(), gradients],
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    size = {"image_size": SIZE} if model == "tokenizer" else {}
-    trainer.fit(module, datamodule=loader(*data, batch_size=2 * BATCH // world, **size))
-    if trainer.is_global_zero:
-        torch.save(gradients.steps, out)
+    found = Gradients()
+    strategy = FSDP2Strategy() if strategy == "fsdp" else strategy
+    fit = trainer(OneNoise(), found, devices=world, strategy=strategy, max_steps=STEPS, limit_val_batches=0)
+    fit.fit(module, datamodule=loader(data, 2 * BATCH // world))
+    if fit.is_global_zero:
+        torch.save(found.steps, out)
 
 
 @pytest.mark.parametrize("model", ["tokenizer", "ar"])
-def test_gradients(model, images, tokens, tmp_path):
+def test_gradients(model, images, tokens, two_ranks, tmp_path):
     data = tokens if model == "ar" else images
-    strategies = ["ddp", "fsdp"] if model == "ar" else ["ddp"]
-    assert run(train, model, data, "auto", 1, tmp_path / "one.pt") == [0]
+    gradients(model, data, "auto", 1, tmp_path / "one.pt")
     one = torch.load(tmp_path / "one.pt")
     assert len(one) == STEPS
     assert all(float(gradient.abs().max()) > 0 for step in one for gradient in step.values())
-    for strategy in strategies:
-        assert run(train, model, data, strategy, 2, tmp_path / "two.pt", world=2) == [0, 0]
+    for strategy in ["ddp", "fsdp"] if model == "ar" else ["ddp"]:
+        two_ranks(gradients, model, data, strategy, 2, tmp_path / "two.pt")
         for expected, step in zip(one, torch.load(tmp_path / "two.pt"), strict=True):
             assert expected.keys() == step.keys()
             largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -118,15 +102,10 @@ def test_gradients(model, images, tokens, tmp_path):
                 assert error < 1e-5, (strategy, name, error)
 
 
-def test_eight_gpus_keep_no_second_copy_of_gradients(images, tmp_path):
+def test_eight_gpus_keep_no_second_copy_of_gradients(images, two_ranks, tmp_path):
     """Their layer on two ranks; accumulated gradients too."""
     layer = Path(__file__).parents[2] / "experiments" / "trainer" / "8gpu.yaml"
     words = [*fit_tokenizer(*images, tmp_path), f"--config={layer}", f"--trainer.callbacks+={__name__}.InBuckets"]
-    words += [
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=2",
-        "--trainer.max_steps=3",
-        "--trainer.limit_val_batches=0",
-    ]
-    words += ["--data.init_args.batch_size=2", "--global_batch=8"]
-    assert run(main, [str(word) for word in words], world=2) == [0, 0]
+    words += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=3"]
+    words += ["--trainer.limit_val_batches=0", "--data.init_args.batch_size=2", "--global_batch=8"]
+    two_ranks(main, [str(word) for word in words])

@@ -9,7 +9,6 @@ from tiny_models import fit_ar, fit_tokenizer
 
 from dar_lightning.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 STEPS = 14
 
 
@@ -104,7 +103,7 @@ def test_tokenizer(images, whole, tmp_path, every, die_at):
     check(whole["tokenizer"], last(tmp_path))
 
 
-@pytest.mark.parametrize(("every", "die_at"), [(2, 3), (7, 13)])
+@pytest.mark.parametrize(("every", "die_at"), [(7, 13)])
 def test_ar_with_dropout(tokens, whole, tmp_path, every, die_at):
     command = ar_command(tokens, tmp_path)
     with pytest.raises(Killed):

@@ -5,56 +5,46 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from runs import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.sampling import generate
-from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks import EMA, CodebookWarmup
 from dar_lightning.training.flops import step_flops
+from dar_lightning.training.module import seed_batch
 from dar_lightning.training.optim import OptimizerConfig
-from dar_lightning.training.seeding import seed_batch
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
 
-# New models put out zeros, whatever they are given: these have the weights of made-up trained ones.
-def tokenizer_module(time_sampling: str = "uniform") -> TokenizerModule:
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER), time_sampling=time_sampling)
-    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
-    return module
+class Outputs(Callback):
+    """Keeps what callbacks are given of the last step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.outputs = outputs
 
 
-def ar_module(**changes) -> ARModule:
-    module = ARModule(ARConfig(**AR | changes))
-    module.ar.load_state_dict(make_ar(**changes).state_dict())
-    return module
-
-
-def trainer(**options) -> Trainer:
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    return Trainer(accelerator="cpu", num_sanity_val_steps=0, log_every_n_steps=1, **quiet | options)
-
-
-def logged_by_first_step(module: LightningModule, data: LightningDataModule) -> dict:
-    run = trainer(max_steps=1, limit_val_batches=0)
+def first_step(module: LightningModule, data: LightningDataModule) -> dict:
+    """What it logs; and what callbacks are given of it has no graph."""
+    seen = Outputs()
+    run = trainer(seen, max_steps=1, limit_val_batches=0)
     run.fit(module, datamodule=data)
+    tensors = [leaf for leaf in tree_leaves(seen.outputs) if leaf is not None]
+    assert tensors
+    assert not any(tensor.requires_grad for tensor in tensors)
     return run.logged_metrics
 
 
 def test_the_tokenizer_trains_on_its_losses(images):
-    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(image_data(images).train_dataloader()))
     module = tokenizer_module()
     tokenizer = copy.deepcopy(module.tokenizer)
-    logged = logged_by_first_step(module, ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+    logged = first_step(module, image_data(images))
 
     seed_batch(rank=0, batch=0)
     u = torch.rand(4)
@@ -67,13 +57,10 @@ def test_the_tokenizer_trains_on_its_losses(images):
 
 
 def test_stratified_times_train_each_group_once(images):
-    module = tokenizer_module("stratified")
-    seen = []
+    module, seen = tokenizer_module(time_sampling="stratified"), []
     original = module.tokenizer.training_losses
     module.tokenizer.training_losses = lambda pixels, u: seen.append(u) or original(pixels, u)
-    trainer(max_steps=5, limit_val_batches=0).fit(
-        module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-    )
+    trainer(max_steps=5, limit_val_batches=0).fit(module, image_data(images))
     assert len(seen) == 5
     for u in seen:
         nearest = (u * 4 + 0.5).floor().clamp(max=3)  # of four groups, and batches of four
@@ -82,10 +69,10 @@ def test_stratified_times_train_each_group_once(images):
 
 
 def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
-    batch = next(iter(CodesDataModule(*tokens, batch_size=4).train_dataloader()))
-    module = ar_module(class_dropout=0.5)
+    batch = next(iter(token_data(tokens).train_dataloader()))
+    module = ar_module({"class_dropout": 0.5})
     ar = copy.deepcopy(module.ar)
-    logged = logged_by_first_step(module, CodesDataModule(*tokens, batch_size=4))
+    logged = first_step(module, token_data(tokens))
 
     seed_batch(rank=0, batch=0)
     log_p = ar.train()(batch["label"], batch["codes"]).log_softmax(-1)
@@ -93,24 +80,6 @@ def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
     without_dropout = F.cross_entropy(ar.eval()(batch["label"], batch["codes"]).transpose(1, 2), batch["codes"])
     assert float(logged["train/loss"]) == pytest.approx(float(by_hand), rel=1e-5)
     assert abs(float(without_dropout) - float(by_hand)) > 1e-4
-
-
-class Outputs(Callback):
-    """Keeps what callbacks are given of the last step."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.outputs = outputs
-
-
-@pytest.mark.parametrize("make", [tokenizer_module, ar_module])
-def test_who_keeps_a_steps_outputs_keeps_no_graph(images, tokens, make):
-    seen = Outputs()
-    image_data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-    data = CodesDataModule(*tokens, batch_size=4) if make is ar_module else image_data
-    trainer(max_steps=1, limit_val_batches=0, callbacks=[seen]).fit(make(), datamodule=data)
-    tensors = [leaf for leaf in tree_leaves(seen.outputs) if leaf is not None]
-    assert tensors
-    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_ranks_batches_and_runs_draw_differently(monkeypatch):
@@ -126,11 +95,10 @@ def test_ranks_batches_and_runs_draw_differently(monkeypatch):
 
 def test_four_sequences_are_learnt_by_heart():
     codes = torch.from_numpy(random_codes(4))
-    quiet = dict(class_dropout=0.0, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
     torch.manual_seed(0)
-    module = ARModule(ARConfig(**AR | quiet), OptimizerConfig(lr=1e-2))
+    module = ARModule(ARConfig(**AR | STILL), OptimizerConfig(lr=1e-2))
     samples = [{"label": torch.tensor(i), "codes": codes[i]} for i in range(4)]
-    run = trainer(max_epochs=150, max_steps=-1)
+    run = trainer(max_epochs=150)
     run.fit(module, DataLoader(samples, batch_size=4))
     assert float(run.logged_metrics["train/loss"]) < 0.01
     assert torch.equal(generate(module.ar, torch.arange(4), top_k=1), codes)
@@ -141,10 +109,9 @@ def test_four_sequences_are_learnt_by_heart():
 
 def test_validation_loss_is_the_mean_over_all_sequences(tokens):
     """Seven sequences in batches of four: each counts once."""
-    data = CodesDataModule(*tokens, batch_size=4)
     module = ar_module()
-    logged = trainer().validate(module, datamodule=data, verbose=False)[0]
-    everything = next(iter(CodesDataModule(*tokens, batch_size=7).val_dataloader()))
+    logged = trainer().validate(module, token_data(tokens), verbose=False)[0]
+    everything = next(iter(token_data(tokens, 7).val_dataloader()))
     logits = module.ar.eval()(everything["label"], everything["codes"])
     loss = F.cross_entropy(logits.transpose(1, 2), everything["codes"])
     assert logged["val/loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -202,14 +169,15 @@ def test_a_batch_of_padding_alone_weighs_nothing():
     assert int(tokenizer.codebook_use.counts.sum()) == 0
 
 
-def test_testing_measures_what_validation_does(images, tokens):
-    for module, data in (
-        (tokenizer_module(), ImageNetDataModule(*images, image_size=SIZE, batch_size=4)),
-        (ar_module(), CodesDataModule(*tokens, batch_size=4)),
-    ):
-        validated = trainer().validate(module, datamodule=data, verbose=False)[0]
-        tested = trainer().test(module, datamodule=data, verbose=False)[0]
-        assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()}
+MAKE = [(tokenizer_module, image_data, "images"), (ar_module, token_data, "tokens")]
+
+
+@pytest.mark.parametrize(("module", "data", "shards"), MAKE)
+def test_testing_measures_what_validation_does(module, data, shards, request):
+    module, data = module(), data(request.getfixturevalue(shards))
+    validated = trainer().validate(module, data, verbose=False)[0]
+    tested = trainer().test(module, data, verbose=False)[0]
+    assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()}
 
 
 def test_every_trained_parameter_gets_a_gradient():
@@ -222,16 +190,10 @@ def test_every_trained_parameter_gets_a_gradient():
 # ---- starting from what is there
 
 
-@pytest.mark.parametrize("make", [tokenizer_module, ar_module])
-def test_load_from_checkpoint_needs_nothing_else(make, images, tokens, tmp_path):
-    module = make()
-    data = (
-        ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-        if make is tokenizer_module
-        else CodesDataModule(*tokens, batch_size=4)
-    )
-    run = trainer(max_steps=1, limit_val_batches=0)
-    run.fit(module, datamodule=data)
+@pytest.mark.parametrize(("module", "data", "shards"), MAKE)
+def test_load_from_checkpoint_needs_nothing_else(module, data, shards, request, tmp_path):
+    module, run = module(), trainer(max_steps=1, limit_val_batches=0)
+    run.fit(module, data(request.getfixturevalue(shards)))
     run.save_checkpoint(tmp_path / "x.ckpt")
     again = type(module).load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     ours, theirs = module.state_dict(), again.state_dict()
@@ -258,7 +220,7 @@ def test_a_tokenizer_starts_from_one_with_another_codebook(tmp_path, caplog):
 def frozen(images, tmp_path):
     """A tokenizer whose latent_norm has seen images, its config with a finer decoder, and the same of others."""
     source = make_tokenizer(5, latent_norm="batch")
-    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
+    data = image_data(images)
     source.train().training_losses(next(iter(data.train_dataloader()))["image"] / 127.5 - 1)
     source.eval().save_pretrained(tmp_path / "source")
 
@@ -275,18 +237,13 @@ def test_a_finer_decoder_learns_on_frozen_tokens(frozen):
     module, average = make(), EMA(0.5)
     module.train()
     before = copy.deepcopy(module.tokenizer.state_dict())
-    trainer(max_steps=4, limit_val_batches=1, val_check_interval=1, callbacks=[average]).fit(module, datamodule=data)
+    batch = next(iter(data.train_dataloader()))
+    assert step_flops(module, batch) < step_flops(make(False), batch), "frozen parts cost no backward pass"
+    trainer(average, max_steps=4, limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
     after = module.tokenizer.state_dict()
     assert {name.split(".")[0] for name in after if (after[name] != before[name]).any()} == {"conditioner", "decoder"}
     batch = next(iter(data.val_dataloader()))["image"] / 127.5 - 1
     assert torch.equal(module.tokenizer.tokenize(batch), source.tokenize(batch))
-
-
-def test_frozen_tokens_cost_no_backward(frozen):
-    _, data, make = frozen
-    batch = next(iter(data.train_dataloader()))
-    whole, part = (step_flops(make(freeze), batch) for freeze in (False, True))
-    assert part < whole
 
 
 def test_what_would_change_frozen_tokens_is_refused(frozen, tmp_path):
@@ -299,7 +256,7 @@ def test_what_would_change_frozen_tokens_is_refused(frozen, tmp_path):
     with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
         TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True)
     with pytest.raises(UserError, match="CodebookWarmup moves codes, which freeze_encoder keeps"):
-        trainer(max_steps=1, callbacks=[CodebookWarmup(1, 1)]).fit(make(), datamodule=data)
+        trainer(CodebookWarmup(1, 1), max_steps=1).fit(make(), datamodule=data)
 
 
 @pytest.mark.parametrize("was", [True, False])
@@ -318,11 +275,8 @@ def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
 
 def test_nothing_to_start_from(tmp_path):
     make_ar().save_pretrained(tmp_path / "ar")
+    other = ARConfig(**AR | {"num_tokens": TOKENS, "dim": 64, "vocab_size": CODES + 1, "num_classes": 9})
     with pytest.raises(UserError, match="no tensor there fits"):
-        ar_module_from(tmp_path / "ar", dim=64, vocab_size=CODES + 1, num_classes=9)
+        ARModule(other, init_from=str(tmp_path / "ar"))
     with pytest.raises(UserError, match="not a folder"):
-        ar_module_from(tmp_path / "no" / "such" / "folder")
-
-
-def ar_module_from(folder, **changes) -> ARModule:
-    return ARModule(ARConfig(**AR | {"num_tokens": TOKENS} | changes), init_from=str(folder))
+        ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder"))

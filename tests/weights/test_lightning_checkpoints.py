@@ -1,11 +1,11 @@
-"""What `dar fit` writes: resumed from safely, exported with EMA or raw weights, rebuilt from the checkpoint alone."""
+"""What `dar fit` writes: read safely, exported with EMA or raw weights, rebuilt from the checkpoint alone."""
 
 import json
 import os
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
@@ -13,7 +13,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.commands.export import export
 from dar_lightning.errors import UserError
-from dar_lightning.formats.fingerprint import fingerprint
+from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.optim import OptimizerConfig
@@ -21,30 +21,6 @@ from dar_lightning.training.tokenizer import TokenizerModule
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 CONFIG = ARConfig.preset("tiny", num_classes=4, vocab_size=16, num_tokens=8, dim=16, depth=1, num_heads=2)
-
-
-def fit(module: LightningModule, steps: int, ema: bool = True, ckpt_path=None, folder=None) -> Trainer:
-    torch.manual_seed(0)
-    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(8)]
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[EMAWeightAveraging(decay=0.5, use_buffers=False)] if ema else [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-    )
-    trainer.strategy.checkpoint_io = SafeCheckpointIO(module)
-    trainer.fit(module, DataLoader(data, batch_size=4), ckpt_path=ckpt_path)
-    return trainer
-
-
-def module(config: ARConfig = CONFIG) -> ARModule:
-    torch.manual_seed(0)
-    return ARModule(config, OptimizerConfig(lr=0.01))
 
 
 class SaveAtStep(EMAWeightAveraging):
@@ -61,22 +37,39 @@ class SaveAtStep(EMAWeightAveraging):
         trainer.save_checkpoint(self.path)
 
 
-def train(module: LightningModule, ema: SaveAtStep, steps: int) -> None:
+def module(config: ARConfig = CONFIG) -> ARModule:
+    torch.manual_seed(0)
+    return ARModule(config, OptimizerConfig(lr=0.01))
+
+
+def train(module: ARModule, folder, steps: int, ema: SaveAtStep | None) -> Trainer:
     torch.manual_seed(0)
     data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(12)]
     options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    Trainer(accelerator="cpu", max_steps=steps, callbacks=[ema], default_root_dir=ema.path.parent, **options).fit(
-        module, DataLoader(data, batch_size=4)
-    )
+    callbacks = [ema] if ema else []
+    trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=callbacks, default_root_dir=folder, **options)
+    trainer.fit(module, DataLoader(data, batch_size=4))
+    return trainer
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A checkpoint of three steps with EMA, and the two sets of weights that it should hold."""
-    path = tmp_path_factory.mktemp("run") / "x.ckpt"
-    ema = SaveAtStep(path)
-    train(module(), ema, 3)
-    return path, ema
+    folder = tmp_path_factory.mktemp("run")
+    ema = SaveAtStep(folder / "x.ckpt")
+    train(module(), folder, 3, ema)
+    return ema.path, ema
+
+
+@pytest.fixture
+def edited(run, tmp_path):
+    """Writes the run's checkpoint with other contents."""
+
+    def write(**changes):
+        torch.save(torch.load(run[0]) | changes, tmp_path / "x.ckpt")
+        return tmp_path / "x.ckpt"
+
+    return write
 
 
 def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
@@ -94,63 +87,50 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
 
 def test_without_ema(tmp_path):
     trained = module()
-    fit(trained, 1, ema=False, folder=tmp_path).save_checkpoint(tmp_path / "x.ckpt")
-    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt")) == fingerprint(trained.ar)
-    assert fingerprint(load_lightning_checkpoint(tmp_path / "x.ckpt", "raw")) == fingerprint(trained.ar)
+    train(trained, tmp_path, 1, None).save_checkpoint(tmp_path / "x.ckpt")
+    for weights in ("auto", "raw"):
+        assert model_sha256(load_lightning_checkpoint(tmp_path / "x.ckpt", weights)) == model_sha256(trained.ar)
     with pytest.raises(UserError, match="no EMA weights"):
         export(tmp_path / "x.ckpt", tmp_path / "out", "ema")
 
 
 def test_an_average_that_has_not_begun_is_not_taken(tmp_path):
     """It still holds the weights that training started from."""
-    trained, path = module(), tmp_path / "x.ckpt"
+    trained = module()
     start = trained.ar.head.weight.clone()
-    ema = SaveAtStep(path, update_starting_at_step=100)
-    train(trained, ema, 2)
+    ema = SaveAtStep(tmp_path / "x.ckpt", update_starting_at_step=100)
+    train(trained, tmp_path, 2, ema)
     assert not torch.equal(ema.raw["head.weight"], start)
     for weights in ("auto", "raw"):
-        assert torch.equal(load_lightning_checkpoint(path, weights).head.weight, ema.raw["head.weight"])
+        assert torch.equal(load_lightning_checkpoint(ema.path, weights).head.weight, ema.raw["head.weight"])
     with pytest.raises(UserError, match=r"no EMA weights \(yet\)"):
-        load_lightning_checkpoint(path, "ema")
+        load_lightning_checkpoint(ema.path, "ema")
 
 
-def test_a_model_is_rebuilt_from_its_checkpoint_alone(run):
-    path, ema = run
-    again = load_lightning_checkpoint(path)
-    assert again.config == CONFIG
-    assert torch.equal(again.head.weight, ema.average["head.weight"])
-
-
-@pytest.mark.parametrize("config", ["tiny", None])
-def test_hyperparameters_are_plain(config, run):
+def test_hyperparameters_are_plain(run):
     plain = (int, float, str, bool, type(None))
-    hparams = TokenizerModule(preset="tiny").hparams if config == "tiny" else torch.load(run[0])["hyper_parameters"]
-    assert all(isinstance(value, plain) for value in dict(hparams["config"]).values())
-    assert all(isinstance(value, (*plain, dict)) for value in dict(hparams).values())
+    for found in (TokenizerModule(preset="tiny").hparams, torch.load(run[0])["hyper_parameters"]):
+        assert all(isinstance(value, plain) for value in dict(found["config"]).values())
+        assert all(isinstance(value, (*plain, dict)) for value in dict(found).values())
 
 
-def test_resuming_continues_the_run(run, tmp_path):
-    path, _ = run
-    resumed = module()
-    trainer = fit(resumed, 5, ckpt_path=path, folder=tmp_path)
-    assert trainer.global_step == 5
+# ---- what a run does not resume from
 
 
-def test_resuming_from_another_model_names_the_tensors(run, tmp_path):
-    other = module(ARConfig(**(CONFIG.to_dict() | {"depth": 2})))
+def test_another_model_and_its_tensors_are_named(run):
+    deeper = module(ARConfig(**(CONFIG.to_dict() | {"depth": 2})))
     with pytest.raises(UserError, match=r"missing blocks\.1"):
-        fit(other, 5, ckpt_path=run[0], folder=tmp_path)
+        SafeCheckpointIO(deeper).load_checkpoint(run[0])
     with pytest.raises(UserError, match="is of the ar part"):
         SafeCheckpointIO(TokenizerModule(preset="tiny")).load_checkpoint(run[0])
 
 
 @pytest.mark.parametrize("key", ["state_dict", "current_model_state"])
-def test_resuming_from_weights_that_are_no_numbers(run, tmp_path, key):
-    checkpoint = torch.load(run[0])
-    checkpoint[key]["ar.norm.weight"][0] = torch.nan
-    torch.save(checkpoint, tmp_path / "nan.ckpt")
+def test_weights_that_are_no_numbers(run, edited, key):
+    weights = torch.load(run[0])[key]
+    weights["ar.norm.weight"][0] = torch.nan
     with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
-        fit(module(), 5, ckpt_path=tmp_path / "nan.ckpt", folder=tmp_path)
+        SafeCheckpointIO(module()).load_checkpoint(edited(**{key: weights}))
 
 
 class Attack:
@@ -162,14 +142,14 @@ class Attack:
 
 
 @pytest.mark.parametrize("weights_only", [None, False])
-def test_resuming_from_a_malicious_checkpoint_runs_nothing(run, tmp_path, weights_only):
-    checkpoint = torch.load(run[0]) | {"callbacks": {"x": Attack(f"touch {tmp_path}/code_ran")}}
-    torch.save(checkpoint, tmp_path / "attack.ckpt")
+def test_a_malicious_checkpoint_runs_nothing(edited, tmp_path, weights_only):
+    path = edited(callbacks={"x": Attack(f"touch {tmp_path}/code_ran")})
     with pytest.raises(UserError, match="system"):
-        fit(module(), 5, ckpt_path=tmp_path / "attack.ckpt", folder=tmp_path)
-    with pytest.raises(UserError, match="system"):
-        SafeCheckpointIO(module()).load_checkpoint(tmp_path / "attack.ckpt", weights_only=weights_only)
+        SafeCheckpointIO(module()).load_checkpoint(path, weights_only=weights_only)
     assert not (tmp_path / "code_ran").exists()
+
+
+# ---- what is read of it
 
 
 def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):
@@ -182,22 +162,17 @@ def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):
     assert "class_embedding.weight" in caplog.text, "its shape differs: it starts fresh, and that is said"
 
 
-def test_keys_that_are_no_names(run, tmp_path):
+def test_keys_that_are_no_names(run, edited):
     checkpoint = torch.load(run[0])
-    for change in ({7: 1}, {"state_dict": checkpoint["state_dict"] | {7: torch.zeros(1), None: 2}}):
-        torch.save(checkpoint | change, tmp_path / "x.ckpt")
-        assert load_lightning_checkpoint(tmp_path / "x.ckpt").config == CONFIG
-    hyperparameters = {"config": {**CONFIG.to_dict(), 7: 1, None: 2}}
-    torch.save(checkpoint | {"hyper_parameters": hyperparameters}, tmp_path / "x.ckpt")
+    state = checkpoint["state_dict"] | {7: torch.zeros(1), None: 2}
+    assert load_lightning_checkpoint(edited(state_dict=state)).config == CONFIG
     with pytest.raises(UserError, match="ARConfig has no 7, None"):
-        load_lightning_checkpoint(tmp_path / "x.ckpt")
+        load_lightning_checkpoint(edited(hyper_parameters={"config": {**CONFIG.to_dict(), 7: 1, None: 2}}))
 
 
 def test_files_that_are_no_run(tmp_path):
-    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="no checkpoint of a tokenizer or AR"):
-        export(tmp_path / "x.ckpt", tmp_path / "out")
-    torch.save({"state_dict": {"ar.x": torch.zeros(1)}}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="hyper_parameters"):
-        export(tmp_path / "x.ckpt", tmp_path / "out")
+    for state, message in (({"x": 1}, "no checkpoint of a tokenizer or AR"), ({"ar.x": 1}, "hyper_parameters")):
+        torch.save({"state_dict": {name: torch.zeros(1) for name in state}}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "x.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
-"""Image data sets in the format of Hugging Face `datasets` (optional extra), as a source of shards."""
+"""Hugging Face `datasets` (an optional extra) as a source of shards."""
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,31 +12,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True)
-class ReadRow:
-    """Reads the encoded image of a row; the table's files are mapped into memory, so copies are cheap."""
-
-    table: "Dataset"
-
-    def __call__(self, row: int) -> tuple[bytes, dict[str, bytes]]:
-        (value,) = self.table[row].values()
-        if value is None:
-            raise BadSample("no image")
-        try:
-            return value["bytes"] or Path(value["path"]).read_bytes(), {}
-        except OSError as error:
-            raise BadSample(f"cannot be read: {error.strerror}") from error
-
-
 def hf_dataset(name: str, split: str | None) -> Source:
-    """Rows of a data set whose columns are found by their types: one `Image`, one `ClassLabel`.
+    """Rows of a data set with one `Image` and one `ClassLabel` column.
 
     Args:
         name: A folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
         split: Which split; needed where there are several.
-
-    Raises:
-        UserError: `datasets` is not installed, or the data set is not as described.
     """
     try:
         import datasets
@@ -65,7 +46,7 @@ def hf_dataset(name: str, split: str | None) -> Source:
         key = f"{classes[value]}-{row:08d}" if known else f"{row:08d}"
         samples.append(Sample(key, str(row), value if known else -1, 0, row, "" if known else f"label {value}"))
     encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return Source("Hugging Face data set", classes, samples, ReadRow(encoded))
+    return Source("Hugging Face data set", classes, samples, partial(_read_row, encoded))
 
 
 def is_saved(folder: Path) -> bool:
@@ -81,3 +62,14 @@ def _only(table: "Dataset", kind: type, name: str) -> str:
             "exactly one is needed (select_columns or cast_column of `datasets` make it so)"
         )
     return columns[0]
+
+
+def _read_row(table: "Dataset", row: int) -> tuple[bytes, dict[str, bytes]]:
+    """The encoded image of a row; the table's files are mapped into memory, so its copies in workers are cheap."""
+    (value,) = table[row].values()
+    if value is None:
+        raise BadSample("no image")
+    try:
+        return value["bytes"] or Path(value["path"]).read_bytes(), {}
+    except OSError as error:
+        raise BadSample(f"cannot be read: {error.strerror}") from error

@@ -32,11 +32,7 @@ def first_names(path: Path, count: int = 10) -> list[str]:
 
 
 def train_archive(path: Path) -> Source:
-    """ILSVRC2012_img_train.tar: a tar of one tar of images per class, named by its WordNet ID.
-
-    Raises:
-        UserError: It is cut short, or something else.
-    """
+    """ILSVRC2012_img_train.tar: a tar of one tar of images per class, named by its WordNet ID."""
     tars = {}
     for member in _members(path):
         name = Path(member.name)
@@ -59,9 +55,6 @@ def val_archive(path: Path, labels: str | None) -> Source:
         path: The archive.
         labels: The devkit (its .tar.gz, or the folder it was unpacked to), its ground truth beside a `meta.mat`, or a
             text file with a WordNet ID per image. Left out, the devkit's archive is looked for beside the images'.
-
-    Raises:
-        UserError: One of them is not as it should be, or their numbers of images differ.
     """
     truth_file = Path(labels) if labels is not None else path.with_name(DEVKIT)
     if not truth_file.exists():
@@ -82,11 +75,7 @@ def val_archive(path: Path, labels: str | None) -> Source:
 
 
 def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """The WordNet ID of each validation image, and all of them, sorted.
-
-    Raises:
-        UserError: The file is not one of those that `val_archive` takes.
-    """
+    """Read the labels that `val_archive` takes: the WordNet ID of each validation image, and all of them, sorted."""
     with users_path("labels"):
         if path.is_dir():
             files = {each.name: each for each in path.rglob("*") if each.name in (TRUTH, META)}
@@ -111,11 +100,7 @@ def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
 
 
 def read_meta(content: bytes, path: Path) -> dict[str, str]:
-    """The devkit's `meta.mat`: ILSVRC2012_ID, as it stands in the ground truth -> WordNet ID, of the 1,000 classes.
-
-    Raises:
-        UserError: scipy is not installed, or the file is something else.
-    """
+    """The devkit's `meta.mat`: ILSVRC2012_ID, as it stands in the ground truth -> WordNet ID, of the 1,000 classes."""
     try:
         from scipy.io.matlab import MatReadError, loadmat
     except ImportError as error:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 
 from dar_lightning.data.decode import BadSample, decode_rgb, open_image
 from dar_lightning.data.prepare.sources import Sample
-from dar_lightning.data.shards import Shard, sha256, write_shard
+from dar_lightning.data.shards import Shard, write_shard
 from dar_lightning.data.tar import read_headers
 from dar_lightning.data.transforms import resize_short_side
 from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> extension in a shard
 
@@ -114,8 +114,6 @@ def _packed(
 
 def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> Packed | None:
     """A shard that is there as planned; None if it must be made."""
-    if not path.is_file() or not _is_whole(path):
-        return None
     contents = read_headers(path)
     if contents.damage or any(sample.flaw for sample in contents.samples):
         return None
@@ -127,14 +125,5 @@ def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> P
     missing = [sample for sample in samples if sample.key not in present]
     if any(_packed(path, missing, pack, skipped)):  # it could be read now
         return None
-    entry = Shard(path.name, len(found), path.stat().st_size, sha256(path))
+    entry = Shard(path.name, len(found), path.stat().st_size, file_sha256(path))
     return Packed(entry, skipped, True) if sha in (None, entry.sha256) else None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a tar ends as `tarfile` ends it."""
-    end = 2 * tarfile.BLOCKSIZE
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - end))
-        return size % tarfile.RECORDSIZE == 0 and file.read() == bytes(end)

@@ -1,7 +1,6 @@
-"""What shards are made from: lists of labelled images that lie somewhere, and the way to read one of them.
+"""Sources of `dar shard`: lists of labelled images, and how to read one; folders and shards are two of them.
 
-Listing is done once; reading is done later, in any order and in many processes. An image in a folder, in a tar or in a
-tar inside a tar is the same thing: a span of a file.
+An image in a folder, in a tar or in a tar inside a tar is the same thing: a span of a file.
 """
 
 import os
@@ -24,34 +23,21 @@ MAX_KEY = 80  # a tar header has room for 100 bytes, extension included; longer 
 
 
 class Sample(NamedTuple):
-    """An image that has not been read yet.
+    """An image that has not been read yet."""
 
-    Args:
-        key: What it shall be called in a shard.
-        name: What it is called in the source, for people.
-        label: Its class.
-        size: Bytes of the encoded image; 0 where that is not known before it is read.
-        place: Where the source's `read` finds it.
-        flaw: Why it cannot be used, where that shows without looking at the image.
-    """
-
-    key: str
-    name: str
+    key: str  # in a shard
+    name: str  # in the source, for people
     label: int
-    size: int
-    place: Any
-    flaw: str = ""
+    size: int  # bytes of the encoded image; 0 where that is not known before it is read
+    place: Any  # where the source's `read` finds it
+    flaw: str = ""  # why it cannot be used, where the listing shows that
 
 
 Span = tuple[str, tuple[tuple[str, int, int], ...]]  # file, ((extension, offset, size), ...): the image comes first
 
 
 def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
-    """The encoded image, and what else belongs to its sample by extension.
-
-    Raises:
-        BadSample: The file cannot be read, or ends too early.
-    """
+    """Read an encoded image, and the sample's other members by extension; BadSample if the file has changed."""
     path, members = span
     try:
         with open(path, "rb", buffering=0) as file:
@@ -66,29 +52,17 @@ def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of one origin.
+    """The images of one origin."""
 
-    Args:
-        kind: What it is, in a few words.
-        classes: Class names in the order of the labels; empty where nobody knows them.
-        samples: The images.
-        read: From a sample's place to its encoded image and its other members; it can be sent to other processes.
-        ignored: Files that were left out, since their names are not those of images.
-    """
-
-    kind: str
-    classes: tuple[str, ...]
+    kind: str  # for people
+    classes: tuple[str, ...]  # names in the order of the labels; empty where nobody knows them
     samples: list[Sample]
-    read: Callable[[Any], tuple[bytes, dict[str, bytes]]] = read_span
-    ignored: tuple[str, ...] = ()
+    read: Callable[[Any], tuple[bytes, dict[str, bytes]]] = read_span  # of a sample's place; runs in other processes
+    ignored: tuple[str, ...] = ()  # files that are not named like images
 
 
 def image_folder(path: Path) -> Source:
-    """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels.
-
-    Raises:
-        UserError: It has no class folders, or those of a whole data set (`train`, `val`).
-    """
+    """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels."""
     with users_path("input"):
         folders = sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
     if not folders:
@@ -111,12 +85,13 @@ def image_folder(path: Path) -> Source:
 
 
 def _files(folder: Path) -> Iterable[Path]:
+    """Files that are not hidden, sorted; links to folders are followed, but not to a folder that they lie in."""
     above: dict[str, frozenset[str]] = {}  # folder -> where it and those above it really lie
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         passed = above.pop(parent, frozenset())
         if real in passed:
-            folders.clear()  # a link to a folder that it lies in: what is there was seen
+            folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         above |= {os.path.join(parent, name): passed | {real} for name in folders}
@@ -133,13 +108,7 @@ def _size(file: Path) -> tuple[int, str]:
 
 
 def shards(path: str) -> Source:
-    """WebDataset shards, to be packed anew: images and other members stay as they are, keys are made safe later.
-
-    What a damaged shard has lost is listed too, to be reported.
-
-    Raises:
-        UserError: There are none, or nothing in them can be read.
-    """
+    """WebDataset shards, to be packed anew with all their members; what a damaged one has lost is listed as flawed."""
     index = ShardIndex.load(path, "input")
     samples = []
     for shard in index.shards:
@@ -163,7 +132,7 @@ def _shard_sample(file: str, name: str, found: tar.Sample, num_classes: int) -> 
     image = next((extension for extension in IMAGE_TYPES if extension in members), None)
     if image is None:
         return Sample(found.key, name, label, 0, None, flaw or "no image")
-    names = [image, *sorted(set(members) - {image, "cls"})]
+    names = [image, *sorted(set(members) - {image, "cls", ""})]
     place = (file, tuple((extension, *members[extension]) for extension in names))
     return Sample(found.key, name, label, members[image][1], place, flaw)
 
@@ -176,14 +145,11 @@ def _label(text: str, num_classes: int) -> tuple[int, str]:
 
 
 def choose_classes(source: Source, wanted: str) -> Source:
-    """Keep some classes, in a given order: the labels become positions in it.
+    """Keep some classes, in a given order, which is that of the labels.
 
     Args:
         source: What to choose from.
         wanted: Names separated by commas, or a text file with a name per line.
-
-    Raises:
-        UserError: A name is unknown or repeated.
     """
     is_file = os.path.isfile(wanted)  # Path.is_file raises on a list longer than a file name may be
     try:
@@ -212,10 +178,9 @@ def choose_classes(source: Source, wanted: str) -> Source:
 
 
 def with_safe_keys(samples: Iterable[Sample]) -> list[Sample]:
-    """Give every sample a key of its own that is a plain word: letters, digits, `_` and `-`.
+    """Give every sample a unique key of letters, digits, `_` and `-`; repeated ones get a number.
 
-    webdataset ends a key at its first dot; slashes would make folders of it when the tar is unpacked. Repeated keys
-    get a number, in the order of the source.
+    webdataset ends a key at its first dot, and slashes would make folders when the tar is unpacked.
     """
     taken: set[str] = set()
     repeats: dict[str, int] = {}

@@ -1,41 +1,46 @@
-"""Quantizers without a learned codebook, for ablations: FSQ and LFQ from vector-quantize-pytorch, an optional extra."""
+"""FSQ and LFQ, quantizers without a learned codebook, from vector-quantize-pytorch, an optional extra."""
 
 import torch
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
 
 
 class ScalarQuantizer(nn.Module):
-    """Rounds every channel by itself, with the interface of VectorQuantizer.
-
-    "fsq" (arXiv 2309.15505) rounds to equally many levels in each channel, codebook_size^(1 / codebook_dim) of them.
-    "lfq" (arXiv 2310.05737) keeps the sign; its entropy loss, of all tokens of the batch, takes the place of the
-    codebook loss.
+    """Rounds every channel by itself to one of `levels` values; a Quantizer.
 
     Args:
-        config: its quantizer, codebook_size and codebook_dim.
+        codebook_size: levels to the power of codebook_dim.
+        codebook_dim: channels of a code.
+
+    Raises:
+        UserError: for another size, or if the extra is not installed.
     """
 
-    bypass = False  # as a VectorQuantizer's
+    name: str
+    bypass = False
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
+        self.levels = round(codebook_size ** (1 / codebook_dim))
+        if self.levels < 2 or self.levels**codebook_dim != codebook_size:
+            raise UserError(
+                f"codebook_size is {codebook_size}: {self.name} needs a number of levels to the power of codebook_dim, "
+                f"{codebook_dim}"
+            )
         try:
-            from vector_quantize_pytorch import FSQ, LFQ
+            import vector_quantize_pytorch
         except ImportError as error:
             raise UserError(
-                f"quantizer is {config.quantizer!r}, which needs vector-quantize-pytorch: "
+                f"quantizer is {self.name!r}, which needs vector-quantize-pytorch: "
                 "pip install 'dar-lightning[quantizers]'"
             ) from error
-        with torch.device("cpu"):
-            if config.quantizer == "fsq":
-                library = FSQ([config.levels] * config.codebook_dim, preserve_symmetry=config.levels == 2)
-            else:
-                library = LFQ(dim=config.codebook_dim, codebook_size=config.codebook_size)
         # It has no weights, only tables that it computes: kept out of the module, they stay out of files.
-        self._library = [library]
+        with torch.device("cpu"):
+            self._library = [self._make(vector_quantize_pytorch, codebook_dim)]
+
+    def _make(self, library, dim: int) -> nn.Module:
+        raise NotImplementedError
 
     def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Codes (B, N, dim) with their gradient, indices (B, N) and a loss."""
@@ -46,15 +51,32 @@ class ScalarQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """Index of each latent's code: (B, N, dim) -> (B, N) int64."""
         return self._quantize(latents)[1]
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes by index: (B, N) int64 -> (B, N, dim)."""
         return self._library[0].to(indices.device).indices_to_codes(indices)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As VectorQuantizer's: quantized latents, indices, and per token (B, N) a codebook loss and 0."""
         quantized, indices, loss = self._quantize(latents)
         zero = torch.zeros(indices.shape, device=latents.device)
         return quantized.to(latents.dtype), indices, zero + loss, zero
+
+
+class FiniteScalarQuantizer(ScalarQuantizer):
+    """FSQ (arXiv 2309.15505): equally many levels in each channel, and no codebook loss."""
+
+    name = "fsq"
+
+    def _make(self, library, dim: int) -> nn.Module:
+        return library.FSQ([self.levels] * dim, preserve_symmetry=self.levels == 2)
+
+
+class LookupFreeQuantizer(ScalarQuantizer):
+    """LFQ (arXiv 2310.05737): the sign of each channel; an entropy loss of the batch in place of the codebook loss."""
+
+    name = "lfq"
+
+    def _make(self, library, dim: int) -> nn.Module:
+        if self.levels != 2:
+            raise UserError(f"codebook_size is {self.levels**dim}: lfq needs 2^codebook_dim, {2**dim}")
+        return library.LFQ(dim=dim, codebook_size=2**dim)

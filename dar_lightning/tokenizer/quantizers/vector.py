@@ -1,4 +1,4 @@
-"""Nearest code on the unit sphere, with a straight-through gradient."""
+"""Vector quantization (VQ): the nearest code on the unit sphere, with a straight-through gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,18 @@ CPU_TILE, GPU_TILE = (256, 32), (4096, 128)
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of unit vectors.
+    """A learned codebook of unit vectors; a Quantizer. With `bypass` it returns unit latents and losses of zero.
 
     Args:
-        size: number of codes.
-        dim: channels of a code.
+        codebook_size: number of codes.
+        codebook_dim: channels of a code.
     """
 
-    def __init__(self, size: int, dim: int):
+    def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
-        rows = torch.empty(size, dim).uniform_(-1.0 / size, 1.0 / size)
+        rows = torch.empty(codebook_size, codebook_dim).uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
         self.codebook = nn.Parameter(F.normalize(rows, dim=-1))
-        self.bypass = False  # lets latents through unquantized, for a warm-up: see training.callbacks.CodebookWarmup
+        self.bypass = False
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each latent: (..., dim) -> (...) int64.
@@ -44,17 +44,9 @@ class VectorQuantizer(nn.Module):
             return torch.cat(indices).view(latents.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Unit vectors of the codes: (...) int64 -> (..., dim)."""
         return F.normalize(F.embedding(indices, self.codebook), dim=-1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Quantize latents (B, N, dim).
-
-        Returns:
-            The quantized latents (B, N, dim), in the dtype of `latents`, whose gradient flows straight through to
-            `latents`; the code indices (B, N); and, in float32, per token (B, N) the codebook loss and the commitment
-            loss (its weight 0.25 included). With `bypass` set, the unit latents themselves, and losses of zero.
-        """
         indices = self.nearest(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z = F.normalize(latents.float(), dim=-1)

@@ -3,7 +3,6 @@
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_monitor import CodebookMonitor
 from dar_lightning.training.callbacks.codebook_warmup import CodebookWarmup
-from dar_lightning.training.callbacks.data_speed import DataSpeed
 from dar_lightning.training.callbacks.ema import EMA
 from dar_lightning.training.callbacks.generation_fid import GenerationFID
 from dar_lightning.training.callbacks.global_batch import GlobalBatch
@@ -24,7 +23,6 @@ __all__ = [
     "EMA",
     "CodebookMonitor",
     "CodebookWarmup",
-    "DataSpeed",
     "GenerationFID",
     "GlobalBatch",
     "GroupLoss",

@@ -13,17 +13,14 @@ from dar_lightning.errors import UserError
 class LastStepCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that a run can be killed at, and whose `last.ckpt` holds the last step of a finished run.
 
-    What Lightning's does otherwise:
+    What Lightning's does not:
 
-    - It leaves `last.ckpt` at the last multiple of `every_n_train_steps`. The state of the last step is written before
-      EMAWeightAveraging replaces the weights by their average, so a run with a larger `max_steps` goes on from it.
-    - It may write in the middle of accumulating gradients, which no checkpoint holds. This one waits for the step.
-    - Before a validation, which may be long, the step is saved.
-    - A checkpoint that cannot be written ends the run. Here the run says so in a line and goes on: the previous
-      checkpoint stays, and the next one is tried at its time. Only at the very start and the very end is it an error.
-    - Half-written files of killed runs stay. Here they are removed at the start; a folder belongs to one run.
-
-    All options are ModelCheckpoint's, and its checkpoints are read.
+    - The last step is saved, whatever ends the run, before the average replaces the weights: a run with a larger
+      `max_steps` goes on from it. Lightning's `last.ckpt` is of the last multiple of `every_n_train_steps`.
+    - The step is saved before a validation, which may be long, and never while gradients are being accumulated.
+    - A checkpoint that cannot be written costs a line: the one before stays, and the next is tried at its time. Only at
+      the start and the end of the run is it an error.
+    - Half-written files of killed runs are removed at the start; a folder belongs to one run.
 
     Args:
         save_last: as ModelCheckpoint's, on by default.
@@ -72,13 +69,17 @@ class LastStepCheckpoint(ModelCheckpoint):
             super().on_train_end(trainer, pl_module)
 
     def save_now(self, trainer) -> str | None:
-        """Save this step as the last one, unless that is done already or it is one to resume from inexactly.
+        """Save this step as the last one, unless that is done already or gradients are being accumulated.
 
         Returns:
-            The file that holds this step, None if there is none.
+            As `saved`.
         """
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.saved(trainer)
+
+    def saved(self, trainer) -> str | None:
+        """The file that holds this step, None if there is none."""
         return self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else None
 
     def _save_end(self, trainer) -> None:

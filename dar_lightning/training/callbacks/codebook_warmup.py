@@ -17,11 +17,10 @@ class CodebookWarmup(Callback):
     The official recipe needs none of this in its 210K steps. In runs of a few thousand, a random codebook collapses to
     a few codes before the encoder has anything to say.
 
-    A step is an optimizer step: with `accumulate_grad_batches`, all its batches are collected and counted. With several
-    devices, latents and counts are those of all of them, and rank 0 decides what the codebook becomes. A moved code is
-    a new one: the moving average takes it as it is, and the optimizer's moments of it begin at zero. AdamW's count of
-    steps goes on, so the first step of a moved code is (1 - beta1) / sqrt(1 - beta2) learning rates an entry: 0.45 with
-    the betas of `OptimizerConfig`; 3.2, and more in the steps after it, with a beta2 of 0.999.
+    A step is an optimizer step: all its batches, of all devices, are collected and counted, and rank 0 decides what the
+    codebook becomes. A moved code is a new one: the moving average takes it as it is, and the optimizer's moments of it
+    begin at zero. AdamW's count of steps goes on, so its first step is (1 - beta1) / sqrt(1 - beta2) learning rates an
+    entry: 0.45 with the betas of `OptimizerConfig`, 3.2 with a beta2 of 0.999.
 
     Args:
         warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
@@ -85,7 +84,10 @@ class CodebookWarmup(Callback):
                         "collect_steps"
                     )
                 latents, size = torch.cat(self.latents).to(pl_module.device), len(quantizer.codebook)
-                codes = self._start(latents, size) if trainer.is_global_zero else None
+                seeded = torch.Generator().manual_seed(step)
+                codes = (
+                    spherical_kmeans(latents, size, self.kmeans_iterations, seeded) if trainer.is_global_zero else None
+                )
                 self._move(trainer, pl_module, torch.arange(size), codes)
                 quantizer.bypass = False
                 self.latents = []
@@ -102,17 +104,10 @@ class CodebookWarmup(Callback):
         if (step - self.warmup_steps) % self.revive_every == 0:
             latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
             dead = (self.counts == 0).nonzero().flatten()
-            chosen = torch.randperm(len(latents), generator=self._generator(step))[: len(dead)]
+            chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[: len(dead)]
             self._move(trainer, pl_module, dead[: len(chosen)], latents[chosen.to(latents.device)])
             pl_module.log("train/revived_codes", float(len(chosen)))
             self.counts = None
-
-    def _start(self, latents: Tensor, codebook_size: int) -> Tensor:
-        return spherical_kmeans(latents, codebook_size, self.kmeans_iterations, self._generator(self.warmup_steps))
-
-    @staticmethod
-    def _generator(step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(step)
 
     @staticmethod
     def _move(trainer, pl_module, rows: Tensor, codes: Tensor | None) -> None:

@@ -1,9 +1,9 @@
 """The config of a run, where its curves are."""
 
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dar_lightning.files import users_path
+from dar_lightning.training.callbacks.pictures import writers
 
 
 class ConfigText(SaveConfigCallback):
@@ -17,6 +17,5 @@ class ConfigText(SaveConfigCallback):
     def save_config(self, trainer, pl_module, stage) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way to keep lines as they are
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", indented, trainer.global_step)
+        for writer in writers(trainer):
+            writer.add_text("config", indented, trainer.global_step)

@@ -1,21 +1,16 @@
 """The exponential moving average of the weights (EMA): from the start weights on, on the device that trains."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
 class Average(AveragedModel):
-    """An AveragedModel whose update reads nothing back from the device.
-
-    Args:
-        model: what is averaged; the average begins as its copy.
-        device: where the average lies.
-        decay: share of the average that stays at an update.
-    """
+    """An AveragedModel that begins as a copy of the model and whose update reads nothing back from the device."""
 
     def __init__(self, model: nn.Module, device: torch.device, decay: float):
         super().__init__(model)  # its counter lies on the CPU
@@ -30,19 +25,19 @@ class Average(AveragedModel):
         # the two rounded sums of a lerp are others.
         torch._foreach_mul_(mine, self.decay)
         torch._foreach_add_(mine, list(model.parameters()), alpha=1.0 - self.decay)
-        self._copy(self.module.buffers(), model.buffers())
+        _copy(self.module.buffers(), model.buffers())
         self.n_averaged += 1
 
     @torch.no_grad()
     def begin_anew(self, model: nn.Module) -> None:
         """Make the average a copy of the model."""
-        self._copy(self.module.parameters(), model.parameters())
-        self._copy(self.module.buffers(), model.buffers())
+        _copy(self.module.parameters(), model.parameters())
+        _copy(self.module.buffers(), model.buffers())
 
-    @staticmethod
-    def _copy(targets, sources) -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 class EMA(WeightAveraging):

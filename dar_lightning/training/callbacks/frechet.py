@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,58 @@ from torch import Tensor
 
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
+from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from dar_lightning.metrics.frozen import FrozenNetwork
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.records.pixels import set_sha256
-from dar_lightning.records.protocol import FRECHET, write_figures
+from dar_lightning.records.pixels import image_digests, set_sha256
+from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
 from dar_lightning.weights.lightning import has_average
+
+
+class MeasuredSet:
+    """A set of images of which each rank measures its share: their features, and what identifies their pixels."""
+
+    def __init__(self, network: FrozenNetwork):
+        self.network = network
+        self.statistics: FeatureStatistics | None = None
+        self.digests: dict[int, bytes] = {}
+
+    def add(self, images: Tensor, count: int | None = None, numbers: list[int] | None = None) -> None:
+        """Add the first `count` (None: all) of images (B, 3, H, W) uint8, B > 0; numbers: their pixels are noted."""
+        features = self.network(images)[:count]
+        if self.statistics is None:
+            self.statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
+        self.statistics.update(features.to(self.statistics.device))
+        if numbers is not None:
+            digests = image_digests(images.permute(0, 2, 3, 1).cpu().numpy())
+            self.digests |= list(zip(numbers, digests, strict=True))[:count]
+
+    def gathered(self) -> Gaussian:
+        """Statistics of all ranks' shares, on the CPU, where stored ones are."""
+        try:
+            mean, covariance, count = self.statistics.compute()
+            return Gaussian(mean.cpu(), covariance.cpu(), count)
+        except ValueError as error:
+            raise UserError(f"Frechet distance: {error}; validate on more images") from error
+
+    def sha256(self, trainer: Trainer) -> str:
+        """What identifies the set of all ranks (`records.pixels`)."""
+        digests = [self.digests]
+        if trainer.world_size > 1:
+            digests *= trainer.world_size
+            torch.distributed.all_gather_object(digests, self.digests)
+        return set_sha256(digest for _, digest in sorted(pair for part in digests for pair in part.items()))
 
 
 class FrechetCallback(Callback):
     """Logs a Frechet distance in validations, on EMA weights if the run averages them.
 
-    All work that needs weights is done after validation batches: there EMAWeightAveraging has its weights in place,
-    wherever it stands in the list of callbacks. The feature network and the statistics belong to the callback, so
-    checkpoints and EMA copies do not have them.
+    Weights are used after validation batches alone, where the average is in place wherever its callback stands in the
+    list. Checkpoints and EMA copies have neither the feature network nor the statistics.
 
     Each value is also written, with its protocol, to `evaluation/` in the run's folder, as `dar evaluate` writes it. A
-    file of `dar validate`, whose steps are not those of training, replaces none that is there. In training, a file that
-    cannot be written costs a line.
+    file of `dar validate` replaces none that is there. In training, a file that cannot be written costs a line.
 
     Args:
         prefix: of the name: "r" gives val/rFID, and val/rFD-<name> with any other network than Inception.
@@ -54,8 +88,8 @@ class FrechetCallback(Callback):
         if label is not None and not re.fullmatch(r"[\w.-]+", label):
             raise UserError(f"label is {label!r}: it is part of file names, use letters, digits and _ . -")
         self.label = label
-        self.figure = f"{prefix}{frechet_name(features)}"  # the name in the file
-        self.name = self.labelled(self.figure)
+        self.metric = f"{prefix}{frechet_name(features)}"  # the name in the file
+        self.name = self.labelled(self.metric)
         self.features, self.features_weights = features, features_weights
         self.every_n_steps = every_n_steps
         self.reference: Gaussian | None = None  # measured once
@@ -63,9 +97,9 @@ class FrechetCallback(Callback):
         self._checkpoint_averaged: bool | None = None
         self._network: FrozenNetwork | None = None
 
-    def labelled(self, figure: str) -> str:
-        """A figure's name in the logs."""
-        return figure if self.label is None else f"{figure}-{self.label}"
+    def labelled(self, metric: str) -> str:
+        """A metric's name in the logs."""
+        return metric if self.label is None else f"{metric}-{self.label}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in ("fit", "validate") and self._network is None:
@@ -94,35 +128,6 @@ class FrechetCallback(Callback):
         if self.due and _training(trainer):
             self._measured_at = trainer.global_step
 
-    def measured(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) -> features (B, D)."""
-        return self._network(images)
-
-    @staticmethod
-    def added(statistics: FeatureStatistics | None, features: Tensor) -> FeatureStatistics:
-        """Statistics with some more features (B, D), B >= 0; None begins them."""
-        if statistics is None:
-            statistics = FeatureStatistics(features.shape[1]).to(float64_device(features.device))
-        statistics.update(features.to(statistics.device))
-        return statistics
-
-    def gathered(self, statistics: FeatureStatistics) -> Gaussian:
-        """Of all ranks, on the CPU, where stored statistics are."""
-        try:
-            mean, covariance, count = statistics.compute()
-            return Gaussian(mean.cpu(), covariance.cpu(), count)
-        except ValueError as error:
-            raise UserError(f"{type(self).__name__}: {error}; validate on more images") from error
-
-    @staticmethod
-    def pixels_of_ranks(trainer: Trainer, digests: dict[int, bytes]) -> str:
-        """What identifies a set (`records.pixels`), of whose images this rank has digests by number."""
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, digests)
-            digests = {number: digest for part in parts for number, digest in part.items()}
-        return set_sha256(digest for _, digest in sorted(digests.items()))
-
     def averaged(self, trainer: Trainer) -> bool | None:
         """Whether the weights that are measured are an average over training steps; None where nothing tells."""
         if _training(trainer):
@@ -130,8 +135,19 @@ class FrechetCallback(Callback):
             return any(average.n_averaged > 0 for average in averages)
         return self._checkpoint_averaged
 
-    def report(self, trainer: Trainer, value: float, samples: Gaussian, others: dict, protocol: dict[str, Any]) -> None:
-        """Rank 0 writes down the distance, other figures, and what they depend on."""
+    def report(
+        self, trainer: Trainer, samples: Gaussian, protocol: Protocol, others: dict[str, Tensor] | None = None
+    ) -> None:
+        """Log the samples' distance from the reference, and other metrics of all ranks, and write them with a protocol.
+
+        `protocol` says what they depend on, apart from what all callbacks share.
+        """
+        # On the device, since NCCL reduces no tensor of the CPU.
+        device = trainer.strategy.root_device
+        value = frechet_distance(samples, self.reference)
+        metrics = {self.metric: torch.tensor(value, dtype=torch.float32, device=device)} | (others or {})
+        named = {f"val/{self.labelled(name)}": metric.float() for name, metric in metrics.items()}
+        trainer.lightning_module.log_dict(named, sync_dist=True, batch_size=1)
         if not trainer.is_global_zero:
             return
         facts = {
@@ -141,11 +157,15 @@ class FrechetCallback(Callback):
             "n": samples.count,
         }
         network = feature_protocol(self.features, self._network.network) | {"dim": len(samples.mean)}
-        made = provenance(trainer.strategy.root_device, trainer.precision)
-        common = {"features": network, "frechet": FRECHET, "provenance": made}
-        protocol = protocol | common | {"samples": facts | protocol["samples"]}
+        protocol = replace(
+            protocol,
+            samples=facts | protocol.samples,
+            methods=protocol.methods | {"features": network, "frechet": FRECHET},
+            provenance=provenance(device, trainer.precision),
+        )
+        numbers = {name: metric.item() if metric.isfinite() else None for name, metric in (others or {}).items()}
         try:
-            write_figures(self._file(trainer), {self.figure: value} | others, protocol)
+            write_metrics(self._file(trainer), {self.metric: value} | numbers, protocol)
         except UserError as error:
             if not _training(trainer):
                 raise
@@ -159,13 +179,6 @@ class FrechetCallback(Callback):
             number += 1
             path = path.with_name(f"{stem}-{number}.json")
         return path
-
-    def log_distance(self, pl_module: LightningModule, value: float) -> None:
-        """Log under `val/`; every rank has the same value."""
-        # On the device, since NCCL reduces no tensor of the CPU.
-        pl_module.log(
-            f"val/{self.name}", torch.tensor(value, dtype=torch.float32, device=pl_module.device), sync_dist=True
-        )
 
 
 def _training(trainer: Trainer) -> bool:

@@ -9,14 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import feature_protocol
-from dar_lightning.metrics.frechet import Gaussian, frechet_distance
 from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images
-from dar_lightning.metrics.statistics_file import check_fits, read_statistics, sha256_of
-from dar_lightning.records.pixels import image_digests
+from dar_lightning.metrics.statistics_file import check_fits, read_statistics
+from dar_lightning.records.protocol import Protocol
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.training.callbacks.frechet import FrechetCallback
+from dar_lightning.training.callbacks.frechet import FrechetCallback, MeasuredSet
 from dar_lightning.training.callbacks.stop import StopOnSignal
-from dar_lightning.training.sharding import whole_model
+from dar_lightning.training.fsdp import whole_model
 
 
 class GenerationFID(FrechetCallback):
@@ -39,11 +38,9 @@ class GenerationFID(FrechetCallback):
         top_p: keep the most likely tokens with this much probability.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        batch_size: images at a time and per rank. Another number changes those that are drawn by rounding.
-        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
-            in all.
-        label: added to `val/gFID` and to the files' names, as in val/gFID-guided: with labels of their own, several of
-            these callbacks, of other guidance or references, measure the same run.
+        batch_size: images at a time and per rank; another number rounds differently.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps.
+        label: ends the names in logs and of files (val/gFID-guided), for a second of these callbacks.
     """
 
     def __init__(
@@ -74,7 +71,6 @@ class GenerationFID(FrechetCallback):
         self._tokenizer: SequentialDiffusionTokenizer | None = None
         self._images: ImageSet | None = None
         self._reference_facts: dict[str, Any] = {}
-        self._value: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -93,25 +89,16 @@ class GenerationFID(FrechetCallback):
         if batch_idx or dataloader_idx or not self.due:
             return
         if self.reference is None:
-            digests: dict[int, bytes] = {}
-            self.reference = self._statistics(self._images, trainer, pl_module, digests)
-            self._reference_facts |= {"n": self.reference.count, "sha256": self.pixels_of_ranks(trainer, digests)}
+            measured = self._measured(self._images, trainer, pl_module, identified=True)
+            self.reference = measured.gathered()
+            self._reference_facts |= {"n": self.reference.count, "sha256": measured.sha256(trainer)}
         pipeline = DARPipeline(self._tokenizer.to(pl_module.device), whole_model(pl_module.ar))
         drawn = DrawnImages(pipeline, self.num_samples, self.seed, rows=self.batch_size, **self.options)
         size = self._tokenizer.config.image_size
         ema = {"tokenizer": self._tokenizer.averaged, "ar": self.averaged(trainer)}
-        protocol = {
-            "samples": drawn.protocol | {"ema": ema} if trainer.is_global_zero else {},
-            "reference": self._reference_facts,
-            "image_size": [size, size],
-        }
-        samples = self._statistics(drawn, trainer, pl_module)
-        self._value = frechet_distance(samples, self.reference)
-        self.report(trainer, self._value, samples, {}, protocol)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.due:
-            self.log_distance(pl_module, self._value)
+        samples = drawn.protocol | {"ema": ema} if trainer.is_global_zero else {}
+        protocol = Protocol(samples, self._reference_facts, [size, size], {})
+        self.report(trainer, self._measured(drawn, trainer, pl_module).gathered(), protocol)
 
     def _open_reference(self, world_size: int) -> ImageSet | None:
         """Images to measure, or None where the file has the statistics."""
@@ -121,9 +108,7 @@ class GenerationFID(FrechetCallback):
             sha256 = feature_protocol(self.features, self._network.network)["sha256"]
             if check_fits(stored, self.source, self.features, sha256):
                 self.reference = stored.statistics
-                facts = {"statistics": "mu and sigma as stored", "statistics_sha256": sha256_of(stored.statistics)}
-                facts |= {} if stored.protocol is None else {"statistics_of": stored.protocol}
-                self._reference_facts = {"npz": self.source, "n": stored.statistics.count} | facts
+                self._reference_facts = {"npz": self.source} | stored.facts()
                 return None
         images = open_images(self.source, option, size)
         if len(images) < max(2, world_size):
@@ -131,15 +116,11 @@ class GenerationFID(FrechetCallback):
         self._reference_facts = dict(images.protocol)
         return images
 
-    def _statistics(
-        self,
-        images: ImageSet,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        digests: dict[int, bytes] | None = None,
-    ) -> Gaussian:
-        """Of a set of which every rank measures its share; `digests` of images, by number, are added where given."""
-        statistics, size = None, self._tokenizer.config.image_size
+    def _measured(
+        self, images: ImageSet, trainer: Trainer, pl_module: LightningModule, identified: bool = False
+    ) -> MeasuredSet:
+        """A set of which every rank measures its share."""
+        measured, size = MeasuredSet(self._network), self._tokenizer.config.image_size
         stops = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
         batches = images.batches(self.batch_size, trainer.global_rank, trainer.world_size)
         for _ in range(math.ceil(len(images) / (self.batch_size * trainer.world_size))):  # of rank 0, which has most
@@ -154,10 +135,9 @@ class GenerationFID(FrechetCallback):
                     f"GenerationFID: {self.source} has images of {pixels.shape[2]}x{pixels.shape[3]}, the tokenizer "
                     f"makes {size}x{size}"
                 )
-            statistics = self.added(statistics, self.measured(pixels.to(pl_module.device)))
-            if digests is not None:
-                for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()):
-                    digests[trainer.global_rank + len(digests) * trainer.world_size] = digest
-        if statistics is None:  # more ranks than batches
-            statistics = self.added(None, torch.zeros(0, len(self.reference.mean), device=pl_module.device))
-        return self.gathered(statistics)
+            first = len(measured.digests)
+            numbers = [trainer.global_rank + (first + i) * trainer.world_size for i in range(len(pixels))]
+            measured.add(pixels.to(pl_module.device), numbers=numbers if identified else None)
+        if measured.statistics is None:  # more ranks than batches
+            measured.add(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=pl_module.device), count=0)
+        return measured

@@ -3,12 +3,12 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.training.batch_plan import TrainingPlan, accumulation
+from dar_lightning.training.callbacks.pictures import writers
 
 
 class GlobalBatch(Callback):
@@ -55,9 +55,8 @@ class GlobalBatch(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         plan = f"{TrainingPlan.of(trainer)}; lr {trainer.optimizers[0].defaults['lr']:g}"
         rank_zero_info(plan + (f"; goes on after step {trainer.global_step:,}" if trainer.global_step else ""))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("plan", plan, trainer.global_step)
+        for writer in writers(trainer):
+            writer.add_text("plan", plan, trainer.global_step)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         current = trainer.fit_loop.epoch_loop.batch_progress.current

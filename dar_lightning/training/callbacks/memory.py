@@ -6,7 +6,7 @@ import sys
 import torch
 from lightning.pytorch import Callback
 
-from dar_lightning.training.log_step import is_log_step
+from dar_lightning.training.log_step import is_log_step, log_numbers
 
 GIB = 2**30
 
@@ -27,4 +27,4 @@ class Memory(Callback):
         if pl_module.device.type == "cuda":
             values["memory/device_peak"] = torch.cuda.max_memory_allocated(pl_module.device) / GIB
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()})
+        log_numbers(pl_module, values)

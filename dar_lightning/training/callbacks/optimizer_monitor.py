@@ -1,11 +1,10 @@
 """What the optimizer is given: the learning rate and the size of the gradient."""
 
-import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from dar_lightning.training.log_step import is_log_step
+from dar_lightning.training.log_step import is_log_step, log_numbers
 
 
 class OptimizerMonitor(Callback):
@@ -19,12 +18,12 @@ class OptimizerMonitor(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if not is_log_step(trainer):
             return
-        # a tensor of the CPU, because Lightning puts numbers on the GPU and waits for them there
-        values = {"optimizer/lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+        log_numbers(pl_module, {"optimizer/lr": optimizer.param_groups[0]["lr"]})
+        norms = {}
         for name, part in pl_module.named_children():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             if gradients:
                 norm = get_total_norm(gradients)
                 # Sharded gradients (FSDP2) give a norm of which each device holds a part.
-                values[f"optimizer/grad_norm_{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        pl_module.log_dict(values)
+                norms[f"optimizer/grad_norm_{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        pl_module.log_dict(norms)

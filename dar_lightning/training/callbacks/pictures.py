@@ -3,15 +3,16 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 
-def draws(trainer: Trainer) -> bool:
-    """Whether this process writes pictures."""
-    return trainer.is_global_zero and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+def writers(trainer: Trainer) -> list[SummaryWriter]:
+    """TensorBoard's writers of this process: those of rank 0."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def draw(trainer: Trainer, name: str, image: Tensor) -> None:
+def log_picture(trainer: Trainer, name: str, image: Tensor) -> None:
     """Log an image, (3, H, W) uint8, at the current step."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, image, trainer.global_step)
+    for writer in writers(trainer):
+        writer.add_image(name, image, trainer.global_step)

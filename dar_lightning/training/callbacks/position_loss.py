@@ -1,28 +1,27 @@
 """Which tokens are hard to predict? The AR model's loss and accuracy, position by position."""
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dar_lightning.ar.order import written
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.binned import BinnedMean
-from dar_lightning.training.callbacks.charts import line_chart
-from dar_lightning.training.callbacks.pictures import draw, draws
+from dar_lightning.training.callbacks.pictures import writers
 from dar_lightning.training.log_step import is_log_step, log_bins
 
 
 class PositionLoss(Callback):
     """Logs loss (nats) and accuracy of tokens by their place in the sequence, over all devices.
 
-    After each validation, two charts over all positions: `loss_by_position` of the validation tokens and of the last
+    After each validation, two plots over all positions: `loss_by_position` of the validation tokens and of the last
     logged training tokens, and `accuracy_by_position`. As scalars, means over each group of consecutive tokens, k from
     0: `groups/train_loss_k`, since it was last logged, every `trainer.log_every_n_steps` steps, and
     `groups/val_loss_k`, `groups/val_accuracy_k`.
 
     Under AblationModule, a token's place is the tokenizer's, in whatever order tokens are written. It adds
-    `groups/val_entropy_k` (nats, of the predicted distributions), and by the order of writing the chart
+    `groups/val_entropy_k` (nats, of the predicted distributions), and by the order of writing the plot
     `loss_by_written_position` and `written/val_loss_k`, of the k-th part of the written sequence.
 
     Args:
@@ -41,7 +40,7 @@ class PositionLoss(Callback):
         self._train, self._loss, self._hit, self._entropy, self._written = metrics
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._add(self._train.to(pl_module.device), outputs["token_loss"])
+        add_tokens(self._train.to(pl_module.device), outputs["token_loss"])
         if is_log_step(trainer):
             self._last_train = self._train.compute().cpu()
             log_bins(pl_module, "groups/train_loss", self._by_group(self._last_train))
@@ -53,11 +52,11 @@ class PositionLoss(Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if outputs is not None:  # not of padding alone
-            self._add(self._loss, outputs["token_loss"])
-            self._add(self._hit, outputs["hit"])
+            add_tokens(self._loss, outputs["token_loss"])
+            add_tokens(self._hit, outputs["hit"])
             if "entropy" in outputs:
-                self._add(self._entropy, outputs["entropy"])
-                self._add(self._written, written(outputs["token_loss"], outputs["order"]))
+                add_tokens(self._entropy, outputs["entropy"])
+                add_tokens(self._written, written(outputs["token_loss"], outputs["order"]))
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         loss, hit = self._loss.compute().cpu(), self._hit.compute().cpu()  # (N,)
@@ -66,21 +65,27 @@ class PositionLoss(Callback):
         entropy, by_writing = self._entropy.compute().cpu(), self._written.compute().cpu()  # NaN without an order
         log_bins(pl_module, "groups/val_entropy", self._by_group(entropy))
         log_bins(pl_module, "written/val_loss", self._by_group(by_writing))
-        if trainer.sanity_checking or not draws(trainer):
+        if trainer.sanity_checking or not writers(trainer):
             return
         curves = {"validation": loss} | ({} if self._last_train is None else {"train": self._last_train})
-        charts = {"loss_by_position": curves, "accuracy_by_position": {"validation": hit}}
+        plots = {"loss_by_position": curves, "accuracy_by_position": {"validation": hit}}
         if not by_writing.isnan().any():
-            charts["loss_by_written_position"] = {"validation": by_writing}
-        for name, lines in charts.items():
-            chart = line_chart({label: values.tolist() for label, values in lines.items()}, x_label="token")
-            draw(trainer, name, torch.from_numpy(np.array(chart)).permute(2, 0, 1))
-
-    @staticmethod
-    def _add(mean: BinnedMean, values: Tensor) -> None:
-        """Values of tokens (B, N)."""
-        mean.update(torch.arange(values.shape[1], device=values.device).expand_as(values), values)
+            plots["loss_by_written_position"] = {"validation": by_writing}
+        for name, lines in plots.items():
+            axes = (figure := Figure(figsize=(7.2, 3.6), layout="constrained")).subplots()
+            for label, values in lines.items():
+                axes.plot(values.numpy(), label=label)
+            axes.set_xlabel("token")
+            axes.grid(axis="y")
+            axes.legend()
+            for writer in writers(trainer):
+                writer.add_figure(name, figure, trainer.global_step)
 
     def _by_group(self, values: Tensor) -> Tensor:
         """(N,) -> (num_groups,)."""
         return values.view(self.num_groups, -1).mean(dim=1)
+
+
+def add_tokens(mean: BinnedMean, values: Tensor) -> None:
+    """Values of tokens (B, N), by their places."""
+    mean.update(torch.arange(values.shape[1], device=values.device).expand_as(values), values)

@@ -1,18 +1,14 @@
 """rFID in validation: the images and their reconstructions."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.errors import UserError
-from dar_lightning.generation.drawing import image_generator
-from dar_lightning.metrics.frechet import FeatureStatistics, frechet_distance
+from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import float64_device
-from dar_lightning.metrics.reconstruction import as_figures, load_lpips, reconstruction_metrics, reconstruction_protocol
-from dar_lightning.records.pixels import image_digests
-from dar_lightning.training.callbacks.frechet import FrechetCallback
+from dar_lightning.metrics.reconstruction import reconstruct, reconstruction_protocol, reconstruction_scores
+from dar_lightning.records.protocol import Protocol
+from dar_lightning.training.callbacks.frechet import FrechetCallback, MeasuredSet
 
 
 class ReconstructionFID(FrechetCallback):
@@ -30,9 +26,8 @@ class ReconstructionFID(FrechetCallback):
         seed: with an image's number in the shards it seeds the noise that its decoding starts from.
         solver: adams2, euler or adams2_variable.
         num_steps: diffusion steps; None is one per group of tokens.
-        every_n_steps: measure in the first validation at or after each multiple of so many training steps; 1 measures
-            in all.
-        label: added to the four names and to the files' names, as in val/rFID-euler, for a second of these callbacks.
+        every_n_steps: measure in the first validation at or after each multiple of so many training steps.
+        label: ends the names in logs and of files (val/rFID-euler), for a second of these callbacks.
     """
 
     def __init__(
@@ -51,13 +46,8 @@ class ReconstructionFID(FrechetCallback):
         if num_samples is not None and num_samples < 2:
             raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
         self.num_samples, self.seed, self.solver, self.num_steps = num_samples, seed, solver, num_steps
-        self._lpips = None if lpips is None else load_lpips(lpips)
-        self._metrics = reconstruction_metrics(self._lpips)
-        self._scores = torch.zeros(0)  # (metrics + 1,): a sum over images for each, and their number
-        self._pixels: dict[int, bytes] = {}  # digests of originals, by number
-        self._originals: FeatureStatistics | None = None
-        self._reconstructions: FeatureStatistics | None = None
-        self._size: list[int] = []
+        self._lpips = None if lpips is None else lpips_network(lpips)
+        self._metrics = ["psnr", "ssim"] + (["lpips"] if lpips else [])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         others = [found for found in trainer.callbacks if isinstance(found, ReconstructionFID) and found is not self]
@@ -66,9 +56,11 @@ class ReconstructionFID(FrechetCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._originals = self._reconstructions = None  # of a validation that did not come to its end
-        device = float64_device(pl_module.device)
-        self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=device)
+        if not self.due:
+            return
+        self._originals, self._reconstructions = MeasuredSet(self._network), MeasuredSet(self._network)
+        # a sum over images for each metric, and their number
+        self._scores = torch.zeros(len(self._metrics) + 1, dtype=torch.float64, device=float64_device(pl_module.device))
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
@@ -77,60 +69,38 @@ class ReconstructionFID(FrechetCallback):
         kept = batch["valid"].clone()  # (B,)
         if self.num_samples is not None:
             kept &= batch["index"] < self.num_samples
-        if not kept.any():
-            if self._reconstructions is not None:
+        count = int(kept.sum())
+        if not count:
+            if self._reconstructions.statistics is not None:
                 return
             kept[0] = True  # a rank without images still takes part in the sums and means, with nothing
-            count = 0
-        else:
-            count = int(kept.sum())
         images, numbers = batch["image"][kept], batch["index"][kept].tolist()
-        tokenizer = pl_module.tokenizer
-        generators = [image_generator(self.seed, number) for number in numbers]
-        noise = tokenizer.draw_noise(len(images), generators, images.shape[2:])
-        with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
-            codes = tokenizer.tokenize(to_float(images))
-            reconstructions = to_uint8(tokenizer.detokenize(codes, noise, self.solver, num_steps=self.num_steps))
-        self._reconstructions = self.added(self._reconstructions, self.measured(reconstructions)[:count])
-        if self.reference is None:
-            self._originals = self.added(self._originals, self.measured(images)[:count])
-            digests = image_digests(images[:count].permute(0, 2, 3, 1).cpu().numpy())
-            self._pixels |= zip(numbers[:count], digests, strict=True)
         self._size = list(images.shape[2:])
+        options = {"solver": self.solver, "num_steps": self.num_steps}
+        with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
+            reconstructions = reconstruct(pl_module.tokenizer, images, numbers, self.seed, **options).decoded
+        self._reconstructions.add(reconstructions, count)
+        if self.reference is None:
+            self._originals.add(images, count, numbers)
         if count:
-            scores = self._metrics.to(images.device)(reconstructions.float(), images.float())
-            sums = [count * value.to(self._scores) for value in scores.values()]
-            self._metrics.reset()  # which keep every image's errors, and are asked for this batch's alone
+            scores = reconstruction_scores(reconstructions, images, self._lpips)
+            sums = [scores[name].to(self._scores).sum() for name in self._metrics]
             self._scores += torch.stack([*sums, torch.full_like(sums[0], count)])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.due:
             return
         if self.reference is None:
-            self.reference = self.gathered(self._originals)
-            self._sha256 = self.pixels_of_ranks(trainer, self._pixels)
-        samples = self.gathered(self._reconstructions)
-        value = frechet_distance(samples, self.reference)
+            self.reference = self._originals.gathered()
+            self._sha256 = self._originals.sha256(trainer)
         *sums, count = trainer.strategy.reduce(self._scores, reduce_op="sum")
         scores = {f"r{name.upper()}": total / count for name, total in zip(self._metrics, sums, strict=True)}
-        self.report(trainer, value, samples, as_figures(scores), self._protocol(trainer))
-        self.log_distance(pl_module, value)
-        logged = {f"val/{self.labelled(name)}": score.float() for name, score in scores.items()}
-        pl_module.log_dict(logged, sync_dist=True)
+        self.report(trainer, self._reconstructions.gathered(), self._protocol(trainer), scores)
 
-    def _protocol(self, trainer: Trainer) -> dict[str, Any]:
-        data = trainer.datamodule
+    def _protocol(self, trainer: Trainer) -> Protocol:
         steps = trainer.lightning_module.tokenizer.config.num_groups if self.num_steps is None else self.num_steps
-        reference = {"shards": getattr(data, "val", None), "crop": f"ADM centre crop to {self._size[0]}"}
-        return {
-            "samples": {
-                "reconstructions": "of the reference",
-                "ema": {"tokenizer": self.averaged(trainer)},
-                "seed": self.seed,
-                "solver": self.solver,
-                "steps": steps,
-            },
-            "reference": reference | {"n": self.reference.count, "sha256": self._sha256},
-            "image_size": self._size,
-            "reconstruction": reconstruction_protocol(self._lpips),
-        }
+        samples = {"reconstructions": "of the reference", "ema": {"tokenizer": self.averaged(trainer)}}
+        samples |= {"seed": self.seed, "solver": self.solver, "steps": steps}
+        reference = {"shards": getattr(trainer.datamodule, "val", None), "crop": f"ADM centre crop to {self._size[0]}"}
+        reference |= {"n": self.reference.count, "sha256": self._sha256}
+        return Protocol(samples, reference, self._size, {"reconstruction": reconstruction_protocol(self._lpips)})

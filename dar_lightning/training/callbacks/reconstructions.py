@@ -5,8 +5,9 @@ from lightning.pytorch import Callback
 from torchvision.utils import make_grid
 
 from dar_lightning.data.transforms import to_float, to_uint8
-from dar_lightning.metrics.reconstruction import reconstruction_metrics
-from dar_lightning.training.callbacks.pictures import draw, draws
+from dar_lightning.metrics.reconstruction import reconstruction_scores
+from dar_lightning.training.callbacks.pictures import log_picture, writers
+from dar_lightning.training.module import counted_rows
 
 
 class Reconstructions(Callback):
@@ -27,22 +28,19 @@ class Reconstructions(Callback):
         if batch_idx or trainer.sanity_checking:
             return
         tokenizer = pl_module.tokenizer
-        count = int(batch["valid"].sum())
-        kept = batch["valid"] if count else ~batch["valid"]  # padding alone is logged too, with a weight of zero
+        kept, count = counted_rows(batch["valid"])
         images = batch["image"][kept][: self.num_images]
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pl_module.device)
         with trainer.precision_plugin.val_step_context():
             previews = to_uint8(tokenizer.previews(tokenizer.tokenize(to_float(images)), noise))  # (B, K, 3, H, W)
-        metrics = reconstruction_metrics().to(pl_module.device)
-        scores = metrics(previews[:, -1].float(), images.float())
-        weight = float(min(count, len(images)))  # ranks average it; integers would be cut
+        scores = reconstruction_scores(previews[:, -1], images)
         errors = (previews.float() - images[:, None].float()).square().mean(dim=(2, 3, 4))  # (B, K)
         psnr = (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).mean(dim=0)
-        scores = {f"val/{name}": value for name, value in scores.items()}
+        scores = {f"val/{name}": values.mean() for name, values in scores.items()}
         scores |= {f"groups/val_psnr_after_{m}": value for m, value in enumerate(psnr, start=1)}
-        pl_module.log_dict(scores, batch_size=weight, sync_dist=True)
-        if draws(trainer):
+        pl_module.log_means(scores, min(count, len(images)))
+        if writers(trainer):
             pairs = torch.stack([images, previews[:, -1]], dim=1).flatten(0, 1)
             strips = torch.cat([images[:, None], previews], dim=1)[: self.num_strips]
-            draw(trainer, "reconstructions", make_grid(pairs, nrow=8))
-            draw(trainer, "previews", make_grid(strips.flatten(0, 1), nrow=strips.shape[1]))
+            log_picture(trainer, "reconstructions", make_grid(pairs, nrow=8))
+            log_picture(trainer, "previews", make_grid(strips.flatten(0, 1), nrow=strips.shape[1]))

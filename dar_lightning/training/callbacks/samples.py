@@ -7,8 +7,8 @@ from torchvision.utils import make_grid
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.training.callbacks.pictures import draw, draws
-from dar_lightning.training.sharding import whole_model
+from dar_lightning.training.callbacks.pictures import log_picture, writers
+from dar_lightning.training.fsdp import whole_model
 
 
 class Samples(Callback):
@@ -33,11 +33,11 @@ class Samples(Callback):
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        # After the first batch, not at the end of the epoch, when EMAWeightAveraging may have taken its weights away.
+        # After the first batch, not at the end of the epoch, when the average may have been taken away.
         if batch_idx or dataloader_idx or trainer.sanity_checking:
             return
         ar = whole_model(pl_module.ar)  # of slices on all ranks
-        if not draws(trainer):
+        if not writers(trainer):
             return
         if self.tokenizer is None:
             self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
@@ -46,4 +46,4 @@ class Samples(Callback):
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
         with trainer.precision_plugin.val_step_context():
             images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
-        draw(trainer, "samples", make_grid(to_uint8(images), nrow=self.per_class))
+        log_picture(trainer, "samples", make_grid(to_uint8(images), nrow=self.per_class))

@@ -9,24 +9,20 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from dar_lightning.errors import UserError
-from dar_lightning.training.sharding import own_slice
+from dar_lightning.training.fsdp import own_slice
 
 
 class SkipBadSteps(Callback):
     """Leaves the model and the optimizer as they were in a step whose loss or gradients are not finite on any rank.
 
-    Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step.
-    Everything else goes on as if the step had been made: the data, the count of steps, the learning rate, and the
-    moving average, which takes in the unchanged weights once more. Hence a run with a skipped step ends where it would
-    have ended without it. With gradient accumulation, one bad batch costs the whole step.
+    Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step. The
+    data, the count of steps, the learning rate and the moving average go on as if the step had been made. With gradient
+    accumulation, one bad batch costs the whole step.
 
     The decision is made on the device and never waited for: a fused AdamW skips its update where its `found_inf` is 1,
-    which is how PyTorch's gradient scaler uses it. The price is one more reading of the gradients and, with several
-    ranks, one reduction of a single number per step. The host reads the count one step late on a GPU, so a run ends
-    after `max_in_a_row` bad steps or one more.
-
-    With `precision: 16-mixed`, gradients that are not finite although the loss is are what the loss scale finds its
-    size by: PyTorch's gradient scaler skips such a step, and it counts as no bad one.
+    as PyTorch's gradient scaler uses it. On a GPU the host reads the count one step late, so a run ends after
+    `max_in_a_row` bad steps or one more. With `precision: 16-mixed`, gradients that overflow although the loss is
+    finite are the gradient scaler's business, and count as no bad step.
 
     Logs `train/skipped_steps`, the number of steps skipped since the start of training.
 

@@ -25,10 +25,8 @@ class StopOnSignal(Callback):
     stops all of them after the same step. Ranks that Lightning has started itself end with 0, because Lightning kills
     the run at once when one of them ends with anything else.
 
-    Lightning's own answer to SIGTERM saves nothing, ends with 0, and can hang when ranks hear of it at different times.
-    Its answer to SIGUSR1 under SLURM saves from within the signal, wherever a rank happens to be in a step: ranks at
-    different places wait for each other without end, and the file lies where `ckpt_path: last` does not look.
-    With several ranks, a number is reduced at every step, and waited for; Lightning does this too.
+    Lightning's own answer to SIGTERM saves nothing and ends with 0; its answer to SIGUSR1 under SLURM saves from within
+    the signal, where ranks at different places of a step wait for each other without end.
     """
 
     def __init__(self) -> None:
@@ -71,11 +69,9 @@ class StopOnSignal(Callback):
     @staticmethod
     def _stop(trainer, number: int, validating: bool = False) -> None:
         callbacks = [found for found in trainer.checkpoint_callbacks if isinstance(found, LastStepCheckpoint)]
-        step = trainer.global_step
-        # In a validation the weights may be the averages, so nothing is saved then.
-        files = [] if validating else [file for found in callbacks if (file := found.save_now(trainer))]
-        if validating:
-            files = [found._last_checkpoint_saved for found in callbacks if found._last_global_step_saved == step]
+        # In a validation the weights may be the averages, and the step has been saved before it.
+        files = [found.saved(trainer) if validating else found.save_now(trainer) for found in callbacks]
+        files, step = [file for file in files if file], trainer.global_step
         if trainer.is_global_zero:
             saved = f"saved in {files[0]}" if files else "not saved, the checkpoint before is the last"
             name = signal.Signals(number).name

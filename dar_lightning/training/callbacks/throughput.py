@@ -1,4 +1,4 @@
-"""How fast training is, and how much of the device it uses."""
+"""How fast training is, how much of the device it uses, and whether it waits for its data."""
 
 from time import perf_counter
 
@@ -8,66 +8,81 @@ from lightning.pytorch import Callback
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.flops import step_flops
-from dar_lightning.training.log_step import is_log_step
+from dar_lightning.training.log_step import is_log_step, log_numbers
+from dar_lightning.training.module import TrainingModule
 
 
 class Throughput(Callback):
     """Logs speed, every `trainer.log_every_n_steps` steps, of the time since it was last logged, without validation.
 
-    - `speed/images_per_second`, `speed/tokens_per_second`: of all devices together.
+    - `speed/images_per_second`, `speed/tokens_per_second`: of all devices together. `data/images_per_second` is the
+      first of them, beside the other curves of the data.
     - `speed/tflops`: teraFLOP/s of each device: the operations of a forward and backward pass (`flops.step_flops`),
       counted once, before the first step.
     - `speed/mfu`: the same as a share of the device's peak: model FLOPs utilisation, 0 to 1. Only where the peak is
       known.
+    - `data/wait_share`: part of the time in which the training process stood still because the next batch was not
+      there; also in the progress bar. Near 0 is right; much above it, give the loader more workers. It is what our
+      loaders measure (`waited`), not the time between two steps, in which loggers wait for the GPU, too.
+    - `data/skipped`: distinct bad samples that all ranks had met when they last compared, and this one since.
+
+    Nothing here waits for a GPU.
 
     Args:
         peak_tflops: peak of one device in teraFLOP/s, dense, in the precision of the run; None takes it from
             Lightning's table of GPUs.
+        flops: count operations; without, `speed/tflops` and `speed/mfu` are left out. Counting takes two to ten seconds
+            before the first step.
 
     Raises:
         UserError: if peak_tflops is not positive.
     """
 
-    def __init__(self, peak_tflops: float | None = None):
+    def __init__(self, peak_tflops: float | None = None, flops: bool = True):
         if peak_tflops is not None and peak_tflops <= 0:
             raise UserError(f"peak_tflops is {peak_tflops}: it must be positive, or null for the table's")
-        self.peak_tflops = peak_tflops
+        self.peak_tflops, self.flops = peak_tflops, flops
         self._start = self._batch_end = 0.0  # seconds
-        self._images, self._image_flops = 0, 0.0
 
     def on_train_start(self, trainer, pl_module) -> None:
-        peak = self.peak_tflops and self.peak_tflops * 1e12
-        self._peak = peak or get_available_flops(pl_module.device, _dtype(trainer.precision))
-        model = getattr(pl_module, "tokenizer", None) or pl_module.ar
-        self._tokens, self._image_flops = model.config.num_tokens, 0.0
-        self._begin(perf_counter())
+        self._peak = self.peak_tflops and self.peak_tflops * 1e12
+        self._peak = self._peak or get_available_flops(pl_module.device, _dtype(trainer.precision))
+        self._image_flops: float | None = None
+        self._begin(trainer, perf_counter())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if not self._image_flops:
+        if self.flops and self._image_flops is None and isinstance(pl_module, TrainingModule):
             self._image_flops = step_flops(pl_module, batch) / len(batch["label"])
-            self._begin(perf_counter())
+            self._begin(trainer, perf_counter())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch["label"])
-        self._batch_end = now = perf_counter()
+        self._batch_end = perf_counter()
         if not is_log_step(trainer):
             return
-        mine = self._images / (now - self._start)  # images per second of this device
-        everywhere = mine * trainer.world_size
-        values = {"images_per_second": everywhere, "tokens_per_second": everywhere * self._tokens}
-        values["tflops"] = mine * self._image_flops / 1e12
-        if self._peak:
-            values["mfu"] = mine * self._image_flops / self._peak
-        # Tensors of the CPU, because Lightning puts numbers on the GPU and waits for them there.
-        pl_module.log_dict({f"speed/{name}": torch.tensor(value) for name, value in values.items()})
-        self._begin(now)
+        seconds = self._batch_end - self._start
+        mine = self._images / seconds  # images per second of this device
+        values = dict.fromkeys(("speed/images_per_second", "data/images_per_second"), mine * trainer.world_size)
+        if isinstance(pl_module, TrainingModule):
+            values["speed/tokens_per_second"] = mine * trainer.world_size * pl_module.model.config.num_tokens
+        if self._image_flops is not None:
+            values["speed/tflops"] = mine * self._image_flops / 1e12
+            if self._peak:
+                values["speed/mfu"] = mine * self._image_flops / self._peak
+        if hasattr(trainer.datamodule, "skipped"):
+            values["data/skipped"] = sum(len(bad) for bad in trainer.datamodule.skipped.values())
+        log_numbers(pl_module, values)
+        if hasattr(trainer.train_dataloader, "waited"):
+            share = (trainer.train_dataloader.waited - self._waited) / seconds
+            log_numbers(pl_module, {"data/wait_share": share}, prog_bar=True)
+        self._begin(trainer, self._batch_end)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self._start += perf_counter() - self._batch_end
 
-    def _begin(self, now: float) -> None:
+    def _begin(self, trainer, now: float) -> None:
         self._start = self._batch_end = now
-        self._images = 0
+        self._images, self._waited = 0, getattr(trainer.train_dataloader, "waited", 0.0)
 
 
 def _dtype(precision: str) -> torch.dtype:

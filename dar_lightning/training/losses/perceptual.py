@@ -41,11 +41,7 @@ class PerceptualLoss(WeightedLoss):
         self.distance = lpips_network(weights_path)
 
     def __call__(self, x1_hat: Tensor, images: Tensor, t: Tensor) -> Tensor:
-        """Mean of t^t_power LPIPS over two batches (B, 3, H, W) in [-1, 1], H, W >= 32, and times t (B,).
-
-        Returns:
-            A scalar, not yet multiplied by `weight`.
-        """
+        """Mean of t^t_power LPIPS over batches (B, 3, H, W) in [-1, 1], H, W >= 32, times t (B,); without `weight`."""
         first = int(torch.randint(min(self.stride, len(t)), ()))
         seen = slice(first, None, self.stride)
         return self.mean(self.distance(x1_hat[seen], images[seen]), t[seen])

@@ -30,8 +30,7 @@ class RepaLoss(WeightedLoss):
         start_step: optimizer steps without this loss.
 
     Raises:
-        UserError: if the teacher does not exist, has another width, or its weights cannot be had; or if an option is
-            out of range.
+        UserError: if there is no such teacher, it has another width, or an option is out of range.
     """
 
     def __init__(
@@ -64,15 +63,9 @@ class RepaLoss(WeightedLoss):
         return self.teacher(images.float())
 
     def __call__(self, projected: Tensor, images: Tensor, t: Tensor) -> Tensor:
-        """Mean of t^t_power (1 - cosine similarity) between projected (B, P, 768) and the teacher's P patches.
+        """Mean of t^t_power (1 - cosine similarity) of projected (B, P, 768) and the teacher's, without `weight`.
 
-        Args:
-            projected: hidden patches in the teacher's width, on its grid.
-            images: (B, 3, H, W) in [-1, 1].
-            t: flow times (B,).
-
-        Returns:
-            A scalar, not yet multiplied by `weight`.
+        Images are (B, 3, H, W) in [-1, 1], flow times (B,).
         """
         similarity = F.cosine_similarity(self.features(images).float(), projected.float(), dim=-1)  # (B, P)
         return self.mean(1 - similarity.mean(dim=1), t)
@@ -82,10 +75,6 @@ def resize_positions(vit: nn.Module, size: int) -> None:
     """Fit a timm ViT and its position table to images of another size, as DINOv2 does; in place.
 
     timm would resample the table with antialiasing and without DINOv2's offset.
-
-    Args:
-        vit: a VisionTransformer of timm.
-        size: side of the square images.
     """
     table, (rows, columns) = vit.pos_embed, vit.patch_embed.grid_size
     vit.set_input_size(img_size=(size, size))

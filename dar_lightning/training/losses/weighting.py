@@ -11,11 +11,8 @@ class WeightedLoss:
     Args:
         weight: factor of the loss.
         t_power: an image's loss is multiplied by its flow time t (0: noise, 1: image) to this power. 0 weighs all times
-            alike, as the paper does; above 0, estimates that know little of their image are left in peace.
+            alike, as the paper does; above 0, estimates that know little of their image count less.
         start_step: number of optimizer steps that the tokenizer takes without this loss.
-
-    Raises:
-        UserError: if one of them is negative.
     """
 
     def __init__(self, weight: float, t_power: float, start_step: int):

@@ -80,27 +80,17 @@ def test_missing_labels_are_skipped(datasets, tmp_path):
     assert sorted(reasons) == ["label -1", "label None"]
 
 
-def test_two_labels(datasets, tmp_path):
-    make(datasets, range(3), other=[0, 0, 0]).save_to_disk(tmp_path / "in")
-    with pytest.raises(UserError, match="2 columns of type ClassLabel among note, target, other, picture"):
-        shard(str(tmp_path / "in"), str(tmp_path / "out"), workers=1)
-
-
-def test_one_table_has_no_splits(datasets, tmp_path):
-    make(datasets, range(3)).save_to_disk(tmp_path / "in")
-    with pytest.raises(UserError, match=r"split: .*in holds one table and no splits; leave it out"):
-        shard(str(tmp_path / "in"), str(tmp_path / "out"), split="train", workers=1)
-
-
-def test_a_damaged_table(datasets, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "data.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"input: .* cannot be loaded: ") as error:
-        shard(f"hf://{tmp_path / 'in'}", str(tmp_path / "out"), workers=1)
-    assert "\n" not in str(error.value)
-
-
-def test_nothing_to_load(datasets, tmp_path):
-    with pytest.raises(UserError, match=r"input: .* cannot be loaded") as error:
-        shard(f"hf://{tmp_path / 'none'}", str(tmp_path / "out"), workers=1)
-    assert "\n" not in str(error.value)
+def test_data_sets_that_cannot_be(datasets, tmp_path):
+    make(datasets, range(3), other=[0, 0, 0]).save_to_disk(tmp_path / "two")
+    make(datasets, range(3)).save_to_disk(tmp_path / "one")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "data.parquet").write_bytes(b"PAR1 and no more")
+    for name, split, message in (
+        (str(tmp_path / "two"), None, "2 columns of type ClassLabel among note, target, other, picture"),
+        (str(tmp_path / "one"), "train", r"split: .*one holds one table and no splits; leave it out"),
+        (f"hf://{tmp_path / 'damaged'}", None, r"input: .* cannot be loaded: "),
+        (f"hf://{tmp_path / 'none'}", None, r"input: .* cannot be loaded: "),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            shard(name, str(tmp_path / "out"), split=split, workers=1)
+        assert "\n" not in str(error.value)

@@ -86,54 +86,45 @@ def read(folder: Path) -> dict[str, tuple[bytes, int, str]]:
     return found
 
 
-def test_training_archive(tmp_path):
+@pytest.fixture(scope="module")
+def train_tar() -> bytes:
+    return tar_of({f"{wnid}.tar": tar_of(inner) for wnid, inner in train_images().items()})
+
+
+def test_training_archive_and_what_was_unpacked_of_it(train_tar, tmp_path):
     path = tmp_path / "ILSVRC2012_img_train.tar"
-    images = train_images()
-    path.write_bytes(tar_of({f"{wnid}.tar": tar_of(inner) for wnid, inner in images.items()}))
+    path.write_bytes(train_tar)
     shard(str(path), str(tmp_path / "out"), max_per_shard=5, workers=1)
     labels = {"n01440764": 0, "n02100735": 1, "n02119789": 2}
+    images = train_images()
     assert read(tmp_path / "out") == {
         name.removesuffix(".JPEG"): (content, labels[wnid], wnid)
         for wnid, inner in images.items()
         for name, content in inner.items()
     }
-    assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == sorted(labels)
-
-
-def test_unpacked_archive_gives_the_same_shards(tmp_path):
-    path = tmp_path / "train.tar"
-    path.write_bytes(tar_of({f"{wnid}.tar": tar_of(inner) for wnid, inner in train_images().items()}))
-    for wnid, inner in train_images().items():
+    for wnid, inner in images.items():
         (tmp_path / "train" / wnid).mkdir(parents=True)
         for name, content in inner.items():
             (tmp_path / "train" / wnid / name).write_bytes(content)
-    for source in ("train.tar", "train"):
-        shard(str(tmp_path / source), str(tmp_path / "out" / source), workers=1)
-    one, two = (json.loads((tmp_path / "out" / name / "index.json").read_text()) for name in ("train.tar", "train"))
-    assert one == two
+    shard(str(tmp_path / "train"), str(tmp_path / "again"), max_per_shard=5, workers=1)
+    one, other = (json.loads((tmp_path / name / "index.json").read_text()) for name in ("out", "again"))
+    assert one == other
+    assert one["classes"] == sorted(labels)
 
 
-@pytest.mark.parametrize("at", [0.3, 0.6, 0.95])
-def test_a_cut_training_archive(tmp_path, at):
-    content = tar_of({f"{wnid}.tar": tar_of(inner) for wnid, inner in train_images().items()})
+def test_a_cut_training_archive(train_tar, tmp_path):
+    """At a block's end or not; tarfile itself would take a cut between two classes for the end."""
+    with tarfile.open(fileobj=io.BytesIO(train_tar)) as tar:
+        third = tar.getmembers()[2].offset
+    end = len(train_tar.rstrip(b"\0"))
     path = tmp_path / "train.tar"
-    end = int(len(content.rstrip(b"\0")) * at)
-    for size in (end, end // 512 * 512):
-        path.write_bytes(content[:size])
-        with pytest.raises(UserError, match=r"train\.tar is (cut short|not a readable)") as error:
+    for size in (*(int(end * at) for at in (0.3, 0.6, 0.95)), end // 2 // 512 * 512, third):
+        path.write_bytes(train_tar[:size])
+        message = f"cut short at byte {third}" if size == third else r"train\.tar is (cut short|not a readable)"
+        with pytest.raises(UserError, match=message) as error:
             shard(str(path), str(tmp_path / "out"), workers=1)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
-
-
-def test_an_archive_cut_between_classes(tmp_path):
-    """tarfile itself would take this for the end."""
-    content = tar_of({f"{wnid}.tar": tar_of(inner) for wnid, inner in train_images().items()})
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        third = tar.getmembers()[2].offset
-    (tmp_path / "train.tar").write_bytes(content[:third])
-    with pytest.raises(UserError, match=f"cut short at byte {third}"):
-        shard(str(tmp_path / "train.tar"), str(tmp_path / "out"), workers=1)
 
 
 @pytest.mark.parametrize("kind", ["beside", "archive", "folder", "text with meta.mat", "WordNet IDs"])
@@ -159,43 +150,30 @@ def test_validation_archive(val, devkit, tmp_path, kind):
     assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == classes
 
 
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changes", "message"),
     [
-        (None, "does not exist; the validation images need ILSVRC2012_devkit_t12.tar.gz"),
+        ({TRUTH: b"4\n" * 6}, "has label '4', meta.mat knows 1 to 3"),
+        ({TRUTH: None}, f"has no {TRUTH}"),
+        ({"meta.mat": b"matrix"}, "meta.mat of .* is not the devkit's"),
+        (200, "is not the devkit's archive"),
         (b"1\n2\n3\n", "has no WordNet IDs, and meta.mat"),
         (b"n01440764\n" * 5, "has 5 labels, .*val.tar holds 6 images"),
+        (None, "does not exist; the validation images need ILSVRC2012_devkit_t12.tar.gz"),
     ],
 )
-def test_labels_that_cannot_be(val, tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "truth.txt").write_bytes(content)
+def test_labels_that_cannot_be(val, devkit, tmp_path, changes, message):
+    """Changed files of the devkit, an archive that is cut, a text file, nothing."""
+    labels = tmp_path / ("truth.txt" if isinstance(changes, bytes) else "kit.tar.gz")
+    if isinstance(changes, dict):
+        files = devkit | {f"ILSVRC2012_devkit_t12/data/{name}": content for name, content in changes.items()}
+        labels.write_bytes(tar_of({name: content for name, content in files.items() if content is not None}, "w:gz"))
+    elif changes is not None:
+        labels.write_bytes(changes if isinstance(changes, bytes) else tar_of(devkit, "w:gz")[:-changes])
     with pytest.raises(UserError, match=message) as error:
-        shard(str(val), str(tmp_path / "out"), labels=str(tmp_path / "truth.txt"), workers=1)
+        shard(str(val), str(tmp_path / "out"), labels=str(labels), workers=1)
     assert str(error.value).startswith("labels: ")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ILSVRC2012_validation_ground_truth.txt": b"4\n" * 6}, "has label '4', meta.mat knows 1 to 3"),
-        ({"ILSVRC2012_validation_ground_truth.txt": None}, "has no ILSVRC2012_validation_ground_truth.txt"),
-        ({"meta.mat": b"matrix"}, "meta.mat of .* is not the devkit's"),
-    ],
-)
-def test_devkits_that_cannot_be(val, devkit, tmp_path, change, message):
-    for name, content in change.items():
-        path = f"ILSVRC2012_devkit_t12/data/{name}"
-        devkit.pop(path)
-        if content is not None:
-            devkit[path] = content
-    (tmp_path / "kit.tar.gz").write_bytes(tar_of(devkit, "w:gz"))
-    with pytest.raises(UserError, match=message):
-        shard(str(val), str(tmp_path / "out"), labels=str(tmp_path / "kit.tar.gz"), workers=1)
-
-
-def test_a_broken_devkit(val, devkit, tmp_path):
-    (tmp_path / "kit.tar.gz").write_bytes(tar_of(devkit, "w:gz")[:-200])
-    with pytest.raises(UserError, match="is not the devkit's archive"):
-        shard(str(val), str(tmp_path / "out"), labels=str(tmp_path / "kit.tar.gz"), workers=1)

@@ -6,13 +6,11 @@ import traceback
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from runs import ar_module, image_data, token_data, tokenizer_module
 from simulated_gpu import make_trainer
-from tiny_models import SIZE, make_ar, make_tokenizer
 
 from dar_lightning.data.bad_samples import Bad, Skipped
-from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.training import AblationModule, ARModule, TokenizerModule, callbacks
+from dar_lightning.training import AblationModule, ARModule, callbacks
 
 images, val_images, tokens, val_tokens, tokenizer, out = sys.argv[1:]
 
@@ -28,21 +26,17 @@ def trainer(name: str, *found: callbacks.StopOnSignal) -> Trainer:
 
 
 def watched(name: str, *found) -> Trainer:
-    """With what both kinds of training have; Throughput counts on fake tensors, which know no such device."""
-    names = ("SkipBadSteps", "StopOnSignal", "EMA", "Memory", "OptimizerMonitor", "DataSpeed")
-    return trainer(name, *found, *(getattr(callbacks, name)() for name in names))
+    """With what both kinds of training have; FLOPs are counted on fake tensors, which know no such device."""
+    names = ("SkipBadSteps", "StopOnSignal", "EMA", "Memory", "OptimizerMonitor")
+    return trainer(name, *found, *(getattr(callbacks, name)() for name in names), callbacks.Throughput(flops=False))
 
 
 def tokenizer_run() -> dict:
-    module = TokenizerModule(make_tokenizer().config)
-    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
-    return {"model": module, "datamodule": ImageNetDataModule(images, val_images, image_size=SIZE, batch_size=3)}
+    return {"model": tokenizer_module(), "datamodule": image_data((images, val_images), 3)}
 
 
 def ar_run(kind: type[ARModule], **changes) -> dict:
-    module = kind(make_ar(**changes).config)
-    module.ar.load_state_dict(make_ar(**changes).state_dict())
-    return {"model": module, "datamodule": CodesDataModule(tokens, val_tokens, batch_size=4)}
+    return {"model": ar_module(changes, kind), "datamodule": token_data((tokens, val_tokens))}
 
 
 def reconstruction_fid() -> dict:

@@ -1,22 +1,16 @@
 """NaN and infinity cost one step on all ranks, and nothing else."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from runs import trainer
 
 from dar_lightning.errors import UserError
-from dar_lightning.training.callbacks import SkipBadSteps
+from dar_lightning.training.callbacks import EMA, SkipBadSteps
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
 
 class Line(L.LightningModule):
@@ -42,23 +36,17 @@ class Line(L.LightningModule):
         self.lrs.append(self.optimizers().param_groups[0]["lr"])
 
 
-def fit(poison: list[float], max_in_a_row=3, callbacks=(), skip=True, **options):
+def fit(poison: list[float], max_in_a_row=3, callbacks=(), skip=True, module=None, **options):
     """One batch of two samples per entry."""
     inputs = torch.randn(len(poison), 2, 3, generator=torch.Generator().manual_seed(1))
     batches = [(one, torch.full((2,), value)) for one, value in zip(inputs, poison, strict=True)]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1} | options
     skipper = [SkipBadSteps(max_in_a_row)] if skip else []
-    trainer = L.Trainer(
-        callbacks=[*skipper, *callbacks], enable_progress_bar=False, enable_model_summary=False, **options
-    )
-    module = Line()
-    trainer.fit(module, loader)
-    return module, trainer
+    run, module = trainer(*skipper, *callbacks, **{"max_epochs": 1} | options), module or Line()
+    run.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return module, run
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("bad", "clip"), [(float("nan"), 1.0), (float("inf"), None), (-float("inf"), 1.0)])
 def test_a_bad_step_changes_nothing_but_the_count(bad, clip):
     module, trainer = fit([1, 1, bad, 1], gradient_clip_val=clip)
     healthy, _ = fit([1, 1, 1, 1], gradient_clip_val=clip, skip=False)
@@ -105,11 +93,10 @@ class Normed(Line):
 
 
 @pytest.mark.parametrize("bad", [2, 3])  # the first or the second batch of a step
-def test_a_skipped_step_leaves_running_statistics_as_they_were(bad, monkeypatch):
-    monkeypatch.setitem(globals(), "Line", Normed)
+def test_a_skipped_step_leaves_running_statistics_as_they_were(bad):
     poison = [1.0] * 6
     poison[bad] = float("nan")
-    module, _ = fit(poison, accumulate_grad_batches=2)
+    module, _ = fit(poison, module=Normed(), accumulate_grad_batches=2)
     assert not all(statistic.isfinite().all() for statistic in module.statistics[2]) or bad == 3
     assert all(torch.equal(*pair) for pair in zip(module.statistics[3], module.statistics[1], strict=True))
     assert int(module.norm.num_batches_tracked) == 4
@@ -141,16 +128,14 @@ def test_an_infinite_loss_with_finite_gradients(plugin):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + (float("inf") if batch_idx == 1 else 0.0)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "Line", Shifted)
-        module, _ = fit([1, 1, 1], plugins=plugin and plugin())
+    module, _ = fit([1, 1, 1], module=Shifted(), plugins=plugin and plugin())
     assert torch.equal(module.weights[1], module.weights[0])
     assert not torch.equal(module.weights[2], module.weights[1])
     assert module.layer.weight.isfinite().all()
 
 
 def test_too_many_in_a_row_end_the_run_with_clean_weights_and_average():
-    nan, average, kept = float("nan"), EMAWeightAveraging(decay=0.9, use_buffers=False), []
+    nan, average, kept = float("nan"), EMA(0.9), []
 
     class Keep(L.Callback):
         def on_exception(self, trainer, pl_module, exception):
@@ -165,66 +150,53 @@ def test_too_many_in_a_row_end_the_run_with_clean_weights_and_average():
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_counts_are_in_the_checkpoint():
-    skipper = SkipBadSteps()
-    skipper.counts = torch.tensor([5.0, 2.0])
-    other = SkipBadSteps()
-    other.load_state_dict(skipper.state_dict())
-    assert other.counts.tolist() == [5, 2]
+def bad_batches() -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader([(torch.ones(2, 3), torch.full((2,), float("nan")))], batch_size=None)
+
+
+def test_counts_are_in_the_checkpoint(tmp_path):
+    nan = float("nan")
+    _, run = fit([1, nan, nan])
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="in 3 steps in a row"):
+        trainer(SkipBadSteps(3), max_epochs=2).fit(Line(), bad_batches(), ckpt_path=tmp_path / "x.ckpt")
+
+
+class Other(Line):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.configure_optimizers = lambda: make(self.parameters())
 
 
 def test_wrong_options():
+    """An optimizer that asks the gradient scaler would have its found_inf in the place of ours."""
     with pytest.raises(UserError, match="max_in_a_row: 0 steps"):
         SkipBadSteps(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Line, "configure_optimizers", lambda self: torch.optim.SGD(self.parameters(), lr=0.1))
-        with pytest.raises(UserError, match="needs an optimizer with fused=True, not SGD"):
-            fit([1.0])
+    with pytest.raises(UserError, match="needs an optimizer with fused=True, not SGD"):
+        fit([1.0], module=Other(lambda parameters: torch.optim.SGD(parameters, lr=0.1)))
+    fit([1.0], module=Other(lambda parameters: torch.optim.AdamW(parameters, fused=True)))
+    with pytest.raises(UserError, match=r"precision 16-mixed needs an optimizer whose _step_supports_amp_scaling"):
+        fit([1.0], module=Other(lambda parameters: torch.optim.AdamW(parameters, fused=True)), plugins=float16())
 
-
-def test_an_optimizer_that_asks_the_gradient_scaler_is_refused():
-    def configure(module):
-        return torch.optim.AdamW(module.parameters(), fused=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Line, "configure_optimizers", configure)
-        fit([1.0])
-        with pytest.raises(UserError, match=r"precision 16-mixed needs an optimizer whose _step_supports_amp_scaling"):
-            fit([1.0], plugins=float16())
-
-
-SCRIPT = """
-import sys
-import lightning as L
-import torch
-from torch import distributed
-from dar_lightning.training.callbacks import SkipBadSteps
-from test_bad_steps import Line
 
 class Ranks(Line):
+    """Bad on one rank: a loss whose gradients are finite, so that only the flag can tell; and a gradient."""
+
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        bad_loss = self.global_rank == 1 and batch_idx == 1  # its gradients are finite, so only the flag can tell
+        bad_loss = self.global_rank == 1 and batch_idx == 1
         bad_gradient = self.global_rank == 0 and batch_idx == 3
         return loss + (float("inf") if bad_loss else 0) + (self.layer.bias.sum() * float("nan") if bad_gradient else 0)
 
-module = Ranks()
-batches = [(torch.full((2, 3), 1.0 + step), torch.ones(2)) for step in range(5)]
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
-    use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[SkipBadSteps()])
-trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-assert trainer.callback_metrics["train/skipped_steps"] == 2
-torch.save(module.weights, f"{sys.argv[1]}.{trainer.global_rank}")
-torch.distributed.destroy_process_group()
-"""
+
+def on_ranks() -> tuple[float, list]:
+    module, run = fit([1] * 5, module=Ranks(), devices=2, strategy="ddp", use_distributed_sampler=False)
+    return float(run.callback_metrics["train/skipped_steps"]), [weights.numpy() for weights in module.weights]
 
 
 @pytest.mark.slow
-def test_two_ranks_skip_the_same_steps(tmp_path):
-    (tmp_path / "run.py").write_text(SCRIPT)
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, tmp_path / "run.py", tmp_path / "weights"], check=True, timeout=240, env=paths)
-    one, two = (torch.load(f"{tmp_path}/weights.{rank}") for rank in range(2))
-    assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
-    changed = [not torch.equal(after, before) for before, after in itertools.pairwise(one)]
-    assert changed == [False, True, False, True]
+def test_two_ranks_skip_the_same_steps(two_ranks):
+    (skipped, one), (_, two) = two_ranks(on_ranks)
+    assert skipped == 2
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+    assert [bool((after != before).any()) for before, after in itertools.pairwise(one)] == [False, True, False, True]

@@ -6,39 +6,14 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from tiny_models import AR, SIZE, fit_ar, make_tokenizer
+from runs import ar_module, image_data, token_data, tokenizer_module, trainer
+from tiny_models import fit_ar
 from torch.nn.modules.module import register_module_forward_hook
 
 from dar_lightning.cli import main
-from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import images as image_sets
-from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks import GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loggers and workers
-
-
-def make_trainer(folder, *callbacks, **options) -> Trainer:
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
-    return Trainer(accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **quiet | options)
-
-
-def tokenizer_run(images) -> tuple[TokenizerModule, ImageNetDataModule]:
-    return TokenizerModule(make_tokenizer().config), ImageNetDataModule(*images, image_size=SIZE, batch_size=3)
-
-
-def ar_run(tokens) -> tuple[ARModule, CodesDataModule]:
-    return ARModule(ARModule(AR).ar.config), CodesDataModule(*tokens, 4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 class Layer(torch.nn.Linear):
@@ -64,9 +39,10 @@ def test_images_are_made_in_the_precision_that_is_written_down(
 ):
     network = f"{__name__}.OneLayer"
     if kind == "ar":
-        (module, data), callback = ar_run(tokens), GenerationFID(tokenizer_folder, images[1], 4, network, batch_size=2)
+        module, data = ar_module(), token_data(tokens)
+        callback = GenerationFID(tokenizer_folder, images[1], 4, network, batch_size=2)
     else:
-        (module, data), callback = tokenizer_run(images), ReconstructionFID(None, network)
+        module, data, callback = tokenizer_module(), image_data(images), ReconstructionFID(None, network)
     found = {Layer: set(), torch.nn.Linear: set()}
 
     def note(layer, inputs, output):
@@ -75,7 +51,7 @@ def test_images_are_made_in_the_precision_that_is_written_down(
 
     hook = register_module_forward_hook(note)
     try:
-        make_trainer(tmp_path, callback, precision=precision).validate(module, datamodule=data, verbose=False)
+        trainer(callback, default_root_dir=tmp_path, precision=precision).validate(module, data, verbose=False)
     finally:
         hook.remove()
     assert found == {Layer: {torch.float32}, torch.nn.Linear: {dtype}}
@@ -93,10 +69,9 @@ def test_a_signal_does_not_wait_for_all_images(images, tokens, tokenizer_folder,
     monkeypatch.setattr(image_sets, "draw_rows", signalled)
     saving = LastStepCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=0)
     callback = GenerationFID(tokenizer_folder, images[1], 40, "color_edges", batch_size=2)
-    trainer = make_trainer(tmp_path, callback, StopOnSignal(), saving, max_steps=4, val_check_interval=2)
-    module, data = ar_run(tokens)
+    options = dict(default_root_dir=tmp_path, enable_checkpointing=True, max_steps=4, val_check_interval=2)
     with pytest.raises(SystemExit) as caught:
-        trainer.fit(module, datamodule=data)
+        trainer(callback, StopOnSignal(), saving, **options).fit(ar_module(), token_data(tokens))
     assert caught.value.code == 128 + signal.SIGUSR1
     assert len(drawn) == 3, "of 20 batches"
     assert "SIGUSR1: stopped after step 2, saved in" in capsys.readouterr().err
@@ -104,25 +79,22 @@ def test_a_signal_does_not_wait_for_all_images(images, tokens, tokenizer_folder,
 
 def test_a_folder_that_cannot_be_written_costs_a_line(images, tmp_path, capsys):
     (tmp_path / "evaluation").write_text("a file, where a folder belongs")
-    module, data = tokenizer_run(images)
-    trainer = make_trainer(
-        tmp_path, ReconstructionFID(None, "color_edges"), max_steps=2, val_check_interval=1, enable_checkpointing=False
-    )
-    trainer.fit(module, datamodule=data)
-    assert trainer.global_step == 2
-    value = trainer.callback_metrics["val/rFD-color_edges"]
+    callback = ReconstructionFID(None, "color_edges")
+    fit = trainer(callback, default_root_dir=tmp_path, max_steps=2, val_check_interval=1)
+    fit.fit(tokenizer_module(), image_data(images, 3))
+    assert fit.global_step == 2
+    value = fit.callback_metrics["val/rFD-color_edges"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
     assert len(said) == 2
     assert said[1].startswith(f"WARNING: cannot write {tmp_path}/evaluation/rFD-color_edges-0000002.json: ")
     assert said[1].endswith(f"val/rFD-color_edges of step 2 is {float(value):.6g}; training goes on")
     with pytest.raises(UserError, match="cannot write"):
-        trainer.validate(module, datamodule=data, verbose=False)
+        fit.validate(tokenizer_module(), image_data(images, 3), verbose=False)
 
 
 def test_a_validation_leaves_no_images_errors_behind(images, tmp_path):
     callback = ReconstructionFID(None, "color_edges")
-    module, data = tokenizer_run(images)
-    make_trainer(tmp_path, callback).validate(module, datamodule=data, verbose=False)
+    trainer(callback, default_root_dir=tmp_path).validate(tokenizer_module(), image_data(images, 3), verbose=False)
     assert not any(
         torch.cat([tensor.flatten() for tensor in state]).numel()
         for metric in callback._metrics.values()
@@ -132,13 +104,12 @@ def test_a_validation_leaves_no_images_errors_behind(images, tmp_path):
 
 
 def test_labels_tell_two_of_a_kind_apart(images, tokens, tokenizer_folder, tmp_path):
-    def two(run, kind, *arguments):
-        module, data = run
+    def two(module, data, kind, *arguments):
         callbacks = [kind(*arguments), kind(*arguments, seed=3, label="other")]
-        return make_trainer(tmp_path, *callbacks).validate(module, datamodule=data, verbose=False)[0]
+        return trainer(*callbacks, default_root_dir=tmp_path).validate(module, data, verbose=False)[0]
 
-    logged = two(ar_run(tokens), GenerationFID, tokenizer_folder, images[1], 4, "color_edges")
-    logged |= two(tokenizer_run(images), ReconstructionFID, 5, "color_edges")
+    logged = two(ar_module(), token_data(tokens), GenerationFID, tokenizer_folder, images[1], 4, "color_edges")
+    logged |= two(tokenizer_module(), image_data(images, 3), ReconstructionFID, 5, "color_edges")
     for name in ("gFD-color_edges", "rFD-color_edges", "rPSNR", "rSSIM"):
         assert logged[f"val/{name}"] != logged[f"val/{name}-other"]
     files = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
@@ -146,9 +117,9 @@ def test_labels_tell_two_of_a_kind_apart(images, tokens, tokenizer_folder, tmp_p
     assert files == sorted(names)
     figures = json.loads((tmp_path / "evaluation" / "rFD-color_edges-other-0000000.json").read_text())["metrics"]
     assert figures["rPSNR"] == pytest.approx(logged["val/rPSNR-other"]), "as without a label: dar compare knows it"
-    trainer = make_trainer(tmp_path, ReconstructionFID(2, "color_edges"), ReconstructionFID(5, f"{__name__}.OneLayer"))
+    callbacks = [ReconstructionFID(2, "color_edges"), ReconstructionFID(5, f"{__name__}.OneLayer")]
     with pytest.raises(UserError, match=r"two of them log val/rPSNR, give one another label"):
-        trainer.validate(*tokenizer_run(images))
+        trainer(*callbacks, default_root_dir=tmp_path).validate(tokenizer_module(), image_data(images))
     with pytest.raises(UserError, match=r"label is 'a/b'"):
         ReconstructionFID(label="a/b")
 

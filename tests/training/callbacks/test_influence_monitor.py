@@ -1,25 +1,18 @@
 """TokenInfluence in validation against decoding image by image; on two real processes it pools both ranks' images."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
-from event_file import scalars, trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from test_monitors_two_ranks import start
-from tiny_models import GROUPS, SIZE, TOKENIZER, TOKENS, make_tokenizer, picture, write_images
+from runs import image_data, scalars, tokenizer_module, trainer
+from tiny_models import GROUPS, SIZE, TOKENS, make_tokenizer, picture, write_images
 
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import TokenizerModule
-from dar_lightning.training.callbacks import TokenInfluence
+from dar_lightning.training.callbacks import EMA, TokenInfluence
 from dar_lightning.training.optim import OptimizerConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 
 
 def pixels(tokenizer, codes: torch.Tensor, noise: torch.Tensor) -> np.ndarray:
@@ -61,7 +54,7 @@ def trained_tokenizer():
 
 
 def make_module() -> TokenizerModule:
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=0.02, warmup_steps=0))
+    module = tokenizer_module(optimizer=OptimizerConfig(lr=0.02))
     module.tokenizer.load_state_dict(trained_tokenizer().state_dict())
     return module
 
@@ -77,9 +70,8 @@ class Keep(Callback):
 def test_validation(images, tmp_path):
     """Of the averaged weights, on the first four of the seven validation images."""
     keep = Keep()
-    callbacks = [EMAWeightAveraging(decay=0.5, use_buffers=False), keep, TokenInfluence(num_images=4)]
-    fit = trainer(tmp_path, callbacks, max_steps=3, val_check_interval=3)
-    fit.fit(make_module(), datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=5))
+    fit = trainer(EMA(0.5), keep, TokenInfluence(num_images=4), folder=tmp_path, max_steps=3, val_check_interval=3)
+    fit.fit(make_module(), image_data(images, 5))
     logged = {name: values for name, values in scalars(tmp_path).items() if name.startswith("val/psnr")}
     expected, trained = (by_hand(tokenizer, [0, 1, 2, 3]) for tokenizer in (keep.validated, keep.trained))
     assert logged.keys() == expected.keys()
@@ -88,47 +80,29 @@ def test_validation(images, tmp_path):
     assert abs(trained["val/psnr_same_tokens"] - expected["val/psnr_same_tokens"]) > 0.1
 
 
-def test_nothing_is_measured_while_the_codebook_is_bypassed(images, tmp_path):
+def test_nothing_is_measured_while_the_codebook_is_bypassed(images):
     module = make_module()
     module.tokenizer.quantizer.bypass = True
-    fit = trainer(tmp_path, [TokenInfluence()], max_steps=1)
-    found = fit.validate(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4), verbose=False)
-    assert "val/flow" in found[0]
-    assert not [name for name in found[0] if "psnr" in name]
-
-
-def test_one_image_has_no_other():
+    found = trainer(TokenInfluence()).validate(module, image_data(images), verbose=False)[0]
+    assert "val/flow" in found
+    assert not [name for name in found if "psnr" in name]
     with pytest.raises(UserError, match="num_images is 1: another image's tokens need 2 or more"):
         TokenInfluence(num_images=1)
 
 
-RANKS = """
-import json
-import sys
-from event_file import trainer
-from test_influence_monitor import make_module
-from tiny_models import SIZE
-from dar_lightning.training.callbacks import TokenInfluence
-from dar_lightning.data.imagenet import ImageNetDataModule
-
-*sets, out = sys.argv[1:]
-found = []
-for val in sets:
-    fit = trainer(out, [TokenInfluence()], devices=2, strategy="ddp")
-    data = ImageNetDataModule(val=val, image_size=SIZE, batch_size=3)
-    found += fit.validate(make_module(), datamodule=data, verbose=False)
-if fit.is_global_zero:
-    with open(f"{out}/found.json", "w") as file:
-        json.dump(found, file)
-"""
+def validated(sets: list[str]) -> list[dict]:
+    fits = [trainer(TokenInfluence(), devices=2, strategy="ddp") for _ in sets]
+    return [
+        fit.validate(make_module(), image_data((None, val), 3), verbose=False)[0]
+        for fit, val in zip(fits, sets, strict=True)
+    ]
 
 
 @pytest.mark.slow
-def test_both_ranks_images_count(tmp_path):
+def test_both_ranks_images_count(two_ranks, tmp_path):
     """Ranks take turns: of five images, one rank has three; of three, one rank has a single one, which says nothing."""
     sets = [write_images(tmp_path / f"val{count}", count) for count in (5, 3)]
-    assert start(tmp_path, RANKS, *sets, tmp_path).wait(timeout=600) == 0
-    five, three = json.loads((tmp_path / "found.json").read_text())
+    five, three = two_ranks(validated, sets)[0]
     even, odd = (by_hand(trained_tokenizer(), numbers) for numbers in ([0, 2, 4], [1, 3]))
     for name, value in by_hand(trained_tokenizer(), [0, 2]).items():
         assert five[name] == pytest.approx((3 * even[name] + 2 * odd[name]) / 5, abs=0.01), name

@@ -1,45 +1,39 @@
-"""What the tokenizer's monitors write into TensorBoard's file, against the same by hand, image by image."""
+"""What the monitors write into TensorBoard's file, against the same by hand, image by image; on one rank and on two."""
 
 import copy
 import math
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from event_file import scalars, trainer
+import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny_models import CODES, GROUPS, SIZE, TOKENIZER, TOKENS, make_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from runs import image_data, scalars, tokenizer_module, trainer
+from tiny_models import CODES, GROUPS, SIZE, TOKENS, fit_ar, fit_tokenizer, make_ar, make_tokenizer, random_codes
+from torch.distributed.fsdp import fully_shard
 
-from dar_lightning.data.imagenet import ImageNetDataModule
+from dar_lightning.cli import main
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import (
+    EMA,
     CodebookMonitor,
     GroupLoss,
     Memory,
     OptimizerMonitor,
     Throughput,
+    optimizer_monitor,
     throughput,
 )
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import AdversarialLoss
 from dar_lightning.training.optim import OptimizerConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 BATCH, EVERY, STEPS = 4, 2, 6
 # An epoch of five batches has two whole steps of two. Loggers count steps from 0.
 BATCHES = {1: 4, 3: 4, 5: 4}  # step that is logged -> batches since the last one
 PEAK = 1e-4  # teraFLOP/s
-
-
-def make_module(**options) -> TokenizerModule:
-    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=3)
-    module = TokenizerModule(TokenizerConfig(**TOKENIZER), optimizer, **options)
-    module.tokenizer.load_state_dict(make_tokenizer().state_dict())
-    return module
 
 
 class Spy(Callback):
@@ -48,17 +42,13 @@ class Spy(Callback):
     def __init__(self):
         self.batches, self.norms, self.now = [], [], 0.0
 
-    def clock(self) -> float:
-        return self.now
-
     def on_train_start(self, trainer, pl_module):
         losses = pl_module.tokenizer.training_losses
 
         def spied(images, u=None, noise=None):
-            if not pl_module.training:
-                return losses(images, u, noise)
             found = losses(images, u, noise)
-            self.batches.append((u, found["codes"], found["flow_each"], float(found["flow"])))
+            if pl_module.training:
+                self.batches.append((u, found["codes"], found["flow_each"], float(found["flow"])))
             return found
 
         pl_module.tokenizer.training_losses = spied
@@ -84,14 +74,13 @@ class Spy(Callback):
 def run(images, tmp_path_factory) -> tuple[dict[str, dict[int, float]], Spy]:
     folder, spy = tmp_path_factory.mktemp("run"), Spy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "perf_counter", spy.clock)
+        patch.setattr(throughput, "perf_counter", lambda: spy.now)
         monitors = [OptimizerMonitor(), CodebookMonitor(), GroupLoss(gain_batches=1), Memory(), Throughput(PEAK)]
-        callbacks = [EMAWeightAveraging(decay=0.5, use_buffers=False), spy, *monitors]
         options = dict(max_steps=STEPS, val_check_interval=sum(BATCHES.values()), check_val_every_n_epoch=None)
         options |= dict(log_every_n_steps=EVERY, accumulate_grad_batches=2, gradient_clip_val=0.1)
-        fit = trainer(folder, callbacks, **options)
-        module = make_module(adversarial=AdversarialLoss(channels=4, depth=1))
-        fit.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=BATCH))
+        optimizer, adversarial = OptimizerConfig(lr=1e-3, warmup_steps=3), AdversarialLoss(channels=4, depth=1)
+        fit = trainer(EMA(0.5), spy, *monitors, folder=folder, **options)
+        fit.fit(tokenizer_module(optimizer=optimizer, adversarial=adversarial), image_data(images))
     return scalars(folder), spy
 
 
@@ -124,7 +113,6 @@ def test_codebook(run):
         assert logged["codebook/use"][step] == pytest.approx(len(counts) / CODES)
         assert logged["codebook/dead"][step] == pytest.approx(CODES - len(counts), abs=1e-4)
         assert logged["codebook/perplexity"][step] == pytest.approx(math.exp(entropy), rel=1e-4)
-    assert list(logged["codebook/use"]) == [1, 3, 5]
 
 
 def test_flow_by_group_in_training(run):
@@ -137,10 +125,8 @@ def test_flow_by_group_in_training(run):
                 found[group_of(time)].append(value)
         for group, values in found.items():
             curve = logged[f"groups/train_flow_{group}"]
-            if values:
-                assert curve[step] == pytest.approx(sum(values) / len(values), rel=1e-5)
-            else:
-                assert step not in curve
+            expected = pytest.approx(sum(values) / len(values), rel=1e-5) if values else None
+            assert curve.get(step) == expected
 
 
 def flow(tokenizer, image, codes, u, noise) -> float:
@@ -157,8 +143,7 @@ def test_flow_and_gain_by_group_in_validation(run, images):
     """Image by image, with the averaged weights; the gain on the first batch alone."""
     logged, spy = run
     flows, gains = ({group: [] for group in range(GROUPS)} for _ in range(2))
-    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=BATCH)
-    for number, batch in enumerate(data.val_dataloader()):
+    for number, batch in enumerate(image_data(images).val_dataloader()):
         generator = torch.Generator().manual_seed(number)
         times = spy.validated.schedule.sample_time(len(batch["image"]), "stratified", generator)
         noise = torch.randn(batch["image"].shape, generator=generator)
@@ -183,8 +168,7 @@ def test_flow_and_gain_by_group_in_validation(run, images):
 
 def test_learning_rate_and_gradients(run):
     logged, spy = run
-    assert list(logged["optimizer/lr"]) == [1, 3, 5]
-    assert list(logged["optimizer/lr"].values()) == pytest.approx([1e-3 / 3, 1e-3, 1e-3])  # warm-up: 0, 1/3, 2/3, 1
+    assert logged["optimizer/lr"] == pytest.approx({1: 1e-3 / 3, 3: 1e-3, 5: 1e-3})  # a warm-up of three steps
     for name in ("tokenizer", "adversarial"):
         by_hand = [spy.norms[step][name] for step in (1, 3, 5)]
         assert list(logged[f"optimizer/grad_norm_{name}"].values()) == pytest.approx(by_hand, rel=1e-4)
@@ -194,11 +178,11 @@ def test_learning_rate_and_gradients(run):
 def test_speed(run):
     """A batch takes a second."""
     logged, _ = run
-    module = make_module(adversarial=AdversarialLoss(channels=4, depth=1))
+    module = tokenizer_module(adversarial=AdversarialLoss(channels=4, depth=1))
     flops = step_flops(module, {"image": torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8)})
     assert list(logged["speed/mfu"]) == list(BATCHES)
     for step in BATCHES:
-        assert logged["speed/images_per_second"][step] == pytest.approx(BATCH)
+        assert logged["speed/images_per_second"][step] == logged["data/images_per_second"][step] == pytest.approx(BATCH)
         assert logged["speed/tokens_per_second"][step] == pytest.approx(BATCH * TOKENS)
         assert logged["speed/tflops"][step] == pytest.approx(flops / 1e12, rel=1e-4)
         assert logged["speed/mfu"][step] == pytest.approx(flops / (PEAK * 1e12), rel=1e-4)
@@ -212,48 +196,87 @@ def test_memory(run):
     assert 0.1 < max(logged["memory/host_peak"].values()) <= peak / 2**20
 
 
-class Syncs(TorchDispatchMode):
-    """Counts what would wait for a GPU, by the training step in which it happens."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "masked_select", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.step, self.found = None, Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if self.step is not None and function.overloadpacket.__name__ in self.WAITING:
-            self.found[self.step] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class Steps(Callback):
-    def __init__(self, syncs: Syncs):
-        self.syncs = syncs
-
-    def on_train_batch_start(self, trainer, *_):
-        self.syncs.step = trainer.global_step
-
-    def on_validation_start(self, *_):
-        self.syncs.step = None
-
-
-def test_no_wait_for_the_device_but_where_it_is_logged(images, tmp_path):
-    syncs = Syncs()
-    monitors = [OptimizerMonitor(), CodebookMonitor(), GroupLoss(), Memory()]
-    fit = trainer(tmp_path, [Steps(syncs), *monitors], max_steps=4, log_every_n_steps=2, limit_val_batches=0)
-    module = make_module()
-    with syncs:
-        fit.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=BATCH))
-    assert set(syncs.found) == {1, 3}
-
-
-def test_no_peak_no_share(images, tmp_path):
-    """A CPU is in no table: speed is logged, utilisation is not."""
-    fit = trainer(tmp_path, [Throughput()], max_steps=1, log_every_n_steps=1, limit_val_batches=0)
-    fit.fit(make_module(), datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=BATCH))
-    logged = scalars(tmp_path)
-    assert logged["speed/tflops"][0] > 0
-    assert "speed/mfu" not in logged
+def test_what_a_cpu_and_another_module_can_tell(images, tmp_path):
+    """A CPU is in no table of peaks: no mfu. Without FLOPs: speed alone."""
+    fit = trainer(Throughput(), folder=tmp_path / "counted", max_steps=1, limit_val_batches=0)
+    fit.fit(tokenizer_module(), image_data(images))
+    plain = trainer(Throughput(flops=False), folder=tmp_path / "plain", max_steps=1, limit_val_batches=0)
+    plain.fit(tokenizer_module(), image_data(images))
+    counted, speed = scalars(tmp_path / "counted"), scalars(tmp_path / "plain")
+    assert counted["speed/tflops"][0] > 0
+    assert "speed/mfu" not in counted
+    assert counted.keys() - speed.keys() == {"speed/tflops"}
     with pytest.raises(UserError, match="peak_tflops is 0"):
         Throughput(0)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "ar"])
+def test_layers_add_their_curves(kind, images, tokens, tmp_path):
+    """Those of experiments/monitor."""
+    layer = Path(__file__).parents[3] / "experiments" / "monitor" / f"{kind}.yaml"
+    command = fit_ar if kind == "ar" else fit_tokenizer
+    words = command(*(tokens if kind == "ar" else images), tmp_path, max_steps=2, val_check_interval=2)
+    main([str(word) for word in (*words, f"--config={layer}")])
+    found = {name.partition("/")[0] for name in scalars(tmp_path) if "/" in name}
+    expected = {"train", "val", "optimizer", "speed", "data", "memory", "groups"}
+    assert found == expected | ({"codebook"} if kind == "tokenizer" else set())
+
+
+# ---- two ranks
+
+
+class Keep(Callback):
+    """What this rank trained on."""
+
+    def __init__(self):
+        self.seen = {"codes": [], "group": [], "flow_each": []}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for name, values in self.seen.items():
+            values.append(outputs[name].numpy())
+
+
+def monitored(images, folder: Path) -> dict:
+    keep, monitors = Keep(), [CodebookMonitor(), GroupLoss(), OptimizerMonitor(), Throughput(peak_tflops=1)]
+    options = dict(devices=2, strategy="ddp", max_steps=3, log_every_n_steps=3)
+    trainer(keep, *monitors, folder=folder, **options).fit(tokenizer_module(), image_data(images, 3))
+    return keep.seen
+
+
+@pytest.mark.slow
+def test_curves_are_of_both_ranks(images, two_ranks, tmp_path):
+    ranks, logged = two_ranks(monitored, images, tmp_path), scalars(tmp_path)
+    ranks = [{name: [torch.from_numpy(one) for one in values] for name, values in rank.items()} for rank in ranks]
+    both = {name: torch.cat([*ranks[0][name], *ranks[1][name]]) for name in ranks[0]}
+    assert not torch.equal(ranks[0]["codes"][0], ranks[1]["codes"][0])
+    assert logged["codebook/dead"][2] == pytest.approx(CODES - len(both["codes"].unique()), abs=1e-4)
+    step = torch.cat([rank["flow_each"][-1] for rank in ranks])
+    assert logged["train/flow"][2] == pytest.approx(float(step.mean()), rel=1e-5)
+    for group in both["group"].unique().tolist():
+        expected = float(both["flow_each"][both["group"] == group].mean())
+        assert logged[f"groups/train_flow_{group}"][2] == pytest.approx(expected, rel=1e-5)
+    images_per_second = logged["speed/images_per_second"][2]
+    assert logged["speed/tokens_per_second"][2] == pytest.approx(images_per_second * TOKENS, rel=1e-5)
+    assert logged["speed/mfu"][2] == pytest.approx(logged["speed/tflops"][2], rel=1e-5)
+
+
+def sharded_norm() -> dict[str, float]:
+    ar, mesh, logged = make_ar(), dist.device_mesh.init_device_mesh("cpu", (2,)), {}
+    for part in (*ar.blocks, ar):
+        fully_shard(part, mesh=mesh)
+    codes = torch.from_numpy(random_codes(4))
+    ar(torch.arange(4), codes).gather(2, codes[..., None]).square().mean().backward()
+    module = SimpleNamespace(named_children=lambda: [("ar", ar)], log_dict=logged.update)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer_monitor, "is_log_step", lambda trainer: True)
+        OptimizerMonitor().on_before_optimizer_step(None, module, SimpleNamespace(param_groups=[{"lr": 0.5}]))
+    return {name: float(value) for name, value in logged.items()}
+
+
+@pytest.mark.slow
+def test_the_norm_of_a_sharded_gradient(two_ranks):
+    whole, codes = make_ar(), torch.from_numpy(random_codes(4))
+    whole(torch.arange(4), codes).gather(2, codes[..., None]).square().mean().backward()
+    expected = sum(float((p.grad.double() ** 2).sum()) for p in whole.parameters()) ** 0.5
+    wanted = {"optimizer/grad_norm_ar": pytest.approx(expected, rel=1e-5), "optimizer/lr": 0.5}
+    assert two_ranks(sharded_norm) == [wanted, wanted]

@@ -6,38 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import GROUPS, SIZE, TOKENIZER, fit_ar, fit_tokenizer, make_tokenizer, picture
+from runs import events, image_data, scalars, tokenizer_module, trainer
+from tiny_models import GROUPS, SIZE, fit_ar, fit_tokenizer, make_tokenizer, picture
 
 from dar_lightning.cli import main
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.generation.pipeline import DARPipeline
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
-from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import Reconstructions
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 PAD = 2  # torchvision.utils.make_grid
 
 
-EMA = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.6", "--model.init_args.optimizer.lr=0.1"]
-
-
-def run(command: list, callback: str, **settings) -> None:
-    name, checkpoint = "dar_lightning.training.callbacks", "--trainer.callbacks+=ModelCheckpoint"
+def run(command: list, callback: str, *more: str, **settings) -> None:
+    ours = "--trainer.callbacks+=dar_lightning.training.callbacks"
     values = [f"--trainer.callbacks.{key}={value}" for key, value in settings.items()]
-    words = [*command, checkpoint, "--trainer.callbacks.save_last=true", f"--trainer.callbacks+={name}.{callback}"]
-    main([str(word) for word in [*words, *values]])
+    average = [f"{ours}.EMA", "--trainer.callbacks.decay=0.6", "--model.init_args.optimizer.lr=0.1"]
+    words = [*command, f"{ours}.LastStepCheckpoint", *average, f"{ours}.{callback}", *values, *more]
+    main([str(word) for word in words])
 
 
 def drawn(folder: Path, name: str) -> tuple[list[int], np.ndarray]:
     """Steps at which a picture was logged, and the last of them as tiles (rows, columns, H, W, 3)."""
-    events = EventAccumulator(str(folder / "logs")).Reload()
-    found = events.Images(name)
+    found = events(folder).Images(name)
     pixels = np.array(Image.open(io.BytesIO(found[-1].encoded_image_string)))
     cell = SIZE + PAD
     rows, columns = (pixels.shape[0] - PAD) // cell, (pixels.shape[1] - PAD) // cell
@@ -45,14 +38,10 @@ def drawn(folder: Path, name: str) -> tuple[list[int], np.ndarray]:
     return [event.step for event in found], tiles[:, :, :SIZE, :SIZE]
 
 
-def scalar(folder: Path, name: str) -> float:
-    return EventAccumulator(str(folder / "logs")).Reload().Scalars(name)[-1].value
-
-
 def test_reconstructions(images, tmp_path):
-    settings = dict(max_steps=4, val_check_interval=2)
-    command = fit_tokenizer(*images, tmp_path, **settings)
-    run([*command, *EMA, "--trainer.callbacks.use_buffers=false"], "Reconstructions", num_images=3, num_strips=3)
+    command = fit_tokenizer(*images, tmp_path, max_steps=4, val_check_interval=2)
+    run(command, "Reconstructions", num_images=3, num_strips=3)
+    logged = {name: values[max(values)] for name, values in scalars(tmp_path).items()}
     originals = np.stack([np.array(picture(number)) for number in range(3)])
 
     steps, tiles = drawn(tmp_path, "reconstructions")
@@ -61,7 +50,7 @@ def test_reconstructions(images, tmp_path):
     assert np.array_equal(tiles[:, 0], originals)
     errors = np.square(tiles[:, 1].astype(float) - originals).mean(axis=(1, 2, 3))
     psnr = np.mean(10 * np.log10(255**2 / errors))
-    assert scalar(tmp_path, "val/psnr") == pytest.approx(psnr, abs=1e-3)
+    assert logged["val/psnr"] == pytest.approx(psnr, abs=1e-3)
 
     steps, strips = drawn(tmp_path, "previews")
     assert steps == [2, 4]
@@ -71,7 +60,7 @@ def test_reconstructions(images, tmp_path):
     for groups in range(1, GROUPS + 1):
         errors = np.square(strips[:, groups].astype(float) - originals).mean(axis=(1, 2, 3))
         psnr = np.mean(10 * np.log10(255**2 / errors))
-        assert scalar(tmp_path, f"groups/val_psnr_after_{groups}") == pytest.approx(psnr, abs=1e-3)
+        assert logged[f"groups/val_psnr_after_{groups}"] == pytest.approx(psnr, abs=1e-3)
 
     averaged = load_lightning_checkpoint(tmp_path / "checkpoints" / "last.ckpt", "ema")
     pixels = torch.from_numpy(originals).permute(0, 3, 1, 2) / 127.5 - 1
@@ -81,11 +70,10 @@ def test_reconstructions(images, tmp_path):
     assert np.abs(tiles[:, 1].astype(int) - again).max() <= 1
 
 
-def test_samples(tokens, tmp_path):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+def test_samples(tokens, tokenizer_folder, tmp_path):
     command = fit_ar(*tokens, tmp_path / "run", max_steps=4, val_check_interval=2)
-    settings = dict(tokenizer=tmp_path / "tokenizer", classes=[2, 0], per_class=3, guidance=1.5)
-    run([*command, *EMA], "Samples", **settings)
+    settings = dict(tokenizer=tokenizer_folder, classes=[2, 0], per_class=3, guidance=1.5)
+    run(command, "Samples", **settings)
     steps, tiles = drawn(tmp_path / "run", "samples")
     assert steps == [2, 4]
     assert tiles.shape == (2, 3, SIZE, SIZE, 3)
@@ -99,43 +87,26 @@ def test_samples(tokens, tmp_path):
     assert np.abs(tiles.reshape(6, SIZE, SIZE, 3).astype(int) - pixels).max() <= 1
 
 
-def test_pictures_are_drawn_in_the_precision_of_the_run(images, tokens, tmp_path, monkeypatch):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    dtypes, steps = set(), {"max_steps": 2, "val_check_interval": 2}
-    forward = PixelDecoder.forward
+def test_pictures_are_drawn_in_the_precision_of_the_run(images, tokens, tokenizer_folder, tmp_path, monkeypatch):
+    """And another logger than TensorBoard gets none."""
+    dtypes, forward = set(), PixelDecoder.forward
 
     def noted(self, *inputs):
         if not torch.is_grad_enabled():
             dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return forward(self, *inputs)
 
-    for command, callback, settings in (
-        (fit_tokenizer(*images, tmp_path / "one", **steps), "Reconstructions", {}),
-        (
-            fit_ar(*tokens, tmp_path / "two", **steps),
-            "Samples",
-            {"tokenizer": tmp_path / "tokenizer"},
-        ),
-    ):
-        with monkeypatch.context() as patches:
-            patches.setattr(PixelDecoder, "forward", noted)
-            run([*command, "--trainer.precision=bf16-mixed"], callback, **settings)
-        assert dtypes == {torch.bfloat16}, callback
-        dtypes.clear()
-
-
-@pytest.mark.parametrize("logger", ["CSVLogger", "false"])
-def test_other_loggers_get_no_pictures(images, tokens, tmp_path, logger):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    logger = [f"--trainer.logger={logger}"]
-    if logger != ["--trainer.logger=false"]:
-        logger.append(f"--trainer.logger.save_dir={tmp_path}")
-    for command, callback, settings in (
-        (fit_tokenizer(*images, tmp_path / "one", max_steps=1), "Reconstructions", {}),
-        (fit_ar(*tokens, tmp_path / "two", max_steps=1), "Samples", {"tokenizer": tmp_path / "tokenizer"}),
-    ):
-        run([*command, *logger], callback, **settings)
-    assert not list(tmp_path.rglob("events.out.*"))
+    monkeypatch.setattr(PixelDecoder, "forward", noted)
+    steps, more = {"max_steps": 1, "val_check_interval": 1}, ["--trainer.precision=bf16-mixed"]
+    run(fit_ar(*tokens, tmp_path / "two", **steps), "Samples", *more, tokenizer=tokenizer_folder)
+    assert dtypes == {torch.bfloat16}
+    more += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'csv'}"]
+    run(fit_tokenizer(*images, tmp_path / "csv", **steps), "Reconstructions", *more)
+    assert dtypes == {torch.bfloat16}
+    dtypes.clear()
+    run(fit_ar(*tokens, tmp_path / "csv", **steps), "Samples", *more, tokenizer=tokenizer_folder)
+    assert not dtypes
+    assert not list((tmp_path / "csv").rglob("events.out.*"))
 
 
 class OnlyPadding(Callback):
@@ -147,9 +118,7 @@ class OnlyPadding(Callback):
 
 
 def test_a_first_batch_of_padding(images):
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(accelerator="cpu", callbacks=[OnlyPadding(), Reconstructions()], **quiet)
-    data = ImageNetDataModule(*images, image_size=SIZE, batch_size=4)
-    found = trainer.validate(TokenizerModule(TokenizerConfig(**TOKENIZER)), datamodule=data, verbose=False)[0]
+    fit = trainer(OnlyPadding(), Reconstructions())
+    found = fit.validate(tokenizer_module(), image_data(images), verbose=False)[0]
     assert np.isfinite(found["val/flow"])
     assert "val/psnr" in found

@@ -1,32 +1,19 @@
 """Loss and accuracy by position, read back from TensorBoard's file, against the model called by hand."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from event_file import scalars, trainer
 from lightning.pytorch import Callback
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import AR, TOKENS, make_ar
+from matplotlib.axes import Axes
+from runs import ar_module, events, scalars, token_data, trainer
+from tiny_models import TOKENS, make_ar
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.training import ARModule
-from dar_lightning.training.callbacks import PositionLoss, position_loss
-from dar_lightning.training.callbacks.charts import HEIGHT, WIDTH
+from dar_lightning.training.callbacks import PositionLoss
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 GROUPS = 4
-
-
-def make_module() -> ARModule:
-    module = ARModule(ARConfig(**AR))
-    module.ar.load_state_dict(make_ar().state_dict())
-    return module
 
 
 class Spy(Callback):
@@ -58,15 +45,13 @@ def nats(logits, codes) -> np.ndarray:
 
 
 def test_by_position(tokens, tmp_path, monkeypatch):
-    charts = []
-    original = position_loss.line_chart
+    lines, plot = [], Axes.plot
     monkeypatch.setattr(
-        position_loss, "line_chart", lambda curves, x_label: charts.append(curves) or original(curves, x_label)
+        Axes, "plot", lambda axes, values, **how: lines.append((how["label"], values)) or plot(axes, values, **how)
     )
     spy = Spy()
     options = dict(max_steps=4, log_every_n_steps=2, val_check_interval=4)
-    fit = trainer(tmp_path, [spy, PositionLoss(GROUPS)], **options)
-    fit.fit(make_module(), datamodule=CodesDataModule(*tokens, batch_size=4))
+    trainer(spy, PositionLoss(GROUPS), folder=tmp_path, **options).fit(ar_module(), token_data(tokens))
     logged = scalars(tmp_path)
 
     for step in (1, 3):
@@ -76,7 +61,7 @@ def test_by_position(tokens, tmp_path, monkeypatch):
             assert logged[f"groups/train_loss_{group}"][step] == pytest.approx(expected, rel=1e-4)
     model = make_ar()
     model.load_state_dict(spy.weights)
-    everything = next(iter(CodesDataModule(*tokens, batch_size=7).val_dataloader()))
+    everything = next(iter(token_data(tokens, 7).val_dataloader()))
     with torch.no_grad():
         logits = model(everything["label"], everything["codes"])
     loss = nats(logits, everything["codes"]).mean(0)
@@ -87,18 +72,14 @@ def test_by_position(tokens, tmp_path, monkeypatch):
             assert value == pytest.approx(values[2 * group : 2 * group + 2].mean(), rel=1e-4)
     assert logged["val/loss"].popitem()[1] == pytest.approx(loss.mean(), rel=1e-4)
 
-    assert [list(curves) for curves in charts] == [["validation", "train"], ["validation"]]
-    assert charts[0]["train"] == pytest.approx(by_hand, rel=1e-4)
-    assert charts[0]["validation"] == pytest.approx(loss, rel=1e-4)
-    assert charts[1]["validation"] == pytest.approx(hit)
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    for name in ("loss_by_position", "accuracy_by_position"):
-        (picture,) = events.Images(name)
-        assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (WIDTH, HEIGHT)
+    labels, values = zip(*lines, strict=True)
+    assert labels == ("validation", "train", "validation")
+    for found, expected in zip(values, (loss, by_hand, hit), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert [len(events(tmp_path).Images(f"{name}_by_position")) for name in ("loss", "accuracy")] == [1, 1]
 
 
 @pytest.mark.parametrize("groups", [0, 3])
-def test_groups_that_do_not_divide_the_tokens(tokens, tmp_path, groups):
-    fit = trainer(tmp_path, [PositionLoss(groups)], max_steps=1)
+def test_groups_that_do_not_divide_the_tokens(tokens, groups):
     with pytest.raises(UserError, match=f"num_groups is {groups}: it must divide the {TOKENS} tokens"):
-        fit.fit(make_module(), datamodule=CodesDataModule(*tokens, batch_size=4))
+        trainer(PositionLoss(groups), max_steps=1).fit(ar_module(), token_data(tokens))

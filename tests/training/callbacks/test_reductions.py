@@ -8,20 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer
 
 TESTS = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(images, tokens, tmp_path_factory) -> Path:
+def folder(images, tokens, tokenizer_folder, tmp_path_factory) -> Path:
     """Where each kind of run wrote, and results.json: what it logged, or the first line of its error."""
     folder = tmp_path_factory.mktemp("runs")
-    make_tokenizer().save_pretrained(folder / "tokenizer")
     script = Path(__file__).with_name("reduce_on_simulated_gpu.py")
-    paths = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-    command = [sys.executable, script, *images, *tokens, folder / "tokenizer", folder]
-    subprocess.run([*map(str, command)], check=True, timeout=300, env=paths)
+    paths = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{TESTS / 'training'}", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, script, *images, *tokens, tokenizer_folder, folder]
+    subprocess.run([*map(str, command)], check=True, timeout=300, env=paths, capture_output=True)
     return folder
 
 

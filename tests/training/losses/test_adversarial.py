@@ -5,12 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny_models import SIZE, TOKENIZER, fit_tokenizer, write_images
+from runs import image_data, trainer
+from tiny_models import TOKENIZER, fit_tokenizer
 
 from dar_lightning.cli import main
-from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import TokenizerModule
@@ -19,14 +17,7 @@ from dar_lightning.training.losses.adversarial import PatchDiscriminator
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 SMALL = dict(channels=4, depth=2)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("images")
-    return write_images(root / "train", 22), write_images(root / "val", 4)
 
 
 def test_one_backward_pass_gives_each_its_own_gradient():
@@ -98,10 +89,8 @@ def test_the_tokenizer_feels_it_from_start_step_on_and_gradients_are_clipped_apa
     logged = []
     module.log_dict = lambda values, **_: logged.append({name: float(value) for name, value in values.items()})
     before = copy.deepcopy(module.adversarial.state_dict())
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    quiet |= dict(limit_val_batches=0, log_every_n_steps=1)
-    trainer = Trainer(accelerator="cpu", max_steps=4, gradient_clip_val=1e-3, **quiet)
-    trainer.fit(module, datamodule=ImageNetDataModule(*images, image_size=SIZE, batch_size=4))
+    fit = trainer(max_steps=4, gradient_clip_val=1e-3, limit_val_batches=0)
+    fit.fit(module, image_data(images))
     for number, values in enumerate(logged):
         parts = values["train/flow"] + values["train/vq"] + values["train/commit"]
         felt = 0.5 * values["train/adversarial"] if number >= 2 else 0.0
@@ -123,14 +112,14 @@ def run(images, folder, steps: int, *more: str) -> dict:
     words = [
         *fit_tokenizer(*images, folder, max_steps=steps, limit_val_batches=1, val_check_interval=2),
         *("--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint", "--ckpt_path=last"),
-        *(f"--trainer.callbacks+={EMAWeightAveraging.__name__}", "--trainer.callbacks.use_buffers=false"),
+        "--trainer.callbacks+=dar_lightning.training.callbacks.EMA",
         *more,
     ]
     main([str(word) for word in words])
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def test_a_run_with_it_resumes_exactly_and_exports_the_tokenizer_alone(images, tmp_path):
+def test_a_run_with_it_resumes_exactly_and_exports_the_tokenizer_alone(images, tmp_path, capsys):
     run(images, tmp_path / "resumed", 3, *ON)
     resumed, whole = run(images, tmp_path / "resumed", 6, *ON), run(images, tmp_path / "whole", 6, *ON)
     for key in ("current_model_state", "state_dict"):
@@ -141,12 +130,9 @@ def test_a_run_with_it_resumes_exactly_and_exports_the_tokenizer_alone(images, t
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
     tokenizer = load_lightning_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")
     assert not any("discriminator" in name for name in tokenizer.state_dict())
-
-
-@pytest.mark.parametrize(("first", "second", "says"), [(ON, [], "adversarial is null"), ([], ON, "adversarial is set")])
-def test_a_checkpoint_of_a_run_without_it_is_refused_in_words(images, tmp_path, capsys, first, second, says):
-    run(images, tmp_path, 1, *first)
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        run(images, tmp_path, 2, *second)
-    assert says in capsys.readouterr().err.splitlines()[-1]
+    # A run without it, and a run with it from one without, are refused in words.
+    run(images, tmp_path / "without", 1)
+    for folder, words, says in (("whole", [], "adversarial is null"), ("without", ON, "adversarial is set")):
+        with pytest.raises(SystemExit, match="2"):
+            run(images, tmp_path / folder, 7, *words)
+        assert says in capsys.readouterr().err.splitlines()[-1]

@@ -1,7 +1,6 @@
 """LPIPS and REPA: against the networks called by hand, trained through, and kept out of copies and checkpoints."""
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,22 +8,15 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny_models import write_vgg
+from runs import image_data, tokenizer_module, trainer
+from tiny_models import SIZE
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import TokenizerModule
+from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
 
 TEACHER = "vit_base_patch16_224"  # width 768, quick to make
-
-
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory):
-    return write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +28,26 @@ def teacher(tmp_path_factory):
     return vit, path
 
 
-def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
-    loss = PerceptualLoss(weights_path=str(vgg_file))
+@pytest.fixture(scope="module")
+def perceptual(vgg_file) -> PerceptualLoss:
+    return PerceptualLoss(weights_path=vgg_file)
+
+
+@pytest.fixture(scope="module")
+def repa(teacher) -> RepaLoss:
+    return RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
+
+
+def with_losses(perceptual: PerceptualLoss, repa: RepaLoss, **starts: int):
+    """A module with copies of these losses, which start when told."""
+    losses = {"perceptual": copy.copy(perceptual), "repa": copy.copy(repa)}
+    for name, step in starts.items():
+        losses[name].start_step = step
+    return tokenizer_module({"repa_layer": 0}, **losses)
+
+
+def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
+    loss = perceptual
     by_hand = _LPIPS(net="vgg", pnet_rand=True)
     tensors = torch.load(vgg_file, weights_only=True)
     for name, parameter in by_hand.net.named_parameters():
@@ -47,7 +57,7 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
     assert loss(b, b, t) == 0
 
     # In training too: nothing is dropped, and the estimate is not clipped.
-    module = TokenizerModule(TokenizerConfig.preset("tiny"), perceptual=loss).train()
+    module = tokenizer_module(perceptual=loss).train()
     module._trainer = SimpleNamespace(global_step=0)
     zero = torch.zeros(())
     total, parts = module.total_loss({"flow": zero, "vq": zero, "commit": zero, "x1_hat": a, "t": t}, b)
@@ -56,10 +66,9 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file):
     assert abs(by_hand(a.clamp(-1, 1), b).mean() - parts["perceptual"]) > 0.01 * parts["perceptual"]
 
 
-def test_perceptual_weighs_times_and_sees_a_part(vgg_file):
+def test_perceptual_weighs_times_and_sees_a_part(vgg_file, perceptual):
     """With stride 2, one of the two halves, each as often: on average the whole."""
-    whole = PerceptualLoss(weights_path=str(vgg_file))
-    part = PerceptualLoss(weights_path=str(vgg_file), t_power=2, stride=2)
+    whole, part = perceptual, PerceptualLoss(weights_path=vgg_file, t_power=2, stride=2)
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     t = torch.tensor([0.0, 0.3, 0.5, 1.0])
     each = torch.stack([whole(a[i : i + 1], b[i : i + 1], t[i : i + 1]) for i in range(4)])
@@ -82,9 +91,8 @@ def test_files_that_are_no_vgg(tmp_path):
         PerceptualLoss(weights_path=str(tmp_path / "nowhere.pth"))
 
 
-def test_repa_compares_with_the_teachers_patches(teacher):
-    vit, path = teacher
-    loss = RepaLoss(model=TEACHER, weights_path=str(path))
+def test_repa_compares_with_the_teachers_patches(teacher, repa):
+    vit, loss = teacher[0], repa
     images = torch.rand(1, 3, 224, 224) * 2 - 1
     normalised = torchvision.transforms.functional.normalize(
         (images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -98,13 +106,13 @@ def test_repa_compares_with_the_teachers_patches(teacher):
     projected = torch.randn_like(patches)
     cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
     torch.testing.assert_close(loss(projected, images, t), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
-    late = RepaLoss(model=TEACHER, weights_path=str(path), t_power=2)
+    late = copy.copy(loss)
+    late.t_power = 2
     torch.testing.assert_close(late(projected, images, t), 0.25 * loss(projected, images, t))
 
 
-def test_bfloat16_changes_little(vgg_file, teacher):
+def test_bfloat16_changes_little(perceptual, repa):
     """With bf16-mixed the networks compute in bfloat16, distances and similarities in float32."""
-    perceptual, repa = PerceptualLoss(weights_path=str(vgg_file)), RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
     images, t = torch.rand(1, 3, 64, 64) * 2 - 1, torch.ones(1)
     estimate = (images + 0.3 * torch.randn_like(images)).requires_grad_()
     projected = (repa.features(images) + torch.randn(1, 196, 768)).requires_grad_()
@@ -124,29 +132,22 @@ def test_bfloat16_changes_little(vgg_file, teacher):
         assert F.cosine_similarity(low.flatten(), high.flatten(), dim=0) > 0.98
 
 
-def test_a_teacher_of_another_width_is_refused(tmp_path):
+def test_a_teacher_or_a_decoder_that_does_not_fit_is_refused(repa, tmp_path):
     with pytest.raises(UserError, match="has width 192: REPA needs 768"):
         RepaLoss(model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
-
-
-def test_repa_needs_a_layer(teacher):
-    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
     with pytest.raises(UserError, match="repa_layer is null"):
-        TokenizerModule(TokenizerConfig.preset("tiny"), repa=repa)
+        tokenizer_module(repa=repa)
 
 
-def test_losses_start_when_told(vgg_file, teacher):
+def test_losses_start_when_told(perceptual, repa):
     """Before that they are neither computed nor logged, and REPA's head has a gradient of zero, which DDP needs."""
-    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
-    perceptual = PerceptualLoss(weights_path=str(vgg_file), start_step=3)
-    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]), start_step=5)
-    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+    module = with_losses(perceptual, repa, perceptual=3, repa=5)
     head = module.tokenizer.decoder.repa_head[0].weight
     seen = {}
     for done in (2, 3, 4, 5):
         module._trainer = SimpleNamespace(global_step=done)
         module.zero_grad()
-        batch = {"image": torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)}
+        batch = {"image": torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)}
         output = module.training_step(batch, 0)
         output["loss"].backward()
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
@@ -159,29 +160,21 @@ def test_losses_start_when_told(vgg_file, teacher):
     assert ["repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_step_trains_through_both_and_keeps_them_out(vgg_file, teacher, tmp_path):
-    config = replace(TokenizerConfig.preset("tiny"), repa_layer=1)
-    perceptual = PerceptualLoss(weights_path=str(vgg_file))
-    repa = RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
-    module = TokenizerModule(config, perceptual=perceptual, repa=repa)
+def test_a_step_trains_through_both_and_keeps_them_out(perceptual, repa, images, tmp_path):
+    module = with_losses(perceptual, repa)
     names = set(module.state_dict())
     assert all(name.startswith("tokenizer.") for name in names)
     assert copy.deepcopy(module).repa.teacher is repa.teacher
-
-    batch = {"image": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
     before = module.tokenizer.decoder.repa_head[0].weight.detach().clone()
-    ema = EMAWeightAveraging(decay=0.5, use_buffers=False)
-    options = dict(logger=False, enable_checkpointing=False, log_every_n_steps=1)
-    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[ema], **options)
-    trainer.fit(module, torch.utils.data.DataLoader([{"image": image} for image in batch["image"]], batch_size=2))
-    assert {"train/perceptual", "train/repa"} <= set(trainer.callback_metrics)
+    fit = trainer(EMA(0.5), max_steps=2, limit_val_batches=0)  # the first step of the warm-up moves nothing
+    fit.fit(module, image_data(images, 2))
+    assert {"train/perceptual", "train/repa"} <= set(fit.callback_metrics)
     assert not torch.equal(before, module.tokenizer.decoder.repa_head[0].weight)
     frozen = [*perceptual.distance.network.parameters(), *repa.teacher.network.parameters()]
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
-    optimized = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in fit.optimizers[0].param_groups for parameter in group["params"]}
     assert optimized == {id(parameter) for parameter in module.tokenizer.parameters()}
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    fit.save_checkpoint(tmp_path / "x.ckpt")
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
     sizes = [sum(p.numel() * p.element_size() for p in list_) for list_ in (module.parameters(), frozen)]

@@ -1,13 +1,15 @@
-"""FSQ and LFQ in the place of the learned codebook."""
+"""FSQ and LFQ in the place of the learned codebook, and the registry."""
 
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from tiny_models import SIZE, TOKENIZER, make_tokenizer
+from tiny_models import SIZE, make_tokenizer
 
 from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.quantizers import QUANTIZERS, make_quantizer
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import CodebookWarmup
 
@@ -18,6 +20,10 @@ KINDS = {"fsq": dict(codebook_size=81, codebook_dim=4), "lfq": dict(codebook_siz
 def tokenizer(request) -> SequentialDiffusionTokenizer:
     pytest.importorskip("vector_quantize_pytorch")
     return make_tokenizer(quantizer=request.param, **KINDS[request.param])
+
+
+def test_every_name_of_the_config_is_registered():
+    assert get_args(get_type_hints(TokenizerConfig)["quantizer"]) == tuple(QUANTIZERS)
 
 
 def test_codes_are_those_that_training_reads(tokenizer):
@@ -35,7 +41,7 @@ def test_every_code_has_values_of_its_own(tokenizer):
     codes = tokenizer.quantizer.lookup(torch.arange(size)[None])[0]
     assert codes.shape == (size, tokenizer.config.codebook_dim)
     assert len(codes.unique(dim=0)) == size
-    assert {len(channel.unique()) for channel in codes.T} == {tokenizer.config.levels}
+    assert {len(channel.unique()) for channel in codes.T} == {3 if size == 81 else 2}, "levels"
 
 
 def test_the_encoder_learns_through_it(tokenizer):
@@ -65,17 +71,18 @@ def test_a_codebook_that_is_fixed_needs_no_warmup(tokenizer):
 def test_without_the_package_a_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'dar-lightning\[quantizers\]'"):
-        make_tokenizer(quantizer="fsq", **KINDS["fsq"])
+        make_quantizer("fsq", 81, 4)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("name", "size", "words"),
     [
-        ({"quantizer": "pq"}, "must be 'vq', 'fsq' or 'lfq'"),
-        ({"quantizer": "fsq", "codebook_size": 80, "codebook_dim": 4}, "fsq needs a number of levels to the power of"),
-        ({"quantizer": "lfq", "codebook_size": 81, "codebook_dim": 4}, r"lfq needs 2\^codebook_dim, 16"),
+        ("pq", 64, "it must be 'vq', 'fsq', 'lfq'"),
+        ("fsq", 80, "fsq needs a number of levels to the power of"),
+        ("lfq", 81, r"lfq needs 2\^codebook_dim, 16"),
     ],
 )
-def test_sizes_that_no_levels_give(changes, words):
+def test_sizes_that_no_levels_give(name, size, words):
+    pytest.importorskip("vector_quantize_pytorch")
     with pytest.raises(UserError, match=words):
-        TokenizerConfig(**TOKENIZER | changes)
+        make_quantizer(name, size, 4)

@@ -1,4 +1,4 @@
-"""What identifies a model: SHA-256 of its class, config and weights."""
+"""SHA-256 of a model: its class, config and weights."""
 
 import hashlib
 import json
@@ -14,15 +14,12 @@ REPA_HEAD = "decoder.repa_head."
 
 
 @torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of what a module computes: its class, config and weights, in hexadecimal.
+def model_sha256(module: nn.Module) -> str:
+    """SHA-256 of what a module with a `config` computes, in hexadecimal.
 
     The same on every device, and for every dtype that holds the weights' values exactly: they are hashed as float32.
     Hyperparameters count where they differ from their defaults, so an option that is added later, off by default,
-    changes no older fingerprint; those that only training reads, and the REPA head, never count.
-
-    Args:
-        module: a module with a `config`, such as SequentialDiffusionTokenizer or ARModel.
+    changes no older hash; those that only training reads, and the REPA head, never count.
     """
     digest = hashlib.sha256(type(module).__name__.encode())
     config = build_config(type(module.config), module.config.to_dict(), "config")

@@ -1,0 +1,206 @@
+"""Extraction of tokens for `dar extract`: the folder of token shards, and what fills it under Trainer.predict."""
+
+import json
+import signal
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from dar_lightning.data import transforms, workers
+from dar_lightning.data.bad_samples import Bad, Skipped, check_share
+from dar_lightning.data.loader import Loader
+from dar_lightning.data.shards import INDEX, ShardIndex
+from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
+from dar_lightning.data.views import ViewBatches, Views
+from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256, write_text
+from dar_lightning.records.provenance import FILE, code_name, provenance
+from dar_lightning.tokenizer.config import TokenizerConfig
+
+STOP = "dar_extract_stop"  # in the process group's store: why all ranks must stop
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A folder of token shards, one per image shard, finished or not."""
+
+    root: Path
+    index: ShardIndex  # the image shards
+    config: TokenizerConfig
+    made_by: dict[str, Any]  # what the tokens depend on, beside their image shard
+    unsaid: dict[str, Any]  # the same for token shards of versions that did not note all of it
+
+    def path(self, number: int) -> Path:
+        """The token shard of an image shard."""
+        return self.root / Path(self.index.shards[number].name).with_suffix(".safetensors").name
+
+    def source(self, number: int) -> dict[str, Any]:
+        """What identifies an image shard: its index entry, with the hash of its bytes."""
+        shard = self.index.shards[number]
+        path = self.index.root / shard.name
+        if self.index.url is None and path.is_file() and (shard.sha256 is None or path.stat().st_size != shard.bytes):
+            shard = replace(
+                shard, sha256=file_sha256(path)
+            )  # also of a damaged file, so that one repaired since is another
+        return asdict(shard)
+
+    def done(self) -> list[int]:
+        """The image shards whose tokens are there.
+
+        Raises:
+            UserError: Some are of another tokenizer or source, or of other options.
+        """
+        if (self.root / INDEX).exists():
+            found = CodesIndex.load(self.root, "output", complete=False)
+            if [shard.name for shard in found.shards] != [self.path(i).name for i in range(len(self.index.shards))]:
+                raise UserError(f"output: {self.root} holds tokens of other shards; choose another folder or delete it")
+        numbers = [number for number in range(len(self.index.shards)) if self.path(number).exists()]
+        for number in numbers:
+            there = self.unsaid | read_header(self.path(number))["made_by"]
+            for name, value in (self.made_by | {"source": self.source(number)}).items():
+                if there.get(name) != value:
+                    raise UserError(
+                        f"output: {self.path(number)} was made with {name} {there.get(name)}, now it is {value}; "
+                        "choose another folder or delete this one"
+                    )
+        return numbers
+
+    def write(self, number: int, codes: np.ndarray, labels: list[int], keys: list[str], bad: list[str]) -> None:
+        """Write one token shard; see `write_codes`."""
+        made_by = self.made_by | {"tokenizer_config": self.config.to_dict(), "source": self.source(number)}
+        write_codes(self.path(number), codes, np.array(labels, np.int64), keys, made_by, bad)
+
+    def finish(self, max_bad_share: float) -> CodesIndex:
+        """Write the index, if all ranks together have not skipped too much."""
+        for part in self.root.glob(".*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
+        paths = [self.path(number) for number in range(len(self.index.shards))]
+        headers = [read_header(path) for path in paths]
+        bad = tuple(name for header in headers for name in header["skipped"])
+        check_share("shards", bad, self.index.num_samples, max_bad_share)  # each rank has met a part of them only
+        codes = CodesIndex(
+            root=self.root,
+            **{name: self.made_by[name] for name in ("tokenizer", "crops", "num_crops", "image_size")},
+            tokenizer_config=self.config.to_dict(),
+            num_tokens=self.config.num_tokens,
+            codebook_size=self.config.codebook_size,
+            classes=self.index.classes,
+            shards=tuple(describe(path, header["samples"]) for path, header in zip(paths, headers, strict=True)),
+            crop_names=tuple(self.made_by["crop_names"]),
+            skipped=bad,
+        )
+        codes.save()
+        return codes
+
+
+class Extractor(L.LightningModule):
+    """A tokenizer under Trainer.predict, and its data: the image shards of the missing numbers, dealt to the ranks."""
+
+    def __init__(
+        self,
+        tokenizer: torch.nn.Module,
+        cache: TokenCache,
+        missing: list[int],
+        views: Views,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.cache, self.missing, self.views = tokenizer, cache, missing, views
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
+
+    def predict_dataloader(self) -> Loader:
+        """This rank's shards, one after the other."""
+        mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
+        batches = ViewBatches(self.cache.index, mine, self.views, max(1, self.batch_size // len(self.views)))
+        return Loader(batches, batch_size=None, **workers.options(self.num_workers))
+
+    def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """(B, V, 3, S, S) uint8 -> (B, V, N) int64."""
+        views = batch["views"]
+        parts = views.flatten(0, 1).split(self.batch_size)  # an image alone may have more views than that
+        codes = torch.cat([self.tokenizer.tokenize(transforms.to_float(part)) for part in parts])
+        return codes.unflatten(0, views.shape[:2])
+
+
+class ShardWriter(L.Callback):
+    """Collects the tokens of one shard, then writes it; before the first one, notes what makes them."""
+
+    def __init__(self, cache: TokenCache, skipped: Skipped) -> None:
+        self.cache, self.skipped = cache, skipped
+        self.dtype = np.uint16 if cache.config.codebook_size <= 2**16 else np.uint32
+        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Add to the list of what made the shards; a line says so if other code made those that are there."""
+        if not trainer.is_global_zero:
+            return
+        root, count = self.cache.root, len(self.cache.index.shards)
+        path, done = root / FILE, count - len(pl_module.missing)
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        before = listed[-1]["code"] if listed else None
+        made = provenance(trainer.strategy.root_device, trainer.precision)
+        if done and (before is None or before["sha256"] != made["code"]["sha256"]):
+            names = f"{code_name(before)}, the others will be of {code_name(made['code'])}"
+            print(f"{root}: {done} of {count} token shards are of {names}", flush=True)
+        if made not in listed[-1:]:
+            write_text(path, json.dumps([*listed, made], indent=2) + "\n")
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: dict, batch_idx, dataloader_idx=0):
+        """Called by Lightning with the tokens (B, V, N) of a batch."""
+        if trainer.received_sigterm:  # Lightning stops for it in training only
+            raise SystemExit(128 + signal.SIGTERM)
+        if trainer.world_size > 1 and _get_default_store().check([STOP]):
+            raise UserError(_get_default_store().get(STOP).decode())
+        codes = outputs.cpu().numpy().astype(self.dtype)
+        for row, flaw in enumerate(map(Bad, *batch["flaw"])):
+            if flaw.reason:
+                self.skipped.add([flaw])
+                self.skipped.check()
+                self.bad.append(str(flaw))
+            else:
+                self.codes.append(codes[row])
+                self.labels.append(int(batch["label"][row]))
+                self.keys.append(batch["key"][row])
+        if batch["last"]:
+            codes = np.stack(self.codes) if self.codes else np.empty((0, *outputs.shape[1:]), self.dtype)
+            self.cache.write(batch["shard"], codes, self.labels, self.keys, self.bad)
+            self.codes, self.labels, self.keys, self.bad = [], [], [], []
+
+
+def predict_until_all_are_done(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Every rank's shards; the first rank with a UserError stops the others.
+
+    Raises:
+        UserError: On rank 0, whichever rank it was.
+        SystemExit: The same on the other ranks.
+    """
+    mistake = None
+    try:
+        trainer.predict(module, return_predictions=False)
+    except UserError as error:
+        if trainer.world_size == 1:
+            raise
+        mistake = str(error)
+        _get_default_store().set(STOP, mistake)
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # the other ranks, which Lightning would leave running
+        raise
+    if trainer.world_size > 1:
+        # Lightning's barrier gives up after 30 minutes, and a rank without a shard waits for as long as one takes
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+        mistakes = [None] * trainer.world_size
+        torch.distributed.all_gather_object(mistakes, mistake, group=patient)
+        mistake = next(filter(None, mistakes), None)
+        if mistake:
+            # rank 0 reports it; Lightning kills it once another rank has left with an error
+            raise UserError(mistake) if trainer.is_global_zero else SystemExit(0)

@@ -1,0 +1,229 @@
+"""A run of `dar shard`: what the input is, which sample goes where, worker processes, going on after a kill."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+
+from dar_lightning.data.prepare import ilsvrc
+from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
+from dar_lightning.data.prepare.packing import Packed, Packer, make_shard
+from dar_lightning.data.prepare.sources import Sample, Source, image_folder, shards
+from dar_lightning.data.remote import is_remote
+from dar_lightning.data.shards import INDEX, ShardIndex, read_index
+from dar_lightning.errors import UserError
+from dar_lightning.files import find_shipped, locked, write_text
+
+PLAN, SKIPPED = "plan.json", "skipped.json"
+HUB = "hf://"
+
+
+def open_source(input: str, labels: str | None = None, split: str | None = None) -> Source:
+    """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
+    if is_remote(input) and not input.startswith(HUB):
+        raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
+    path = Path(find_shipped(input))
+    first = ilsvrc.first_names(path) if path.is_file() and path.suffix == ".tar" else []
+    is_val = any(ilsvrc.VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
+    is_hf = input.startswith(HUB) or (path.is_dir() and is_saved(path))
+    if labels is not None and not is_val:
+        raise UserError(f"labels is {labels}: only ILSVRC2012_img_val.tar needs them, input is {input}")
+    if split is not None and not is_hf:
+        raise UserError(f"split is {split}: only Hugging Face data sets have splits, input is {input}")
+    if is_hf:
+        return hf_dataset(input.removeprefix(HUB), split)
+    if is_val:
+        return ilsvrc.val_archive(path, labels)
+    if any(name.endswith(".tar") for name in first):
+        return ilsvrc.train_archive(path)
+    if input.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar"))):
+        return shards(input)
+    if path.is_dir():
+        return image_folder(path)
+    what = "is a file of another kind" if path.exists() else "does not exist"
+    raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")
+
+
+def make_shards(
+    source: Source, root: Path, options: dict[str, Any], workers: int | None, max_bad_share: float
+) -> list[Packed]:
+    """Write all shards under a folder and their indices, keeping what an earlier run of the same plan has made.
+
+    Args:
+        source: Its keys are safe and unique.
+        root: The folder.
+        options: size, quality, max_per_shard, val_fraction and seed, as in `dar shard`.
+        workers: Processes; None takes one per core.
+        max_bad_share: Largest share of the images that may be unusable.
+    """
+    parts = arrange(source.samples, options["seed"], options["val_fraction"])
+    # another encoder gives other bytes
+    plan = {"version": 1, "input": _listing(source)} | options | {"pillow": PIL.__version__}
+    with locked(root, "output"):
+        _claim(root, [root / part for part in parts], plan)
+        jobs, step = [], options["max_per_shard"]
+        for part, samples in parts.items():
+            known = _known_hashes(root / part)
+            for number, start in enumerate(range(0, len(samples), step)):
+                path = root / part / f"{number:06d}.tar"
+                jobs.append((path, samples[start : start + step], known.get(path.name)))
+        pack = Packer(source.read, source.classes, options["size"], options["quality"])
+        workers = min(workers or os.cpu_count() or 1, len(jobs))
+        results = _results(functools.partial(make_shard, pack=pack), jobs, workers)
+        made = _collect(results, len(source.samples), max_bad_share)
+        for part in parts:
+            mine = [packed for (path, *_), packed in zip(jobs, made, strict=True) if path.parent == root / part]
+            _finish(root / part, mine, source.classes)
+    return made
+
+
+def arrange(samples: list[Sample], seed: int | None, val_fraction: float) -> dict[str, list[Sample]]:
+    """Shuffle and split: subfolder of the output ("" is the output itself) -> its samples, in the order of writing.
+
+    Args:
+        samples: All of them, in the order of the source.
+        seed: Of the order, a hash of each key; None keeps the source's.
+        val_fraction: Share of each class for "val", rounded to the nearest number of images; 0 makes one part, "".
+    """
+    shuffled = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}/{sample.key}".encode()).digest())
+    order = samples if seed is None else shuffled
+    if not val_fraction:
+        return {"": order}
+    keys = defaultdict(list)
+    for sample in shuffled:
+        keys[sample.label].append(sample.key)
+    val = {key for each in keys.values() for key in each[: math.floor(val_fraction * len(each) + 0.5)]}
+    parts = {
+        "train": [sample for sample in order if sample.key not in val],
+        "val": [sample for sample in order if sample.key in val],
+    }
+    for part, members in parts.items():
+        if not members:
+            raise UserError(f"val_fraction is {val_fraction}: {part} gets none of the {len(samples)} images")
+    return parts
+
+
+def _listing(source: Source) -> str:
+    """SHA-256 of what a source lists: classes, names, labels and sizes, but not where it lies."""
+    listing = hashlib.sha256(json.dumps(source.classes).encode())
+    for sample in source.samples:
+        listing.update(json.dumps((sample.key, sample.name, sample.label, sample.size)).encode())
+    return listing.hexdigest()
+
+
+def _claim(root: Path, folders: list[Path], plan: dict[str, Any]) -> None:
+    """Write the plan, or compare it with an earlier run's."""
+    path = root / PLAN
+    if path.is_file():
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"output: {path} is not readable ({error}); choose another folder or delete it") from error
+        for name, value in plan.items():
+            if found.get(name) != value:
+                was = f"was made with {name} {found.get(name)}, now it is {value}"
+                was = "was made from another input or other classes" if name == "input" else was
+                raise UserError(f"output: {root} {was}; choose another folder or delete this one")
+        return
+    for folder in folders:
+        if (folder / INDEX).exists() or any(folder.glob("*.tar")):
+            raise UserError(f"output: {folder} holds shards from elsewhere; choose another folder")
+    write_text(path, json.dumps(plan, indent=1) + "\n")
+
+
+def _known_hashes(folder: Path) -> dict[str, str | None]:
+    """Name -> SHA-256 of the shards in a finished run's index; empty if there is none or it cannot be read."""
+    try:
+        return {shard.name: shard.sha256 for shard in read_index(folder, "output", ())[1]}
+    except UserError:
+        return {}
+
+
+def _collect(results: Iterator[Packed], total: int, max_bad_share: float) -> list[Packed]:
+    """All shards, under a progress bar; too many bad images end it."""
+    made, bad = [], []
+    with contextlib.closing(results), tqdm(total=total, desc="shard", unit="img") as bar:
+        for packed in results:
+            made.append(packed)
+            bad += packed.skipped
+            seen = packed.entry.samples + len(packed.skipped)
+            if packed.kept:
+                bar.initial += seen  # it does not count for the speed
+            bar.update(seen)
+            if len(bad) > max_bad_share * total:
+                raise UserError(
+                    f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far as "
+                    f"they were read: {bad[0].name!a}: {bad[0].reason}, ..."
+                )
+    return made
+
+
+def _results(make: functools.partial, jobs: list[tuple], workers: int) -> Iterator[Packed]:
+    """Make shards here or in worker processes; yield them in the order of the jobs."""
+    if workers == 1:
+        yield from (make(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    try:
+        with _interrupts_later():
+            results = pool.map(make, *zip(*jobs, strict=True))
+        yield from results
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"workers is {workers}: one of them was killed, for lack of memory perhaps; repeat the command with fewer"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # shards in progress are finished
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold back Ctrl-C while processes start: in their imports it would print a traceback for each."""
+    waiting = []
+    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))  # masked here, it reaches other threads
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit this
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+def _follow_parent() -> None:
+    """In a worker: leave interrupts to the parent, and end when it ends, be it killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _finish(folder: Path, made: list[Packed], classes: tuple[str, ...]) -> None:
+    """Delete what killed runs left, name the skipped images, write the index."""
+    for part in folder.glob(".*.tar.*.part"):
+        part.unlink(missing_ok=True)
+    skipped = [each._asdict() for packed in made for each in packed.skipped]
+    (folder / SKIPPED).unlink(missing_ok=True)
+    if skipped:
+        write_text(folder / SKIPPED, json.dumps(skipped, indent=1) + "\n")
+    ShardIndex(folder, tuple(packed.entry for packed in made), classes).save()

@@ -1,0 +1,99 @@
+"""Random access to the samples of shards, by their number."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import BinaryIO
+
+import numpy as np
+
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.shards import IMAGE_TYPES, INDEX, Shard, ShardIndex, shard_contents
+from dar_lightning.data.tar import Contents, Sample
+from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
+
+
+class ShardReader:
+    """Random access to the samples of a `ShardIndex`, by their number in the order of the shards.
+
+    Offsets are read from a shard's tar headers when it is first touched, and the last few shards stay open. Copies
+    in worker processes open their own files.
+    """
+
+    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
+        self.index = index
+        self.ends = np.cumsum([shard.samples for shard in index.shards])  # (shards,)
+        self.max_open = max_open
+        self._open: OrderedDict[int, tuple[BinaryIO | None, Contents]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __getitem__(self, number: int) -> tuple[str, str, dict[str, bytes]]:
+        """Shard name, key, and the contents of the sample's members by lower-case extension.
+
+        Raises:
+            BadSample: It is lost, or cannot be read.
+        """
+        return self.read(number)
+
+    def read(self, number: int, only: Collection[str] | None = None) -> tuple[str, str, dict[str, bytes]]:
+        """The same, with only some of the members."""
+        which, position = self._locate(number)
+        file, contents = self._shard(which)
+        if flaw := contents.flaw(position):
+            raise BadSample(flaw)
+        key, places, _ = contents.samples[position]
+        try:
+            # pread keeps no file position: safe where threads, or forks, share the descriptor
+            members = {
+                extension: os.pread(file.fileno(), size, offset)
+                for extension, (offset, size) in places.items()
+                if only is None or extension in only
+            }
+        except OSError as error:
+            raise BadSample(f"it cannot be read ({error.strerror})") from error
+        return self.index.shards[which].name, key, members
+
+    def name(self, number: int) -> str:
+        """What a log calls a sample, good or bad: "shard/key"."""
+        which, position = self._locate(number)
+        return f"{self.index.shards[which].name}/{self._shard(which)[1].name(position)}"
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Number of a sample's shard, and its number in there."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        which = int(np.searchsorted(self.ends, number, side="right"))
+        return which, number - int(self.ends[which]) + self.index.shards[which].samples
+
+    def _shard(self, which: int) -> tuple[BinaryIO | None, Contents]:
+        if which not in self._open:
+            self._open[which] = self._read_shard(self.index.shards[which])
+            if len(self._open) > self.max_open and (oldest := self._open.popitem(last=False)[1][0]):
+                oldest.close()
+        self._open.move_to_end(which)
+        return self._open[which]
+
+    def _read_shard(self, shard: Shard) -> tuple[BinaryIO | None, Contents]:
+        try:
+            path = self.index.path(shard)
+        except BadSample as bad:
+            return None, Contents([], str(bad))
+        contents = shard_contents(path)
+        if any(not sample.flaw for sample in contents.samples[shard.samples :]):
+            if shard.sha256 in (None, file_sha256(path)):
+                raise UserError(
+                    f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
+                )
+            # a damaged name has made two samples of one: these go last, the good ones keep a number
+            contents.samples.sort(key=lambda sample: bool(sample.flaw) or not _is_complete(sample))
+        return path.open("rb", buffering=0) if contents.samples else None, contents
+
+
+def _is_complete(sample: Sample) -> bool:
+    return "cls" in sample.members and any(extension in sample.members for extension in IMAGE_TYPES)

@@ -1,0 +1,131 @@
+"""Our folders there and back, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_ar, make_tokenizer
+
+from dar_lightning import ARModel, SequentialDiffusionTokenizer
+from dar_lightning.errors import UserError
+from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.formats.pretrained import CONFIG_NAME, WEIGHTS_NAME
+
+CLASSES = {"tokenizer": SequentialDiffusionTokenizer, "ar": ARModel}
+
+
+@pytest.fixture
+def edited(pipeline, tmp_path):
+    """Makes a copy of a saved model, its config changed."""
+
+    def make(part: str, **changes) -> Path:
+        config = json.loads((Path(pipeline) / part / CONFIG_NAME).read_text()) | changes
+        config = {name: value for name, value in config.items() if value != "absent"}
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+        (tmp_path / WEIGHTS_NAME).symlink_to(Path(pipeline) / part / WEIGHTS_NAME)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [make_tokenizer, make_ar])
+def test_round_trip_is_bit_exact(make, dtype, tmp_path):
+    model = make().to(dtype)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
+    state = torch.get_rng_state()
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state), "loading draws no random number"
+    assert again.config == model.config
+    assert not again.training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    buffers = dict(again.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    assert all(p.requires_grad and p.dtype == dtype for p in again.parameters())
+    assert model_sha256(again) == model_sha256(model) == model_sha256(model.float())
+
+
+def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypatch):
+    ar = make_ar()
+    ar.save_pretrained(tmp_path)
+    weights = (tmp_path / WEIGHTS_NAME).read_bytes()
+    monkeypatch.setattr("dar_lightning.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
+        ar.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS_NAME).read_bytes() == weights
+    assert not list(tmp_path.glob(".*")), "no half-written file is left"
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        ARModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("tokenizer", {"surprise": 1}, "has no surprise"),
+        ("tokenizer", {"num_tokens": "32"}, "num_tokens is '32', need int"),
+        ("tokenizer", {"low_rank_queries": 1}, "low_rank_queries is 1, need bool"),
+        ("tokenizer", {"group_rounding": "floor"}, "group_rounding is 'floor'"),
+        ("tokenizer", {"num_groups": 5}, "num_groups 5"),
+        ("tokenizer", {"codebook_size": 65}, r"quantizer\.codebook is \(32, 4\), need \(65, 4\)"),
+        ("tokenizer", {"encoder_depth": 3}, r"missing encoder\.blocks\.1"),
+        ("tokenizer", {"encoder_depth": 10**9}, "encoder_depth is 1000000000, the weights are only"),
+        ("tokenizer", {"codebook_size": 10**12}, r"quantizer\.codebook is \(32, 4\), need \(10{12}, 4\)"),
+        ("tokenizer", {"decoder_dim": 64 * 10**12}, "no SequentialDiffusionTokenizer has these sizes"),
+        ("tokenizer", {"codebook_size": 10**30}, "no SequentialDiffusionTokenizer has these sizes"),
+        ("tokenizer", {"data_std": 10**400}, "too large"),
+        ("tokenizer", {"model_type": "ARModel"}, "model_type is 'ARModel', need 'SequentialDiffusionTokenizer'"),
+        ("tokenizer", {"format_version": 99}, "format_version is 99, need 1"),
+        ("tokenizer", {"ema": "yes"}, "ema is 'yes', need true or false"),
+        ("ar", {"vocab_size": 10**12}, r"token_embedding\.weight is \(32, 32\), need \(10{12}, 32\)"),
+        ("ar", {"num_tokens": 10**11}, "num_tokens is 10{11}"),
+        ("ar", {"dim": 2 * 10**12, "num_heads": 1}, "ARModel"),
+    ],
+)
+def test_configs_are_refused_by_key(edited, part, changes, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        CLASSES[part].from_pretrained(edited(part, **changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_option_younger_than_the_file_has_its_default(edited):
+    folder = edited("tokenizer", latent_norm="absent")
+    assert SequentialDiffusionTokenizer.from_pretrained(folder).config == make_tokenizer().config
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"a": 1}', "[" * 100_000])
+def test_broken_config(tmp_path, text):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(UserError, match=CONFIG_NAME):
+        ARModel.from_pretrained(tmp_path)
+
+
+def test_missing_weights(edited):
+    folder = edited("ar")
+    (folder / WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        ARModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["/absent/folder", "./absent", "../absent", "runs/absent", Path("runs") / "absent"])
+def test_a_mistyped_path_does_not_ask_the_network(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "dar_lightning.formats.pretrained.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub")
+    )
+    with pytest.raises(UserError, match="no such folder"):
+        ARModel.from_pretrained(name)
+    with pytest.raises(UserError, match=r"need one with config\.json"):
+        ARModel.from_pretrained("runs/file")
+
+
+@pytest.mark.parametrize("name", ["absent/folder", "a/b/c"])
+def test_neither_folder_nor_repository(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is not a folder") as refusal:
+        ARModel.from_pretrained(name)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,194 @@
+"""Official checkpoints in ours, and what is refused."""
+
+import pytest
+import torch
+from official import numbers, save_pt, state_dict
+
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.errors import UserError
+from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.weights import load_official_ar, load_official_tokenizer
+
+
+@pytest.fixture(scope="module")
+def ar_config() -> dict:
+    return numbers("ar_a", "config")["model"]
+
+
+@pytest.fixture(scope="module")
+def ar_state() -> dict[str, torch.Tensor]:
+    """Not to be changed."""
+    return state_dict("ar_a")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_state() -> dict[str, torch.Tensor]:
+    """Not to be changed."""
+    return state_dict("tokenizer_a")
+
+
+@pytest.fixture
+def tokenizer_config() -> dict:
+    return numbers("tokenizer_a", "config")
+
+
+def full_size(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a golden says of a released model, and its tensors without data."""
+    golden = numbers("full_size_keys", name)
+    return golden, {key: torch.empty(entry["shape"], device="meta") for key, entry in golden["keys"].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("tokenizer_v1", 307.44), ("GPT-B", 110.9), ("GPT-L", 342.9), ("GPT-XL", 774.7), ("GPT-XXL", 1411.0)],
+)
+def test_every_key_of_the_released_sizes_is_consumed(name, millions):
+    golden, state = full_size(name)
+    if name == "tokenizer_v1":
+        model = load_official_tokenizer(state, {"model": golden["config"]})
+        assert model.config == TokenizerConfig.preset("v1")
+        assert sum(p.numel() for p in model.decoder.repa_head.parameters()) == pytest.approx(7.34e6, rel=1e-3)
+    else:
+        model = load_official_ar(state, golden["config"])
+        assert model.config == ARConfig.preset(name.removeprefix("GPT-"))
+        assert load_official_ar(state).config == model.config, "a released size needs no config"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == golden["total_parameters"]
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
+def test_layouts_and_prefixes(ar_state, ar_config, prefix, container):
+    state = {prefix + name: tensor for name, tensor in ar_state.items()}
+    source = state if container is None else {container: state, "optimizer": {"state": {}}, "steps": 3}
+    found, expected = load_official_ar(source, ar_config), load_official_ar(ar_state, ar_config)
+    assert model_sha256(found) == model_sha256(expected)
+
+
+def test_ema_or_raw_weights(ar_state, ar_config, tokenizer_state, tokenizer_config):
+    ema = ar_state | {"norm.weight": ar_state["norm.weight"] + 1}
+    both = {"model": ar_state, "ema": ema}
+    for weights, averaged in (("auto", False), ("raw", False), ("ema", True)):  # the official AR sampler reads 'model'
+        model = load_official_ar(both, ar_config, weights=weights)
+        assert model.averaged is averaged
+        assert torch.equal(model.norm.weight, (ema if averaged else ar_state)["norm.weight"])
+    assert load_official_ar({"model": ar_state}, ar_config).averaged is None, "the file does not tell"
+    with pytest.raises(UserError, match=r"no EMA weights: .* the file has model, 7"):
+        load_official_ar({"model": ar_state, 7: 1}, ar_config, weights="ema")
+    with pytest.raises(UserError, match="only EMA weights"):
+        load_official_ar({"ema": ema}, ar_config, weights="raw")
+
+    ema = tokenizer_state | {"query_linear.bias": tokenizer_state["query_linear.bias"].float() + 1}
+    auto = load_official_tokenizer({"model": tokenizer_state, "ema": ema}, tokenizer_config)
+    assert torch.equal(auto.encoder.query_proj.bias, ema["query_linear.bias"]), "the official loader prefers EMA"
+
+
+def test_official_file_with_its_two_pickled_classes(tmp_path, tokenizer_state, tokenizer_config):
+    path = save_pt(
+        tmp_path / "x.pt", tokenizer_config, ema=tokenizer_state | {"quantize.codebook_used": torch.zeros(65536)}
+    )
+    expected = load_official_tokenizer(tokenizer_state, tokenizer_config)
+    assert model_sha256(load_official_tokenizer(path)) == model_sha256(expected)
+    assert load_official_tokenizer(path, tokenizer_config).config == expected.config
+    tokenizer_config["model"]["diff_decoder"]["data_std"] = 0.5
+    with pytest.raises(UserError, match="differs from the given one"):
+        load_official_tokenizer(path, tokenizer_config)
+
+
+def test_half_precision_files_become_float32_in_memory_of_their_own(ar_state, ar_config):
+    halves = load_official_ar({name: tensor.half() for name, tensor in ar_state.items()}, ar_config)
+    assert {parameter.dtype for parameter in halves.parameters()} == {torch.float32}
+    ar = load_official_ar(ar_state, ar_config)
+    with torch.no_grad():
+        ar.norm.weight += 1
+    assert torch.equal(ar.norm.weight, ar_state["norm.weight"] + 1)
+
+
+def test_without_repa_head_there_is_a_warning_and_no_head(tokenizer_state, tokenizer_config):
+    state = {name: tensor for name, tensor in tokenizer_state.items() if "repa_out" not in name}
+    with pytest.warns(UserWarning, match="no REPA head"):
+        assert load_official_tokenizer(state, tokenizer_config).config.repa_layer is None
+
+
+BIAS = "patchify.bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({BIAS: None}, r"missing patchify\.bias"),
+        ({"diff_decoder.net.repa_out.2.bias": None}, r"missing diff_decoder\.net\.repa_out\.2\.bias"),
+        ({"extra": torch.zeros(2)}, "unknown extra"),
+        ({BIAS: torch.zeros(3)}, r"patchify\.bias is \(3,\), need \(64,\)"),
+        ({BIAS: "x"}, r"patchify\.bias is a str, not a tensor"),
+        ({BIAS: torch.zeros(64, dtype=torch.int64)}, r"patchify\.bias is torch\.int64"),
+        ({BIAS: torch.zeros(64).to_sparse()}, r"patchify\.bias is torch\.sparse_coo"),
+        ({BIAS: torch.zeros(64).index_fill(0, torch.tensor(5), torch.inf)}, r"patchify\.bias holds NaN or infinity"),
+        ({BIAS: torch.zeros(()).expand(10**15)}, r"patchify\.bias is \(10{15},\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_are_refused_by_their_official_name(tokenizer_state, tokenizer_config, changes, message):
+    state = {name: value for name, value in (tokenizer_state | changes).items() if value is not None}
+    with pytest.raises(UserError, match=message) as refusal:
+        load_official_tokenizer(state, tokenizer_config)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("model"), "no section 'model'"),
+        (lambda c: c["model"].pop("diff_decoder"), "no section 'diff_decoder'"),
+        (lambda c: c["model"].pop("vq_dim"), "lacks vq_dim"),
+        (lambda c: c["model"].update(vq_enable=False), "vq_enable is False"),
+        (lambda c: c["model"].update(vq_dim="8"), "codebook_dim is '8', need int"),
+        (lambda c: c["model"]["diff_decoder"].update(cond_dim=32), "cond_dim is 32"),
+        (lambda c: c["model"]["diff_decoder"].update(mlp_head=True), "mlp_head is True"),
+        (lambda c: c["model"].update(num_query_groups=5, num_denoising_steps=5), "num_groups 5"),
+        (lambda c: c["model"].update(rope_base_len=torch.zeros(2)), "rope_base_len must be plain values"),
+        (lambda c: c["model"].update({7: 1, None: 2}), "unknown keys: 7, None"),
+    ],
+)
+def test_configs_are_refused_by_key(tokenizer_state, tokenizer_config, change, message):
+    change(tokenizer_config)
+    with pytest.raises(UserError, match=message):
+        load_official_tokenizer(tokenizer_state, tokenizer_config)
+
+
+def test_more_steps_than_groups_is_said(tokenizer_state, tokenizer_config):
+    tokenizer_config["model"]["num_denoising_steps"] = 8
+    with pytest.warns(UserWarning, match="num_steps=8"):
+        load_official_tokenizer(tokenizer_state, tokenizer_config)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"surprise": 1}, {}, "unknown keys: surprise"),
+        ({"cls_token_num": 2}, {}, "cls_token_num is 2"),
+        ({"ffn_hidden": 7}, {}, "ffn_hidden is 7"),
+        ({"n_layer": 4}, {}, r"missing layers\.3"),
+        ({}, {"layers.99999999.x": torch.zeros(1)}, r"unknown layers\.9999"),
+        ({}, {f"layers.{'9' * 5000}.x": torch.zeros(1)}, r"unknown layers\.9999"),
+        ({"n_layer": "absent"}, {"layers.9999.x": torch.zeros(1)}, "depth is 10000, the weights are only"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ar_models_are_refused(ar_state, ar_config, config, tensors, message):
+    config = {name: value for name, value in (ar_config | config).items() if value != "absent"}
+    with pytest.raises(UserError, match=message):
+        load_official_ar(ar_state | tensors, config)
+
+
+def test_what_is_no_model(ar_state, tokenizer_state):
+    for load, source, config, message in (
+        (load_official_ar, ar_state, None, "no released size"),
+        (load_official_ar, ar_state, [1], "is a list"),
+        (load_official_ar, {"x": torch.zeros(1)}, None, "no official AR model"),
+        (load_official_tokenizer, tokenizer_state, None, "carries no config"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(source, config)
