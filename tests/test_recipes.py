@@ -25,7 +25,6 @@ TOKENIZER = COMMON | {
     f"{OPTIMIZER}.weight_decay": 0.0,
     f"{OPTIMIZER}.warmup_steps": 5000,
     EMA: 0.999,
-    f"{MODEL}.time_sampling": "uniform",
     f"{MODEL}.perceptual.class_path": "dar_lightning.training.losses.PerceptualLoss",
     f"{MODEL}.perceptual.init_args": {"weight": 0.5},
     f"{MODEL}.repa.class_path": "dar_lightning.training.losses.RepaLoss",

@@ -33,7 +33,7 @@ TOKENIZER = dict(
     head_dim=16,
     repa_layer=None,
 )
-INIT = dict(gate=1.0, modulation_std=0.1)  # so that the first steps of training already do something
+INIT = dict(modulation_std=0.1)  # so that the first steps of training already do something
 AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32, depth=2, num_heads=2, multiple_of=32)
 
 

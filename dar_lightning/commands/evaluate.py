@@ -16,7 +16,8 @@ from dar_lightning.metrics.distribution import distribution_metrics
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import frechet_distance
 from dar_lightning.metrics.frozen import FrozenNetwork
-from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
+from dar_lightning.metrics.image_set import ImageSet, with_progress
+from dar_lightning.metrics.images import DrawnImages, NpzImages, open_images
 from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import CLASSIFIER, LinearProbe

@@ -33,9 +33,9 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        for old, new in TokenizerConfig.REMOVED.items():
+        for old, instead in TokenizerConfig.REMOVED.items():
             if re.search(rf"\b{old}\b", str(message)):
-                raise UserError(f"model.init_args.config.{old} is now model.init_args.init.{new}")
+                raise UserError(f"model.init_args.config.{old} is {instead}")
         super().error(message, ex)
 
 

@@ -7,6 +7,7 @@ modules of the current folder would hide others, and workers would outlive a run
 """
 
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -67,7 +68,8 @@ def _start_server() -> None:
 
 def _become_server() -> None:
     """In the server: import what workers run, and outlive the job's signals."""
-    from dar_lightning.data import image_dataset, token_dataset, views  # noqa: F401
+    for name in ("image_dataset", "token_dataset", "views"):
+        importlib.import_module(f"dar_lightning.data.{name}")
 
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """The ADM sample format, written piece by piece: one array of images, larger than memory if need be."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from dar_lightning.files import atomic_path
 from dar_lightning.records.pixels import image_digests, set_sha256
+
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
 
 
 def write_npz(

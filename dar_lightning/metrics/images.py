@@ -2,17 +2,15 @@
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from dar_lightning.ar import gumbel
 from dar_lightning.data.decode import BadSample
@@ -25,24 +23,11 @@ from dar_lightning.errors import UserError, one_line
 from dar_lightning.files import find_shipped
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
+from dar_lightning.generation.npz import UNREADABLE
 from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.metrics.image_set import Batch, ImageSet
 
-UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # what a damaged npz raises
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
-
-
-class ImageSet(Protocol):
-    """Images of one size, in a fixed order."""
-
-    protocol: dict[str, Any]  # what is needed to measure the same images again, for JSON
-    labelled: bool  # whether batches have labels
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """The set once, in order: this rank's are rank, rank + world_size, ...; of drawn images, in whole batches."""
 
 
 class NpzImages:
@@ -226,14 +211,6 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     if len(images) == 0:
         raise UserError(f"{option}: {source} holds no images")
     return images
-
-
-def with_progress(images: ImageSet, batch_size: int, title: str) -> Iterator[Batch]:
-    """The batches of a set, under a progress bar that counts images."""
-    with tqdm(total=len(images), desc=title, unit="image") as bar:
-        for batch in images.batches(batch_size):
-            yield batch
-            bar.update(len(batch[0]))
 
 
 def _npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:

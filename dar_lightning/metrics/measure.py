@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
-from dar_lightning.metrics.images import ImageSet, with_progress
+from dar_lightning.metrics.image_set import ImageSet, with_progress
 from dar_lightning.records.pixels import image_digests, set_sha256
 
 

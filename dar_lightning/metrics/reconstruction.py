@@ -14,7 +14,7 @@ from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.metrics.features import network_sha256
 from dar_lightning.metrics.frozen import FrozenNetwork
-from dar_lightning.metrics.images import ImageSet, with_progress
+from dar_lightning.metrics.image_set import ImageSet, with_progress
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 # Recorded beside every value: they change with each of these choices.

@@ -10,8 +10,8 @@ import torch
 
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
+from dar_lightning.generation.npz import UNREADABLE
 from dar_lightning.metrics.frechet import Gaussian
-from dar_lightning.metrics.images import UNREADABLE
 
 
 class StoredStatistics(NamedTuple):

@@ -58,13 +58,13 @@ class TokenizerConfig:
             is a number of levels, for "lfq" 2, to the power of codebook_dim.
     """
 
-    # Names in files of older versions -> where they are now, in TokenizerInit. They say nothing of a trained model:
-    # files of weights are read without them.
+    # Names in files of older versions, and what to do with them in a training config. They say nothing of a trained
+    # model: files of weights are read without them.
     REMOVED: ClassVar[dict[str, str]] = {
-        "gate_init": "gate",
-        "modulation_init_std": "modulation_std",
-        "position_init_std": "position_std",
-        "input_init_scale": "input_scale",
+        "gate_init": "gone, leave it out",
+        "modulation_init_std": "now model.init_args.init.modulation_std",
+        "position_init_std": "gone, leave it out",
+        "input_init_scale": "gone, leave it out",
     }
 
     image_size: int = 256

@@ -16,25 +16,17 @@ class TokenizerInit:
     """How training of a tokenizer starts, where that differs from D-AR; the defaults are D-AR's.
 
     Args:
-        gate: residual gates of all blocks. 0 (official) opens them slowly.
         modulation_std: spread of the modulation layers' weights. 0 (official) starts without conditioning.
-        position_std: spread of the conditioner's position table.
-        input_scale: factor on the weights through which noisy pixels enter the decoder.
 
     Raises:
-        UserError: for a value that is not finite, or negative (the gate may be).
+        UserError: for a value that is not finite, or negative.
     """
 
-    gate: float = 0.0
     modulation_std: float = 0.0
-    position_std: float = TABLE_STD
-    input_scale: float = 1.0
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if not math.isfinite(value) or (value < 0 and name != "gate"):
-                wanted = "a finite number" if name == "gate" else "a finite number, 0 or more"
-                raise UserError(f"init.{name} is {value}: it must be {wanted}")
+        if not 0 <= self.modulation_std < math.inf:
+            raise UserError(f"init.modulation_std is {self.modulation_std}: it must be a finite number, 0 or more")
 
 
 @torch.no_grad()
@@ -58,18 +50,16 @@ def init_weights(tokenizer: nn.Module, init: TokenizerInit = TokenizerInit()) ->
                 nn.init.normal_(layer.weight, std=LINEAR_STD)
                 nn.init.zeros_(layer.bias)
     for block in (*encoder.blocks, *conditioner.blocks):
-        nn.init.constant_(block.gate1, init.gate)
-        nn.init.constant_(block.gate2, init.gate)
+        nn.init.zeros_(block.gate1)
+        nn.init.zeros_(block.gate2)
     for block in decoder.blocks:
         nn.init.normal_(block.modulation.weight, std=init.modulation_std)  # a std of 0 gives zeros
-        block.modulation.bias.unflatten(0, (6, -1))[2::3] = init.gate  # of (shift, scale, gate) twice
     if tokenizer.config.low_rank_queries:
         # By the inverse of the distribution function: nn.init.trunc_normal_ reads values, which fake tensors have not.
         mass = math.erf(2 / math.sqrt(2))  # of a normal distribution within 2 spreads
         encoder.queries.weight.uniform_(-mass, mass).erfinv_().mul_(math.sqrt(2)).clamp_(-2.0, 2.0)
     else:
         nn.init.normal_(encoder.queries.weight, std=TABLE_STD)
-    nn.init.normal_(conditioner.positions.weight, std=init.position_std)
-    decoder.conv_in.weight *= init.input_scale
+    nn.init.normal_(conditioner.positions.weight, std=TABLE_STD)
     nn.init.zeros_(decoder.conv_out.weight)
     nn.init.zeros_(decoder.conv_out.bias)

@@ -72,23 +72,13 @@ class GroupSchedule:
             return num_steps
         return sum(self.group_of_step(i, num_steps) < groups for i in range(num_steps))
 
-    def sample_time(self, batch: int, mode: str, generator: torch.Generator | None = None, device=None) -> Tensor:
-        """Draw training times (batch,) in [0, 1).
+    def stratified_times(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draw times (batch,) in [0, 1) that meet every group equally often, for validation.
 
-        Args:
-            batch: how many.
-            mode: "uniform", independent uniform draws (official); "stratified", one draw from each of `batch` equal
-                slices of a scale on which every group has the same length, in random order: groups train equally
-                often under either rounding, and batches vary less.
-            generator: source of randomness; None is torch's global one.
-            device: where the times live.
+        One draw from each of `batch` equal slices of a scale on which every group has the same length, in random order.
         """
-        draws = torch.rand(batch, generator=generator, device=device)
-        if mode == "uniform":
-            return draws
-        if mode != "stratified":
-            raise UserError(f"time_sampling is {mode!r}: it must be 'uniform' or 'stratified'")
-        slices = torch.randperm(batch, generator=generator, device=device)
+        draws = torch.rand(batch, generator=generator)
+        slices = torch.randperm(batch, generator=generator)
         position = (slices + draws) / batch * self.num_groups
         group = position.floor().clamp(max=self.num_groups - 1)
         low, high = self._time_range(group)

@@ -27,7 +27,6 @@ class TokenizerModule(TrainingModule):
     Args:
         config: hyperparameters of the tokenizer.
         optimizer: AdamW settings.
-        time_sampling: "uniform" (official) or "stratified", which trains all groups equally often.
         init_from: a folder or Hub repository whose weights training starts from; unlike `ckpt_path` it brings
             weights only.
         freeze_encoder: leave encoder and codebook as init_from, which this needs, brought them, and train conditioner
@@ -49,7 +48,6 @@ class TokenizerModule(TrainingModule):
         self,
         config: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  (frozen)
-        time_sampling: Literal["uniform", "stratified"] = "uniform",
         init_from: str | None = None,
         freeze_encoder: bool = False,
         preset: str | None = None,
@@ -62,7 +60,7 @@ class TokenizerModule(TrainingModule):
     ):
         super().__init__(optimizer)
         config = choose_config(config, preset, TokenizerConfig)
-        self.save_hyperparameters({"config": config.to_dict(), "time_sampling": time_sampling})
+        self.save_hyperparameters({"config": config.to_dict()})
         self.tokenizer = SequentialDiffusionTokenizer(config, init)
         if repa is not None and config.repa_layer is None:
             raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
@@ -70,7 +68,6 @@ class TokenizerModule(TrainingModule):
             # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
-        self.time_sampling = time_sampling
         self.codebook_use = CodebookUse(config.codebook_size)
         self.freeze_encoder = False
         source = init_from_pretrained(self.tokenizer, init_from) if init_from is not None else None
@@ -104,7 +101,7 @@ class TokenizerModule(TrainingModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         images = to_float(batch["image"])
-        u = self.tokenizer.schedule.sample_time(len(images), self.time_sampling, device=images.device)
+        u = torch.rand(len(images), device=images.device)
         losses = self.tokenizer.training_losses(images, u)
         loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
         parts = {name: part.detach() for name, part in parts.items()}  # callbacks may keep them, not a step's graph
@@ -167,7 +164,7 @@ class TokenizerModule(TrainingModule):
         """Log means; returns the valid images with their times, noise and losses, None of padding alone."""
         images, (kept, count) = to_float(batch["image"]), counted_rows(batch["valid"])
         generator = torch.Generator().manual_seed(batch_idx)
-        u = self.tokenizer.schedule.sample_time(len(images), "stratified", generator).to(images.device)
+        u = self.tokenizer.schedule.stratified_times(len(images), generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images)
         inputs = {"images": images[kept], "u": u[kept], "noise": noise[kept]}
         losses = self.tokenizer.training_losses(**inputs)

@@ -90,12 +90,13 @@ def test_two_batches_of_tokens_are_one_of_twice_the_size(tokens):
 
 
 def test_two_batches_of_images_are_one_of_twice_the_size(images):
-    """With stratified times every batch reads as many tokens, over which the codebook's losses are averaged."""
-    module = tokenizer_module(time_sampling="stratified")
+    """At times at which every batch reads as many tokens, over which the codebook's losses are averaged."""
+    module = tokenizer_module()
     whole = copy.deepcopy(module.tokenizer).train()
     drawn, original = [], module.tokenizer.training_losses
 
     def record(pixels, u):
+        u = module.tokenizer.schedule.stratified_times(len(u), torch.Generator().manual_seed(len(drawn)))
         drawn.append((u, torch.randn_like(pixels)))
         return original(pixels, *drawn[-1])
 

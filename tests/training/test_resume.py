@@ -46,7 +46,7 @@ def tokenizer_command(images, folder: Path) -> list:
     settings = dict(warmup_steps=5, collect_steps=4, revive_every=3, revive_until=12)
     return [
         *fit_tokenizer(*images, folder, max_steps=STEPS, limit_val_batches=1, val_check_interval=3),
-        *("--model.init_args.time_sampling=stratified", warmup),
+        warmup,
         *[f"--trainer.callbacks.{name}={value}" for name, value in settings.items()],
     ]
 

@@ -56,18 +56,6 @@ def test_the_tokenizer_trains_on_its_losses(images):
     assert float(logged["train/loss"]) == pytest.approx(total, rel=1e-5)
 
 
-def test_stratified_times_train_each_group_once(images):
-    module, seen = tokenizer_module(time_sampling="stratified"), []
-    original = module.tokenizer.training_losses
-    module.tokenizer.training_losses = lambda pixels, u: seen.append(u) or original(pixels, u)
-    trainer(max_steps=5, limit_val_batches=0).fit(module, image_data(images))
-    assert len(seen) == 5
-    for u in seen:
-        nearest = (u * 4 + 0.5).floor().clamp(max=3)  # of four groups, and batches of four
-        assert sorted(nearest.int().tolist()) == [0, 1, 2, 3]
-    assert len({tuple(u.tolist()) for u in seen}) == 5
-
-
 def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
     batch = next(iter(token_data(tokens).train_dataloader()))
     module = ar_module({"class_dropout": 0.5})

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import feature_protocol
-from dar_lightning.metrics.images import DrawnImages, ImageSet, open_images
+from dar_lightning.metrics.image_set import ImageSet
+from dar_lightning.metrics.images import DrawnImages, open_images
 from dar_lightning.metrics.statistics_file import check_fits, read_statistics
 from dar_lightning.records.protocol import Protocol
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer

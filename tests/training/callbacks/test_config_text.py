@@ -18,7 +18,7 @@ def test_the_config_is_text_beside_the_curves(images, tmp_path):
     assert found == yaml.safe_load((tmp_path / "run" / "logs" / "config.yaml").read_text())
     assert found["model"]["init_args"]["optimizer"]["lr"] == 0.0123
     assert found["model"]["init_args"]["config"].items() >= TOKENIZER.items()
-    assert found["model"]["init_args"]["time_sampling"] == "uniform"
+    assert found["model"]["init_args"]["freeze_encoder"] is False
 
     before = (tmp_path / "run" / "logs" / "config.yaml").read_bytes()
     main([str(word) for word in ["validate", *command[1:], "--ckpt_path=null", "--trainer.limit_val_batches=1"]])

@@ -145,7 +145,7 @@ def test_flow_and_gain_by_group_in_validation(run, images):
     flows, gains = ({group: [] for group in range(GROUPS)} for _ in range(2))
     for number, batch in enumerate(image_data(images).val_dataloader()):
         generator = torch.Generator().manual_seed(number)
-        times = spy.validated.schedule.sample_time(len(batch["image"]), "stratified", generator)
+        times = spy.validated.schedule.stratified_times(len(batch["image"]), generator)
         noise = torch.randn(batch["image"].shape, generator=generator)
         pixels = (batch["image"] / 127.5 - 1)[batch["valid"]]
         codes = spy.validated.tokenize(pixels)
