@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, ROOT, describe, in_turns, options, store
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import decode_rgb
-from dar_lightning.data.shards import ShardIndex, ShardReader
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex
 
 SIZE = 256
 # width, height, JPEG quality, pictures, the ratio to reach
