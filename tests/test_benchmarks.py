@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import AR, TOKENIZER
 
-from benchmarks import clock, memory, plain, soak
+from benchmarks import clock, measure, memory, plain, soak
 from benchmarks.__main__ import main
 from benchmarks.faults import Bench
 from benchmarks.rows import ROWS, Setting
@@ -56,7 +56,7 @@ def test_every_row_runs_in_bfloat16(name):
     row.build(Setting(row.sizes[0], dtype=torch.bfloat16 if row.lowers else torch.float32))()
 
 
-def test_another_revision(tmp_path):
+def test_another_revision(tmp_path, monkeypatch):
     """A repository of its own, so that the test changes nothing here; its two revisions are the same code."""
     copy, left_out = tmp_path / "copy", shutil.ignore_patterns("__pycache__", "results", "shipped", "goldens")
     for folder in ("benchmarks", "dar_lightning", "tests"):
@@ -64,9 +64,8 @@ def test_another_revision(tmp_path):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z"]
     for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "one"]):
         subprocess.run([*git, *words], cwd=copy, check=True)
-    command = [sys.executable, "-m", "benchmarks", "against", "HEAD", "--rows", "quantizer", "--batches", "1"]
-    subprocess.run([*command, "--seconds=0", "--pairs=1", "--output=pairs.json"], cwd=copy, check=True)
-    (row,) = json.loads((copy / "pairs.json").read_text())["rows"]
+    monkeypatch.setattr(measure, "ROOT", copy)
+    (row,) = measure.against("HEAD", ["--rows", "quantizer", "--batches", "1", "--seconds=0"], 1, print)
     assert len(row["seconds"]) == len(row["revision_seconds"]) == 1
     assert row["speedup"] > 0
     assert not subprocess.run([*git, "worktree", "prune", "-v"], cwd=copy, capture_output=True, check=True).stdout
