@@ -17,7 +17,7 @@ demo: $(INSTALLED) ## a small D-AR model draws fruit: pictures and metrics in ru
 	$(BIN)/dar quickstart
 
 test: $(INSTALLED) ## run every test, the slow ones too; ARGS="-k name" narrows it
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(INSTALLED) ## check style and formatting, change nothing
 	$(BIN)/ruff check .

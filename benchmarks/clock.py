@@ -11,20 +11,19 @@ import json
 import re
 import shutil
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import counting, plain
-from benchmarks.machine import describe, limits
+from benchmarks.machine import CPU, describe, in_turns, limits, ratio, store
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.onednn import PackedLinear, packed
 from dar_lightning.ar.sampling import generate
-from dar_lightning.files import write_text
 from dar_lightning.layers import compile_blocks
 from dar_lightning.tokenizer.quantizers.vector import BLOCK, VectorQuantizer
 from dar_lightning.tokenizer.quantizers.vector import CPU_TILE as QUANTIZER_TILE
@@ -32,39 +31,23 @@ from dar_lightning.tokenizer.quantizers.vector import CPU_TILE as QUANTIZER_TILE
 LEAST_PAIRS, MOST_PAIRS = 3, 31
 ROW_KEYS = {"what", "goal", "at_most", "ratio", "bare_ratio", "pairs", "milliseconds", "gflops", "share_of_limit"}
 MARKERS = "<!-- clock: python -m benchmarks table -->", "<!-- /clock -->"
-CPU = torch.device("cpu")
 
 
-@dataclass
-class Sides:
-    """What is compared.
-
-    Args:
-        ours: one call of the package.
-        plain: one call of the plain version.
-        bare_ours: the matrix products of ours, alone.
-        bare_plain: those of the plain version.
-        gflop: operations of ours, where the speed of products bounds it.
-        facts: what else to store: whether the sides agree, FLOPs.
-    """
+class Sides(NamedTuple):
+    """What is compared: a call of the package and of the plain version, and perhaps of the products of each alone."""
 
     ours: Callable[[], object]
     plain: Callable[[], object]
     bare_ours: Callable[[], object] | None = None
     bare_plain: Callable[[], object] | None = None
-    gflop: float | None = None
-    facts: dict = field(default_factory=dict)
+    gflop: float | None = None  # of ours, where the speed of products bounds it
+    facts: dict | None = None  # what else to store: whether the sides agree, FLOPs
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A row of the table.
+class Comparison(NamedTuple):
+    """A row of the table: words, what builds its sides (tiny or not), and the ratio to reach.
 
-    Args:
-        what: in words.
-        build: tiny or not -> the two sides.
-        goal: the ratio to reach, if there is one.
-        inverse: the ratio is ours over plain, and the goal is not to be exceeded.
+    Where `inverse`, the ratio is ours over plain, and the goal is not to be exceeded.
     """
 
     what: str
@@ -88,10 +71,11 @@ def sampler(config: ARConfig, dtype: torch.dtype = torch.float32) -> ARModel:
     return filled(ARModel(config)).to(dtype).eval().requires_grad_(False)
 
 
-def tokenizer(config: TokenizerConfig) -> SequentialDiffusionTokenizer:
-    """A random tokenizer."""
+def tokenizer(config: TokenizerConfig, batch: int) -> tuple[SequentialDiffusionTokenizer, Tensor]:
+    """A random tokenizer, and images."""
     torch.manual_seed(0)
-    return filled(SequentialDiffusionTokenizer(config))
+    model = filled(SequentialDiffusionTokenizer(config))
+    return model, torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1
 
 
 def quantizer(tiny: bool, **form: bool) -> Sides:
@@ -102,50 +86,38 @@ def quantizer(tiny: bool, **form: bool) -> Sides:
     with torch.no_grad():
         module.codebook.copy_(F.normalize(torch.randn(size, 8), dim=-1))
 
-    def ours() -> torch.Tensor:
+    def ours() -> Tensor:
         quantized, indices, vq, commit = module(latents)
         (quantized.sum() + vq.mean() + commit.mean()).backward()
         return indices
 
-    def theirs() -> torch.Tensor:
+    def theirs() -> Tensor:
         loss, indices = plain.quantize(latents, module.codebook, **form)
         loss.backward()
         return indices
 
     z, codes = F.normalize(latents.detach(), dim=-1)[0], module.codebook.detach()
-
-    def products() -> None:
-        for tile in codes.split(BLOCK * QUANTIZER_TILE[1]):
-            z @ tile.T
-
-    same = bool((ours() == theirs()).all())
-    return Sides(ours, theirs, products, lambda: z @ codes.T, facts={"indices_identical": same})
+    tiles = codes.split(BLOCK * QUANTIZER_TILE[1])
+    bare = lambda: [z @ tile.T for tile in tiles], lambda: z @ codes.T
+    return Sides(ours, theirs, *bare, facts={"indices_identical": bool((ours() == theirs()).all())})
 
 
 def cached_generation(tiny: bool) -> Sides:
     """Tokens of 8 images."""
-    ar = sampler(ARConfig.preset("tiny" if tiny else "B"))
-    labels = torch.arange(8)
-
-    def ours() -> torch.Tensor:
-        return generate(ar, labels, generator=torch.Generator().manual_seed(0))
-
-    def theirs() -> torch.Tensor:
-        return plain.generate(ar, labels, torch.Generator().manual_seed(0))
-
-    same = {"tokens_equal": round((ours() == theirs()).float().mean().item(), 4)}
-    bare = [lambda model=model: token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)]
-    return Sides(ours, theirs, *bare, facts=same)
+    ar, labels = sampler(ARConfig.preset("tiny" if tiny else "B")), torch.arange(8)
+    sides = Sides(
+        lambda: generate(ar, labels, generator=torch.Generator().manual_seed(0)),
+        lambda: plain.generate(ar, labels, torch.Generator().manual_seed(0)),
+        *(token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)),
+    )
+    return sides._replace(facts={"tokens_equal": round((sides.ours() == sides.plain()).float().mean().item(), 4)})
 
 
-def token_products(ar: ARModel, batch: int, count: int) -> None:
+def token_products(ar: ARModel, batch: int, count: int) -> Callable[[], object]:
     """The matrix products of `count` tokens without guidance, but for those of attention."""
     layers = [module for module in ar.modules() if isinstance(module, nn.Linear | PackedLinear)]
-    widths = {layer.weight.shape[1] for layer in layers}
-    inputs = {width: torch.ones(batch, 1, width, dtype=ar.norm.weight.dtype) for width in widths}
-    for _ in range(count):
-        for layer in layers:
-            layer(inputs[layer.weight.shape[1]])
+    inputs = [torch.ones(batch, 1, layer.weight.shape[1], dtype=ar.norm.weight.dtype) for layer in layers]
+    return lambda: [layer(x) for _ in range(count) for layer, x in zip(layers, inputs, strict=True)]
 
 
 def bfloat16_weights(tiny: bool) -> Sides:
@@ -153,25 +125,25 @@ def bfloat16_weights(tiny: bool) -> Sides:
     config = ARConfig.preset("tiny" if tiny else "L")
     full, half = sampler(config), sampler(config, torch.bfloat16)
     labels, count = torch.zeros(1, dtype=torch.long), 8 if tiny else 64
+    works = [lambda ar=ar: generate(ar, labels, top_k=1, num_tokens=count) for ar in (half, full)]
+    padded = F.pad(works[1](), (0, config.num_tokens - count))
+    rounded, exact = (ar(labels, padded)[:, :count].float() for ar in (half, full))
+    facts = {
+        "relative_error_of_logits": error(rounded, exact),
+        "likeliest_token_agrees": round((rounded.argmax(-1) == exact.argmax(-1)).float().mean().item(), 3),
+    }
+    return Sides(*works, *(token_products(ar, 1, count) for ar in (half, full)), facts=facts)
 
-    def draw(ar: ARModel) -> torch.Tensor:
-        return generate(ar, labels, top_k=1, num_tokens=count)
 
-    codes = draw(full)
-    padded = F.pad(codes, (0, config.num_tokens - count))
-    logits = [ar(labels, padded)[:, :count].float() for ar in (full, half)]
-    error = (logits[1] - logits[0]).norm() / logits[0].norm()
-    agree = (logits[1].argmax(-1) == logits[0].argmax(-1)).float().mean()
-    facts = {"relative_error_of_logits": float(f"{error:.2g}"), "likeliest_token_agrees": round(agree.item(), 3)}
-    bare = [lambda ar=ar: token_products(ar, 1, count) for ar in (half, full)]
-    return Sides(lambda: draw(half), lambda: draw(full), *bare, facts=facts)
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative, of the norm."""
+    return float(f"{(found - exact).norm() / exact.norm():.2g}")
 
 
 def training_step(tiny: bool) -> Sides:
     """Forward and backward pass of one image."""
     config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    model = tokenizer(config)
-    images = torch.rand(1, 3, config.image_size, config.image_size) * 2 - 1
+    model, images = tokenizer(config, 1)
 
     def step(recompute: bool) -> None:
         model.decoder.recompute = recompute
@@ -190,50 +162,38 @@ def training_step(tiny: bool) -> Sides:
 def encoding(tiny: bool) -> Sides:
     """Tokens of 2 images."""
     config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    model = tokenizer(config)
-    images = torch.rand(2, 3, config.image_size, config.image_size) * 2 - 1
+    model, images = tokenizer(config, 2)
 
-    def theirs() -> torch.Tensor:
+    def theirs() -> Tensor:
         with plain.attention_maps():
             return model.tokenize(images)
 
-    same = bool((model.tokenize(images) == theirs()).all())
-    facts = {"codes_identical": same}
+    facts = {"codes_identical": bool((model.tokenize(images) == theirs()).all())}
     return Sides(lambda: model.tokenize(images), theirs, gflop=2 * counting.encode(config) / 1e9, facts=facts)
 
 
 def previews(tiny: bool) -> Sides:
     """All K previews against the last one alone."""
     config = TokenizerConfig.preset("tiny" if tiny else "light")
-    model = tokenizer(config)
+    model, _ = tokenizer(config, 1)
     codes, noise = torch.randint(config.codebook_size, (1, config.num_tokens)), model.draw_noise(1)
-    same = bool(torch.equal(model.previews(codes, noise)[:, -1], model.detokenize(codes, noise)))
-    return Sides(
-        lambda: model.previews(codes, noise),
-        lambda: model.detokenize(codes, noise),
-        gflop=counting.decode(config) / 1e9,
-        facts={"last_identical": same},
-    )
+    sides = Sides(lambda: model.previews(codes, noise), lambda: model.detokenize(codes, noise))
+    same = bool(torch.equal(sides.ours()[:, -1], sides.plain()))
+    return sides._replace(gflop=counting.decode(config) / 1e9, facts={"last_identical": same})
 
 
 def diffusion_step(tiny: bool, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Sides:
     """One call of the pixel decoder on one image, against the float32, uncompiled one."""
     config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    exact = tokenizer(replace(config, repa_layer=None)).decoder.requires_grad_(False)
+    model, x = tokenizer(replace(config, repa_layer=None), 1)
+    exact = model.decoder.requires_grad_(False)
     other = copy.deepcopy(exact).to(dtype)
     if compiled:
         compile_blocks(other)
-    x, t = torch.randn(1, 3, config.image_size, config.image_size), torch.full((1,), 0.5)
-    cond = torch.randn(1, config.window, config.conditioner_dim)
-    rounded = x.to(dtype), t, cond.to(dtype)
-    expected = exact(x, t, cond)
-    error = (other(*rounded).float() - expected).norm() / expected.norm()
-    return Sides(
-        lambda: other(*rounded),
-        lambda: exact(x, t, cond),
-        gflop=counting.diffusion_step(config) / 1e9 if dtype == torch.float32 else None,
-        facts={"relative_error": float(f"{error:.2g}")},
-    )
+    t, cond = torch.full((1,), 0.5), torch.randn(1, config.window, config.conditioner_dim)
+    sides = Sides(lambda: other(x.to(dtype), t, cond.to(dtype)), lambda: exact(x, t, cond))
+    gflop = counting.diffusion_step(config) / 1e9 if dtype == torch.float32 else None
+    return sides._replace(gflop=gflop, facts={"relative_error": error(sides.ours().float(), sides.plain())})
 
 
 COMPARISONS = {
@@ -271,62 +231,44 @@ def run(arguments: argparse.Namespace) -> dict:
         else:
             result["rows"][name] = compare(COMPARISONS[name], arguments.tiny, arguments.budget, result["limits"])
         print(json.dumps({name: result["rows"][name]}), flush=True)
-        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+        store(arguments.output, result)
     return result
 
 
 def compare(comparison: Comparison, tiny: bool, budget: float, machine: dict[str, float]) -> dict:
     """One row: pairs for `budget` seconds, but at least LEAST_PAIRS and at most MOST_PAIRS."""
     sides = comparison.build(tiny)
-    works = {name: getattr(sides, name) for name in ("ours", "plain", "bare_ours", "bare_plain")}
-    works = {name: work for name, work in works.items() if work is not None}
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    end = time.perf_counter() + budget
-    while len(seconds["ours"]) < LEAST_PAIRS or (time.perf_counter() < end and len(seconds["ours"]) < MOST_PAIRS):
-        order = list(works) if len(seconds["ours"]) % 2 == 0 else list(works)[::-1]
-        for name in order:
-            start = time.perf_counter()
-            works[name]()
-            seconds[name].append(time.perf_counter() - start)
-
-    def ratio(over: str, under: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True)), 3)
-
+    works = {name: work for name, work in zip(Sides._fields[:4], sides[:4], strict=True) if work}
+    seconds = in_turns(works, budget=budget, least=LEAST_PAIRS, most=MOST_PAIRS)
     row = {"what": comparison.what, "goal": comparison.goal, "at_most": comparison.inverse}
-    row["ratio"] = ratio("ours", "plain") if comparison.inverse else ratio("plain", "ours")
-    if sides.bare_ours is not None:
-        row["bare_ratio"] = ratio("bare_plain", "bare_ours")
+    row["ratio"] = ratio(seconds, *(("ours", "plain") if comparison.inverse else ("plain", "ours")))
+    if sides.bare_ours:
+        row["bare_ratio"] = ratio(seconds, "bare_plain", "bare_ours")
     row["pairs"] = len(seconds["ours"])
-    row["milliseconds"] = {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()}
-    if sides.gflop is not None:
+    row["milliseconds"] = {name: round(1000 * statistics.median(taken), 3) for name, taken in seconds.items()}
+    if sides.gflop:
         speed = sides.gflop / statistics.median(seconds["ours"])
         row |= {"gflops": round(speed, 1), "share_of_limit": round(speed / machine["float32_gflops"], 3)}
-    return row | sides.facts
+    return row | (sides.facts or {})
 
 
 def table(result: dict) -> str:
     """Markdown of a stored result."""
     heads = ("ours: the plain version", "ratio", "goal", "ours, ms", "plain, ms")
     heads += ("products alone, ms and ratio", "of the product limit", "else")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    cells = [heads, ("---",) * len(heads)]
     for row in result["rows"].values():
         if "skipped" in row:
-            lines.append(f"| {row['what']} | {row['skipped']} |" + " |" * 6)
+            cells.append((row["what"], row["skipped"], *[""] * 6))
             continue
+        ms = {name: f"{value:,.1f}" for name, value in row["milliseconds"].items()}
         goal = "" if row["goal"] is None else f"{'at most' if row['at_most'] else 'at least'} {row['goal']:g}"
-        times = row["milliseconds"]
-        facts = ", ".join(f"{key.replace('_', ' ')}: {json.dumps(row[key])}" for key in row if key not in ROW_KEYS)
-        bare = (
-            f"{times['bare_ours']:,.1f}, {times['bare_plain']:,.1f}: {row['bare_ratio']}" if "bare_ratio" in row else ""
-        )
+        bare = f"{ms['bare_ours']}, {ms['bare_plain']}: {row['bare_ratio']}" if "bare_ratio" in row else ""
         share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
-        lines.append(
-            f"| {row['what']} | {row['ratio']:.2f} | {goal} | {times['ours']:,.1f} | {times['plain']:,.1f} | "
-            f"{bare} | {share} | {facts} |"
-        )
+        facts = ", ".join(f"{key.replace('_', ' ')}: {json.dumps(row[key])}" for key in row if key not in ROW_KEYS)
+        cells.append((row["what"], f"{row['ratio']:.2f}", goal, ms["ours"], ms["plain"], bare, share, facts))
     machine, most = result["machine"], result["limits"]
+    lines = ["|" + "|".join(f" {cell} " if cell != "---" else cell for cell in row) + "|" for row in cells]
     lines += ["", f"{machine['processor']}, threads: {machine['threads']}, load before the start "]
     lines[-1] += f"{machine['other_load']:.1f}; torch {machine['torch']}, {machine['date']}, revision "
     lines[-1] += f"{machine['revision']}. Limits measured before: {most['float32_gflops']:.0f} GFLOP/s in float32, "

@@ -33,6 +33,15 @@ class Diary(Callback):
             print(json.dumps(line), file=file)
 
 
+HOOKS = {
+    "backward": "on_before_backward",
+    "step": "on_before_optimizer_step",
+    "validation": "on_validation_batch_end",
+    "epoch_end": "on_train_epoch_end",
+    "epoch_start": "on_train_epoch_start",
+}
+
+
 class SignalAt(Callback):
     """The process sends itself a signal, at an exact point of the run.
 
@@ -54,20 +63,9 @@ class SignalAt(Callback):
             self.sent = True
             os.kill(os.getpid(), signal.Signals[self.name])
 
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        self._now(trainer, "backward")
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self._now(trainer, "step")
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        self._now(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        self._now(trainer, "epoch_end")
-
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self._now(trainer, "epoch_start")
+    def setup(self, trainer, pl_module, stage) -> None:
+        if self.point in HOOKS:
+            setattr(self, HOOKS[self.point], lambda trainer, *_: self._now(trainer, self.point))
 
     def on_train_start(self, trainer, pl_module) -> None:
         real_save, real_fsync, real_replace = torch.save, os.fsync, os.replace

@@ -6,26 +6,21 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.machine import ROOT, synchronize
+from benchmarks.machine import ROOT, in_turns, ratio, synchronize
 from benchmarks.rows import ROWS, Setting
 from dar_lightning.devices import dtype_name
 
 
 def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> dict:
-    """One row of the result.
+    """One row of the result, of at least three calls that go on for some seconds.
 
-    Args:
-        name: of ROWS.
-        setting: how.
-        seconds: calls go on for so long after the first, which warms up; there are at least three.
-        max_tflop: a call of more is not made.
+    Larger calls than max_tflop are not made.
     """
     row = ROWS[name]
     result = {"row": name, "size": setting.size, "batch": setting.batch}
@@ -39,12 +34,7 @@ def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> di
     call()
     synchronize(setting.device)
     before = start_memory(setting.device)
-    durations, end = [], time.perf_counter() + seconds
-    while len(durations) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        synchronize(setting.device)
-        durations.append(time.perf_counter() - start)
+    durations = in_turns({"call": call}, setting.device, seconds, warm=True)["call"]
     latency = statistics.median(durations)
     result |= {
         "calls": len(durations),
@@ -54,9 +44,7 @@ def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> di
         "peak_memory_mb": peak_memory(setting.device),
         "memory_before_mb": before,  # weights, and on a CPU the interpreter with its libraries
     }
-    if flops is not None:
-        result["gflops"] = round(flops * images / latency / 1e9, 1)
-    return result
+    return result if flops is None else result | {"gflops": round(flops * images / latency / 1e9, 1)}
 
 
 def start_memory(device: torch.device) -> float | None:
@@ -94,9 +82,10 @@ def against(revision: str, options: list[str], pairs: int, report: Callable[[str
         over ours.
     """
     with TemporaryDirectory(prefix="revision-") as folder:
-        other = Path(folder) / "checkout"
+        other, output = Path(folder) / "checkout", Path(folder) / "rows.json"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(other), revision], check=True)
+        command = [sys.executable, "-m", "benchmarks", "rows", *options, "--output", str(output)]
         try:
             shutil.rmtree(other / "benchmarks", ignore_errors=True)
             shutil.copytree(ROOT / "benchmarks", other / "benchmarks", ignore=shutil.ignore_patterns("results"))
@@ -104,18 +93,12 @@ def against(revision: str, options: list[str], pairs: int, report: Callable[[str
             for pair in range(pairs):
                 for checkout in (ROOT, other) if pair % 2 == 0 else (other, ROOT):
                     report(f"pair {pair + 1} of {pairs}: {revision if checkout == other else 'this checkout'}")
-                    found[checkout].append(_rows_of(checkout, options, Path(folder) / "rows.json"))
+                    subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+                    found[checkout].append(json.loads(output.read_text())["rows"])
         finally:
             subprocess.run([*git, "remove", "--force", str(other)], check=True)
-    return [
-        _compare(*rows) for rows in zip(zip(*found[ROOT], strict=True), zip(*found[other], strict=True), strict=True)
-    ]
-
-
-def _rows_of(checkout: Path, options: list[str], output: Path) -> list[dict]:
-    command = [sys.executable, "-m", "benchmarks", "rows", *options, "--output", str(output)]
-    subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(output.read_text())["rows"]
+    ours, theirs = (zip(*side, strict=True) for side in found.values())
+    return [_compare(*rows) for rows in zip(ours, theirs, strict=True)]
 
 
 def _compare(ours: tuple[dict, ...], theirs: tuple[dict, ...]) -> dict:
@@ -123,6 +106,6 @@ def _compare(ours: tuple[dict, ...], theirs: tuple[dict, ...]) -> dict:
     row = {key: ours[0][key] for key in ("row", "size", "batch", "dtype", "compile")}
     if "skipped" in ours[0]:
         return row | {"skipped": ours[0]["skipped"]}
-    seconds = [[one["latency_seconds"] for one in side] for side in (ours, theirs)]
-    speedup = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    return row | {"seconds": seconds[0], "revision_seconds": seconds[1], "speedup": round(speedup, 3)}
+    seconds = {"seconds": [one["latency_seconds"] for one in ours]}
+    seconds |= {"revision_seconds": [one["latency_seconds"] for one in theirs]}
+    return row | seconds | {"speedup": ratio(seconds, "revision_seconds", "seconds")}

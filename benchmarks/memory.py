@@ -38,7 +38,7 @@ def make_batch(module: LightningModule, batch_size: int) -> dict[str, Tensor]:
     return {"codes": torch.zeros(shape, dtype=torch.int64), "label": torch.zeros(batch_size, dtype=torch.int64)}
 
 
-def forward(module: LightningModule, batch: dict[str, Tensor]) -> tuple[int, int]:
+def forward(module: LightningModule, batch_size: int) -> tuple[int, int]:
     """Bytes that a forward pass in bf16-mixed keeps for the backward pass, and its FLOPs."""
     device = next(module.parameters()).device.type
     kept: dict[int, torch.UntypedStorage] = {}
@@ -53,7 +53,7 @@ def forward(module: LightningModule, batch: dict[str, Tensor]) -> tuple[int, int
     torch.set_autocast_enabled(device, True)
     try:
         with FlopCounterMode(display=False) as flops, saved_tensors_hooks(keep, lambda tensor: tensor):
-            module.training_step(batch, 0)
+            module.training_step(make_batch(module, batch_size), 0)
     finally:
         torch.set_autocast_enabled(device, False)
         torch.clear_autocast_cache()
@@ -62,16 +62,13 @@ def forward(module: LightningModule, batch: dict[str, Tensor]) -> tuple[int, int
 
 def count(make: Callable[[], LightningModule], device: str = "cuda") -> dict[str, float]:
     """Parameters, bytes per sample and in any case, forward GFLOP per sample."""
-    found = {}
-    for batch_size in (2, 4):
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-            module = make()
-            found[batch_size], flops = forward(module, make_batch(module, batch_size))
-    per_sample = (found[4] - found[2]) / 2
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        module = make()
+        (two, _), (four, flops) = forward(module, 2), forward(module, 4)
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
-        "activation_bytes_per_sample": per_sample,
-        "activation_bytes_fixed": found[2] - 2 * per_sample,
+        "activation_bytes_per_sample": (four - two) / 2,
+        "activation_bytes_fixed": 2 * two - four,
         "forward_gflop_per_sample": flops / 4 / 1e9,
     }
 

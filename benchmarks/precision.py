@@ -7,10 +7,8 @@ are rounded to 10 bits of mantissa, here to the nearest, and summed in float32. 
 nearly does.
 """
 
-import argparse
 import copy
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.clock import filled
-from benchmarks.machine import ROOT, describe
+from benchmarks.machine import RESULTS, ROOT, describe, options, store
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import dtype_name
-from dar_lightning.files import write_text
 from dar_lightning.metrics.images import ShardImages
 
 PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__)
@@ -48,26 +45,28 @@ class TF32(TorchFunctionMode):
 
 
 @torch.no_grad()
-def outputs(pipe: DARPipeline, images: Tensor, codes: Tensor, labels: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Codes (B, N) of images, pixels (B, 3, H, W) of given codes, logits (B, N, V) after given codes, batches of 16."""
-    found: dict[str, list[Tensor]] = {"codes": [], "pixels": [], "logits": []}
-    for some in torch.arange(len(images)).split(16):
-        found["codes"].append(pipe.tokenizer.tokenize(images[some]))
-        found["pixels"].append(pipe.tokenizer.detokenize(codes[some], noise[some]))
-        found["logits"].append(pipe.ar(labels[some], codes[some]))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+def outputs(pipe: DARPipeline, images: Tensor, codes: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    """Codes (B, N) of images, logits (B, N, V) after given codes, pixels (B, 3, H, W) of given codes; batches of 16."""
+    found = [
+        (
+            pipe.tokenizer.tokenize(images[some]),
+            pipe.ar(labels[some], codes[some]),
+            pipe.tokenizer.detokenize(codes[some], noise[some]),
+        )
+        for some in torch.arange(len(images)).split(16)
+    ]
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
-def differences(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+def differences(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
     """Shares that agree, and errors relative to the exact values' norm."""
-    likeliest = [found["logits"].argmax(dim=-1) for found in (ours, exact)]
-    rounded = [to_uint8(found["pixels"]) for found in (ours, exact)]
+    (codes, logits, pixels), (exact_codes, exact_logits, exact_pixels) = ours, exact
     return {
-        "codes_agree": (ours["codes"] == exact["codes"]).double().mean().item(),
-        "likeliest_token_agrees": (likeliest[0] == likeliest[1]).double().mean().item(),
-        "logits_error": ((ours["logits"] - exact["logits"]).norm() / exact["logits"].norm()).item(),
-        "pixels_error": ((ours["pixels"] - exact["pixels"]).norm() / exact["pixels"].norm()).item(),
-        "pixels_of_8_bits_agree": (rounded[0] == rounded[1]).double().mean().item(),
+        "codes_agree": (codes == exact_codes).double().mean().item(),
+        "likeliest_token_agrees": (logits.argmax(dim=-1) == exact_logits.argmax(dim=-1)).double().mean().item(),
+        "logits_error": ((logits - exact_logits).norm() / exact_logits.norm()).item(),
+        "pixels_error": ((pixels - exact_pixels).norm() / exact_pixels.norm()).item(),
+        "pixels_of_8_bits_agree": (to_uint8(pixels) == to_uint8(exact_pixels)).double().mean().item(),
     }
 
 
@@ -94,31 +93,18 @@ def random_pipeline(tokenizer: str, ar: str) -> DARPipeline:
     return DARPipeline(first.eval(), filled(ARModel(ARConfig.preset(ar))).eval())
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--pipelines", nargs="+", default=["fruit64"], help="of 64x64 pixels and fruit64's classes")
-    parser.add_argument(
-        "--presets", nargs=2, default=["v1", "B"], help="a tokenizer and an AR model, with random weights"
-    )
-    parser.add_argument("--images", type=int, default=64, help="validation photos; the presets see a sixteenth of them")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/precision.json")
-    arguments = parser.parse_args()
-    data = "data/fruit64/val"
-    result = {"what": "lower precision against float32", "machine": describe(torch.device("cpu"))}
-    result |= {"data": data, "noise_seed": 0, "rows": {}}
-    pixels, labels = next(ShardImages(str(ROOT / data), "val", 64).batches(arguments.images))
+if __name__ == "__main__":
+    given = options(__doc__, pipelines=["fruit64"], presets=["v1", "B"], images=64, output=RESULTS / "precision.json")
+    result = {"what": "lower precision against float32", "machine": describe()}
+    result |= {"data": "data/fruit64/val", "noise_seed": 0, "rows": {}}
+    pixels, labels = next(ShardImages(str(ROOT / result["data"]), "val", 64).batches(given.images))
     images = to_float(pixels)
-    for name in arguments.pipelines:
+    for name in given.pipelines:
         result["rows"][name] = compare(DARPipeline.from_pretrained(name), images, labels)
-    few = max(1, arguments.images // 16)
-    random = random_pipeline(*arguments.presets)
+    few = max(1, given.images // 16)  # the presets have random weights, and are slow
+    random = random_pipeline(*given.presets)
     large = F.interpolate(images[:few], size=random.tokenizer.config.image_size, mode="bicubic").clamp(-1, 1)
-    name = f"{' and '.join(arguments.presets)}, random weights, enlarged photos"
+    name = f"{' and '.join(given.presets)}, random weights, enlarged photos"
     result["rows"][name] = compare(random, large, labels[:few])
     print(json.dumps(result["rows"], indent=2))
-    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    store(given.output, result)

@@ -1,7 +1,8 @@
 """What is measured: each row builds the work of one call, and says how many images it makes and its FLOPs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import counting
 from benchmarks.frechet import gaussian
-from benchmarks.machine import ROOT
+from benchmarks.machine import CPU, ROOT
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.commands.extract import extract
 from dar_lightning.data.imagenet import ImageNetDataModule
@@ -37,7 +38,7 @@ class Setting:
     """
 
     size: str
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     batch: int = 1
     compile: str = "none"
@@ -53,62 +54,49 @@ class Setting:
             (compile_graphs if graphs else compile_blocks)(*parts)
         return model
 
+    def tokenizer(self, training: bool = False) -> SequentialDiffusionTokenizer:
+        """A new one."""
+        return self.prepare(SequentialDiffusionTokenizer(TokenizerConfig.preset(self.size)), training)
+
     def images(self, side: int) -> Tensor:
         """(batch, 3, side, side) in [-1, 1]."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(self.batch, 3, side, side, generator=generator).mul(2).sub(1).to(self.device)
 
-    def codes(self, config: TokenizerConfig | ARConfig) -> Tensor:
-        """(batch, N) int64."""
-        size = config.codebook_size if isinstance(config, TokenizerConfig) else config.vocab_size
+    def codes(self, size: int, num_tokens: int) -> Tensor:
+        """(batch, num_tokens) int64."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(size, (self.batch, config.num_tokens), generator=generator).to(self.device)
+        return torch.randint(size, (self.batch, num_tokens), generator=generator).to(self.device)
 
 
 class Row(NamedTuple):
-    """One kind of work.
+    """One kind of work."""
 
-    Attributes:
-        build: setting -> the call.
-        flops: setting -> operations per image, or None where they are not what takes time.
-        sizes: presets it exists for.
-        batches: images per call that are measured.
-        compiles: whether blocks can be compiled for it.
-        lowers: whether another dtype than float32 changes it.
-        images: setting -> images that a call is for, or 0.
-    """
-
-    build: Callable[[Setting], Callable[[], object]]
-    flops: Callable[[Setting], float | None]
-    sizes: tuple[str, ...]
-    batches: tuple[int, ...] = (1,)
-    compiles: bool = True
-    lowers: bool = True
-    images: Callable[[Setting], int] = lambda setting: setting.batch
-
-
-def tokenizer(setting: Setting, training: bool = False) -> SequentialDiffusionTokenizer:
-    """A new one."""
-    return setting.prepare(SequentialDiffusionTokenizer(TokenizerConfig.preset(setting.size)), training)
+    build: Callable[[Setting], Callable[[], object]]  # what is called
+    flops: Callable[[Setting], float | None]  # operations per image, None where they are not what takes time
+    sizes: tuple[str, ...]  # presets it exists for
+    batches: tuple[int, ...] = (1, 8)  # images per call that are measured
+    compiles: bool = True  # whether blocks can be compiled for it
+    lowers: bool = True  # whether another dtype than float32 changes it
+    images: Callable[[Setting], int] = lambda setting: setting.batch  # that a call is for, or 0
 
 
 def encode(setting: Setting):
-    model = tokenizer(setting)
-    images = setting.images(model.config.image_size)
-    return lambda: model.tokenize(images)
+    model = setting.tokenizer()
+    return partial(model.tokenize, setting.images(model.config.image_size))
 
 
 def decode(setting: Setting):
-    model = tokenizer(setting)
-    codes, noise = setting.codes(model.config), model.draw_noise(setting.batch)
-    return lambda: model.detokenize(codes, noise)
+    model = setting.tokenizer()
+    codes = setting.codes(model.config.codebook_size, model.config.num_tokens)
+    return partial(model.detokenize, codes, model.draw_noise(setting.batch))
 
 
 def quantize(setting: Setting):
-    quantizer = SequentialDiffusionTokenizer(TokenizerConfig.preset(setting.size)).quantizer.to(setting.device)
     config = TokenizerConfig.preset(setting.size)
-    latents = torch.randn(setting.batch, config.num_tokens, config.codebook_dim, device=setting.device)
-    latents.requires_grad_(True)
+    quantizer = SequentialDiffusionTokenizer(config).quantizer.to(setting.device)
+    shape = setting.batch, config.num_tokens, config.codebook_dim
+    latents = torch.randn(shape, device=setting.device, requires_grad=True)
 
     def call():
         quantized, _, vq, commit = quantizer(latents)
@@ -132,49 +120,35 @@ def training_call(setting: Setting, model: nn.Module, loss: Callable[[], Tensor]
 
 
 def train_tokenizer(setting: Setting):
-    model = tokenizer(setting, training=True)
+    model = setting.tokenizer(training=True)
     images = setting.images(model.config.image_size)
-
-    def loss() -> Tensor:
-        losses = model.training_losses(images)
-        total = losses["flow"] + losses["vq"] + losses["commit"]
-        if "hidden" in losses:
-            total = total + model.decoder.project_hidden(losses["hidden"], counting.REPA_GRID).mean()
-        return total
-
-    return training_call(setting, model, loss)
+    return training_call(setting, model, lambda: counting.tokenizer_loss(model, images))
 
 
 def train_ar(setting: Setting):
     model = setting.prepare(ARModel(ARConfig.preset(setting.size)), training=True)
-    codes, labels = setting.codes(model.config), torch.zeros(setting.batch, dtype=torch.long, device=setting.device)
-    return training_call(
-        setting, model, lambda: nn.functional.cross_entropy(model(labels, codes).flatten(0, 1), codes.flatten())
-    )
+    codes = setting.codes(model.config.vocab_size, model.config.num_tokens)
+    labels = torch.zeros(setting.batch, dtype=torch.long, device=setting.device)
+    loss = nn.functional.cross_entropy
+    return training_call(setting, model, lambda: loss(model(labels, codes).flatten(0, 1), codes.flatten()))
 
 
-def pipeline(setting: Setting) -> tuple[DARPipeline, Tensor]:
-    """The AR model with v1 (tiny: with tiny), and labels. Of the two, the tokenizer alone is compiled."""
-    images = replace(setting, size="tiny" if setting.size == "tiny" else "v1")
+def tokenizer_size(setting: Setting) -> str:
+    """Of a pipeline: v1, but tiny with tiny."""
+    return "tiny" if setting.size == "tiny" else "v1"
+
+
+def generate(setting: Setting, **options):
+    """Of the two models, the tokenizer alone is compiled."""
     ar = replace(setting, compile="none").prepare(ARModel(ARConfig.preset(setting.size)))
-    pipe = DARPipeline(tokenizer(images), ar)
-    return pipe, torch.arange(setting.batch) % pipe.ar.config.num_classes
+    pipe = DARPipeline(replace(setting, size=tokenizer_size(setting)).tokenizer(), ar)
+    return partial(pipe.generate, torch.arange(setting.batch) % ar.config.num_classes, **options)
 
 
-def generate(setting: Setting, guidance: float = 1.0):
-    pipe, labels = pipeline(setting)
-    return lambda: pipe.generate(labels, guidance=guidance)
-
-
-def first_preview(setting: Setting):
-    pipe, labels = pipeline(setting)
-    return lambda: pipe.generate(labels, guidance=GUIDANCE, groups=1)
-
-
-def generation_flops(setting: Setting, guided: bool, groups: int | None = None) -> float:
+def generation_flops(setting: Setting, guided: bool = True, groups: int | None = None) -> float:
     """AR tokens and diffusion steps of one image."""
-    config = TokenizerConfig.preset("tiny" if setting.size == "tiny" else "v1")
-    groups = config.num_groups if groups is None else groups
+    config = TokenizerConfig.preset(tokenizer_size(setting))
+    groups = groups or config.num_groups
     tokens = config.num_tokens // config.num_groups * groups
     shown = counting.condition(config) * groups / config.num_groups + groups * counting.diffusion_step(config)
     return shown + counting.ar_tokens(ARConfig.preset(setting.size), tokens, guided)
@@ -183,20 +157,12 @@ def generation_flops(setting: Setting, guided: bool, groups: int | None = None) 
 def extraction(setting: Setting):
     """`dar extract`, from shards on disk to token shards on disk, of as many crops as make a batch."""
     folder = TemporaryDirectory(prefix="benchmark-")
-    path = Path(folder.name)
-    tokenizer(replace(setting, device=torch.device("cpu"), dtype=torch.float32, compile="none")).save_pretrained(
-        path / "tokenizer"
-    )
-    runs = iter(range(10**6))
-    precision = "32-true" if setting.dtype == torch.float32 else "bf16-mixed"
-    options = dict(
-        crops="center", batch_size=setting.batch, accelerator=setting.device.type.replace("cuda", "gpu"), devices=1
-    )
-
-    def call(folder=folder):
-        extract(str(path / "tokenizer"), str(SHARDS), str(path / f"{next(runs)}"), precision=precision, **options)
-
-    return call
+    path, runs = Path(folder.name), iter(range(10**6))
+    SequentialDiffusionTokenizer(TokenizerConfig.preset(setting.size)).save_pretrained(path / "tokenizer")
+    options = {"crops": "center", "batch_size": setting.batch, "devices": 1}
+    options |= {"accelerator": setting.device.type.replace("cuda", "gpu")}
+    options |= {"precision": "32-true" if setting.dtype == torch.float32 else "bf16-mixed"}
+    return lambda folder=folder: extract(str(path / "tokenizer"), str(SHARDS), str(path / f"{next(runs)}"), **options)
 
 
 def loading(setting: Setting):
@@ -207,44 +173,38 @@ def loading(setting: Setting):
     return lambda: [batch["image"] for batch in loader]
 
 
-def frechet(setting: Setting):
-    one, other = gaussian(3000, 2048, 1), gaussian(3000, 2048, 2)
-    return lambda: frechet_distance(one, other)
-
-
 def of_tokenizer(flops: Callable[[TokenizerConfig], float]) -> Callable[[Setting], float]:
     """FLOPs by config -> FLOPs by setting."""
     return lambda setting: flops(TokenizerConfig.preset(setting.size))
 
 
-def quantizer_flops(config: TokenizerConfig) -> float:
-    """The products of all tokens and codes."""
-    return 2 * config.num_tokens * config.codebook_size * config.codebook_dim
-
-
-def of_ar_step(setting: Setting) -> float:
-    """Of one sequence, without what is masked."""
-    config = ARConfig.preset(setting.size)
-    return counting.ar_step(config) - counting.causal_half(config)
+def photos(setting: Setting) -> int:
+    """Embedded validation photos."""
+    return ShardIndex.load(SHARDS).num_samples
 
 
 ROWS = {
-    "encode": Row(encode, of_tokenizer(counting.encode), TOKENIZERS, (1, 8)),
-    "decode": Row(decode, of_tokenizer(counting.decode), TOKENIZERS, (1, 8)),
-    "tokenizer_step": Row(train_tokenizer, of_tokenizer(counting.tokenizer_step), TOKENIZERS, (1, 8)),
-    "quantizer": Row(quantize, of_tokenizer(quantizer_flops), TOKENIZERS, (1, 8), compiles=False, lowers=False),
-    "ar_step": Row(train_ar, of_ar_step, AR_MODELS, (1, 8)),
-    "generate": Row(generate, lambda s: generation_flops(s, False), AR_MODELS, (1, 8, 64)),
-    "generate_guided": Row(lambda s: generate(s, GUIDANCE), lambda s: generation_flops(s, True), AR_MODELS, (1, 8, 64)),
-    "first_preview": Row(first_preview, lambda s: generation_flops(s, True, groups=1), AR_MODELS, (1, 8)),
-    "extraction": Row(
-        extraction,
-        of_tokenizer(counting.encode),
+    "encode": Row(encode, of_tokenizer(counting.encode), TOKENIZERS),
+    "decode": Row(decode, of_tokenizer(counting.decode), TOKENIZERS),
+    "tokenizer_step": Row(train_tokenizer, of_tokenizer(counting.tokenizer_step), TOKENIZERS),
+    "quantizer": Row(
+        quantize,
+        of_tokenizer(lambda config: 2 * config.num_tokens * config.codebook_size * config.codebook_dim),
         TOKENIZERS,
-        (64,),
         compiles=False,
-        images=lambda s: ShardIndex.load(SHARDS).num_samples,
+        lowers=False,
     ),
+    "ar_step": Row(
+        train_ar,
+        lambda s: counting.ar_step(ARConfig.preset(s.size)) - counting.causal_half(ARConfig.preset(s.size)),
+        AR_MODELS,
+    ),
+    "generate": Row(generate, partial(generation_flops, guided=False), AR_MODELS, (1, 8, 64)),
+    "generate_guided": Row(partial(generate, guidance=GUIDANCE), generation_flops, AR_MODELS, (1, 8, 64)),
+    "first_preview": Row(
+        partial(generate, guidance=GUIDANCE, groups=1), partial(generation_flops, groups=1), AR_MODELS
+    ),
+    "extraction": Row(extraction, of_tokenizer(counting.encode), TOKENIZERS, (64,), compiles=False, images=photos),
     "loading": Row(
         loading,
         lambda s: None,
@@ -252,7 +212,15 @@ ROWS = {
         (64,),
         compiles=False,
         lowers=False,
-        images=lambda s: ShardIndex.load(SHARDS).num_samples // s.batch * s.batch,
+        images=lambda s: photos(s) // s.batch * s.batch,
     ),
-    "frechet": Row(frechet, lambda s: None, ("2048",), compiles=False, lowers=False, images=lambda s: 0),
+    "frechet": Row(
+        lambda s: partial(frechet_distance, gaussian(3000, 2048, 1), gaussian(3000, 2048, 2)),
+        lambda s: None,
+        ("2048",),
+        (1,),
+        compiles=False,
+        lowers=False,
+        images=lambda s: 0,
+    ),
 }

@@ -2,11 +2,13 @@
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
+from dar_lightning.files import DISK, find_shipped
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
@@ -46,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
-    verb, options = argv[0], argv[1:]
+    verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
     try:
         if verb in TRAINER_VERBS:
-            importlib.import_module("dar_lightning.commands.fit").TrainerCLI(argv)
+            importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
         elif verb in VERBS:
             run_function(verb, options)
         elif verb == "--version":
@@ -68,11 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except OSError as error:
         # Where the user's files are opened, OSErrors become UserErrors. A full disk can be met anywhere.
-        if error.errno not in importlib.import_module("dar_lightning.files").DISK:
+        if error.errno not in DISK:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"dar {verb}: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def shipped_file(word: str) -> str:
+    """An option's value that names one of our YAML files or pictures, which the working directory need not have."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    found = find_shipped(value)
+    return f"{option}{equals}{found}" if os.path.isfile(found) else word
 
 
 def leave_the_process_group() -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes, folder locks and JSON files."""
+"""Atomic writes, folder locks, JSON, and the files that come with the package."""
 
 import errno
 import hashlib
@@ -16,6 +16,8 @@ from dar_lightning.errors import UserError, one_line
 # The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOCK = ".lock"
+SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and data/fruit64/
+TREES = ("experiments", "data/fruit64", "dar_lightning/shipped")
 
 
 @contextmanager
@@ -102,6 +104,19 @@ def locked(folder: str | Path, option: str) -> Iterator[None]:
         raise UserError(f"{option}: cannot write {folder} ({error.strerror})") from error
     with lock:
         yield
+
+
+def find_shipped(path: str) -> str:
+    """A path as it is, or else the file or folder of that relative name that comes with the package.
+
+    `experiments/ar/B.yaml` and `data/fruit64/val` are found from any folder, whether the package is a clone or a wheel.
+    What the working directory has comes first.
+    """
+    names = [name for name in TREES if Path(path).is_relative_to(name)]
+    if not names or Path(path).exists():
+        return path
+    places = [root / path for root in (SHIPPED, SHIPPED.parents[1])]
+    return next((str(place) for place in places if place.exists()), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What several folders of tests share."""
 
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -7,11 +9,40 @@ from pathlib import Path
 
 import pytest
 import timm
+from lightning.pytorch.cli import LightningCLI
 from pair import Pair
 from tiny_models import make_pipeline
 from tiny_shards import write_set
 
 ROOT = Path(__file__).parents[1]
+
+QUIET = ("lightning.pytorch", "lightning.fabric", "torch.distributed")
+
+# What processes that tests start say of options and devices is Lightning's and torch's, not a failure.
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+
+
+def pytest_configure():
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_parser():
+    """LightningCLI's parser takes seconds to build: once for all runs of a test process."""
+    build, built = LightningCLI.setup_parser, {}
+
+    def setup_parser(self, *arguments) -> None:
+        if type(self) not in built:
+            before = {*vars(self)}
+            build(self, *arguments)
+            built[type(self)] = {name: value for name, value in vars(self).items() if name not in before}
+        vars(self).update(built[type(self)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LightningCLI, "setup_parser", setup_parser)
+        yield
 
 
 def pytest_collection_finish():

@@ -1,10 +1,5 @@
 """benchmarks/precision.py: TF32 by its definition, and that its figures are those of models rounded by hand."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +9,6 @@ from torch import Tensor, nn
 
 from benchmarks.precision import TF32, compare, round_to_tf32
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_rounding_keeps_ten_bits_of_mantissa():
@@ -97,14 +90,3 @@ def test_figures():
     for name in ("logits_error", "pixels_error"):
         assert 0 < found["tf32"][name] < found["bfloat16"][name] < 0.1
     assert all(0 < found[name]["pixels_of_8_bits_agree"] <= 1 for name in ("tf32", "bfloat16"))
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    words = [sys.executable, "-m", "benchmarks.precision", "--images", "2", "--presets", "tiny", "tiny"]
-    words += ["--output", tmp_path / "precision.json"]
-    subprocess.run(words, check=True, cwd=ROOT, capture_output=True, timeout=300)
-    rows = json.loads((tmp_path / "precision.json").read_text())["rows"]
-    assert [row["images"] for row in rows.values()] == [2, 1]
-    assert [*rows] == ["fruit64", "tiny and tiny, random weights, enlarged photos"]
-    assert rows["fruit64"]["bfloat16"]["pixels_error"] > 0

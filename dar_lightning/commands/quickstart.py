@@ -9,13 +9,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import dar_lightning
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, users_path, write_text
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
 
-ROOT = Path(dar_lightning.__file__).parent.parent
 CONFIGS, TRAIN, VAL = "experiments/quickstart", "data/fruit64/train", "data/fruit64/val"
 
 
@@ -44,8 +42,6 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
             of 4x4 pixel patches instead of 8x8, and the shipped Llama for 6,000 more steps; this does none of it.
     """
     out = Path(output).resolve()
-    if not (ROOT / CONFIGS).is_dir():
-        raise UserError(f"{ROOT / CONFIGS} is missing: quickstart needs a clone of the repository, installed with -e")
     claim(out, fresh, from_scratch)
     stages = road(out, from_scratch)
     print(f"{len(stages)} stages, about {sum(stage.minutes for stage in stages):.0f} minutes on two CPU cores.")
@@ -171,7 +167,7 @@ def run_stage(stage: Stage, out: Path) -> None:
     try:
         for command in stage.commands:
             print(f"  $ dar {shlex.join(command)}", flush=True)
-            status, stopped = call([sys.executable, "-m", "dar_lightning", *command], cwd=ROOT)
+            status, stopped = call([sys.executable, "-m", "dar_lightning", *command])
             if stopped:
                 print(f"{signal.Signals(stopped).name}: stage {stage.name} stopped; start again to go on", flush=True)
                 sys.exit(128 + stopped)

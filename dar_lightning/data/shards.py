@@ -21,7 +21,7 @@ from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
 from dar_lightning.data.tar import Contents, read_headers
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, write_text
+from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_text
 
 INDEX = "index.json"
 VERSION = 1
@@ -112,7 +112,7 @@ class ShardIndex:
             if any(parent != folder for parent, _ in paths):
                 raise UserError(f"{option}: the shards of {source} must lie in one folder")
         url = folder.rstrip("/") if is_remote(folder) else None
-        root = Path(folder) if url is None else _fetch_index(url, names is None, cache_dir, option)
+        root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
         if not root.is_dir():
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
         known, classes = _read_image_index(root, option) if (root / INDEX).is_file() else ({}, ())

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError, one_line
-from dar_lightning.files import atomic_path, read_json, write_text
+from dar_lightning.files import SHIPPED, atomic_path, find_shipped, read_json, write_text
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
-SHIPPED, SHIPPED_NAMES = Path(__file__).parents[1] / "shipped", ("fruit64",)
+SHIPPED_NAMES = ("fruit64",)
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -136,11 +136,11 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
     Raises:
         UserError: if there is neither such a folder nor such a repository.
     """
-    if Path(path_or_repo).is_dir():
-        return Path(path_or_repo)
+    path = Path(find_shipped(str(path_or_repo)))
+    if path.is_dir():
+        return path
     if str(path_or_repo) in SHIPPED_NAMES:
         return SHIPPED / str(path_or_repo)
-    path = Path(path_or_repo)
     if path.exists():
         raise UserError(f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     # A repository's name has one slash at most: whatever is a path on this machine, mistyped, asks no network.

@@ -20,6 +20,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, one_line
+from dar_lightning.files import find_shipped
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.npz import UNREADABLE
@@ -198,7 +199,7 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
         option: what the user calls it, for error lines.
         image_size: encoded images get ADM's centre crop to this size; None leaves them as they are.
     """
-    path = Path(source)
+    path = Path(find_shipped(source))
     if path.suffix == ".npz" and path.is_file():
         images = NpzImages(path, option)
     elif source.endswith(".tar") or (path / INDEX).is_file() or next(path.glob("*.tar"), None):

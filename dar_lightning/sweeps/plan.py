@@ -15,6 +15,7 @@ import yaml
 
 from dar_lightning.data.shards import INDEX
 from dar_lightning.errors import UserError
+from dar_lightning.files import find_shipped
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
 OUTPUTS = {
@@ -71,7 +72,7 @@ class Work:
 
     def data(self) -> dict[str, str]:
         """Folders of shards that options or config files name -> SHA-256 of their index; none of earlier stages."""
-        indices = {text: Path(text, INDEX) for text in sorted({*self.texts}) if text}
+        indices = {text: Path(find_shipped(text), INDEX) for text in sorted({*self.texts}) if text}
         return {
             text: hashlib.sha256(index.read_bytes()).hexdigest()
             for text, index in indices.items()
@@ -240,7 +241,7 @@ def _text(value: Any) -> str:
 def _config_text(path: str) -> str:
     """What a config file says; comments and layout do not count."""
     try:
-        return json.dumps(yaml.safe_load(Path(path).read_text(encoding="utf-8")), default=str)
+        return json.dumps(yaml.safe_load(Path(find_shipped(path)).read_text(encoding="utf-8")), default=str)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is no YAML"
         raise UserError(f"stages: config {path} cannot be read: {reason}") from error

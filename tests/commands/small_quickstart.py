@@ -6,9 +6,11 @@ from typing import Any
 
 import yaml
 
-from dar_lightning.commands.quickstart import CONFIGS, ROOT, VAL
+from dar_lightning.commands.quickstart import CONFIGS, VAL
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex, write_shard
+
+ROOT = Path(__file__).parents[2]
 
 
 def small_configs(folder: Path, from_scratch: bool, tokenizer_steps: int = 12) -> str:

@@ -26,7 +26,7 @@ from dar_lightning.data.prepare.sources import Sample, Source, image_folder, sha
 from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.errors import UserError
-from dar_lightning.files import locked, write_text
+from dar_lightning.files import find_shipped, locked, write_text
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
 HUB = "hf://"
@@ -36,7 +36,7 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
     if is_remote(input) and not input.startswith(HUB):
         raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
-    path = Path(input)
+    path = Path(find_shipped(input))
     first = ilsvrc.first_names(path) if path.is_file() and path.suffix == ".tar" else []
     is_val = any(ilsvrc.VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
     is_hf = input.startswith(HUB) or (path.is_dir() and is_saved(path))
