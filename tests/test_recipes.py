@@ -102,17 +102,43 @@ CALLS = dict.fromkeys(TABLE, SAVE | WATCH) | {
     "tokenizer/codebook4096": {"CodebookWarmup": {"warmup_steps": 20, "collect_steps": 4}},
 }
 
+SEEDS = ("seed_everything", "data.init_args.seed")
+LOSSES = tuple(f"{MODEL}.{name}.init_args.weight" for name in ("perceptual", "repa"))
+LIKE_V1 = (
+    f"{OPTIMIZER}.lr",
+    f"{OPTIMIZER}.betas",
+    f"{OPTIMIZER}.weight_decay",
+    "trainer.gradient_clip_val",
+    EMA,
+    *LOSSES,
+)
+OURS = {
+    "tokenizer/v1": (*SEEDS, f"{OPTIMIZER}.warmup_steps"),
+    "tokenizer/light": (*SEEDS, f"{OPTIMIZER}.warmup_steps", *LIKE_V1, f"{CONFIG}.repa_layer"),
+    "tokenizer/codebook4096": [name for name in CODEBOOK if name != f"{CONFIG}.codebook_size"],
+    **{f"ar/{name}": SEEDS for name in ("B", "L", "XL", "XXL")},
+}
 
-def flat(value: dict, prefix: str = "") -> dict[str, object]:
-    """Every path in a recipe -> its value."""
+
+def lines(name: str) -> dict[str, tuple[object, str]]:
+    """Each path in a recipe -> its value, and the line of its key."""
+    text = (RECIPES / f"{name}.yaml").read_text()
     found = {}
-    for key, part in value.items():
-        path = f"{prefix}{key}"
-        found[path] = part
-        if path in ("trainer.callbacks", "trainer.callbacks+"):
-            part = {one["class_path"]: one.get("init_args", {}) for one in part}
-        if isinstance(part, dict):
-            found |= flat(part, f"{path}.")
+
+    def walk(node, value, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            if "class_path" in value and prefix == "trainer.callbacks":
+                prefix, value = f"{prefix}.{value['class_path']}", value.get("init_args", {})
+                node = next((child for key, child in node.value if key.value == "init_args"), None)
+            for key, child in node.value if node else ():
+                path = f"{prefix}.{key.value}".lstrip(".")
+                found[path] = value[key.value], text.splitlines()[key.start_mark.line]
+                walk(child, value[key.value], path)
+        elif isinstance(node, yaml.SequenceNode):
+            for child, one in zip(node.value, value, strict=True):
+                walk(child, one, prefix)
+
+    walk(yaml.compose(text), yaml.safe_load(text), "")
     return found
 
 
@@ -123,13 +149,14 @@ def test_every_recipe_is_in_the_table():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_recipe_has_its_numbers(name):
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    found = flat(recipe)
+    found = {path: value for path, (value, _) in lines(name).items()}
     wrong = {path: (found.get(path), value) for path, value in TABLE[name].items() if found.get(path) != value}
     assert wrong == {}
-    called = [one for key in recipe["trainer"] if "callbacks" in key for one in recipe["trainer"][key]]
-    called = {one["class_path"].removeprefix(f"{CALLBACKS}."): one.get("init_args", {}) for one in called}
-    assert list(called.items()) == list(CALLS[name].items())
+    trainer = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["trainer"]
+    callbacks = [
+        (one["class_path"], one.get("init_args", {})) for key in trainer if "callbacks" in key for one in trainer[key]
+    ]
+    assert callbacks == [(f"{CALLBACKS}.{word}", options) for word, options in CALLS[name].items()]
     # What a recipe sets beside that must not be another way to change what is computed.
     trainer = ("default_root_dir", "callbacks", "callbacks+", "check_val_every_n_epoch", "log_every_n_steps")
     model = ("compile", "activation_checkpointing", *["init_from"] * ("codebook" in name))
@@ -140,3 +167,9 @@ def test_a_recipe_has_its_numbers(name):
         path for path in found if not any(f"{path}.".startswith(f"{k}.") or k.startswith(f"{path}.") for k in known)
     ]
     assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_the_paper_does_not_say_is_called_our_choice(name):
+    called = [path for path, (_, line) in lines(name).items() if "our choice" in line]
+    assert sorted(called) == sorted(OURS[name])
