@@ -21,6 +21,7 @@ from dar_lightning.generation.grids import blend, image_grid, mosaic, save_anima
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.records.drawn import write_drawn
+from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.provenance import provenance
 
 ANIMATED = 16  # images in the animation, at most
@@ -180,7 +181,7 @@ def sample(
     # the command names a file, which may have changed when it is repeated
     record["layout_sha256"] = photo_sha256
     record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    write_drawn(folder / "samples.npz", record | {"provenance": made}, pixels)
+    write_drawn(folder / "samples.npz", record | {"provenance": made}, set_sha256(image_digests(pixels)))
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
 
 
