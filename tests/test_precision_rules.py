@@ -187,8 +187,8 @@ def test_a_training_step_of_the_tokenizer(losses):
         assert step["parts"].keys() == {"flow", "vq", "commit", "perceptual", "repa", "loss"}
 
 
-def test_losses_of_images(losses):
-    """VGG16 and REPA's teacher in bfloat16; what they see compared in float32, LPIPS by its heads, nothing dropped."""
+def test_perceptual_loss(losses):
+    """VGG16 in bfloat16, features compared in float32 by the heads, and nothing dropped."""
     with fake_cuda():
         with Trace() as trace:
             value = losses["perceptual"](*torch.zeros(2, BATCH, 3, 32, 32), torch.zeros(BATCH))
@@ -200,6 +200,9 @@ def test_losses_of_images(losses):
         assert not trace.inputs("native_dropout", "bernoulli", "bernoulli_")
         assert value.dtype == F32
 
+
+def test_alignment_is_in_float32(losses):
+    with fake_cuda():
         projected, images = torch.zeros(BATCH, 256, 768, dtype=BF16), torch.zeros(BATCH, 3, 32, 32)
         with Trace() as trace:
             value = losses["repa"](projected, images, torch.zeros(BATCH))
