@@ -21,7 +21,7 @@ VERBS = {
     "serve": "a web page on which pictures appear while their tokens are written",
     "reconstruct": "encode and decode images: PSNR, codebook use, previews",
     "evaluate": "Frechet distance and linear probe of samples",
-    "compare": "figures of several evaluations, if their protocols are the same",
+    "compare": "metrics of several evaluations side by side, where their protocols allow it",
     "table": "one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml",
     "sweep": "an ablation's grid: dar sweep experiments/sweeps/small/order.yaml",
     "report": "tables, plots and samples of a sweep, cells beside each other",

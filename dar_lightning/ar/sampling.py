@@ -110,7 +110,8 @@ def stream_in_place(ar: ARModel, labels: Tensor, **options) -> Iterator[Tensor]:
     if ar.config.order == "coarse_to_fine":
         yield from stream_tokens(ar, labels, **options)
         return
-    order = ar.draw_order(len(labels), options.get("generator"))
+    order = options.pop("order", None)
+    order = ar.draw_order(len(labels), options.get("generator")) if order is None else order
     tokens = torch.stack(list(stream_tokens(ar, labels, order=order, **options)), dim=1)
     yield from (placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens).unbind(1)
 

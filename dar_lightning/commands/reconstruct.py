@@ -93,7 +93,7 @@ def reconstruct(
             if number in shown:
                 rows.append(torch.cat([image[None], previews]))
             if number in exchanged:
-                kept.append((number, image, codes))
+                kept.append((number, image.clone(), codes.clone()))  # not the whole batch
     use, perplexity = map(float, codebook.compute())
     metrics = mean_scores(scores) | {"codebook_use": use, "codebook_perplexity": perplexity}
     methods: dict[str, Any] = {"reconstruction": reconstruction_protocol()}

@@ -1,9 +1,8 @@
 """`dar report`: a sweep's tables, plots and sample grids, and the sweep in TensorBoard."""
 
-import importlib.util
 from pathlib import Path
 
-from dar_lightning.errors import UserError
+from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples, save_plot
 from dar_lightning.sweeps.results import read_sweep
 from dar_lightning.sweeps.tables import summarize, write_tables
 from dar_lightning.sweeps.tensorboard import write_tensorboard
@@ -24,10 +23,6 @@ def report(sweep: str, output: str | None = None) -> None:
     Raises:
         UserError: the folder is no sweep's, or its runs were measured by different protocols.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the plots need matplotlib: pip install 'dar-lightning[notebooks]'")
-    from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples, save_plot
-
     found = read_sweep(sweep)
     folder = found.folder / "report" if output is None else Path(output)
     rows = summarize(found)

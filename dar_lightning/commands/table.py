@@ -1,6 +1,5 @@
 """`dar table`: a table of the paper, measured row by row and written beside the paper's numbers."""
 
-import importlib.util
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,8 +102,6 @@ def table(
     """
     if not rows or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{len(rows)} rows, seeds {seeds}: need at least one row, and one seed or several that differ")
-    if importlib.util.find_spec("matplotlib") is None:  # before the hours of work, not after
-        raise UserError("the plot needs matplotlib: pip install 'dar-lightning[notebooks]'")
     place = choose_device(device)
     made = provenance(place, "float32")
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):

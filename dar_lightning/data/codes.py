@@ -52,7 +52,6 @@ class CodesDataModule(StreamDataModule):
             raise UserError("data.train and data.val: neither is set; give folders that `dar extract` wrote")
         prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
         if self.tokenizer is not None:
-            # not at the top: the data layer needs no model for anything else
             from dar_lightning.formats.model_sha256 import model_sha256
             from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 

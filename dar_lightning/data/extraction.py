@@ -46,9 +46,8 @@ class TokenCache:
         shard = self.index.shards[number]
         path = self.index.root / shard.name
         if self.index.url is None and path.is_file() and (shard.sha256 is None or path.stat().st_size != shard.bytes):
-            shard = replace(
-                shard, sha256=file_sha256(path)
-            )  # also of a damaged file, so that one repaired since is another
+            # also of a damaged file, so that one repaired since is another
+            shard = replace(shard, sha256=file_sha256(path))
         return asdict(shard)
 
     def done(self) -> list[int]:

@@ -74,9 +74,9 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
                     difference = _difference(part, size, sha256)
                     if difference and difference not in problems:
                         raise ValueError(difference)
-                if difference:
-                    log.warning("%s: %s; what can be read of it is used", url, difference)
-                    write_text(note, difference + "\n")
+                    if difference:  # noted before the copy has its name, so that none is taken for a whole one
+                        log.warning("%s: %s; what can be read of it is used", url, difference)
+                        write_text(note, difference + "\n")
                 return
             except (FileNotFoundError, UserError):
                 raise

@@ -229,7 +229,9 @@ def build_model(
     try:
         with torch.device("meta"):
             model = model_class(config)
-    except (RuntimeError, OverflowError, TypeError, UserError) as error:
+    except UserError as error:  # of the config, or of a package that it needs
+        raise UserError(f"{origin}: {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
     check_tensors(model, tensors, origin, names)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.sampler import EvalSampler, TrainSampler
 from dar_lightning.data.shards import Shard, ShardIndex, write_shard
-from dar_lightning.training.callbacks import DataSpeed
+from dar_lightning.training.callbacks import Throughput
 
 # ---- samples that cannot be used
 
@@ -218,7 +218,10 @@ class Watching(Recorder):
 def test_odd_files_in_training_and_its_metric(odd, caplog):
     data, model = module(odd, num_workers=2, crop="center", flip=False, batch_size=3, max_bad_share=0.9), Watching()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, callbacks=[DataSpeed()], **quiet)
+    callbacks = [Throughput(flops=False)]
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, limit_val_batches=0, callbacks=[Throughput(flops=False)], **quiet
+    )
     trainer.fit(model, datamodule=data)
     keys = [key for keys, _ in model.seen for key in keys]
     assert len(keys) == 9

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def _packed(
 
 def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> Packed | None:
     """A shard that is there as planned; None if it must be made."""
+    if not path.is_file() or not _is_whole(path):
+        return None
     contents = read_headers(path)
     if contents.damage or any(sample.flaw for sample in contents.samples):
         return None
@@ -127,3 +130,11 @@ def _kept(path: Path, samples: list[Sample], sha: str | None, pack: Packer) -> P
         return None
     entry = Shard(path.name, len(found), path.stat().st_size, file_sha256(path))
     return Packed(entry, skipped, True) if sha in (None, entry.sha256) else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a tar ends with the zeros that its writer pads it with; without a SHA-256 nothing else tells."""
+    end, size = 2 * tarfile.BLOCKSIZE, path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - end))
+        return size % tarfile.RECORDSIZE == 0 and file.read() == bytes(end)

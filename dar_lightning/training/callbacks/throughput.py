@@ -26,7 +26,7 @@ class Throughput(Callback):
       loaders measure (`waited`), not the time between two steps, in which loggers wait for the GPU, too.
     - `data/skipped`: distinct bad samples that all ranks had met when they last compared, and this one since.
 
-    Nothing here waits for a GPU.
+    Nothing here waits for a GPU. Of several in one run, as where a monitor layer adds one to a recipe's, the last logs.
 
     Args:
         peak_tflops: peak of one device in teraFLOP/s, dense, in the precision of the run; None takes it from
@@ -43,6 +43,10 @@ class Throughput(Callback):
             raise UserError(f"peak_tflops is {peak_tflops}: it must be positive, or null for the table's")
         self.peak_tflops, self.flops = peak_tflops, flops
         self._start = self._batch_end = 0.0  # seconds
+        self._silent = False
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        self._silent = self is not [found for found in trainer.callbacks if isinstance(found, Throughput)][-1]
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._peak = self.peak_tflops and self.peak_tflops * 1e12
@@ -51,14 +55,14 @@ class Throughput(Callback):
         self._begin(trainer, perf_counter())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if self.flops and self._image_flops is None and isinstance(pl_module, TrainingModule):
+        if self.flops and not self._silent and self._image_flops is None and isinstance(pl_module, TrainingModule):
             self._image_flops = step_flops(pl_module, batch) / len(batch["label"])
             self._begin(trainer, perf_counter())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch["label"])
         self._batch_end = perf_counter()
-        if not is_log_step(trainer):
+        if self._silent or not is_log_step(trainer):
             return
         seconds = self._batch_end - self._start
         mine = self._images / seconds  # images per second of this device
