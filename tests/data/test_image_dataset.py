@@ -218,7 +218,6 @@ class Watching(Recorder):
 def test_odd_files_in_training_and_its_metric(odd, caplog):
     data, model = module(odd, num_workers=2, crop="center", flip=False, batch_size=3, max_bad_share=0.9), Watching()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
-    callbacks = [Throughput(flops=False)]
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, limit_val_batches=0, callbacks=[Throughput(flops=False)], **quiet
     )
