@@ -174,7 +174,7 @@ def test_end_to_end(tmp_path, monkeypatch, capfd):
         quickstart(str(out), from_scratch=True)
     thread.join()
     assert stop.value.code == 128 + signal.SIGTERM
-    shown = capfd.readouterr().out
+    shown = "".join(capfd.readouterr())
     stopped = int(re.search(r"SIGTERM: stopped after step (\d+), saved in", shown)[1])
     assert "SIGTERM: stage tokenizer stopped; start again to go on" in shown
     assert 4 <= stopped < steps
