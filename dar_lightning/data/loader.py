@@ -1,6 +1,7 @@
 """The loaders of a run, and what both DataModules share: checkpoints hold the place in the data."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
@@ -126,7 +127,7 @@ class TrainLoader(Loader):
         self.sampler.position = state["position"]
 
 
-class StreamDataModule(L.LightningDataModule):
+class StreamDataModule(L.LightningDataModule, ABC):
     """What both DataModules share: their splits, the two kinds of loader, and the place in the data in checkpoints.
 
     Args:
@@ -155,11 +156,13 @@ class StreamDataModule(L.LightningDataModule):
         self._loader: TrainLoader | None = None
         self._restored: dict[str, int | str] | None = None
 
+    @abstractmethod
     def _read_index(self, split: str, source: str) -> Any:
-        raise NotImplementedError
+        """The index of a split's shards at `source`."""
 
+    @abstractmethod
     def _dataset(self, split: str) -> Dataset:
-        raise NotImplementedError
+        """The samples of a split."""
 
     def index(self, split: str) -> Any:
         """The shards of a split ("train" or "val"), read at first use.

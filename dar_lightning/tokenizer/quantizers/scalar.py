@@ -1,12 +1,14 @@
 """FSQ and LFQ, quantizers without a learned codebook, from vector-quantize-pytorch, an optional extra."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
 
 
-class ScalarQuantizer(nn.Module):
+class ScalarQuantizer(nn.Module, ABC):
     """Rounds every channel by itself to one of `levels` values; a Quantizer.
 
     Args:
@@ -39,8 +41,9 @@ class ScalarQuantizer(nn.Module):
         with torch.device("cpu"):
             self._library = [self._make(vector_quantize_pytorch, codebook_dim)]
 
+    @abstractmethod
     def _make(self, library, dim: int) -> nn.Module:
-        raise NotImplementedError
+        """The quantizer of vector-quantize-pytorch, for `dim` channels."""
 
     def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Codes (B, N, dim) with their gradient, indices (B, N) and a loss."""
