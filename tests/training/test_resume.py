@@ -93,21 +93,13 @@ def whole(images, tokens, tmp_path_factory) -> dict[str, dict]:
 
 # The codebook starts from k-means after step 5 and is revived after 8 and 11: checkpoints in the middle of collecting
 # latents, right after k-means, and in the middle of counting uses.
-@pytest.mark.parametrize(("every", "die_at"), [(3, 4), (5, 6), (7, 8)])
-def test_tokenizer(images, whole, tmp_path, every, die_at):
-    command = tokenizer_command(images, tmp_path)
+@pytest.mark.parametrize(
+    ("part", "every", "die_at"), [("tokenizer", 3, 4), ("tokenizer", 5, 6), ("tokenizer", 7, 8), ("ar", 7, 13)]
+)
+def test_a_killed_training_goes_on(images, tokens, whole, tmp_path, part, every, die_at):
+    command = tokenizer_command(images, tmp_path) if part == "tokenizer" else ar_command(tokens, tmp_path)
     with pytest.raises(Killed):
         run(command, every, die_at)
     assert last(tmp_path)["global_step"] == every
     run(command, every=STEPS)
-    check(whole["tokenizer"], last(tmp_path))
-
-
-@pytest.mark.parametrize(("every", "die_at"), [(7, 13)])
-def test_ar_with_dropout(tokens, whole, tmp_path, every, die_at):
-    command = ar_command(tokens, tmp_path)
-    with pytest.raises(Killed):
-        run(command, every, die_at)
-    assert last(tmp_path)["global_step"] == every
-    run(command, every=STEPS)
-    check(whole["ar"], last(tmp_path))
+    check(whole[part], last(tmp_path))
