@@ -1,4 +1,4 @@
-"""`dar evaluate`: distances and accuracies of a set of images, written with the protocol that they depend on."""
+"""`dar evaluate`: FID, KID, precision, recall and linear probe of a set of images, written with their protocol."""
 
 import os
 from pathlib import Path

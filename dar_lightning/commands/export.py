@@ -1,4 +1,4 @@
-"""`dar export`: what a Lightning checkpoint has learnt becomes a folder in our format, a model or a whole pipeline."""
+"""`dar export`: a Lightning checkpoint as a folder in our format, one model or a whole pipeline."""
 
 import json
 from pathlib import Path

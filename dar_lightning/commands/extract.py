@@ -1,4 +1,4 @@
-"""`dar extract`: run a tokenizer over image shards, once, and keep the tokens."""
+"""`dar extract`: tokenize image shards once and cache the tokens as shards."""
 
 from contextlib import nullcontext
 from pathlib import Path

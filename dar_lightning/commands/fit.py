@@ -1,4 +1,4 @@
-"""LightningCLI for the Trainer verbs, with what a run of this project always wants."""
+"""`dar fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults."""
 
 import re
 import sys

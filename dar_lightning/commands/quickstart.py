@@ -1,4 +1,4 @@
-"""`dar quickstart`: the whole road on the embedded photos, by the verbs that full-size runs use."""
+"""`dar quickstart`: train, sample and evaluate on the embedded photos, with the verbs of full-size runs."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""`dar reconstruct`: what a tokenizer keeps of real images."""
+"""`dar reconstruct`: reconstruct images with a tokenizer; PSNR, SSIM, codebook use and token influence."""
 
 from pathlib import Path
 from typing import Any

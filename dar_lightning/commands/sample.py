@@ -1,4 +1,4 @@
-"""`dar sample`: draw images with a pipeline, and show how they came to be."""
+"""`dar sample`: class-conditional image grids, previews, animations and layout control with a pipeline."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`dar serve`: a page on which pictures appear while their tokens are written."""
+"""`dar serve`: a Gradio page that streams previews while tokens are drawn."""
 
 import signal
 from collections.abc import Iterator

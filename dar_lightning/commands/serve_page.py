@@ -1,4 +1,4 @@
-"""What the web page shows, without the page: previews as they come, tokens as coloured cells, code that repeats it."""
+"""Contents of the web page of `dar serve`: previews, tokens as coloured cells, code that repeats a drawing."""
 
 import base64
 import colorsys

@@ -1,4 +1,4 @@
-"""`dar shard`: turn images that people have into WebDataset shards."""
+"""`dar shard`: convert image folders, ImageNet archives and Hugging Face data sets to WebDataset shards."""
 
 from dataclasses import replace
 from pathlib import Path

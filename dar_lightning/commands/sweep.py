@@ -1,4 +1,4 @@
-"""`dar sweep`: an ablation's grid, cell by cell, by the verbs that single runs use."""
+"""`dar sweep`: run an ablation grid, cell by cell, with the verbs of single runs."""
 
 import shlex
 import sys

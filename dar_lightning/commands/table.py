@@ -1,4 +1,4 @@
-"""`dar table`: a table of the paper, measured row by row and written beside the paper's numbers."""
+"""`dar table`: reproduce a table of the paper row by row, beside the paper's numbers."""
 
 import json
 from dataclasses import asdict, dataclass, field

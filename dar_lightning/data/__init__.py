@@ -1,1 +1,1 @@
-"""Pixels, labels and cached tokens in: shards, crops and the DataModules that every LightningModule shares."""
+"""Data: shards, decoding and crops, token shards, and the DataModules that all LightningModules share."""

@@ -1,4 +1,4 @@
-"""Bad samples: they are skipped, counted, named once in the log; and too many of them stop the run, on all ranks."""
+"""Bad samples: skipped, counted over all ranks and logged once; too many stop the run."""
 
 import logging
 from collections.abc import Collection, Iterable

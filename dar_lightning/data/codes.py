@@ -1,4 +1,4 @@
-"""CodesDataModule: the tokens that the AR model is trained on."""
+"""CodesDataModule: batches of cached tokens to train the AR model on."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Encoded image -> RGB pixels, whatever the bytes are."""
+"""Decoding of image bytes to RGB pixels."""
 
 import io
 import warnings

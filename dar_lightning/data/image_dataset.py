@@ -1,4 +1,4 @@
-"""The images in shards, decoded and cropped; what cannot be used is named, and another takes its place."""
+"""Image dataset over shards: decode and crop; bad samples are counted and replaced."""
 
 from collections.abc import Collection
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The loaders of a run, and what both DataModules share: checkpoints hold the place in the data."""
+"""DataLoaders with a resumable position, and the base class of both DataModules."""
 
 import re
 from abc import ABC, abstractmethod

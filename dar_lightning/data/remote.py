@@ -1,4 +1,4 @@
-"""Copies of shards on a server: each is fetched whole, once, and is a local file from then on.
+"""Download and cache of remote shards, checked by size and SHA-256.
 
 fsspec does the transfer. Its caching file systems (`filecache`, `simplecache`) write under the final name and take no
 lock: two workers would both fetch a shard, and a transfer that broke off would count as a whole file.

@@ -1,4 +1,4 @@
-"""The order of the data: which samples are in batch number p, on which rank, whatever happened before.
+"""Sampler with a seeded, resumable order: which samples are in batch p on which rank.
 
 Nothing here has a state that grows. The order of epoch e is a function of (seed, e), and everything random about a
 sample is a function of (seed, epoch, sample), so one integer, the number of batches taken, says where a run stands.

@@ -1,4 +1,4 @@
-"""Token shards: what `dar extract` writes, and how it is read.
+"""Token shards: the file format of `dar extract`, and the dataset that reads it.
 
 A folder holds one safetensors file per image shard: `codes` (n, crops, N) uint16, or uint32 for codebooks above
 65,536, `labels` (n,) int64, and in the header the samples' keys, the samples that could not be used, and what the

@@ -1,4 +1,4 @@
-"""Crops of PIL images, as in ADM and LlamaGen, and the way between uint8 pixels and [-1, 1].
+"""ADM's and LlamaGen's crops of PIL images; uint8 pixels to [-1, 1] and back.
 
 The crops give uint8: normalising is left to the device (`to_float`), which takes a quarter of the memory traffic.
 `center_crop` and `ten_crop` have ADM's pixels to the bit. `random_crop`, where the time of training goes, scales with

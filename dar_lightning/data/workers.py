@@ -1,4 +1,4 @@
-"""Worker processes of the loaders: how they start, which signals they obey, and when they end.
+"""DataLoader worker processes: start method, signals, and their end with the run.
 
 On Linux, workers are forks of a server (`multiprocessing`'s forkserver) that has done their imports and has no threads.
 A fork of the run itself would copy the locks that the run's threads hold at that moment; nobody ever lets go of the

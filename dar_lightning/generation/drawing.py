@@ -1,4 +1,4 @@
-"""Seeded drawing: each image is a function of (seed, number) or (seed, class, number), whatever is drawn beside it."""
+"""Seeded sampling: each image depends on (seed, number) or (seed, class, number) alone, not on its batch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""LabelsDataModule: the class of each image that `dar predict` draws; fixed ranges of images are dealt to the ranks."""
+"""LabelsDataModule: class labels for `dar predict`, in fixed ranges of images per rank."""
 
 from typing import Any
 

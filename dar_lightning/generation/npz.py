@@ -1,4 +1,4 @@
-"""The ADM sample format, written piece by piece: one array of images, larger than memory if need be."""
+"""Writing ADM's sample npz piece by piece: one array of images that may be larger than memory."""
 
 import zipfile
 import zlib

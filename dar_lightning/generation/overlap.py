@@ -1,4 +1,4 @@
-"""An iterator of tensors that runs ahead of its reader, in a thread and on a CUDA stream of its own."""
+"""Overlap of token decoding and diffusion steps: an iterator that runs ahead on a thread and a CUDA stream."""
 
 import os
 import threading

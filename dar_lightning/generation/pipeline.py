@@ -1,4 +1,4 @@
-"""DARPipeline: the AR model writes tokens, the tokenizer turns each group of them into a step of the picture."""
+"""DARPipeline: tokenizer and AR model together; generate, or stream a preview after each group of tokens."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A mean for each bin of something: loss by token group, accuracy by position."""
+"""Mean metric per bin: loss by token group, accuracy by position."""
 
 import torch
 from torch import Tensor

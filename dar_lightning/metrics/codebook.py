@@ -1,4 +1,4 @@
-"""How much of a codebook is in use."""
+"""Codebook usage and perplexity."""
 
 import torch
 from torch import Tensor

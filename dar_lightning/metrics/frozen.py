@@ -1,4 +1,4 @@
-"""A pretrained network that a loss looks through and nothing trains, copies or saves."""
+"""FrozenNetwork: a pretrained network that is not trained, copied into averages or saved."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""One pass over a set of images: statistics of their features, and whether the set is what it should be."""
+"""Feature statistics of a set of images in one pass, with checks of the set."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Where in frequency an image has its power: what coarse and fine mean, measured."""
+"""Radial power spectrum of images."""
 
 import torch
 from torch import Tensor

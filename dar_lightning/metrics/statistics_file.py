@@ -1,4 +1,4 @@
-"""Stored statistics of a reference: ADM's npz files, and ours, which also say what they are statistics of."""
+"""Stored reference statistics: ADM's npz files, and ours with their protocol."""
 
 import hashlib
 import json

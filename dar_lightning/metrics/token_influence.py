@@ -1,4 +1,4 @@
-"""How much the tokens decide of the decoded image, and how much the noise: PSNRs between decodings."""
+"""Token influence: how much the tokens, and how much the noise, decide the decoded image, as PSNRs."""
 
 import math
 

@@ -1,1 +1,1 @@
-"""What is written beside results: protocols, how images were drawn, which code made them."""
+"""Records beside results: metric protocols, sampling settings, provenance."""

@@ -1,4 +1,4 @@
-"""How the images of an npz were drawn: the JSON beside it."""
+"""Record of how the images of an npz were sampled: the JSON beside it."""
 
 import json
 from pathlib import Path

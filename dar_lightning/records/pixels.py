@@ -1,4 +1,4 @@
-"""What identifies a set of images: its pixels, in order, wherever and in whatever format they lie."""
+"""SHA-256 of a set of images, by their pixels in order, in whatever format they are stored."""
 
 import hashlib
 from collections.abc import Iterable

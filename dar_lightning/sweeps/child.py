@@ -1,4 +1,4 @@
-"""A command in a process of its own that ends before this one does, whatever signal asks this one to stop."""
+"""A child process to which this process's signals are passed on."""
 
 import signal
 import subprocess

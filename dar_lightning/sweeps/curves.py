@@ -1,4 +1,4 @@
-"""Curves out of TensorBoard's event files."""
+"""Reading scalar curves from TensorBoard event files."""
 
 from pathlib import Path
 from typing import NamedTuple

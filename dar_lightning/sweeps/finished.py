@@ -1,4 +1,4 @@
-"""Finished stages of a sweep: what made them, and whether they are to be made anew."""
+"""Finished stages of a sweep: which code and data made them, and whether to run them again."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Training of the autoregressive model under other token orders and on the first tokens alone."""
+"""AblationModule: AR training with other token orders, or on the first tokens alone."""
 
 import torch
 from lightning.pytorch import Callback

@@ -1,4 +1,4 @@
-"""Training of the autoregressive model on token sequences."""
+"""ARModule: training of the autoregressive model on token sequences."""
 
 import torch
 import torch.nn.functional as F

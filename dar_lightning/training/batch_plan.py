@@ -1,4 +1,4 @@
-"""How many samples make a step, and how many steps a run: derived here, from what the Trainer and the data say."""
+"""Global batch size, gradient accumulation and number of steps, from the Trainer and the data."""
 
 import math
 from bisect import bisect

@@ -1,4 +1,4 @@
-"""How the Trainer writes checkpoints, whole or not at all, and reads them, as data and only of the model at hand."""
+"""Checkpoint IO of the Trainer: atomic writes, reading as data (weights_only), checks of the model."""
 
 from pathlib import Path
 from typing import Any

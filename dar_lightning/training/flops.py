@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step is, counted once on tensors that have a shape and no values."""
+"""FLOPs of a training step, counted on tensors without data."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Curves of training: when loggers write, means over a step's batches and all ranks, numbers that cost no wait."""
+"""Logging of training curves: when loggers write, means over steps and ranks, without waiting for the GPU."""
 
 from collections.abc import Mapping
 

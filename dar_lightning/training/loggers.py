@@ -1,4 +1,4 @@
-"""TensorBoard logs that a full disk interrupts, and that do not interrupt the training."""
+"""TensorBoard logger that survives a full disk."""
 
 import sys
 from functools import partialmethod

@@ -1,4 +1,4 @@
-"""What the LightningModules of both models share: optimizer, random numbers, curves, validation over padded batches."""
+"""Base class of TokenizerModule and ARModule: optimizer, seeds, logging, validation over padded batches."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it: weight decay on matrices only, linear warm-up, and a linear end."""
+"""AdamW and learning rate schedule: weight decay on matrices only, linear warm-up, linear decay."""
 
 import math
 from dataclasses import dataclass, replace

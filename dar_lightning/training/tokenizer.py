@@ -1,4 +1,4 @@
-"""Training of the sequential diffusion tokenizer."""
+"""TokenizerModule: training of the sequential diffusion tokenizer."""
 
 from typing import Literal
 

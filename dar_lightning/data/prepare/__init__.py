@@ -1,1 +1,1 @@
-"""From whatever people have to shards: folders, ILSVRC archives, Hugging Face data sets (`dar shard`)."""
+"""Preparation of shards from folders, ILSVRC archives and Hugging Face data sets (`dar shard`)."""

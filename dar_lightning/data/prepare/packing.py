@@ -1,4 +1,4 @@
-"""One shard from a list of samples: read, check, scale, write; or see that it is there already."""
+"""Packing of one shard: read, check, resize and write its samples, unless it is there already."""
 
 import io
 import json

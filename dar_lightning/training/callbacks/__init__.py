@@ -1,4 +1,4 @@
-"""What happens around training steps."""
+"""Callbacks: checkpoints, EMA, signals, monitors, FID in validation, pictures."""
 
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_monitor import CodebookMonitor

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on exactly, and a run that goes on when one cannot be written."""
+"""Checkpoint callbacks: exact resume, and a run that goes on when a checkpoint cannot be written."""
 
 import os
 import sys

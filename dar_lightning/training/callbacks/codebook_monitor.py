@@ -1,4 +1,4 @@
-"""Is the codebook in use?"""
+"""Monitor of codebook usage and perplexity."""
 
 from lightning.pytorch import Callback
 

@@ -1,4 +1,4 @@
-"""A codebook that is used: unquantized warm-up, k-means start, revival of dead codes."""
+"""Codebook warm-up against collapse: unquantized steps, k-means initialization, revival of dead codes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The config of a run, where its curves are."""
+"""The run's config as text in TensorBoard."""
 
 from lightning.pytorch.cli import SaveConfigCallback
 

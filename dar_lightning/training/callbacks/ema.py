@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights (EMA): from the start weights on, on the device that trains."""
+"""Exponential moving average of the weights (EMA), from the start weights on, on the training device."""
 
 from collections.abc import Iterable
 from typing import Any

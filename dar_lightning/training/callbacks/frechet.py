@@ -1,4 +1,4 @@
-"""What the Frechet distances of a training run share: a network outside of the module, sums over ranks, a protocol."""
+"""Base of the FID callbacks: feature network, statistics summed over ranks, protocol."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""gFID in validation: class-balanced samples and a reference."""
+"""Generation FID (gFID) in validation, on class-balanced samples."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""One optimizer step is one global batch, on whatever devices there are."""
+"""Global batch size by gradient accumulation, on any number of devices."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Does each group of tokens earn its place? The tokenizer's flow loss, group by group."""
+"""Monitor of the tokenizer's flow loss by token group, with own and with other images' tokens."""
 
 import torch
 from lightning.pytorch import Callback

@@ -1,4 +1,4 @@
-"""Does memory grow?"""
+"""Monitor of CPU and GPU memory."""
 
 import resource
 import sys

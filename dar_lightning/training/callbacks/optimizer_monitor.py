@@ -1,4 +1,4 @@
-"""What the optimizer is given: the learning rate and the size of the gradient."""
+"""Monitor of learning rate and gradient norm."""
 
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Where pictures go: to TensorBoard, beside whatever other loggers a run has."""
+"""Logging of image grids to TensorBoard."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger

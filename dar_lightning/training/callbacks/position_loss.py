@@ -1,4 +1,4 @@
-"""Which tokens are hard to predict? The AR model's loss and accuracy, position by position."""
+"""Monitor of the AR model's loss and accuracy by token position."""
 
 import torch
 from lightning.pytorch import Callback

@@ -1,4 +1,4 @@
-"""Which code made which steps of a training."""
+"""Provenance of a training: which code made which steps."""
 
 import json
 from pathlib import Path

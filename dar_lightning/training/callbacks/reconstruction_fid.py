@@ -1,4 +1,4 @@
-"""rFID in validation: the images and their reconstructions."""
+"""Reconstruction FID (rFID), PSNR, SSIM and LPIPS in validation."""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""Pictures in TensorBoard: reconstructions and what each group of tokens adds, on fixed images and noise."""
+"""Reconstructions and previews of fixed images in TensorBoard."""
 
 import torch
 from lightning.pytorch import Callback

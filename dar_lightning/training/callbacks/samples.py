@@ -1,4 +1,4 @@
-"""Generated images in TensorBoard while the AR model trains: fixed classes, fixed seeds."""
+"""Generated samples of fixed classes and seeds in TensorBoard."""
 
 import torch
 from lightning.pytorch import Callback

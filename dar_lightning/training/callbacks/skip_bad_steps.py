@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: left out, counted, and no more than a few in a row."""
+"""Skipping of steps whose loss or gradient is NaN or infinite, with a limit in a row."""
 
 import math
 from collections import deque

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl+C: the step is finished, saved, and the exit code says what happened."""
+"""Graceful stop at SIGTERM, SIGUSR1 and Ctrl+C: finish the step, save a checkpoint, exit."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""How fast training is, how much of the device it uses, and whether it waits for its data."""
+"""Throughput: images, tokens and FLOPs per second, MFU, and the share of time spent waiting for data."""
 
 from time import perf_counter
 

@@ -1,4 +1,4 @@
-"""Do the tokens decide the image, or does the noise? PSNRs between decodings, in validation."""
+"""Monitor of token influence: PSNRs between decodings with exchanged tokens and noise."""
 
 import torch
 from lightning.pytorch import Callback

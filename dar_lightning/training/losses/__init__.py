@@ -1,4 +1,4 @@
-"""Losses of the tokenizer beside flow matching and codebook, off unless a config asks for them."""
+"""Optional losses of the tokenizer: LPIPS, REPA, PatchGAN."""
 
 from dar_lightning.training.losses.adversarial import AdversarialLoss
 from dar_lightning.training.losses.perceptual import PerceptualLoss

@@ -1,4 +1,4 @@
-"""How much a loss counts: its weight, by flow time, from which step on. One way to say it for all of them."""
+"""Weighting of a loss: constant, by flow time, from a given step on."""
 
 from torch import Tensor
 
