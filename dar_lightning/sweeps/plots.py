@@ -38,7 +38,9 @@ def plot_metrics(sweep: SweepResult, rows: list[Row]) -> Figure | None:
     panels = [("measured", name) for name in measured] + [("paper", name) for name in papers]
     titles = [name if source == "measured" else f"paper: {name}" for source, name in panels]
     figure, grid = _panels(sweep, titles, sweep.x_axis)
-    places = {value_text(value): place for place, value in enumerate(sweep.axes[sweep.x_axis])}
+    known = {value_text(row.cell.values[sweep.x_axis]) for row in rows if sweep.x_axis in row.cell.values}
+    shown = [text for value in sweep.axes[sweep.x_axis] if (text := value_text(value)) in known]  # pending cells wait
+    places = {text: place for place, text in enumerate(shown)}
     line = "o-" if _counts(sweep.axes[sweep.x_axis]) else "o"
     for axes, (source, name) in zip(grid, panels, strict=True):
         for number, (label, cells) in enumerate(_series(sweep).items()):
@@ -55,8 +57,9 @@ def plot_metrics(sweep: SweepResult, rows: list[Row]) -> Figure | None:
                 means, spread = zip(*((row.mean, row.std or 0.0) for row in drawn.values()), strict=True)
                 style = dict(fmt=line, capsize=4, linewidth=1, color=f"C{number}", label=label)
                 axes.errorbar(list(drawn), means, spread, **style)
-        slanted = dict(rotation=20, ha="right") if max(map(len, places)) > 12 else {}
-        axes.set_xticks(range(len(places)), places, fontsize=8, **slanted)
+        turned = dict(rotation=20, ha="right") if max(map(len, places)) > 12 else {}
+        turned = dict(rotation=90) if sum(map(len, places)) > 60 else turned  # labels of a panel's width
+        axes.set_xticks(range(len(places)), places, fontsize=8, **turned)
         axes.set_xlim(-0.5, len(places) - 0.5)
         if source == "paper":
             axes.set_facecolor("#f4f4f4")
@@ -190,7 +193,8 @@ def _panels(sweep: SweepResult, titles: list[str], x_label: str, width: float = 
         axes.set_xlabel(x_label, fontsize=9)
         axes.grid(alpha=0.3)
     figure.suptitle(sweep.title, fontsize=11)
-    figure.supxlabel("\n".join(remarks(sweep)), fontsize=6)
+    letters = int(20 * size[0])  # of a line
+    figure.supxlabel("\n".join(textwrap.fill(remark, letters) for remark in remarks(sweep)), fontsize=6)
     return figure, grid[:count]
 
 

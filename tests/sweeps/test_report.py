@@ -118,6 +118,13 @@ def test_plots_show_the_numbers(sweep, reported):
             assert min(image.size) > 90
 
 
+def test_a_plot_has_no_place_for_cells_of_which_nothing_is_known(sweep):
+    found = read_sweep(sweep)
+    axes = plot_metrics(found, [row for row in summarize(found) if row.cell.name != "coarse"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["reversed", "random"]
+    assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 1]
+
+
 def test_of_a_large_grid_the_first_images_are_shown(tmp_path):
     write_sweep(tmp_path)
     Image.new("RGB", (2000, 2000)).save(tmp_path / "cells/coarse/seed0/samples.png")
