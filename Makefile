@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,12 +23,15 @@ lint: $(INSTALLED) ## check style and formatting, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(INSTALLED) ## build the site into docs/_build; a broken link or reference is an error
+	PYTHONPATH=. $(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going docs docs/_build
+
 format: $(INSTALLED) ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build docs/api .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last: an install that was cut short is done again.
@@ -36,5 +39,5 @@ $(INSTALLED): pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("dar_lightning needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=/path/to/python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --override overrides.txt --editable '.[demo,dev,hub,notebooks,quantizers]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --override overrides.txt --editable '.[demo,dev,docs,hub,notebooks,quantizers]'
 	@touch $@

@@ -238,7 +238,7 @@ def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
 def test_make_alone_lists_the_targets():
     run = make(folder=ROOT)
     targets = [line.split()[1] for line in run.stdout.splitlines()]
-    assert targets == ["help", "install", "demo", "test", "lint", "format", "clean"]
+    assert targets == ["help", "install", "demo", "test", "lint", "docs", "format", "clean"]
 
 
 def test_make_refuses_an_old_python(tmp_path):

@@ -1,0 +1,68 @@
+"""Sphinx's settings: Markdown pages by MyST, the furo theme, and an API page for each folder of the package."""
+
+import pkgutil
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
+
+import dar_lightning
+
+project = "dar_lightning"
+author = "The dar_lightning authors"
+version = release = dar_lightning.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+nitpicky = True
+# Other libraries' classes, whose pages are elsewhere; and names that only type checkers see.
+nitpick_ignore_regex = [
+    ("py:.*", r"(abc|collections|datetime|pathlib|threading)\..*"),
+    ("py:.*", r"(torch|torchmetrics|lightning|jsonargparse|huggingface_hub|numpy|PIL|tensorboard|matplotlib)\..*"),
+]
+
+myst_heading_anchors = 3  # so that pages can link to each other's headings
+
+default_role = "code"  # docstrings have `names` in single backticks, as Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
+# "Key/value heads: num_kv_heads, or num_heads." of a property is a sentence, not a type and what it is.
+GoogleDocstring._consume_inline_attribute = lambda self: ("", self._consume_to_end())
+
+html_theme = "furo"
+html_title = "dar_lightning"
+html_theme_options = {"navigation_with_keys": True}
+html_static_path = []
+html_copy_source = False
+html_show_sphinx = False
+copybutton_prompt_text = r"\$ "
+copybutton_prompt_is_regexp = True
+
+
+def write_api_pages(app: Sphinx) -> None:
+    """A page for each folder of the package, with all of its modules: api/NAME.rst, which git ignores."""
+    packages = {"dar_lightning": []}
+    for module in pkgutil.walk_packages(dar_lightning.__path__, "dar_lightning."):
+        if module.ispkg:
+            packages[module.name] = []
+        elif not module.name.endswith("__main__"):
+            packages[module.name.rpartition(".")[0]].append(module.name)
+    folder = Path(app.srcdir) / "api"
+    folder.mkdir(exist_ok=True)
+    for page in folder.glob("*.rst"):
+        if page.stem not in packages:
+            page.unlink()
+    for package, modules in packages.items():
+        lines = [package, "=" * len(package), "", f".. automodule:: {package}", ""]
+        for module in modules:
+            lines += [module, "-" * len(module), "", f".. automodule:: {module}", ""]
+        page, text = folder / f"{package}.rst", "\n".join(lines)
+        if not page.exists() or page.read_text() != text:  # an unchanged page is not built again
+            page.write_text(text)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("builder-inited", write_api_pages)
