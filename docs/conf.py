@@ -12,13 +12,15 @@ project = "dar_lightning"
 author = "The dar_lightning authors"
 version = release = dar_lightning.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # Other libraries' classes, whose pages are elsewhere; and names that only type checkers see.
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|datetime|pathlib|threading)\..*"),
     ("py:.*", r"(torch|torchmetrics|lightning|jsonargparse|huggingface_hub|numpy|PIL|tensorboard|matplotlib)\..*"),
+    ("py:class", r"Dataset|Sampler|_T_co|_collate_fn_t|_worker_init_fn_t"),  # of torch's DataLoader
+    ("py:class", r"dar_lightning\.weights\.lightning\.Model"),  # a type variable
 ]
 
 myst_heading_anchors = 3  # so that pages can link to each other's headings
@@ -27,6 +29,7 @@ default_role = "code"  # docstrings have `names` in single backticks, as Markdow
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
+napoleon_use_rtype = False  # what stands before the colon of "Returns:" is a shape as often as a type
 autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
 # "Key/value heads: num_kv_heads, or num_heads." of a property is a sentence, not a type and what it is.
 GoogleDocstring._consume_inline_attribute = lambda self: ("", self._consume_to_end())
@@ -63,6 +66,12 @@ def write_api_pages(app: Sphinx) -> None:
             page.write_text(text)
 
 
+def readable_defaults(app, what, name, obj, options, signature, returns) -> tuple[str | None, str | None]:
+    """A dataclass's `<factory>` is no Python, and Sphinx could not read the signature that it stands in."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", readable_defaults)
     app.connect("builder-inited", write_api_pages)

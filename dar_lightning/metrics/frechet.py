@@ -56,7 +56,7 @@ class FeatureStatistics(Metric):
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet (2-Wasserstein) distance between two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`."""
     if first.mean.shape != second.mean.shape:
         dims = f"{len(second.mean)} and of {len(first.mean)}"
         raise UserError(f"statistics of {dims} features cannot be compared: they are of different networks")

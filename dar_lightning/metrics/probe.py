@@ -11,7 +11,7 @@ CLASSIFIER = f"logistic regression on standardised features, l2 {L2:g}"
 class LinearProbe:
     """Multinomial logistic regression on standardised features.
 
-    Minimises the mean cross-entropy + l2 / 2 * |W|^2, a convex problem, with L-BFGS in float64 from zero: no seed.
+    Minimises the `mean cross-entropy + l2 / 2 * |W|^2`, a convex problem, with L-BFGS in float64 from zero: no seed.
 
     Args:
         features: training features, (n, D).
