@@ -36,8 +36,8 @@ GoogleDocstring._consume_inline_attribute = lambda self: ("", self._consume_to_e
 
 html_theme = "furo"
 html_title = "dar_lightning"
-html_theme_options = {"navigation_with_keys": True}
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 copybutton_prompt_text = r"\$ "
