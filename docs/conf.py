@@ -26,6 +26,9 @@ nitpick_ignore_regex = [
 myst_heading_anchors = 3  # so that pages can link to each other's headings
 
 default_role = "code"  # docstrings have `names` in single backticks, as Markdown
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
