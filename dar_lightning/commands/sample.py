@@ -85,9 +85,10 @@ def sample(
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
-    if [source is None for source in (pipeline, tokenizer, ar)] not in ([False, True, True], [True, False, False]):
+    sources = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar}
+    if {name for name, source in sources.items() if source is not None} not in ({"pipeline"}, {"tokenizer", "ar"}):
         raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
-    pipe = DARPipeline.from_pretrained(pipeline) if pipeline else DARPipeline.from_parts(tokenizer, ar)
+    pipe = DARPipeline.from_parts(tokenizer, ar) if pipeline is None else DARPipeline.from_pretrained(pipeline)
     weights = {"tokenizer": model_sha256(pipe.tokenizer), "ar": model_sha256(pipe.ar)}  # as they are stored
     pipe.to(device=place, dtype=torch_dtype(dtype))
     if compile:
@@ -161,9 +162,8 @@ def sample(
 
     pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
     digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([job.label for job in jobs]))
-    given = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar, "classes": ",".join(map(str, labels))}
-    given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
-    given |= {"layout": layout, "variations": variations or None}
+    given = sources | {"classes": ",".join(map(str, labels)), "per_class": per_class, "seed": seed} | options
+    given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if keeps else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}

@@ -134,11 +134,8 @@ def write_layer(folder: Path, part: str) -> str:
     trainer = {"max_steps": steps, "val_check_interval": max(4, steps // 3), "limit_val_batches": 1}
     trainer |= {"accelerator": "cpu", "log_every_n_steps": 1}
     trainer["callbacks"] = [{"class_path": f"{CALLBACKS}.{name}", "init_args": callbacks[name]} for name in callbacks]
-    layer = {
-        "trainer": trainer,
-        "model": {"init_args": {"config": SMALL[part]}},
-        "data": {"init_args": {"batch_size": 4}},
-    }
+    model = {"init_args": {"config": SMALL[part], "optimizer": {"lr": 1e-3, "warmup_steps": 0}}}
+    layer = {"trainer": trainer, "model": model, "data": {"init_args": {"batch_size": 4}}}
     (folder / f"{part}.yaml").write_text(yaml.safe_dump(layer))
     return str(folder / f"{part}.yaml")
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,11 +281,17 @@ def test_another_class_is_refused(model, data, message, pipeline, tmp_path):
 # ---- in processes of their own
 
 
-def predict(words: list[str], rank: int, function: str, calls: int, number: int) -> None:
-    """`dar predict`, sending a signal to itself before the n-th call of a function, if it is that rank."""
+def predict(words: list[str]) -> None:
+    """`dar predict`, whose messages are of no interest."""
+    with redirect_stdout(None):
+        main(words)
+
+
+def predict_and_die(words: list[str], rank: int, function: str, calls: int, number: int) -> None:
+    """The same, sending a signal to itself before the n-th call of a function, if it is that rank."""
     owner = {"replace": os, "predict_step": GenerationModule}[function]
     signal_before(owner, function, rank, calls, number)
-    main(words)
+    predict(words)
 
 
 def left(output: Path) -> list[str]:
@@ -297,16 +304,15 @@ def test_one_process_dies_and_goes_on(pipeline, whole, tmp_path):
     output = tmp_path / "x.npz"
     words = command(pipeline, output)
     for function, calls, number, pieces in (
-        ("replace", 1, signal.SIGKILL, 0),  # before the settings
         ("replace", 4, signal.SIGKILL, 1),  # before the second piece
         ("predict_step", 4, signal.SIGTERM, 3),  # asked to end, as by a batch system: after the batch
         ("replace", 3, signal.SIGKILL, 5),  # before the npz
         ("replace", 2, signal.SIGKILL, 5),  # before the protocol
     ):
         code = -number if number == signal.SIGKILL else 128 + number
-        assert run(predict, words, 0, function, calls, number) == [code]
+        assert run(predict_and_die, words, 0, function, calls, number) == [code]
         assert left(output) == FILES[:pieces]
-    assert run(main, words) == [0]
+    assert run(predict, words) == [0]
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz"]
 
@@ -316,13 +322,13 @@ def test_one_of_two_processes_dies(pipeline, whole, tmp_path):
     """Pieces 0, 2 and 4 are rank 0's, 1 and 3 rank 1's; a damaged piece is drawn again."""
     output = tmp_path / "x.npz"
     words = command(pipeline, output, "--trainer.devices=2")
-    assert run(predict, words, 1, "predict_step", 4, signal.SIGKILL, world=2)[1] == -signal.SIGKILL
+    assert run(predict_and_die, words, 1, "predict_step", 4, signal.SIGKILL, world=2)[1] == -signal.SIGKILL
     assert FILES[1] in left(output)
     assert FILES[3] not in left(output)
     assert not output.exists()
     damaged = output.with_suffix(".parts") / FILES[1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert run(main, words, world=2) == [0, 0]
+    assert run(predict, words, world=2) == [0, 0]
     assert output.read_bytes() == whole.read_bytes()
 
 
@@ -342,7 +348,7 @@ def test_two_processes_of_a_user(pipeline, whole):
 def predict_and_measure(words: list[str], output: Path) -> None:
     """Grey images instead of drawn ones; the peak of this process's resident memory, in kilobytes, beside the npz."""
     GenerationModule.predict_step = lambda self, batch, _: torch.full((len(batch["index"]), 3, SIZE, SIZE), 7).byte()
-    main(words)
+    predict(words)
     output.with_suffix(".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
