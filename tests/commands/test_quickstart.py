@@ -164,8 +164,8 @@ def test_end_to_end(tmp_path, monkeypatch, capfd):
 
     def call(words: list[str]) -> tuple[int, int]:
         verb, part = words[3], Path(words[5]).stem  # python -m dar_lightning fit --config FOLDER/PART.yaml
-        words += {"sample": ["--per_class=2"], "reconstruct": ["--num_exchanged=4"]}.get(verb, [])
-        words += ["--config", layers[part]] if verb == "fit" else []
+        more = {"sample": "--per_class=2", "reconstruct": "--num_exchanged=4", "evaluate": "--allow_duplicates=true"}
+        words += ["--config", layers[part]] if verb == "fit" else [more[verb]] if verb in more else []
         if (verb, part) == ("fit", "tokenizer"):
             return real_call(words)
         main(words[3:])
