@@ -56,7 +56,6 @@ class SampleWriter(BasePredictionWriter):
         settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         self.settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
         self.shape = (self.data.count, settings["image_size"], settings["image_size"], 3)
-        self.images: list[np.ndarray] = []  # of the piece that is being drawn
         mistake, missing = None, []
         if trainer.is_global_zero:
             try:
@@ -107,8 +106,10 @@ class SampleWriter(BasePredictionWriter):
     ) -> None:
         """Called by Lightning with images (B, 3, H, W) and their numbers; a rank draws its numbers in order."""
         for number, image in zip(batch_indices, prediction.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            self.images.append(image)
             piece = self.data.pieces[number // self.data.piece_size]
+            if number == piece.start:
+                self.images = np.empty((len(piece), *self.shape[1:]), np.uint8)
+            self.images[number - piece.start] = image
             if number == piece[-1]:
                 self._save(piece)
         if trainer.received_sigterm:  # Lightning stops for it in training only
@@ -123,8 +124,7 @@ class SampleWriter(BasePredictionWriter):
         if not made.is_file():
             write_text(made, self.made)
         with atomic_path(self._file(piece)) as part, open(part, "wb") as file:
-            np.save(file, np.stack(self.images))
-        self.images.clear()
+            np.save(file, self.images)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the other ranks, which Lightning would leave running."""
