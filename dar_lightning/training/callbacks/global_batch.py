@@ -14,12 +14,10 @@ from dar_lightning.training.callbacks.pictures import writers
 class GlobalBatch(Callback):
     """Sets `accumulate_grad_batches` so that a step has the same samples on any number of devices, and says so.
 
-    `dar fit` always has this callback; its size is the option `global_batch`. At the start of training it
-    prints the run's plan in one line, which goes to TensorBoard too, as the text "plan".
-
-    Checkpoints that are written between two steps stand at the last one: accumulated gradients are not in them, so the
-    batches since then are read again, with the same noise. What batches change beside gradients is not undone: the
-    running statistics of `latent_norm: batch`.
+    `dar fit` always has this callback; its size is the option `global_batch`. At the start of training it prints the
+    run's plan in one line, which goes to TensorBoard too, as the text "plan". Checkpoints that are written between two
+    steps stand at the last one: the batches since then are read again, with the same noise. What batches change beside
+    gradients, the running statistics of `latent_norm: batch`, is not undone.
 
     Args:
         global_batch: samples per optimizer step over all devices; None leaves `accumulate_grad_batches` as it is.

@@ -5,23 +5,19 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_training import trainer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dar_lightning.training.callbacks import Throughput, throughput
 
-SAMPLES, BATCH = 24, 4
+BATCH = 4
 
 
 class Clock:
     """Seconds pass when somebody says so."""
 
     now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -30,16 +26,16 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(throughput, "perf_counter", clock)
+    monkeypatch.setattr(throughput, "perf_counter", lambda: clock.now)
     return clock
 
 
-class SlowDataset(Dataset):
+class SlowDataset:
     def __init__(self, clock: Clock, seconds: float):
         self.clock, self.seconds = clock, seconds
 
     def __len__(self) -> int:
-        return SAMPLES
+        return 24
 
     def __getitem__(self, index: int) -> dict:
         self.clock.sleep(self.seconds)
@@ -52,28 +48,14 @@ class MeasuredLoader(DataLoader):
     waited = 0.0
 
     def __iter__(self):
-        batches = super().__iter__()
-        for _ in range(len(self)):
-            start = self.dataset.clock()
-            batch = next(batches)
-            self.waited += self.dataset.clock() - start
+        start = self.dataset.clock.now
+        for batch in super().__iter__():
+            self.waited += self.dataset.clock.now - start
             yield batch
+            start = self.dataset.clock.now
 
 
-class SlowData(L.LightningDataModule):
-    def __init__(self, clock: Clock, seconds: float, loader: type = MeasuredLoader):
-        super().__init__()
-        self.clock, self.seconds, self.loader = clock, seconds, loader
-        self.skipped = {"train": {"000000.tar/a": "empty file"}, "val": {"000000.tar/b": "no .cls member"}}
-
-    def train_dataloader(self):
-        return self.loader(SlowDataset(self.clock, self.seconds), batch_size=BATCH)
-
-    def val_dataloader(self):
-        return DataLoader(SlowDataset(self.clock, 50.0), batch_size=BATCH)
-
-
-class SlowModule(L.LightningModule):
+class Slow(L.LightningModule):
     """A batch takes 2 s; a second goes by after it too, as if a checkpoint were written."""
 
     def __init__(self, clock: Clock):
@@ -105,12 +87,15 @@ class Record(DummyLogger):
             self.rows[step] = found
 
 
-def fit(clock: Clock, data: SlowData, **options) -> tuple[Trainer, dict[int, dict]]:
-    record = Record()
-    settings = dict(max_steps=12, log_every_n_steps=3, num_sanity_val_steps=1, limit_val_batches=0, logger=record)
+def fit(clock: Clock, seconds: float, loader: type = MeasuredLoader, **options):
+    data = L.LightningDataModule.from_datasets(None)
+    data.train_dataloader = lambda: loader(SlowDataset(clock, seconds), batch_size=BATCH)
+    data.val_dataloader = lambda: DataLoader(SlowDataset(clock, 50.0), batch_size=BATCH)
+    data.skipped = {"train": {"000000.tar/a": "empty file"}, "val": {"000000.tar/b": "no .cls member"}}
+    settings = dict(max_steps=12, log_every_n_steps=3, num_sanity_val_steps=1, limit_val_batches=0, logger=Record())
     run = trainer(Throughput(), **settings | options)
-    run.fit(SlowModule(clock), data)
-    return run, record.rows
+    run.fit(Slow(clock), data)
+    return run, run.logger.rows
 
 
 def row(images_per_second: float, wait_share: float):
@@ -120,27 +105,22 @@ def row(images_per_second: float, wait_share: float):
 
 def test_speed_and_waiting(clock):
     """A batch takes 4 x 0.25 s to load and 2 s to train on; 1 s more goes by after it."""
-    run, rows = fit(clock, SlowData(clock, 0.25))
+    run, rows = fit(clock, 0.25)
     assert list(rows) == [2, 5, 8, 11], "every third step, counted as Lightning counts"
     first, *others = rows.values()  # after the batch at which it is logged, the second has not gone by
     assert first == row(12 / 11, 3 / 11)
     assert others == [row(1.0, 0.25)] * 3
     assert float(run.progress_bar_metrics["data/wait_share"]) == pytest.approx(0.25)
     assert "data/images_per_second" not in run.progress_bar_metrics
-    _, slow = fit(clock, SlowData(clock, 6.75))
-    assert slow[11]["data/wait_share"] == pytest.approx(0.9)
+    _, unmeasured = fit(clock, 0.0, DataLoader, max_steps=3)
+    assert unmeasured[2].keys() == {"data/images_per_second", "data/skipped"}
 
 
 def test_validation_counts_as_neither(clock):
     """In the middle of what is averaged over and at its edge, and as a sanity check before the start."""
-    _, rows = fit(clock, SlowData(clock, 0.25), val_check_interval=2, limit_val_batches=2)
+    _, rows = fit(clock, 0.25, val_check_interval=2, limit_val_batches=2, max_steps=6)
     # the second after a batch is not told from the validation that follows it
     assert [rows[2], rows[5]] == [row(12 / 10, 3 / 10), row(12 / 11, 3 / 11)]
-
-
-def test_a_loader_that_does_not_measure_has_no_share(clock):
-    _, rows = fit(clock, SlowData(clock, 0.0, DataLoader))
-    assert rows[11].keys() == {"data/images_per_second", "data/skipped"}
 
 
 def test_images_of_all_devices(clock, monkeypatch):
@@ -155,6 +135,5 @@ def test_images_of_all_devices(clock, monkeypatch):
     clock.sleep(4.0)
     loader.waited += 1.0
     callback.on_train_batch_end(fake, module, None, {"label": torch.zeros(16)}, 0)
-    assert logged["data/images_per_second"] == 32.0
-    assert logged["data/wait_share"] == 0.25
+    assert (logged["data/images_per_second"], logged["data/wait_share"]) == (32.0, 0.25)
     assert all(value.device.type == "cpu" for value in logged.values())
