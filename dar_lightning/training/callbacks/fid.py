@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
@@ -89,13 +88,7 @@ class FrechetCallback(Callback):
         return any(average.n_averaged > 0 for average in averages)
 
     def report(
-        self,
-        trainer: Trainer,
-        measured: Gaussian,
-        samples: dict[str, Any],
-        size: list[int],
-        methods: dict[str, Any],
-        others: dict[str, Tensor],
+        self, trainer: Trainer, measured: Gaussian, samples: dict, size: list[int], methods: dict, others: dict
     ) -> None:
         """Log the distance from the reference, and other metrics of all ranks, and write them with their protocol."""
         device = trainer.strategy.root_device  # since NCCL reduces no tensor of the CPU

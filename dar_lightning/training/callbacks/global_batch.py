@@ -33,21 +33,15 @@ class GlobalBatch(Callback):
             self.derive(trainer, trainer.datamodule)
 
     def derive(self, trainer: Trainer, datamodule: LightningDataModule | None) -> None:
-        """Set the Trainer's accumulate_grad_batches.
-
-        Raises:
-            UserError: the data or the number of devices does not fit, or accumulate_grad_batches says something else.
-        """
+        """Set the Trainer's accumulate_grad_batches, or say what does not fit it."""
         if self.global_batch is None:
             return
         if not isinstance(datamodule, StreamDataModule):
             raise UserError("global_batch needs a DataModule of dar_lightning: leave it out, or set batch sizes there")
         accumulate = accumulation(self.global_batch, datamodule.batch_size, trainer.world_size)
         if trainer.accumulate_grad_batches not in (1, accumulate):
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: global_batch "
-                f"{self.global_batch} makes it {accumulate}; leave one of them out"
-            )
+            given, makes = trainer.accumulate_grad_batches, f"global_batch {self.global_batch} makes it {accumulate}"
+            raise UserError(f"trainer.accumulate_grad_batches is {given}: {makes}; leave one of them out")
         trainer.accumulate_grad_batches = accumulate
 
     def on_train_start(self, trainer, pl_module) -> None:

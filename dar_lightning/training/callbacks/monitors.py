@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torchmetrics import Metric
 
@@ -21,9 +20,8 @@ from dar_lightning.generation.drawing import image_generator
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.reconstruction import token_influence, token_influence_names
 from dar_lightning.training.callbacks.pictures import writers
+from dar_lightning.training.fsdp import whole
 from dar_lightning.training.log_step import is_log_step, log_bins, log_numbers
-
-GIB = 2**30
 
 
 class BinnedMean(Metric):
@@ -161,10 +159,13 @@ class PositionLoss(Callback):
         if trainer.sanity_checking or not writers(trainer):
             return
         plots = {"loss_by_position": {"validation": loss} | self._last_train}
-        plots["accuracy_by_position"] = {"validation": accuracy}
-        if not in_order.isnan().any():
-            plots["loss_by_written_position"] = {"validation": in_order}
+        plots |= {
+            "accuracy_by_position": {"validation": accuracy},
+            "loss_by_written_position": {"validation": in_order},
+        }
         for name, lines in plots.items():
+            if lines["validation"].isnan().any():  # nothing has an order of its own
+                continue
             axes = (figure := Figure(figsize=(7.2, 3.6), layout="constrained")).subplots()
             for label, values in lines.items():
                 axes.plot(values.numpy(), label=label)
@@ -228,9 +229,7 @@ class OptimizerMonitor(Callback):
         norms = {}
         for name, part in pl_module.named_children():
             if gradients := [p.grad for p in part.parameters() if p.grad is not None]:
-                norm = get_total_norm(gradients)
-                # Sharded gradients (FSDP2) give a norm of which each device holds a part.
-                norms[f"optimizer/grad_norm_{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                norms[f"optimizer/grad_norm_{name}"] = whole(get_total_norm(gradients))
         pl_module.log_dict(norms)
 
 
@@ -244,9 +243,9 @@ class Memory(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if not is_log_step(trainer):
             return
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-        values = {"memory/host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts in bytes, Linux in KiB
+        values = {"memory/host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
         if pl_module.device.type == "cuda":
-            values["memory/device_peak"] = torch.cuda.max_memory_allocated(pl_module.device) / GIB
+            values["memory/device_peak"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         log_numbers(pl_module, values)

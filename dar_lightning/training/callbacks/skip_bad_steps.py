@@ -16,15 +16,13 @@ class SkipBadSteps(Callback):
     """Leaves the model and the optimizer as they were in a step whose loss or gradients are not finite on any rank.
 
     Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step. The
-    data, the count of steps, the learning rate and the moving average go on as if the step had been made. With gradient
-    accumulation, one bad batch costs the whole step.
+    data, the count of steps, the learning rate and the moving average go on. With gradient accumulation, one bad batch
+    costs the whole step. Logs `train/skipped_steps`, the number since the start of training.
 
     The decision is made on the device and never waited for: a fused AdamW skips its update where its `found_inf` is 1,
     as PyTorch's gradient scaler uses it. On a GPU the host reads the count one step late, so a run ends after
     `max_in_a_row` bad steps or one more. With `precision: 16-mixed`, gradients that overflow although the loss is
     finite are the gradient scaler's business, and count as no bad step.
-
-    Logs `train/skipped_steps`, the number of steps skipped since the start of training.
 
     Args:
         max_in_a_row: so many bad steps one after the other end the run.
@@ -41,11 +39,9 @@ class SkipBadSteps(Callback):
             if not optimizer.defaults.get("fused"):
                 raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
             if trainer.scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise UserError(  # the gradient scaler would put its own found_inf in the place of this callback's
-                    f"SkipBadSteps with precision {trainer.precision} needs an optimizer whose "
-                    f"_step_supports_amp_scaling is False, as configure_adamw makes it; {type(optimizer).__name__}'s "
-                    "is True"
-                )
+                # The gradient scaler would put its own found_inf in the place of this callback's.
+                needs = "needs an optimizer whose _step_supports_amp_scaling is False, as configure_adamw makes it"
+                raise UserError(f"SkipBadSteps with precision {trainer.precision} {needs}")
         self.counts = self.counts.to(pl_module.device)
         self._steps_done = trainer.global_step
         self._buffers: list[Tensor] | None = None  # before the first batch of the step at hand

@@ -88,7 +88,8 @@ def run(images, tmp_path_factory) -> tuple[dict[str, dict[int, float]], Spy]:
     folder, spy = tmp_path_factory.mktemp("run"), Spy()
     found = [getattr(callbacks, name)() for name in ("OptimizerMonitor", "CodebookMonitor", "Memory")]
     found += [callbacks.GroupLoss(gain_batches=1), callbacks.TokenInfluence(num_images=3), callbacks.Throughput(PEAK)]
-    options = dict(max_steps=STEPS, val_check_interval=sum(BATCHES.values()), check_val_every_n_epoch=None)
+    # In the middle of what is logged at last, and once before the start.
+    options = dict(max_steps=STEPS, val_check_interval=10, check_val_every_n_epoch=None, num_sanity_val_steps=1)
     options |= dict(log_every_n_steps=EVERY, accumulate_grad_batches=2, gradient_clip_val=0.1)
     optimizer, adversarial = OptimizerConfig(lr=1e-3, warmup_steps=3), AdversarialLoss(channels=4, depth=1)
     module = tokenizer_module(optimizer=optimizer, adversarial=adversarial)
