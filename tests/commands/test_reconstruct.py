@@ -18,7 +18,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid
-from dar_lightning.metrics.token_influence import token_influence, token_influence_names
+from dar_lightning.metrics.reconstruction import token_influence, token_influence_names
 
 COUNT = 7
 ORIGINALS = np.stack([np.array(picture(number)).transpose(2, 0, 1) for number in range(COUNT)])  # (7, 3, 32, 32)
