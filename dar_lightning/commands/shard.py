@@ -52,15 +52,16 @@ def shard(
     Raises:
         UserError: The input is not as described, or `output` holds something else.
     """
-    for name, value in {"size": size, "max_per_shard": max_per_shard, "workers": workers}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: must be at least 1")
-    if not 1 <= quality <= 100:
-        raise UserError(f"quality is {quality}: must be from 1 to 100")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: must be from 0 to less than 1")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"max_bad_share is {max_bad_share}: must be from 0 to 1")
+    for name, value, least, most in (
+        ("size", size, 1, None),
+        ("quality", quality, 1, 100),
+        ("max_per_shard", max_per_shard, 1, None),
+        ("val_fraction", val_fraction, 0, 1),
+        ("workers", workers, 1, None),
+        ("max_bad_share", max_bad_share, 0, 1),
+    ):
+        if value is not None and not least <= value <= (value if most is None else most):
+            raise UserError(f"{name} is {value}: must be at least {least}{f', at most {most}' if most else ''}")
     folder = Path(input).resolve()
     if folder.is_dir() and Path(output).resolve().is_relative_to(folder):  # it would be a part of its own input
         raise UserError(f"output: {output} is input or lies in it; choose a folder elsewhere")
@@ -74,18 +75,13 @@ def shard(
     print(f"{input}: {source.kind}, {total} images of {len(source.classes) or 'unnamed'} classes")
     if source.ignored:
         print(f"{len(source.ignored)} files are not named like images and left out: {source.ignored[0]!a}, ...")
-    options = {
-        "size": size,
-        "quality": None if size is None else quality,
-        "max_per_shard": max_per_shard,
-        "val_fraction": val_fraction,
-        "seed": seed,
-    }
+    options = {"size": size, "quality": None if size is None else quality, "max_per_shard": max_per_shard}
+    options |= {"val_fraction": val_fraction, "seed": seed}
     made = make_shards(source, Path(output), options, workers, max_bad_share)
     skipped = [each for packed in made for each in packed.skipped]
     size_in_mb = sum(packed.entry.bytes for packed in made) / 1e6
     print(f"{output}: {total - len(skipped)} images in {len(made)} shards, {size_in_mb:.1f} MB")
     for each in skipped[:SHOWN]:
-        print(f"  skipped {each.shard}/{each.key}: {each.reason}")
+        print(f"  skipped {each['shard']}/{each['key']}: {each['reason']}")
     if skipped:
         print(f"{len(skipped)} of {total} images skipped; {SKIPPED} beside the index names all")

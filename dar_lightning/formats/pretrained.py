@@ -8,7 +8,6 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import torch
@@ -84,23 +83,14 @@ class PretrainedMixin(
         write_text(save_directory / CONFIG_NAME, json.dumps(header | self.config.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any):
         """Load the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
 
         Args:
             pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
                 repository name such as "someone/dar-l".
-            revision, cache_dir, force_download, local_files_only, token: of huggingface_hub.snapshot_download, for
-                repositories only.
+            hub_options: of huggingface_hub.snapshot_download (revision, cache_dir, force_download, local_files_only,
+                token, ...), for repositories only.
 
         Returns:
             The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
@@ -108,9 +98,7 @@ class PretrainedMixin(
         Raises:
             UserError: if the folder, its config or its weights are missing, broken, or of another model.
         """
-        options = dict(revision=revision, cache_dir=cache_dir, force_download=force_download)
-        options |= dict(local_files_only=local_files_only, token=token)
-        folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **options)
+        folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_options)
         if folder.parent == SHIPPED:
             folder = folder / cls.pipeline_part
         origin = folder / CONFIG_NAME
@@ -182,13 +170,11 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
     hints = typing.get_type_hints(config_class)
     hints = {name: hints[name] for name in config_class.__dataclass_fields__}
     values = {name: value for name, value in values.items() if name not in getattr(config_class, "REMOVED", ())}
-    unknown = sorted(str(name) for name in values if name not in hints)
-    if unknown:
+    if unknown := sorted(str(name) for name in values if name not in hints):
         raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")
     for name, value in values.items():
         if not _is_of(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", str(hints[name]))
-            raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
+            raise UserError(f"{origin}: {name} is {value!r}, need {getattr(hints[name], '__name__', hints[name])}")
     try:
         # 2 and 2.0 are one value: kept as one, since the config is part of a model's SHA-256.
         return config_class(**{n: float(value) if hints[n] is float else value for n, value in values.items()})
@@ -197,12 +183,10 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
+    if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if origin in (typing.Union, UnionType):
-        return any(_is_of(value, option) for option in typing.get_args(hint))
-    return type(value) in ((int, float) if hint is float else (hint,))
+    kinds = typing.get_args(hint) or (hint,)  # those of a union
+    return type(value) in kinds or (hint is float and type(value) is int)
 
 
 def build_model(
@@ -255,14 +239,14 @@ def check_tensors(
         UserError: naming the tensors, as the file does.
     """
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
-    missing, unknown = [n for n in wanted if n not in tensors], [str(n) for n in tensors if n not in wanted]
-    problems = [f"missing {_some(missing)}"] if missing else []
-    problems += [f"unknown {_some(unknown)}"] if unknown else []
-    present = [name for name in wanted if name in tensors]
-    problems += [f"{name} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))]
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in wanted]
+    present = {name: tensors[name] for name in wanted if name in tensors}
+    problems += [f"{name} is {said}" for name, tensor in present.items() if (said := _misfit(tensor, wanted[name]))]
     # Values come after shapes: a file may claim a shape that no machine can hold.
     if not problems:
-        problems = [f"{name} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
+        bad = (name for name, tensor in present.items() if not tensor.is_meta and not tensor.isfinite().all())
+        problems = [f"{name} holds NaN or infinity" for name in bad]
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
@@ -270,19 +254,9 @@ def check_tensors(
 
 def _misfit(tensor: Any, wanted: Tensor) -> str | None:
     if not isinstance(tensor, Tensor):
-        return f"is a {type(tensor).__name__}, not a tensor"
+        return f"a {type(tensor).__name__}, not a tensor"
     if tensor.layout != torch.strided:
-        return f"is {tensor.layout}, need a dense tensor"
+        return f"{tensor.layout}, need a dense tensor"
     if tensor.shape != wanted.shape:
-        return f"is {tuple(tensor.shape)}, need {tuple(wanted.shape)}"
-    if tensor.is_floating_point() != wanted.is_floating_point():
-        return f"is {tensor.dtype}, need {wanted.dtype}"
-    return None
-
-
-def _finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(tensor.isfinite().all())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"{tuple(tensor.shape)}, need {tuple(wanted.shape)}"
+    return None if tensor.is_floating_point() == wanted.is_floating_point() else f"{tensor.dtype}, need {wanted.dtype}"

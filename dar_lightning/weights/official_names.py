@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,7 @@ def official_name(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-# ---- hyperparameters
+# ---- hyperparameters: official -> ours
 
 
 def same(*names: str) -> dict[str, str]:
@@ -105,8 +105,8 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
         UserError: for a key that is missing, unknown, or has a value that we do not build.
     """
     origin = "official tokenizer config"
-    model = dict(_section(config, "model", origin))
-    decoder = dict(_section(model, "diff_decoder", origin))
+    model = _section(config, "model", origin)
+    decoder = _section(model, "diff_decoder", origin)
     del model["diff_decoder"]
     steps = model.pop("num_denoising_steps", model.get("num_query_groups"))
     if steps != model.get("num_query_groups"):
@@ -136,64 +136,54 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
             size.
     """
     origin = "official AR config"
-    shapes = _shape_values(state)
+    needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
+    for name in needed:
+        if getattr(state.get(name), "ndim", 0) != 2:
+            raise UserError(f"weights have no matrix {name}: this is no official AR model")
+    (classes, _), (vocab_size, dim) = (state[name].shape for name in needed)
+    # A number that no model has so many layers for is left to stand out as an unknown name.
+    layers = [int(found[1]) for name in state if (found := re.match(r"layers\.([0-9]{1,4})\.", name))]
+    depth = max(layers, default=0) + 1
+    shapes = {"dim": dim, "vocab_size": vocab_size, "num_classes": classes - 1, "depth": depth}
     if config is None:
-        heads = [p["num_heads"] for p in PRESETS.values() if (p["dim"], p["depth"]) == (shapes["dim"], shapes["depth"])]
+        heads = [preset["num_heads"] for preset in PRESETS.values() if (preset["dim"], preset["depth"]) == (dim, depth)]
         if not heads:
             raise UserError(
-                f"width {shapes['dim']} and depth {shapes['depth']} are no released size, and n_head cannot be read "
-                "from weights: pass config, the official constructor's arguments"
+                f"width {dim} and depth {depth} are no released size, and n_head cannot be read from weights: pass "
+                "config, the official constructor's arguments"
             )
         return ARConfig(**shapes, num_heads=heads[0])
     if not isinstance(config, Mapping):
         raise UserError(f"{origin} is a {type(config).__name__}: need the official constructor's arguments by name")
     arguments = {name: value for name, value in config.items() if name not in AR_IGNORED}
     hidden = arguments.pop("ffn_hidden", None)
-    fixed = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}
-    _demand(arguments, fixed, origin)
+    _demand(arguments, {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}, origin)
     for name in ("attn_dropout_p", "drop_path_rate"):
         if arguments.pop(name, 0):
             warnings.warn(f"{origin}: {name} acts in training only and is not built here", stacklevel=3)
-    values = shapes | _rename(arguments, AR_KEYS, set(AR_KEYS), origin)
-    result = build_config(ARConfig, values, origin)
+    result = build_config(ARConfig, shapes | _rename(arguments, AR_KEYS, AR_KEYS, origin), origin)
     if hidden not in (None, result.ffn_dim):
         raise UserError(f"{origin}: ffn_hidden is {hidden}, dim {result.dim} gives {result.ffn_dim}")
     return result
 
 
-def _shape_values(state: Mapping[str, Tensor]) -> dict[str, int]:
-    needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
-    for name in needed:
-        if getattr(state.get(name), "ndim", 0) != 2:
-            raise UserError(f"weights have no matrix {name}: this is no official AR model")
-    # A number that no model has so many layers for is left to stand out as an unknown name.
-    layers = [int(found[1]) for name in state if (found := re.match(r"layers\.([0-9]{1,4})\.", name))]
-    classes, tokens = (state[name].shape for name in needed)
-    return {
-        "dim": tokens[1],
-        "vocab_size": tokens[0],
-        "num_classes": classes[0] - 1,
-        "depth": max(layers, default=0) + 1,
-    }
-
-
-def _section(config: Mapping[str, Any], name: str, origin: str) -> Mapping[str, Any]:
-    if not isinstance(config, Mapping) or not isinstance(config.get(name), Mapping):
+def _section(config: Any, name: str, origin: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, Mapping) else None
+    if not isinstance(section, Mapping):
         raise UserError(f"{origin} has no section {name!r}")
-    if tensors := [str(key) for key, value in config[name].items() if isinstance(value, Tensor)]:
+    if tensors := [str(key) for key, value in section.items() if isinstance(value, Tensor)]:
         raise UserError(f"{origin}: {', '.join(tensors)} must be plain values, not tensors")
-    return config[name]
+    return dict(section)
 
 
 def _demand(values: dict[str, Any], fixed: Mapping[str, Any], origin: str) -> None:
     """Take off the keys whose value can only be one here."""
     for name, value in fixed.items():
-        given = values.pop(name, value)
-        if given != value:
+        if (given := values.pop(name, value)) != value:
             raise UserError(f"{origin}: {name} is {given!r}, only {value!r} is built here")
 
 
-def _rename(values: Mapping[str, Any], keys: Mapping[str, str], optional: set[str], origin: str) -> dict[str, Any]:
+def _rename(values: Mapping[str, Any], keys: Mapping[str, str], optional: Collection[str], origin: str) -> dict:
     if unknown := sorted(str(name) for name in values if name not in keys):
         raise UserError(f"{origin} has unknown keys: {', '.join(unknown)}")
     if missing := sorted(name for name in keys if name not in values and name not in optional):

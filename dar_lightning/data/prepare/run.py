@@ -1,32 +1,29 @@
 """A run of `dar shard`: what the input is, which sample goes where, worker processes, going on after a kill."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import PIL
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dar_lightning.data import workers as processes
 from dar_lightning.data.prepare import ilsvrc
 from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
-from dar_lightning.data.prepare.packing import Packed, Packer, make_shard
+from dar_lightning.data.prepare.packing import Job, Packed, Packer
 from dar_lightning.data.prepare.sources import Sample, Source, image_folder, shards
 from dar_lightning.data.remote import is_remote
 from dar_lightning.data.shards import INDEX, ShardIndex, read_index
 from dar_lightning.errors import UserError
-from dar_lightning.files import find_shipped, locked, write_text
+from dar_lightning.files import find_shipped, locked, read_json, write_text
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
 HUB = "hf://"
@@ -39,7 +36,7 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     path = Path(find_shipped(input))
     first = ilsvrc.first_names(path) if path.is_file() and path.suffix == ".tar" else []
     is_val = any(ilsvrc.VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
-    is_hf = input.startswith(HUB) or (path.is_dir() and is_saved(path))
+    is_hf = input.startswith(HUB) or is_saved(path)
     if labels is not None and not is_val:
         raise UserError(f"labels is {labels}: only ILSVRC2012_img_val.tar needs them, input is {input}")
     if split is not None and not is_hf:
@@ -71,23 +68,25 @@ def make_shards(
         max_bad_share: Largest share of the images that may be unusable.
     """
     parts = arrange(source.samples, options["seed"], options["val_fraction"])
-    # another encoder gives other bytes
-    plan = {"version": 1, "input": _listing(source)} | options | {"pillow": PIL.__version__}
     with locked(root, "output"):
-        _claim(root, [root / part for part in parts], plan)
+        _claim(root, parts, source, options)
         jobs, step = [], options["max_per_shard"]
         for part, samples in parts.items():
-            known = _known_hashes(root / part)
+            known = {}
+            with contextlib.suppress(UserError):  # no run has finished, or its index is damaged
+                known = {shard.name: shard.sha256 for shard in read_index(root / part, "output", ())[1]}
             for number, start in enumerate(range(0, len(samples), step)):
                 path = root / part / f"{number:06d}.tar"
-                jobs.append((path, samples[start : start + step], known.get(path.name)))
-        pack = Packer(source.read, source.classes, options["size"], options["quality"])
-        workers = min(workers or os.cpu_count() or 1, len(jobs))
-        results = _results(functools.partial(make_shard, pack=pack), jobs, workers)
-        made = _collect(results, len(source.samples), max_bad_share)
-        for part in parts:
-            mine = [packed for (path, *_), packed in zip(jobs, made, strict=True) if path.parent == root / part]
-            _finish(root / part, mine, source.classes)
+                jobs.append(Job(path, samples[start : start + step], known.get(path.name)))
+        packer = Packer(source.read, source.classes, options["size"], options["quality"])
+        made = _run(packer, jobs, min(workers or os.cpu_count() or 1, len(jobs)), len(source.samples), max_bad_share)
+        for folder in (root / part for part in parts):
+            mine = [packed for job, packed in zip(jobs, made, strict=True) if job.path.parent == folder]
+            for path in (folder / SKIPPED, *folder.glob(".*.tar.*.part")):  # of killed runs
+                path.unlink(missing_ok=True)
+            if skipped := [each for packed in mine for each in packed.skipped]:
+                write_text(folder / SKIPPED, json.dumps(skipped, indent=1) + "\n")
+            ShardIndex(folder, tuple(packed.entry for packed in mine), source.classes).save()
     return made
 
 
@@ -117,113 +116,63 @@ def arrange(samples: list[Sample], seed: int | None, val_fraction: float) -> dic
     return parts
 
 
-def _listing(source: Source) -> str:
-    """SHA-256 of what a source lists: classes, names, labels and sizes, but not where it lies."""
-    listing = hashlib.sha256(json.dumps(source.classes).encode())
+def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: dict[str, Any]) -> None:
+    """Write the plan, all that the shards depend on, or compare it with an earlier run's."""
+    listing = hashlib.sha256(json.dumps(source.classes).encode())  # of what there is, not of where it lies
     for sample in source.samples:
         listing.update(json.dumps((sample.key, sample.name, sample.label, sample.size)).encode())
-    return listing.hexdigest()
-
-
-def _claim(root: Path, folders: list[Path], plan: dict[str, Any]) -> None:
-    """Write the plan, or compare it with an earlier run's."""
-    path = root / PLAN
-    if path.is_file():
-        try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"output: {path} is not readable ({error}); choose another folder or delete it") from error
+    # another encoder gives other bytes
+    plan = {"version": 1, "input": listing.hexdigest()} | options | {"pillow": PIL.__version__}
+    if (root / PLAN).is_file():
+        found = read_json(root / PLAN)
         for name, value in plan.items():
             if found.get(name) != value:
                 was = f"was made with {name} {found.get(name)}, now it is {value}"
                 was = "was made from another input or other classes" if name == "input" else was
                 raise UserError(f"output: {root} {was}; choose another folder or delete this one")
         return
-    for folder in folders:
+    for folder in (root / part for part in parts):
         if (folder / INDEX).exists() or any(folder.glob("*.tar")):
             raise UserError(f"output: {folder} holds shards from elsewhere; choose another folder")
-    write_text(path, json.dumps(plan, indent=1) + "\n")
+    write_text(root / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
-def _known_hashes(folder: Path) -> dict[str, str | None]:
-    """Name -> SHA-256 of the shards in a finished run's index; empty if there is none or it cannot be read."""
-    try:
-        return {shard.name: shard.sha256 for shard in read_index(folder, "output", ())[1]}
-    except UserError:
-        return {}
-
-
-def _collect(results: Iterator[Packed], total: int, max_bad_share: float) -> list[Packed]:
+def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_share: float) -> list[Packed]:
     """All shards, under a progress bar; too many bad images end it."""
+    options = processes.options(workers if workers > 1 else 0) | {"pin_memory": False}
     made, bad = [], []
-    with contextlib.closing(results), tqdm(total=total, desc="shard", unit="img") as bar:
-        for packed in results:
-            made.append(packed)
-            bad += packed.skipped
-            seen = packed.entry.samples + len(packed.skipped)
-            if packed.kept:
-                bar.initial += seen  # it does not count for the speed
-            bar.update(seen)
-            if len(bad) > max_bad_share * total:
-                raise UserError(
-                    f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far as "
-                    f"they were read: {bad[0].name!a}: {bad[0].reason}, ..."
-                )
-    return made
-
-
-def _results(make: functools.partial, jobs: list[tuple], workers: int) -> Iterator[Packed]:
-    """Make shards here or in worker processes; yield them in the order of the jobs."""
-    if workers == 1:
-        yield from (make(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
         with _interrupts_later():
-            results = pool.map(make, *zip(*jobs, strict=True))
-        yield from results
-    except BrokenProcessPool as error:
+            results = iter(DataLoader(packer, batch_size=None, sampler=jobs, **options))
+        with tqdm(total=total, desc="shard", unit="img") as bar:
+            for packed in results:
+                made.append(packed)
+                bad += packed.skipped
+                bar.update(packed.entry.samples + len(packed.skipped))
+                if len(bad) > max_bad_share * total:
+                    raise UserError(
+                        f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far "
+                        f"as they were read: {bad[0]['name']!a}: {bad[0]['reason']}, ..."
+                    )
+    except UserError as error:  # a worker's comes with its traceback
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
         raise UserError(
             f"workers is {workers}: one of them was killed, for lack of memory perhaps; repeat the command with fewer"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)  # shards in progress are finished
+    return made
 
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Hold back Ctrl-C while processes start: in their imports it would print a traceback for each."""
+    """Hold back Ctrl-C while workers start: those that it leaves half-started would print a traceback each."""
     waiting = []
     before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))  # masked here, it reaches other threads
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that start inherit this
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, before)
     if waiting:
         raise KeyboardInterrupt
-
-
-def _follow_parent() -> None:
-    """In a worker: leave interrupts to the parent, and end when it ends, be it killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _finish(folder: Path, made: list[Packed], classes: tuple[str, ...]) -> None:
-    """Delete what killed runs left, name the skipped images, write the index."""
-    for part in folder.glob(".*.tar.*.part"):
-        part.unlink(missing_ok=True)
-    skipped = [each._asdict() for packed in made for each in packed.skipped]
-    (folder / SKIPPED).unlink(missing_ok=True)
-    if skipped:
-        write_text(folder / SKIPPED, json.dumps(skipped, indent=1) + "\n")
-    ShardIndex(folder, tuple(packed.entry for packed in made), classes).save()
