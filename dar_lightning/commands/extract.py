@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.bad_samples import Bad, Skipped
-from dar_lightning.data.extraction import Extractor, ShardWriter, TokenCache, predict_until_all_are_done
+from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_all_are_done
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
@@ -116,13 +116,12 @@ def extract(
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
-            callbacks=[ShardWriter(cache, skipped)],
         )
     except MisconfigurationException as error:
         raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
-            module = Extractor(model, cache, missing, views, batch_size, num_workers)
+            module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers)
             predict_until_all_are_done(trainer, module)
         if trainer.is_global_zero:
             codes = cache.finish(max_bad_share)

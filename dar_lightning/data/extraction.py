@@ -96,12 +96,18 @@ class TokenCache:
 
 
 class Extractor(L.LightningModule):
-    """A tokenizer under Trainer.predict, and its data: the image shards of the missing numbers, dealt to the ranks."""
+    """A tokenizer under Trainer.predict, its data, the missing image shards dealt to the ranks, and what writes tokens.
 
-    def __init__(self, tokenizer, cache: TokenCache, missing: list[int], views: Views, batch_size: int, num_workers):
+    The tokens of one shard are collected, then written; before the first one, what makes them is noted.
+    """
+
+    def __init__(
+        self, tokenizer, cache: TokenCache, missing: list[int], views: Views, skipped: Skipped, batch_size, num_workers
+    ) -> None:
         super().__init__()
-        self.tokenizer, self.cache, self.missing, self.views = tokenizer, cache, missing, views
+        self.tokenizer, self.cache, self.missing, self.views, self.skipped = tokenizer, cache, missing, views, skipped
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
 
     def predict_dataloader(self) -> Loader:
@@ -117,34 +123,25 @@ class Extractor(L.LightningModule):
         codes = torch.cat([self.tokenizer.tokenize(transforms.to_float(part)) for part in parts])
         return codes.unflatten(0, views.shape[:2])
 
-
-class ShardWriter(L.Callback):
-    """Collects the tokens of one shard, then writes it; before the first one, notes what makes them."""
-
-    def __init__(self, cache: TokenCache, skipped: Skipped) -> None:
-        self.cache, self.skipped = cache, skipped
-        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
-
-    def setup(self, trainer: L.Trainer, pl_module: Extractor, stage: str) -> None:
+    def setup(self, stage: str) -> None:
         """Add to the list of what made the shards; a line says so if other code made those that are there."""
-        if not trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
-        root, count = self.cache.root, len(self.cache.paths)
-        path, done = root / FILE, count - len(pl_module.missing)
+        path, count = self.cache.root / FILE, len(self.cache.paths)
         listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        before = listed[-1]["code"] if listed else None
-        made = provenance(trainer.strategy.root_device, trainer.precision)
+        before, done = listed[-1]["code"] if listed else None, count - len(self.missing)
+        made = provenance(self.trainer.strategy.root_device, self.trainer.precision)
         if done and (before is None or before["sha256"] != made["code"]["sha256"]):
             names = f"{code_name(before)}, the others will be of {code_name(made['code'])}"
-            print(f"{root}: {done} of {count} token shards are of {names}", flush=True)
+            print(f"{self.cache.root}: {done} of {count} token shards are of {names}", flush=True)
         if made not in listed[-1:]:
             write_text(path, json.dumps([*listed, made], indent=2) + "\n")
 
-    def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: dict, batch_idx, dataloader_idx=0):
+    def on_predict_batch_end(self, outputs: Tensor, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Called by Lightning with the tokens (B, V, N) of a batch."""
-        if trainer.received_sigterm:  # Lightning stops for it in training only
+        if self.trainer.received_sigterm:  # Lightning stops for it in training only
             raise SystemExit(128 + signal.SIGTERM)
-        if trainer.world_size > 1 and _get_default_store().check([STOP]):
+        if self.trainer.world_size > 1 and _get_default_store().check([STOP]):
             raise UserError(_get_default_store().get(STOP).decode())
         cache, number = self.cache, batch["shard"]
         codes = outputs.cpu().numpy().astype(np.uint16 if cache.config.codebook_size <= 2**16 else np.uint32)
@@ -165,12 +162,7 @@ class ShardWriter(L.Callback):
 
 
 def predict_until_all_are_done(trainer: L.Trainer, module: Extractor) -> None:
-    """Every rank's shards; the first rank with a UserError stops the others.
-
-    Raises:
-        UserError: On rank 0, whichever rank it was.
-        SystemExit: The same on the other ranks.
-    """
+    """Every rank's shards; the first rank with a UserError stops the others, and rank 0 raises it."""
     mistake = None
     try:
         trainer.predict(module, return_predictions=False)

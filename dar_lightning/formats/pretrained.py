@@ -115,9 +115,6 @@ class PretrainedMixin(
         return model.eval()
 
 
-# ---- folders and files
-
-
 def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
     """A local folder, a pipeline that comes with the package ("fruit64"), or files from the Hugging Face Hub.
 
@@ -143,11 +140,7 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises:
-        UserError: if the file is missing, truncated, or not safetensors.
-    """
+    """All tensors of a safetensors file, on the CPU; UserError if it is missing, truncated, or not safetensors."""
     if not path.is_file():
         raise UserError(f"{path} is missing: need a safetensors file")
     try:
@@ -156,16 +149,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-# ---- checks
-
-
 def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
     """A config dataclass from plain values; a value that is absent keeps its default, so that old files stay readable.
 
-    Names that the dataclass lists as REMOVED are left out.
-
-    Raises:
-        UserError: for a name that the dataclass does not have, a value of another type, or an impossible one.
+    Names that the dataclass lists as REMOVED are left out. UserError for a name that it does not have, a value of
+    another type, or an impossible one.
     """
     hints = typing.get_type_hints(config_class)
     hints = {name: hints[name] for name in config_class.__dataclass_fields__}
@@ -205,7 +193,7 @@ def build_model(
         names: from the name of a tensor in the model to its name in the file.
 
     Raises:
-        UserError: for more layers than there are tensors, sizes that no computer can count, and as check_tensors.
+        UserError: for sizes that the weights cannot have, and as check_tensors.
     """
     for name, value in config.to_dict().items():
         if name.endswith("depth") and value > len(tensors):
@@ -221,22 +209,20 @@ def build_model(
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    if any(tensor.is_meta for tensor in tensors.values()):
-        return model
-    model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
-    with torch.device("cpu"):
-        for name, table in model.tables().items():
-            setattr(model, name, table)
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
+        with torch.device("cpu"):
+            for name, table in model.tables().items():
+                setattr(model, name, table)
     return model
 
 
 def check_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
 ) -> None:
-    """Refuse weights that do not fit a module exactly, or hold NaN or infinity. Arguments as of build_model.
+    """Refuse weights that do not fit a module exactly, or hold NaN or infinity: a UserError names them as the file does.
 
-    Raises:
-        UserError: naming the tensors, as the file does.
+    Arguments are those of build_model.
     """
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in tensors]

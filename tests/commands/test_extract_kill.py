@@ -21,10 +21,9 @@ CROPS = 3
 
 
 def command(tokenizer: Path, shards: Path, output: Path, devices: int) -> list[str]:
-    paths = ["--tokenizer", tokenizer, "--shards", shards, "--output", output]
-    crops = ["--crops", "random", "--random_crops", CROPS, "--batch_size", 4 * CROPS]  # 3, 3 and 2 batches per shard
-    where = ["--accelerator", "cpu", "--devices", devices, "--num_workers", 1]
-    return [str(word) for word in ["extract", *paths, *crops, *where]]
+    words = ["extract", "--tokenizer", tokenizer, "--shards", shards, "--output", output, "--devices", devices]
+    words += ["--crops", "random", "--random_crops", CROPS, "--batch_size", 4 * CROPS]  # 3, 3 and 2 batches per shard
+    return [str(word) for word in [*words, "--accelerator", "cpu", "--num_workers", 0]]
 
 
 def extract(words: list[str], rank: int, function: str, calls: int, number: int) -> None:

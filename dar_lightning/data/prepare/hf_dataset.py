@@ -11,9 +11,7 @@ from dar_lightning.errors import UserError
 def hf_dataset(name: str, split: str | None) -> Source:
     """Rows of a data set with one `Image` and one `ClassLabel` column.
 
-    Args:
-        name: A folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
-        split: Which split; needed where there are several.
+    `name` is a folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
     """
     try:
         import datasets

@@ -42,12 +42,10 @@ def train_archive(path: Path) -> Source:
 
 
 def val_archive(path: Path, labels: str | None) -> Source:
-    """ILSVRC2012_img_val.tar: images numbered from 1, whose classes are in the devkit.
+    """ILSVRC2012_img_val.tar: images numbered from 1, whose classes are in the devkit (its .tar.gz or its folder).
 
-    Args:
-        path: The archive.
-        labels: The devkit (its .tar.gz, or the folder it was unpacked to), its ground truth beside a `meta.mat`, or a
-            text file with a WordNet ID per image. Left out, the devkit's archive is looked for beside the images'.
+    `labels` may also be its ground truth beside a `meta.mat`, or a text file with a WordNet ID per image. Left out, the
+    devkit's archive is looked for beside the images'.
     """
     truth_file = Path(labels) if labels is not None else path.with_name(DEVKIT)
     if not truth_file.exists():
@@ -68,13 +66,18 @@ def val_archive(path: Path, labels: str | None) -> Source:
 
 def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
     """Read the labels that `val_archive` takes: the WordNet ID of each validation image, and all of them, sorted."""
-    with users_path("labels"):
+    try:
         if path.name.endswith((".tar.gz", ".tgz")):
-            contents = _devkit_files(path)
+            with tarfile.open(path, "r:gz") as tar:
+                files = [member for member in tar if member.isreg() and Path(member.name).name in (TRUTH, META)]
+                contents = {Path(file.name).name: tar.extractfile(file).read() for file in files}
+        elif path.is_dir():
+            contents = {file.name: file.read_bytes() for file in path.rglob("*") if file.name in (TRUTH, META)}
         else:
-            files = path.rglob("*") if path.is_dir() else [path.with_name(META)]
-            contents = {file.name: file.read_bytes() for file in files if file.name in (TRUTH, META) and file.is_file()}
-            contents |= {} if path.is_dir() else {TRUTH: path.read_bytes()}
+            meta = path.with_name(META)
+            contents = {TRUTH: path.read_bytes()} | ({META: meta.read_bytes()} if meta.is_file() else {})
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"labels: {path} is not the devkit's archive, or cannot be read ({error})") from error
     if TRUTH not in contents:
         raise UserError(f"labels: {path} has no {TRUTH}")
     words = contents[TRUTH].decode(errors="replace").split()
@@ -101,15 +104,6 @@ def read_meta(content: bytes, path: Path) -> dict[str, str]:
         return {str(int(number)): str(wnid) for number, wnid, children in rows if children == 0}  # no inner nodes
     except (MatReadError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"labels: the {META} of {path} is not the devkit's") from error
-
-
-def _devkit_files(path: Path) -> dict[str, bytes]:
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            wanted = [member for member in tar if member.isreg() and Path(member.name).name in (TRUTH, META)]
-            return {Path(member.name).name: tar.extractfile(member).read() for member in wanted}
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"labels: {path} is not the devkit's archive ({error})") from error
 
 
 def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:

@@ -85,15 +85,9 @@ class Packer(Dataset):
 
 
 def encode(content: bytes, size: int | None, quality: int) -> tuple[str, bytes]:
-    """An image as it shall be stored, extension and content, decoded in any case: what lies in the shards is whole.
+    """An image as it shall be stored, extension and content: scaled to a short side of at most `size`, as JPEG.
 
-    Args:
-        content: The encoded image.
-        size: Largest short side, or None.
-        quality: Of the JPEG, if the image must be scaled.
-
-    Raises:
-        BadSample: It cannot be decoded.
+    It is decoded in any case, so that what lies in the shards is whole; BadSample if it cannot be.
     """
     image, encoded = decode_rgb(content), io.BytesIO()
     if size is not None and min(image.size) > size:

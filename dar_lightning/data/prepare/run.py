@@ -7,7 +7,6 @@ import math
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,10 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")
 
 
-def make_shards(
-    source: Source, root: Path, options: dict[str, Any], workers: int | None, max_bad_share: float
-) -> list[Packed]:
+def make_shards(source: Source, root: Path, options: dict[str, Any], workers: int | None, max_bad_share: float):
     """Write all shards under a folder and their indices, keeping what an earlier run of the same plan has made.
 
-    Args:
-        source: Its keys are safe and unique.
-        root: The folder.
-        options: size, quality, max_per_shard, val_fraction and seed, as in `dar shard`.
-        workers: Processes; None takes one per core.
-        max_bad_share: Largest share of the images that may be unusable.
+    `options` are the others of `dar shard`; keys in the source are safe and unique. Returns what was packed, by shard.
     """
     parts = arrange(source.samples, options["seed"], options["val_fraction"])
     with locked(root, "output"):
@@ -91,12 +83,9 @@ def make_shards(
 
 
 def arrange(samples: list[Sample], seed: int | None, val_fraction: float) -> dict[str, list[Sample]]:
-    """Shuffle and split: subfolder of the output ("" is the output itself) -> its samples, in the order of writing.
+    """Shuffle by a hash of seed and key (None keeps the order), and take a share of each class for "val".
 
-    Args:
-        samples: All of them, in the order of the source.
-        seed: Of the order, a hash of each key; None keeps the source's.
-        val_fraction: Share of each class for "val", rounded to the nearest number of images; 0 makes one part, "".
+    Returns subfolder of the output -> its samples in the order of writing; without a share, "" is the only one.
     """
     shuffled = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}/{sample.key}".encode()).digest())
     order = samples if seed is None else shuffled
@@ -106,10 +95,8 @@ def arrange(samples: list[Sample], seed: int | None, val_fraction: float) -> dic
     for sample in shuffled:
         keys[sample.label].append(sample.key)
     val = {key for each in keys.values() for key in each[: math.floor(val_fraction * len(each) + 0.5)]}
-    parts = {
-        "train": [sample for sample in order if sample.key not in val],
-        "val": [sample for sample in order if sample.key in val],
-    }
+    parts = {"train": [sample for sample in order if sample.key not in val]}
+    parts["val"] = [sample for sample in order if sample.key in val]
     for part, members in parts.items():
         if not members:
             raise UserError(f"val_fraction is {val_fraction}: {part} gets none of the {len(samples)} images")
@@ -140,10 +127,14 @@ def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: 
 def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_share: float) -> list[Packed]:
     """All shards, under a progress bar; too many bad images end it."""
     options = processes.options(workers if workers > 1 else 0) | {"pin_memory": False}
-    made, bad = [], []
+    made, bad, interrupts = [], [], []
     try:
-        with _interrupts_later():
-            results = iter(DataLoader(packer, batch_size=None, sampler=jobs, **options))
+        # held back while workers start: those that Ctrl-C leaves half-started would print a traceback each
+        before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+        results = iter(DataLoader(packer, batch_size=None, sampler=jobs, **options))
+        signal.signal(signal.SIGINT, before)
+        if interrupts:
+            raise KeyboardInterrupt
         with tqdm(total=total, desc="shard", unit="img") as bar:
             for packed in results:
                 made.append(packed)
@@ -163,16 +154,3 @@ def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_shar
             f"workers is {workers}: one of them was killed, for lack of memory perhaps; repeat the command with fewer"
         ) from error
     return made
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold back Ctrl-C while workers start: those that it leaves half-started would print a traceback each."""
-    waiting = []
-    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))  # masked here, it reaches other threads
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting:
-        raise KeyboardInterrupt

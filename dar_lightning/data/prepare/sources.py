@@ -129,9 +129,7 @@ def _locate(file: str, members: dict[str, tuple[int, int]], num_classes: int | N
 def choose_classes(source: Source, wanted: str) -> Source:
     """Keep some classes, in a given order, which is that of the labels.
 
-    Args:
-        source: What to choose from.
-        wanted: Names separated by commas, or a text file with a name per line.
+    `wanted` has their names separated by commas, or is a text file with a name per line.
     """
     is_file = os.path.isfile(wanted)  # Path.is_file raises on a list longer than a file name may be
     try:
@@ -141,14 +139,11 @@ def choose_classes(source: Source, wanted: str) -> Source:
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f"classes: {wanted!r} names no class")
-    if not source.classes:
-        raise UserError("classes: the shards have no index.json with class names to choose from")
-    for number, name in enumerate(names):
-        if name not in source.classes:
-            known = f"{', '.join(source.classes[:3])}, ... ({len(source.classes)})"
-            raise UserError(f"classes: {name!r} is neither a file nor one of the classes, which are {known}")
-        if name in names[:number]:
-            raise UserError(f"classes: {name!r} is there twice")
+    known = f"{', '.join(source.classes[:3])}, ... ({len(source.classes)})" if source.classes else "not named anywhere"
+    if unknown := next((name for name in names if name not in source.classes), None):
+        raise UserError(f"classes: {unknown!r} is neither a file nor one of the classes, which are {known}")
+    if len(set(names)) < len(names):
+        raise UserError(f"classes: {max(names, key=names.count)!r} is there twice")
     labels = {source.classes.index(name): new for new, name in enumerate(names)}
     # a sample without a usable label could be of any class: it stays, to be reported
     samples = [
