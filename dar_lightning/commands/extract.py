@@ -14,7 +14,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, check_range
 from dar_lightning.files import locked, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -66,16 +66,9 @@ def extract(
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
             else.
     """
-    for name, value, least in (
-        ("random_crops", random_crops, 1),
-        ("batch_size", batch_size, 1),
-        ("image_size", image_size, 1),
-        ("num_workers", num_workers, 0),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name}: {value} is too small, give at least {least}")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"max_bad_share: {max_bad_share} is not a share, give 0 to 1")
+    check_range(1, random_crops=random_crops, batch_size=batch_size, image_size=image_size)
+    check_range(0, num_workers=num_workers)
+    check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
     # Versions that did not note the dtype computed in that of the weights.

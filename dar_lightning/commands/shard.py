@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dar_lightning.data.prepare.run import SKIPPED, make_shards, open_source
 from dar_lightning.data.prepare.sources import choose_classes, with_safe_keys
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, check_range
 
 SHOWN = 10  # skipped images that are named on the screen; the file has all
 
@@ -52,16 +52,9 @@ def shard(
     Raises:
         UserError: The input is not as described, or `output` holds something else.
     """
-    for name, value, least, most in (
-        ("size", size, 1, None),
-        ("quality", quality, 1, 100),
-        ("max_per_shard", max_per_shard, 1, None),
-        ("val_fraction", val_fraction, 0, 1),
-        ("workers", workers, 1, None),
-        ("max_bad_share", max_bad_share, 0, 1),
-    ):
-        if value is not None and not least <= value <= (value if most is None else most):
-            raise UserError(f"{name} is {value}: must be at least {least}{f', at most {most}' if most else ''}")
+    check_range(1, size=size, max_per_shard=max_per_shard, workers=workers)
+    check_range(1, 100, quality=quality)
+    check_range(0, 1, val_fraction=val_fraction, max_bad_share=max_bad_share)
     folder = Path(input).resolve()
     if folder.is_dir() and Path(output).resolve().is_relative_to(folder):  # it would be a part of its own input
         raise UserError(f"output: {output} is input or lies in it; choose a folder elsewhere")
@@ -78,8 +71,8 @@ def shard(
     options = {"size": size, "quality": None if size is None else quality, "max_per_shard": max_per_shard}
     options |= {"val_fraction": val_fraction, "seed": seed}
     made = make_shards(source, Path(output), options, workers, max_bad_share)
-    skipped = [each for packed in made for each in packed.skipped]
-    size_in_mb = sum(packed.entry.bytes for packed in made) / 1e6
+    skipped = [each for _, bad in made for each in bad]
+    size_in_mb = sum(entry.bytes for entry, _ in made) / 1e6
     print(f"{output}: {total - len(skipped)} images in {len(made)} shards, {size_in_mb:.1f} MB")
     for each in skipped[:SHOWN]:
         print(f"  skipped {each['shard']}/{each['key']}: {each['reason']}")

@@ -55,8 +55,7 @@ class TokenCache:
     def done(self) -> dict[int, list[str]]:
         """The image shards whose tokens are there -> the samples that were skipped in them.
 
-        Raises:
-            UserError: Some are of another tokenizer or source, or of other options.
+        UserError if some are of another tokenizer or source, or of other options.
         """
         if (self.root / INDEX).exists():
             found = CodesIndex.load(self.root, "output", complete=False)

@@ -26,11 +26,7 @@ def is_remote(source: str) -> bool:
 
 
 def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
-    """Where the files of a remote folder are kept.
-
-    Raises:
-        UserError: No place is given.
-    """
+    """Where the files of a remote folder are kept."""
     if cache_dir is None:
         raise UserError(f"{option}: {url} is remote, set cache_dir to a folder that its shards are copied to")
     return Path(cache_dir) / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -39,15 +35,9 @@ def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
 def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None, renew: bool = False) -> None:
     """Copy a file from a server, unless it is here; of several processes that want it, one does it.
 
-    A copy that is not what it must be is fetched again, and kept if it is the same the second time: most of a shard may
-    be good. `PATH.differs` then says what is wrong, and nothing is fetched again until `forget_differing`.
-
-    Args:
-        url: Of any kind that fsspec knows.
-        path: The copy.
-        size: Bytes that it must have, where known.
-        sha256: What its content must hash to, where known.
-        renew: Copy it even if it is here.
+    A copy that is not what it must be, `size` bytes that hash to `sha256`, is fetched again, and kept if it is the same
+    the second time: most of a shard may be good. `PATH.differs` then says what is wrong, and nothing is fetched again
+    until `forget_differing`. With `renew`, it is copied even if it is here.
 
     Raises:
         FileNotFoundError: The server has no such file.

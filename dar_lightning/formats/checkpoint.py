@@ -58,19 +58,9 @@ def pick_weights(
 ) -> tuple[dict[str, Tensor], bool | None]:
     """The state dict of a bare or a training checkpoint, without the prefixes of torch.compile and DDP.
 
-    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema".
-
-    Args:
-        checkpoint: from read_checkpoint.
-        weights: "ema", "raw", or "auto".
-        prefer_ema: what "auto" takes from a file that has both.
-        origin: file or words that an error message starts with.
-
-    Returns:
-        The tensors, and whether they are EMA weights; None where the file does not tell what its only weights are.
-
-    Raises:
-        UserError: if the file has no such weights.
+    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema"; of both, `prefer_ema`
+    says what "auto" takes. Returned with it: whether these are EMA weights; None where the file does not tell what its
+    only weights are. UserError, which starts with `origin`, if the file has no such weights.
     """
     states = {name: state for name, state in checkpoint.items() if isinstance(state, Mapping)}
     ema, raw = states.get("ema"), next((states[n] for n in ("model", "module", "state_dict") if n in states), None)

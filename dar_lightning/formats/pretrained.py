@@ -60,12 +60,8 @@ class PretrainedMixin(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
-        Args:
-            save_directory: the folder; older weights in it are replaced.
-            kwargs: those of huggingface_hub.ModelHubMixin (push_to_hub, repo_id, ...).
-
-        Raises:
-            UserError: if the folder cannot be written.
+        Older weights in it are replaced. `kwargs` are those of huggingface_hub.ModelHubMixin (push_to_hub, ...).
+        UserError if the folder cannot be written.
         """
         try:
             return super().save_pretrained(save_directory, **kwargs)
@@ -89,8 +85,7 @@ class PretrainedMixin(
         Args:
             pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
                 repository name such as "someone/dar-l".
-            hub_options: of huggingface_hub.snapshot_download (revision, cache_dir, force_download, local_files_only,
-                token, ...), for repositories only.
+            hub_options: of huggingface_hub.snapshot_download (revision, cache_dir, local_files_only, token, ...).
 
         Returns:
             The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
@@ -118,8 +113,7 @@ class PretrainedMixin(
 def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
     """A local folder, a pipeline that comes with the package ("fruit64"), or files from the Hugging Face Hub.
 
-    Raises:
-        UserError: if there is neither such a folder nor such a repository.
+    UserError if there is neither such a folder nor such a repository.
     """
     path = Path(find_shipped(str(path_or_repo)))
     if path.is_dir():
@@ -133,9 +127,7 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         raise UserError(f"{path_or_repo} is not a folder: no such folder")
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
-    except HFValidationError as error:
-        raise UserError(f"{path_or_repo} is not a folder, and no name of a Hugging Face repository either") from error
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
 
 
@@ -183,17 +175,8 @@ def build_model(
     """A model with every one of these weights: on the CPU, or on the meta device if the tensors are.
 
     It is built on the meta device: sizes that a config claims cost no memory before they are compared with the weights,
-    and no random numbers are drawn. If all weights share one floating dtype, the model takes it.
-
-    Args:
-        model_class: built from `config`.
-        config: its hyperparameters.
-        tensors: the weights, under the names of the file.
-        origin: file or words that an error message starts with.
-        names: from the name of a tensor in the model to its name in the file.
-
-    Raises:
-        UserError: for sizes that the weights cannot have, and as check_tensors.
+    and no random numbers are drawn. If all weights share one floating dtype, the model takes it. UserErrors start with
+    `origin`, and `names` gives the file's name for a tensor of the model.
     """
     for name, value in config.to_dict().items():
         if name.endswith("depth") and value > len(tensors):
@@ -220,10 +203,7 @@ def build_model(
 def check_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
 ) -> None:
-    """Refuse weights that do not fit a module exactly, or hold NaN or infinity: a UserError names them as the file does.
-
-    Arguments are those of build_model.
-    """
+    """Refuse weights that do not fit a module exactly, or hold NaN or infinity; see build_model for the arguments."""
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in wanted]

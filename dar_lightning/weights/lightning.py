@@ -45,11 +45,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
 
 
 def load_model(source: str | Path, model_class: type[Model]) -> Model:
-    """Load a model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
-
-    Raises:
-        UserError: if it cannot be read, or is a model of another kind.
-    """
+    """Load a model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository."""
     if not Path(source).is_file():
         return model_class.from_pretrained(source)
     model = load_lightning_checkpoint(source)
@@ -68,10 +64,7 @@ def has_average(checkpoint: Mapping[str, Any]) -> bool:
 def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
     """Which model a Lightning checkpoint holds, "tokenizer" or "ar", and its tensors, without those of loss networks.
 
-    Args:
-        checkpoint: from read_checkpoint.
-        key: where its state dict is.
-        origin: file or words that an error message starts with.
+    `key` is where its state dict is; a UserError starts with `origin`.
     """
     state = checkpoint.get(key)
     state = {str(name): tensor for name, tensor in state.items()} if isinstance(state, Mapping) else {}

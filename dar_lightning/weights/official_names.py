@@ -64,13 +64,9 @@ def official_name(name: str, rules: list[tuple[str, str]]) -> str:
 
 # ---- hyperparameters: official -> ours
 
-
-def same(*names: str) -> dict[str, str]:
-    """Hyperparameters that have one name in both."""
-    return {name: name for name in names}
-
-
-TOKENIZER_KEYS = same("encoder_patch_size", "encoder_dim") | {
+TOKENIZER_KEYS = {
+    "encoder_patch_size": "encoder_patch_size",
+    "encoder_dim": "encoder_dim",
     "num_encoder_layers": "encoder_depth",
     "num_decoder_layers": "conditioner_depth",
     "decoder_dim": "conditioner_dim",
@@ -83,9 +79,10 @@ TOKENIZER_KEYS = same("encoder_patch_size", "encoder_dim") | {
     "sampling_resolution": "image_size",
 }
 DECODER_KEYS = {"dim": "decoder_dim", "patch_size": "decoder_patch_size", "depth": "decoder_depth"}
-DECODER_KEYS |= same("data_std", "time_shift", "repa_layer")
+DECODER_KEYS |= {name: name for name in ("data_std", "time_shift", "repa_layer")}
 TOKENIZER_OPTIONAL = {"query_low_rank", "queries_per_step", "sampling_resolution", "repa_layer"}
-AR_KEYS = same("vocab_size", "num_classes", "dim", "multiple_of", "rope_base", "norm_eps") | {
+AR_SAME = ("vocab_size", "num_classes", "dim", "multiple_of", "rope_base", "norm_eps")
+AR_KEYS = {name: name for name in AR_SAME} | {
     "block_size": "num_tokens",
     "n_layer": "depth",
     "n_head": "num_heads",
@@ -101,8 +98,7 @@ AR_IGNORED = {"initializer_range", "caption_dim", "max_batch_size", "max_seq_len
 def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> TokenizerConfig:
     """Our config from the official YAML as a dict, {"model": {...}}; without a REPA head in the weights, without one.
 
-    Raises:
-        UserError: for a key that is missing, unknown, or has a value that we do not build.
+    UserError for a key that is missing, unknown, or has a value that we do not build.
     """
     origin = "official tokenizer config"
     model = _section(config, "model", origin)
@@ -110,9 +106,7 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
     del model["diff_decoder"]
     steps = model.pop("num_denoising_steps", model.get("num_query_groups"))
     if steps != model.get("num_query_groups"):
-        warnings.warn(
-            f"{origin} samples with num_denoising_steps {steps}: pass num_steps={steps} to detokenize", stacklevel=3
-        )
+        warnings.warn(f"{origin} samples in {steps} steps: pass num_steps={steps} to detokenize", stacklevel=3)
     _demand(model, {"vq_enable": True, "rope_base_len": 10000, "output_resolution": 0}, origin)
     fixed = {"in_dim": 3, "out_dim": 3, "cond_dim": model.get("decoder_dim"), "mlp_head": False}
     _demand(decoder, fixed | {"share_time_encoding": False}, f"{origin}, diff_decoder")
@@ -129,11 +123,8 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
 def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> ARConfig:
     """Our config from the official constructor's arguments, {"dim", "n_layer", ...}, and the weights' shapes.
 
-    Without arguments, the number of heads is that of the released model with the same width and depth.
-
-    Raises:
-        UserError: for an unknown argument, a value that we do not build, or weights that are no AR model of a known
-            size.
+    Without arguments, the number of heads is that of the released model with the same width and depth. UserError for an
+    unknown argument, a value that we do not build, or weights that are no AR model of a known size.
     """
     origin = "official AR config"
     needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
@@ -149,8 +140,7 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
         heads = [preset["num_heads"] for preset in PRESETS.values() if (preset["dim"], preset["depth"]) == (dim, depth)]
         if not heads:
             raise UserError(
-                f"width {dim} and depth {depth} are no released size, and n_head cannot be read from weights: pass "
-                "config, the official constructor's arguments"
+                f"width {dim}, depth {depth} are no released size: pass config, the constructor's arguments"
             )
         return ARConfig(**shapes, num_heads=heads[0])
     if not isinstance(config, Mapping):

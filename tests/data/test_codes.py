@@ -164,8 +164,8 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
         ("0", f"{shards}/000000.tar", ten, {}, "holds tokens of other shards"),
         ("0", shards, shards, {}, "another kind of index"),
         ("0", shards, tmp_path / "file" / "codes", {}, r"output: .*codes: Not a directory"),
-        ("0", shards, tmp_path / "out", {"num_workers": -1}, "^num_workers: -1 is "),
-        ("0", shards, tmp_path / "out", {"image_size": 0}, "^image_size: 0 is "),
+        ("0", shards, tmp_path / "out", {"num_workers": -1}, "^num_workers is -1: must be at least 0$"),
+        ("0", shards, tmp_path / "out", {"image_size": 0}, "^image_size is 0: must be at least 1$"),
     ):
         with pytest.raises(UserError, match=message):
             extract(str(tokenizers / name), str(source), str(output), accelerator="cpu", devices=1, **options)

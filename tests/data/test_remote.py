@@ -1,7 +1,6 @@
 """Shards on a real HTTP server, which also breaks off, lies and goes away; and on a server that speaks S3."""
 
 import functools
-import multiprocessing
 import os
 import shutil
 import sys
@@ -218,14 +217,6 @@ def test_what_was_copied_is_enough(server, tmp_path, monkeypatch, caplog):
     index.unlink()
     with pytest.raises(UserError, match=r"^cache_dir: .*: Permission denied$"):
         keys(pattern, cache)
-
-
-def test_many_processes_copy_a_shard_once(server, shards, tmp_path):
-    path = tmp_path / "cache" / "000000.tar"
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.starmap(remote.fetch, [(f"{server.url}/000000.tar", path)] * 4)
-    assert server.asked["000000.tar"] == 1
-    assert path.read_bytes() == (shards / "000000.tar").read_bytes()
 
 
 def refuse(source: str, cache: str | None, message: str) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -20,38 +20,29 @@ from dar_lightning.files import file_sha256
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> extension in a shard
 
 
-class Job(NamedTuple):
-    """A shard to make: where, of which samples, and its SHA-256 where the index of an earlier run has one."""
-
-    path: Path
-    samples: list[Sample]
-    sha256: str | None
-
-
-class Packed(NamedTuple):
-    """A shard's index entry, and what was left out of it: its "shard", "key", "name" and "reason"."""
-
-    entry: Shard
-    skipped: list[dict[str, str]]
-
-
 @dataclass(frozen=True)
 class Packer(Dataset):
-    """Makes shards of a source's samples: `packer[job]` is one, in whichever process asks for it."""
+    """Makes shards of a source's samples, in whichever process asks: `packer[path, samples, sha256]` is one.
+
+    That is its index entry, and what was left out of it: "shard", "key", "name" and "reason". A shard of these samples
+    that is there already is kept, if it has the SHA-256 that the index of an earlier run names, or none does.
+    """
 
     read: Callable[[Any], tuple[bytes, dict[str, bytes]]]
     classes: tuple[str, ...]
     size: int | None
     quality: int
 
-    def __getitem__(self, job: Job) -> Packed:
+    def __getitem__(self, job: tuple[Path, list[Sample], str | None]) -> tuple[Shard, list[dict[str, str]]]:
+        path, samples, sha256 = job
+        skipped: list[dict[str, str]] = []
         try:
-            if (kept := self._kept(job)) is not None:
-                return kept
-            skipped: list[dict[str, str]] = []
-            return Packed(write_shard(job.path, self._pack(job.path, job.samples, skipped)), skipped)
+            if (entry := self._kept(path, samples, skipped)) and sha256 in (None, entry.sha256):
+                return entry, skipped
+            skipped.clear()
+            return write_shard(path, self._pack(path, samples, skipped)), skipped
         except OSError as error:
-            raise UserError(f"output: cannot write {job.path} ({error.strerror})") from error
+            raise UserError(f"output: cannot write {path} ({error.strerror})") from error
 
     def _pack(self, path: Path, samples: list[Sample], skipped: list) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Keys and members of the good samples; the others are added to `skipped`."""
@@ -68,20 +59,19 @@ class Packer(Dataset):
             image = {extension: content, "cls": str(sample.label).encode()}
             yield sample.key, {"json": json.dumps(about).encode()} | members | image
 
-    def _kept(self, job: Job) -> Packed | None:
-        """A shard that is there as planned; None if it must be made."""
-        contents = read_headers(job.path)
+    def _kept(self, path: Path, samples: list[Sample], skipped: list) -> Shard | None:
+        """The entry of a shard that is there as planned; None if it must be made."""
+        contents = read_headers(path)
         if contents.damage or any(sample.flaw for sample in contents.samples):
             return None
         found = [sample.key for sample in contents.samples]
-        present, skipped = set(found), []
-        missing = [sample for sample in job.samples if sample.key not in present]
-        if found != [sample.key for sample in job.samples if sample.key in present]:
+        present = set(found)
+        missing = [sample for sample in samples if sample.key not in present]
+        if found != [sample.key for sample in samples if sample.key in present]:
             return None
-        if any(self._pack(job.path, missing, skipped)):  # it could be read now
+        if any(self._pack(path, missing, skipped)):  # it could be read now
             return None
-        entry = Shard(job.path.name, len(found), job.path.stat().st_size, file_sha256(job.path))
-        return Packed(entry, skipped) if job.sha256 in (None, entry.sha256) else None
+        return Shard(path.name, len(found), path.stat().st_size, file_sha256(path))
 
 
 def encode(content: bytes, size: int | None, quality: int) -> tuple[str, bytes]:

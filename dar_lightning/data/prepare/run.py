@@ -17,10 +17,10 @@ from tqdm import tqdm
 from dar_lightning.data import workers as processes
 from dar_lightning.data.prepare import ilsvrc
 from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
-from dar_lightning.data.prepare.packing import Job, Packed, Packer
+from dar_lightning.data.prepare.packing import Packer
 from dar_lightning.data.prepare.sources import Sample, Source, image_folder, shards
 from dar_lightning.data.remote import is_remote
-from dar_lightning.data.shards import INDEX, ShardIndex, read_index
+from dar_lightning.data.shards import INDEX, Shard, ShardIndex, read_index
 from dar_lightning.errors import UserError
 from dar_lightning.files import find_shipped, locked, read_json, write_text
 
@@ -54,10 +54,12 @@ def open_source(input: str, labels: str | None = None, split: str | None = None)
     raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")
 
 
-def make_shards(source: Source, root: Path, options: dict[str, Any], workers: int | None, max_bad_share: float):
+def make_shards(
+    source: Source, root: Path, options: dict[str, Any], workers: int | None, max_bad_share: float
+) -> list[tuple[Shard, list[dict[str, str]]]]:
     """Write all shards under a folder and their indices, keeping what an earlier run of the same plan has made.
 
-    `options` are the others of `dar shard`; keys in the source are safe and unique. Returns what was packed, by shard.
+    `options` are the others of `dar shard`; keys in the source are safe and unique.
     """
     parts = arrange(source.samples, options["seed"], options["val_fraction"])
     with locked(root, "output"):
@@ -67,18 +69,19 @@ def make_shards(source: Source, root: Path, options: dict[str, Any], workers: in
             known = {}
             with contextlib.suppress(UserError):  # no run has finished, or its index is damaged
                 known = {shard.name: shard.sha256 for shard in read_index(root / part, "output", ())[1]}
-            for number, start in enumerate(range(0, len(samples), step)):
-                path = root / part / f"{number:06d}.tar"
-                jobs.append(Job(path, samples[start : start + step], known.get(path.name)))
+            for start in range(0, len(samples), step):
+                path = root / part / f"{start // step:06d}.tar"
+                jobs.append((path, samples[start : start + step], known.get(path.name)))
         packer = Packer(source.read, source.classes, options["size"], options["quality"])
-        made = _run(packer, jobs, min(workers or os.cpu_count() or 1, len(jobs)), len(source.samples), max_bad_share)
+        workers = min(workers or os.cpu_count() or 1, len(jobs))
+        made = _run(packer, jobs, workers, len(source.samples), max_bad_share)
         for folder in (root / part for part in parts):
-            mine = [packed for job, packed in zip(jobs, made, strict=True) if job.path.parent == folder]
+            mine = [result for (path, *_), result in zip(jobs, made, strict=True) if path.parent == folder]
             for path in (folder / SKIPPED, *folder.glob(".*.tar.*.part")):  # of killed runs
                 path.unlink(missing_ok=True)
-            if skipped := [each for packed in mine for each in packed.skipped]:
-                write_text(folder / SKIPPED, json.dumps(skipped, indent=1) + "\n")
-            ShardIndex(folder, tuple(packed.entry for packed in mine), source.classes).save()
+            if bad := [each for _, skipped in mine for each in skipped]:
+                write_text(folder / SKIPPED, json.dumps(bad, indent=1) + "\n")
+            ShardIndex(folder, tuple(entry for entry, _ in mine), source.classes).save()
     return made
 
 
@@ -124,8 +127,8 @@ def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: 
     write_text(root / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
-def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_share: float) -> list[Packed]:
-    """All shards, under a progress bar; too many bad images end it."""
+def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_share: float) -> list[tuple]:
+    """What the packer makes of all jobs, under a progress bar; too many bad images end it."""
     options = processes.options(workers if workers > 1 else 0) | {"pin_memory": False}
     made, bad, interrupts = [], [], []
     try:
@@ -136,10 +139,10 @@ def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_shar
         if interrupts:
             raise KeyboardInterrupt
         with tqdm(total=total, desc="shard", unit="img") as bar:
-            for packed in results:
-                made.append(packed)
-                bad += packed.skipped
-                bar.update(packed.entry.samples + len(packed.skipped))
+            for entry, skipped in results:
+                made.append((entry, skipped))
+                bad += skipped
+                bar.update(entry.samples + len(skipped))
                 if len(bad) > max_bad_share * total:
                     raise UserError(
                         f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far "
@@ -150,7 +153,5 @@ def _run(packer: Packer, jobs: list[Job], workers: int, total: int, max_bad_shar
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise UserError(
-            f"workers is {workers}: one of them was killed, for lack of memory perhaps; repeat the command with fewer"
-        ) from error
+        raise UserError(f"workers is {workers}: one was killed, for lack of memory perhaps; give fewer") from error
     return made

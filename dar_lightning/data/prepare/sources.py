@@ -146,11 +146,8 @@ def choose_classes(source: Source, wanted: str) -> Source:
         raise UserError(f"classes: {max(names, key=names.count)!r} is there twice")
     labels = {source.classes.index(name): new for new, name in enumerate(names)}
     # a sample without a usable label could be of any class: it stays, to be reported
-    samples = [
-        sample if sample.flaw else sample._replace(label=labels[sample.label])
-        for sample in source.samples
-        if sample.flaw or sample.label in labels
-    ]
+    chosen = (sample for sample in source.samples if sample.flaw or sample.label in labels)
+    samples = [sample if sample.flaw else sample._replace(label=labels[sample.label]) for sample in chosen]
     return replace(source, classes=tuple(names), samples=samples)
 
 
