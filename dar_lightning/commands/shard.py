@@ -3,10 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dar_lightning.data.prepare.run import SKIPPED, make_shards, open_source
-from dar_lightning.data.prepare.sources import choose_classes, with_safe_keys
+from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
+from dar_lightning.data.prepare.ilsvrc import VAL_NAME, first_names, train_archive, val_archive
+from dar_lightning.data.prepare.packing import SKIPPED, make_shards
+from dar_lightning.data.prepare.sources import Source, choose_classes, image_folder, shards, with_safe_keys
+from dar_lightning.data.remote import is_remote
 from dar_lightning.errors import UserError, check_range
+from dar_lightning.files import find_shipped
 
+HUB = "hf://"
 SHOWN = 10  # skipped images that are named on the screen; the file has all
 
 
@@ -78,3 +83,29 @@ def shard(
         print(f"  skipped {each['shard']}/{each['key']}: {each['reason']}")
     if skipped:
         print(f"{len(skipped)} of {total} images skipped; {SKIPPED} beside the index names all")
+
+
+def open_source(input: str, labels: str | None, split: str | None) -> Source:
+    """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
+    if is_remote(input) and not input.startswith(HUB):
+        raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
+    path = Path(find_shipped(input))
+    first = first_names(path) if path.is_file() and path.suffix == ".tar" else []
+    is_val = any(VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
+    is_hf = input.startswith(HUB) or is_saved(path)
+    if labels is not None and not is_val:
+        raise UserError(f"labels is {labels}: only ILSVRC2012_img_val.tar needs them, input is {input}")
+    if split is not None and not is_hf:
+        raise UserError(f"split is {split}: only Hugging Face data sets have splits, input is {input}")
+    if is_hf:
+        return hf_dataset(input.removeprefix(HUB), split)
+    if is_val:
+        return val_archive(path, labels)
+    if any(name.endswith(".tar") for name in first):
+        return train_archive(path)
+    if input.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar"))):
+        return shards(input)
+    if path.is_dir():
+        return image_folder(path)
+    what = "is a file of another kind" if path.exists() else "does not exist"
+    raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")

@@ -207,22 +207,20 @@ def check_tensors(
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in wanted]
-    present = {name: tensors[name] for name in wanted if name in tensors}
-    problems += [f"{name} is {said}" for name, tensor in present.items() if (said := _misfit(tensor, wanted[name]))]
+    kinds = {name: (_kind(tensors[name]), _kind(tensor)) for name, tensor in wanted.items() if name in tensors}
+    problems += [f"{name} is {found}, need {needed}" for name, (found, needed) in kinds.items() if found != needed]
     # Values come after shapes: a file may claim a shape that no machine can hold.
     if not problems:
-        bad = (name for name, tensor in present.items() if not tensor.is_meta and not tensor.isfinite().all())
-        problems = [f"{name} holds NaN or infinity" for name in bad]
+        values = [name for name in wanted if not tensors[name].is_meta and not tensors[name].isfinite().all()]
+        problems = [f"{name} holds NaN or infinity" for name in values]
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
 
 
-def _misfit(tensor: Any, wanted: Tensor) -> str | None:
+def _kind(tensor: Any) -> str:
+    """What must agree: the shape, and whether it holds floating-point numbers and is dense."""
     if not isinstance(tensor, Tensor):
-        return f"a {type(tensor).__name__}, not a tensor"
-    if tensor.layout != torch.strided:
-        return f"{tensor.layout}, need a dense tensor"
-    if tensor.shape != wanted.shape:
-        return f"{tuple(tensor.shape)}, need {tuple(wanted.shape)}"
-    return None if tensor.is_floating_point() == wanted.is_floating_point() else f"{tensor.dtype}, need {wanted.dtype}"
+        return f"a {type(tensor).__name__}"
+    kind = "" if tensor.is_floating_point() else " of whole numbers"
+    return f"{tuple(tensor.shape)}{kind}{'' if tensor.layout == torch.strided else f' {tensor.layout}'}"
