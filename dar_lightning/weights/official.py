@@ -39,8 +39,7 @@ def load_official_tokenizer(
 
     Raises:
         UserError: if the file cannot be read safely, if its config and `config` differ or are both absent, or if any
-            tensor is unknown, missing, misshapen or not finite. Only the REPA head, which training alone uses, may be
-            missing, with a warning.
+            tensor is unknown, missing, misshapen or not finite; the REPA head may be missing, with a warning.
     """
     checkpoint, origin = _read(source)
     state, averaged = pick_weights(checkpoint, weights, prefer_ema=True, origin=origin)

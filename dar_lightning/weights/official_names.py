@@ -107,11 +107,11 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
     steps = model.pop("num_denoising_steps", model.get("num_query_groups"))
     if steps != model.get("num_query_groups"):
         warnings.warn(f"{origin} samples in {steps} steps: pass num_steps={steps} to detokenize", stacklevel=3)
-    _demand(model, {"vq_enable": True, "rope_base_len": 10000, "output_resolution": 0}, origin)
+    fixed = {"vq_enable": True, "rope_base_len": 10000, "output_resolution": 0}
+    values = _translate(model, TOKENIZER_KEYS, TOKENIZER_OPTIONAL, fixed, origin)
     fixed = {"in_dim": 3, "out_dim": 3, "cond_dim": model.get("decoder_dim"), "mlp_head": False}
-    _demand(decoder, fixed | {"share_time_encoding": False}, f"{origin}, diff_decoder")
-    values = _rename(model, TOKENIZER_KEYS, TOKENIZER_OPTIONAL, origin)
-    values |= _rename(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, f"{origin}, diff_decoder")
+    fixed |= {"share_time_encoding": False}
+    values |= _translate(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, fixed, f"{origin}, diff_decoder")
     if not has_repa_head:
         values["repa_layer"] = None
     result = build_config(TokenizerConfig, values, origin)
@@ -147,11 +147,11 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
         raise UserError(f"{origin} is a {type(config).__name__}: need the official constructor's arguments by name")
     arguments = {name: value for name, value in config.items() if name not in AR_IGNORED}
     hidden = arguments.pop("ffn_hidden", None)
-    _demand(arguments, {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}, origin)
+    fixed = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}
     for name in ("attn_dropout_p", "drop_path_rate"):
         if arguments.pop(name, 0):
             warnings.warn(f"{origin}: {name} acts in training only and is not built here", stacklevel=3)
-    result = build_config(ARConfig, shapes | _rename(arguments, AR_KEYS, AR_KEYS, origin), origin)
+    result = build_config(ARConfig, shapes | _translate(arguments, AR_KEYS, AR_KEYS, fixed, origin), origin)
     if hidden not in (None, result.ffn_dim):
         raise UserError(f"{origin}: ffn_hidden is {hidden}, dim {result.dim} gives {result.ffn_dim}")
     return result
@@ -166,16 +166,15 @@ def _section(config: Any, name: str, origin: str) -> dict[str, Any]:
     return dict(section)
 
 
-def _demand(values: dict[str, Any], fixed: Mapping[str, Any], origin: str) -> None:
-    """Take off the keys whose value can only be one here."""
+def _translate(
+    values: Mapping[str, Any], keys: Mapping[str, str], optional: Collection[str], fixed: Mapping[str, Any], origin: str
+) -> dict[str, Any]:
+    """Official hyperparameters under our names; those in `fixed` have none, since they can only have one value here."""
     for name, value in fixed.items():
-        if (given := values.pop(name, value)) != value:
+        if (given := values.get(name, value)) != value:
             raise UserError(f"{origin}: {name} is {given!r}, only {value!r} is built here")
-
-
-def _rename(values: Mapping[str, Any], keys: Mapping[str, str], optional: Collection[str], origin: str) -> dict:
-    if unknown := sorted(str(name) for name in values if name not in keys):
+    if unknown := sorted(str(name) for name in values if name not in {**keys, **fixed}):
         raise UserError(f"{origin} has unknown keys: {', '.join(unknown)}")
     if missing := sorted(name for name in keys if name not in values and name not in optional):
         raise UserError(f"{origin} lacks {', '.join(missing)}")
-    return {keys[name]: value for name, value in values.items()}
+    return {ours: values[name] for name, ours in keys.items() if name in values}

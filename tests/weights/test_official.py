@@ -112,6 +112,12 @@ def test_warnings(tokenizer_state, tokenizer_config):
 BIAS = "patchify.bias"
 
 
+def refuse(load, source, config, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        load(source, config)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -129,57 +135,40 @@ BIAS = "patchify.bias"
 )
 def test_tensors_are_refused_by_their_official_name(tokenizer_state, tokenizer_config, changes, message):
     state = {name: value for name, value in (tokenizer_state | changes).items() if value is not None}
-    with pytest.raises(UserError, match=message) as refusal:
-        load_official_tokenizer(state, tokenizer_config)
-    assert "\n" not in str(refusal.value)
+    refuse(load_official_tokenizer, state, tokenizer_config, message)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.pop("model"), "no section 'model'"),
-        (lambda c: c["model"].pop("diff_decoder"), "no section 'diff_decoder'"),
-        (lambda c: c["model"].pop("vq_dim"), "lacks vq_dim"),
-        (lambda c: c["model"].update(vq_enable=False), "vq_enable is False"),
-        (lambda c: c["model"].update(vq_dim="8"), "codebook_dim is '8', need int"),
-        (lambda c: c["model"]["diff_decoder"].update(cond_dim=32), "cond_dim is 32"),
-        (lambda c: c["model"]["diff_decoder"].update(mlp_head=True), "mlp_head is True"),
-        (lambda c: c["model"].update(num_query_groups=5, num_denoising_steps=5), "num_groups 5"),
-        (lambda c: c["model"].update(rope_base_len=torch.zeros(2)), "rope_base_len must be plain values"),
-        (lambda c: c["model"].update({7: 1, None: 2}), "unknown keys: 7, None"),
-    ],
-)
-def test_configs_are_refused_by_key(tokenizer_state, tokenizer_config, change, message):
-    change(tokenizer_config)
-    with pytest.raises(UserError, match=message):
-        load_official_tokenizer(tokenizer_state, tokenizer_config)
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "message"),
-    [
-        ({"surprise": 1}, {}, "unknown keys: surprise"),
-        ({"cls_token_num": 2}, {}, "cls_token_num is 2"),
-        ({"ffn_hidden": 7}, {}, "ffn_hidden is 7"),
-        ({"n_layer": 4}, {}, r"missing layers\.3"),
-        ({}, {"layers.99999999.x": torch.zeros(1)}, r"unknown layers\.9999"),
-        ({}, {f"layers.{'9' * 5000}.x": torch.zeros(1)}, r"unknown layers\.9999"),
-        ({"n_layer": "absent"}, {"layers.9999.x": torch.zeros(1)}, "depth is 10000, the weights are only"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_ar_models_are_refused(ar_state, ar_config, config, tensors, message):
-    config = {name: value for name, value in (ar_config | config).items() if value != "absent"}
-    with pytest.raises(UserError, match=message):
-        load_official_ar(ar_state | tensors, config)
-
-
-def test_what_is_no_model(ar_state, tokenizer_state):
-    for load, source, config, message in (
-        (load_official_ar, ar_state, None, "no released size"),
-        (load_official_ar, ar_state, [1], "is a list"),
-        (load_official_ar, {"x": torch.zeros(1)}, None, "no official AR model"),
-        (load_official_tokenizer, tokenizer_state, None, "carries no config"),
+def test_tokenizer_configs_are_refused_by_key(tokenizer_state, tokenizer_config):
+    model = tokenizer_config["model"]
+    decoder = model["diff_decoder"]
+    for config, message in (
+        (None, "carries no config"),
+        ({}, "no section 'model'"),
+        ({"model": model | {"diff_decoder": None}}, "no section 'diff_decoder'"),
+        ({"model": {name: value for name, value in model.items() if name != "vq_dim"}}, "lacks vq_dim"),
+        ({"model": model | {"vq_enable": False}}, "vq_enable is False"),
+        ({"model": model | {"vq_dim": "8"}}, "codebook_dim is '8', need int"),
+        ({"model": model | {"diff_decoder": decoder | {"cond_dim": 32}}}, "cond_dim is 32"),
+        ({"model": model | {"diff_decoder": decoder | {"mlp_head": True}}}, "mlp_head is True"),
+        ({"model": model | {"num_query_groups": 5, "num_denoising_steps": 5}}, "num_groups 5"),
+        ({"model": model | {"rope_base_len": torch.zeros(2)}}, "rope_base_len must be plain values"),
+        ({"model": model | {7: 1, None: 2}}, "unknown keys: 7, None"),
     ):
-        with pytest.raises(UserError, match=message):
-            load(source, config)
+        refuse(load_official_tokenizer, tokenizer_state, config, message)
+
+
+def test_ar_models_are_refused(ar_state, ar_config):
+    without = {name: value for name, value in ar_config.items() if name != "n_layer"}
+    for config, tensors, message in (
+        (ar_config | {"surprise": 1}, {}, "unknown keys: surprise"),
+        (ar_config | {"cls_token_num": 2}, {}, "cls_token_num is 2"),
+        (ar_config | {"ffn_hidden": 7}, {}, "ffn_hidden is 7"),
+        (ar_config | {"n_layer": 4}, {}, r"missing layers\.3"),
+        (ar_config, {"layers.99999999.x": torch.zeros(1)}, r"unknown layers\.9999"),
+        (ar_config, {f"layers.{'9' * 5000}.x": torch.zeros(1)}, r"unknown layers\.9999"),
+        (without, {"layers.9999.x": torch.zeros(1)}, "depth is 10000, the weights are only"),
+        (None, {}, "no released size"),
+        ([1], {}, "is a list"),
+        (None, {"tok_embeddings.weight": torch.zeros(1)}, "no official AR model"),
+    ):
+        refuse(load_official_ar, ar_state | tensors, config, message)
