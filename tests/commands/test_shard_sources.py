@@ -101,17 +101,12 @@ def test_shards_of_others(tmp_path):
     members |= {f"{long[0]}.png": encoded(1, "PNG"), f"{long[0]}.cls": b"0", ".".join(long): b"mask"}
     write_tar(tmp_path / "x.tar", list(members.items()))
     shard(str(tmp_path / "x.tar"), str(tmp_path / "out"), seed=None, workers=1)
-    first, second = ({n: c for n, c in each.items() if not n.startswith("__url")} for each in read(tmp_path / "out"))
-    assert json.loads(first.pop("json")) == {"name": "x.tar/a/b"}
-    assert first == {
-        "__key__": "a_b",
-        "__local_path__": first.pop("__local_path__"),
-        "jpg": jpeg,
-        "cls": b"1",
-        "txt": b"words",
-        "mask.png": b"any",
-    }
-    assert (second["__key__"], second["png"], second[long[1]]) == (long[0], encoded(1, "PNG"), b"mask")
+    first, second = read(tmp_path / "out")
+    found = {name: content for name, content in first.items() if not name.startswith("__")}
+    assert json.loads(found.pop("json")) == {"name": "x.tar/a/b"}
+    assert found == {"jpg": jpeg, "cls": b"1", "txt": b"words", "mask.png": b"any"}
+    assert (first["__key__"], second["__key__"]) == ("a_b", long[0])
+    assert (second["png"], second[long[1]]) == (encoded(1, "PNG"), b"mask")
     assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == []
 
 
