@@ -17,7 +17,7 @@ from dar_lightning.files import locked
 def test_killed_and_resumed_with_other_workers(tmp_path):
     """SIGKILL in the middle; then the bytes are those of an unbroken run, and finished shards were not made again."""
     tree, out = write_tree(tmp_path / "in", (20, 20, 20), size=(800, 600)), tmp_path / "out"
-    options = {"size": 64, "max_per_shard": 3, "val_fraction": 0.1}
+    options = {"size": 64, "max_per_shard": 3, "val_fraction": 0.1, "max_bad_share": 0.1}
     (tree / "fig" / "0007.jpg").write_bytes(b"no picture")
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     run = process("--input", tree, "--output", out, *words, "--workers", 2, start_new_session=True)
