@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,13 +30,15 @@ def provenance(device: "torch.device", precision: str) -> dict[str, Any]:
     `precision` is the Trainer's, or the dtype of the weights. The code is looked at once a process: call this when the
     work begins, as files may be edited while it runs.
     """
-    return {
-        "code": _code_at_first_call(),
-        "versions": _versions(),
-        "device": device_name(device),
-        "precision": precision,
-        "command": _command(),
-    }
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # torch-fidelity is optional
+            versions[name] = version(name)
+    program, words = Path(sys.argv[0]), sys.orig_argv
+    if program.stem == "dar" or program.parent == PACKAGE:  # python -m dar_lightning
+        words = ["dar", *sys.argv[1:]]
+    made = {"code": _code_at_first_call(), "versions": versions, "device": device_name(device)}
+    return made | {"precision": precision, "command": shlex.join(words)}
 
 
 def read_code() -> dict[str, Any]:
@@ -76,25 +79,6 @@ def device_name(device: "torch.device") -> str:
 _code_at_first_call = cache(read_code)
 
 
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # torch-fidelity is optional
-            continue
-    return found
-
-
-def _command() -> str:
-    """This process's command as one types it, `dar ...` where it is one."""
-    program = Path(sys.argv[0])
-    if program.stem == "dar" or program.parent == PACKAGE:  # python -m dar_lightning
-        return shlex.join(["dar", *sys.argv[1:]])
-    return shlex.join(sys.orig_argv)
-
-
 def _git(*words: str) -> str | None:
     """What git prints in the package's folder, None where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
@@ -110,10 +94,9 @@ def _package_sha256() -> str | None:
     digest = hashlib.sha256()
     try:
         for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in HASHED):
-            if path.is_relative_to(PACKAGE / "shipped" / "data"):  # a wheel has photos there
-                continue
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{path.relative_to(PACKAGE).as_posix()} {content}\n".encode())
+            if not path.is_relative_to(PACKAGE / "shipped" / "data"):  # a wheel has photos there
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(PACKAGE).as_posix()} {content}\n".encode())
     except OSError:  # a file went away meanwhile
         return None
     return digest.hexdigest()
