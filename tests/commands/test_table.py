@@ -25,7 +25,7 @@ from dar_lightning.generation.npz import write_npz
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 CONFIGS = {}  # what its rows change -> a table of the paper; tests/test_configs.py parses all
-for path in (Path(__file__).parents[2] / "experiments/evaluate").glob("*.yaml"):
+for path in sorted((Path(__file__).parents[2] / "experiments/evaluate").glob("*.yaml")):
     if rows := yaml.safe_load(path.read_text()).get("rows"):
         CONFIGS[frozenset(chain(*rows))] = path
 DISTANCE = f"FD-{NETWORK}"

@@ -1,7 +1,6 @@
 """Provenance: what git, the libraries and the process themselves say, in every kind of result."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -13,28 +12,11 @@ import pytest
 import torch
 from tiny_models import fit_ar, make_tokenizer, write_images
 
+from dar_lightning import __version__
 from dar_lightning.cli import main
 from dar_lightning.records import provenance
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
-MODULE = Path(provenance.__file__)
-MAIN = """
-import json
-from types import SimpleNamespace
-from dar_lightning.records.provenance import provenance
-print(json.dumps(provenance(SimpleNamespace(type="cpu"), "bf16-mixed")))
-"""
-
-
-def package(root: Path) -> Path:
-    """A package of this name that has the module at hand and nothing else."""
-    folder = root / "dar_lightning"
-    (folder / "records").mkdir(parents=True)
-    shutil.copy(MODULE, folder / "records")
-    (folder / "records" / "__init__.py").touch()
-    (folder / "__init__.py").write_text('__version__ = "9.8"\n')
-    (folder / "__main__.py").write_text(MAIN)
-    return folder
 
 
 def git(folder: Path, *words: str) -> str:
@@ -52,69 +34,66 @@ def repository(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def ask(package: Path, cwd: Path, *words: str, **environment: str) -> dict:
-    """What `python -m dar_lightning` says of itself, in a process of its own."""
-    variables = os.environ | {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    command = [sys.executable, "-m", "dar_lightning", *words]
-    return json.loads(subprocess.check_output(command, cwd=cwd, env=variables, text=True))
-
-
 @pytest.fixture
-def checkout(tmp_path) -> tuple[Path, str]:
-    folder = package(tmp_path / "checkout")
-    return folder, repository(folder.parent)
+def package(tmp_path, monkeypatch) -> Path:
+    """A package in the place of this one, with a file."""
+    folder = tmp_path / "venv/site-packages/dar_lightning"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("first = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", folder)
+    return folder
 
 
 @pytest.mark.parametrize("path", [None, "notes.txt", "README.md", "dar_lightning/new.py", "dar_lightning/__init__.py"])
-def test_a_checkout_is_asked_wherever_the_command_runs(checkout, path, tmp_path):
+def test_a_checkout_is_asked_wherever_the_command_runs(package, path, tmp_path, monkeypatch):
     """It has changed with what git tracks, and with new modules."""
-    folder, commit = checkout
-    other = tmp_path / "other"
+    commit, other = repository(package.parent), tmp_path / "other"
     assert repository(other) != commit
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))  # as git's hooks have it
+    monkeypatch.chdir(other)
     if path is not None:
-        with (folder.parent / path).open("a") as file:
+        with (package.parent / path).open("a") as file:
             file.write("# more\n")
-    found = ask(folder, other, "fit", "--name=a b", GIT_DIR=str(other / ".git"))  # as git's hooks have it
-    code = found.pop("code")
-    assert [code[name] for name in ("version", "commit", "changed")] == ["9.8", commit, path not in (None, "notes.txt")]
-    assert found["command"] == "dar fit '--name=a b'"
-    assert (found["precision"], found["device"][:5]) == ("bf16-mixed", "cpu (")
+    code = provenance.read_code()
+    assert (code["commit"], code["changed"]) == (commit, path not in (None, "notes.txt"))
 
 
 @pytest.mark.parametrize("case", ["no git", "a git that hangs", "no repository", "installed inside of one"])
-def test_without_a_commit_there_is_none(case, tmp_path):
-    folder = package(tmp_path / "venv" / "site-packages")
-    path = os.environ["PATH"]
+def test_without_a_commit_there_is_none(case, package, tmp_path, monkeypatch):
     if case == "installed inside of one":
         (tmp_path / ".gitignore").write_text("venv/\n")
         repository(tmp_path)
     if case.endswith(("git", "hangs")):
-        path = str(tmp_path / "bin")
         (tmp_path / "bin").mkdir()
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if case == "a git that hangs":
-        (tmp_path / "bin" / "git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
-        (tmp_path / "bin" / "git").chmod(0o755)
-        module = folder / "records" / MODULE.name
-        module.write_text(module.read_text().replace("GIT_SECONDS = 5", "GIT_SECONDS = 0.2"))
-    found = ask(folder, tmp_path, PATH=path)["code"]
-    assert (found["version"], found["commit"], found["changed"]) == ("9.8", None, None)
-    assert len(found["sha256"]) == 64
+        (tmp_path / "bin/git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+        (tmp_path / "bin/git").chmod(0o755)
+        monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
+    code = provenance.read_code()
+    assert (code["version"], code["commit"], code["changed"]) == (__version__, None, None)
+    assert len(code["sha256"]) == 64
 
 
-def test_the_hash_is_of_what_decides_results(tmp_path, monkeypatch):
-    folder = package(tmp_path)
-    monkeypatch.setattr(provenance, "PACKAGE", folder)
+def test_the_hash_is_of_what_decides_results(package, tmp_path, monkeypatch):
     hashes = [provenance.read_code()["sha256"]]
     for path, text in (("README.md", "words"), ("config.json", "{}"), ("config.json", '{"a": 1}')):
-        (folder / path).write_text(text)
+        (package / path).write_text(text)
         hashes.append(provenance.read_code()["sha256"])
-    (folder / "config.json").rename(folder / "other.json")
+    (package / "config.json").rename(package / "other.json")
     hashes.append(provenance.read_code()["sha256"])
-    folder.rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "elsewhere")
+    monkeypatch.setattr(provenance, "PACKAGE", package.rename(tmp_path / "elsewhere"))
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
     assert provenance.read_code()["sha256"] == hashes[-1]
+
+
+@pytest.mark.parametrize("program", ["/bin/dar", str(provenance.PACKAGE / "__main__.py")])
+def test_the_command_is_as_one_types_it(program, monkeypatch):
+    """`python -m dar_lightning` has the file of its module as its name."""
+    monkeypatch.setattr(sys, "argv", [program, "fit", "--name=a b"])
+    made = provenance.provenance(torch.device("cpu"), "bf16-mixed")
+    assert (made["command"], made["precision"], made["device"][:5]) == ("dar fit '--name=a b'", "bf16-mixed", "cpu (")
 
 
 # ---- every verb's record
@@ -183,7 +162,7 @@ def test_every_result_says_what_made_it(file, made):
     assert found["versions"]["lightning"] == lightning.__version__
     assert found["device"].startswith("cpu")
     assert found["precision"] == precision
-    assert shlex.split(found["command"]) == sys.orig_argv, "the tests' own; `python -m dar_lightning` is above"
+    assert shlex.split(found["command"]) == sys.orig_argv, "the tests' own"
 
 
 def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):

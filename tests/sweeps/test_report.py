@@ -1,6 +1,7 @@
 """`dar report`: means and spreads are the library's, what is missing is named, nothing unlike is put together."""
 
 import csv
+import io
 import json
 import shutil
 import statistics
@@ -8,6 +9,9 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
 from tiny_sweep import GROUPS, MEASURED, ORDERS, RECONSTRUCTED, STEPS, measured, write_json, write_sweep
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,6 +21,7 @@ from dar_lightning.sweeps.curves import read_scalars
 from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples
 from dar_lightning.sweeps.results import read_sweep
 from dar_lightning.sweeps.tables import markdown, summarize
+from dar_lightning.sweeps.tensorboard import write_tensorboard
 
 CODE = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": True, "sha256": "f" * 64}
 
@@ -177,3 +182,61 @@ def test_a_resumed_runs_curve_is_one_curve(tmp_path):
     curve = read_scalars(tmp_path)["x"]
     assert curve.steps.tolist() == [0, 1, 2, 3, 4]
     assert curve.values.tolist() == [0, 1, 12, 13, 14]
+
+
+# ---- what TensorBoard's own readers find
+
+
+def loaded(folder) -> EventMultiplexer:
+    return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+
+
+def hyperparameters(tags: dict) -> dict:
+    return metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG]).hparams
+
+
+@pytest.fixture(scope="module")
+def board(sweep, reported):
+    return loaded(write_tensorboard(read_sweep(sweep)))  # a second report takes the first one's place
+
+
+def test_runs_bear_the_names_of_their_cells(board):
+    names = {name for name in board.Runs() if name.startswith("random")}
+    assert names == {"random/seed0", "random/seed0/ar", "random/seed0/tokenizer"}
+    events = board.Scalars("reversed/seed1/ar", "val/loss")
+    assert [(event.step, round(event.value, 5)) for event in events] == [(10, 3.6), (20, 2.6), (30, 1.6)]
+    [event] = board.Images("reversed/seed1", "samples")
+    assert Image.open(io.BytesIO(event.encoded_image_string)).getpixel((5, 5)) == (60, 40, 200)
+
+
+def test_each_run_is_one_row_of_the_table(board, sweep, tmp_path):
+    started = board.PluginRunToTagToContent("hparams")
+    done = {f"{cell}/seed{seed}" for cell in ("coarse", "reversed") for seed in range(3)} | {"random/seed0"}
+    assert set(started) == done, "and none for what Lightning logs of a training"
+    tags = started["reversed/seed1"]
+    found = hyperparameters(tags)
+    assert (found["order"].string_value, found["seed"].number_value) == ("reversed", 1)
+    experiment = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG])
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["measured/FD-color_edges"]
+    [event] = board.Scalars("reversed/seed1", "measured/FD-color_edges")
+    assert event.value == pytest.approx(measured("reversed", 1))
+
+    values = {"K": 16, "beta": 0.5, "low_rank": True, "quantizer": "vq", "guidance": [1.1, 8.0]}
+    cell = replace(read_sweep(sweep).cells[0], values=values)
+    only = replace(read_sweep(sweep), folder=tmp_path, cells=(cell,))
+    found = hyperparameters(loaded(write_tensorboard(only)).PluginRunToTagToContent("hparams")[f"{cell.name}/seed0"])
+    assert (found["K"].number_value, found["beta"].number_value) == (16, 0.5), "numbers are sorted as such"
+    texts = [found[axis].string_value for axis in ("low_rank", "quantizer", "guidance")]
+    assert texts == ["True", "vq", "1.1, 8"]
+
+
+def test_the_layout_puts_curves_of_all_cells_into_one_chart(board):
+    [event] = board.Tensors(".", "custom_scalars__config__")
+    found = {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    }
+    groups = [f"groups/val_loss_{k}" for k in range(GROUPS)]
+    written = [f"written/val_loss_{k}" for k in range(GROUPS)]
+    expected = {"Does order matter?": ["val/loss", "val/flow", *groups], "written/val_loss": written}
+    assert found == {title: {name: [f"^{name}$"] for name in names} for title, names in expected.items()}
