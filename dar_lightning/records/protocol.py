@@ -23,10 +23,8 @@ DEPENDS = {
     "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), ("images",)),
     "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), ("images",)),
     "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), ("images",)),
-    "psnr_own_tokens": (("token_influence",), ()),  # names its images itself
-    "psnr_other_tokens": (("token_influence",), ()),
-    "psnr_same_tokens": (("token_influence",), ()),
-    "psnr_exchanged_from_group": (("token_influence",), ()),
+    "psnr_exchanged_from_group": (("token_influence",), ()),  # names its images itself
+    **{f"psnr_{whose}_tokens": (("token_influence",), ()) for whose in ("own", "other", "same")},
     "probe_accuracy_samples": (("features", "probe"), ()),
     "probe_accuracy_reference": (("features", "probe"), ("images",)),
 }

@@ -44,9 +44,9 @@ def provenance(device: "torch.device", precision: str) -> dict[str, Any]:
 def read_code() -> dict[str, Any]:
     """The package as its files are now: `version`, `commit`, `changed`, `sha256`.
 
-    `commit` is of the repository that tracks the package, and `changed` says whether tracked files differ from it, or
-    the package has new modules. Both are None for an installed package, and where git does not answer. `sha256` is of
-    the package's own files: equal hashes are the same code, with or without a commit.
+    `commit` is of the repository that tracks the package; `changed` says whether tracked files differ from it, or the
+    package has new modules. Both are None for an installed package, and where git does not answer. Equal `sha256`, of
+    the package's own files, are the same code, with or without a commit.
     """
     commit = changed = None
     if _git("ls-files", "__init__.py"):  # not a repository in which installed packages merely lie

@@ -124,8 +124,11 @@ def _run(root: Path, cell: str, seed: int) -> RunResult:
         StageResult(stage["name"], root / stage["folder"], stage["status"], stage.get("code"))
         for stage in told["stages"]
     )
-    if told["status"] != "done":
-        return RunResult(cell, seed, folder, told["status"], stages)
+    status = told["status"]
+    if status == "done" and not (folder / METRICS).is_file():
+        status = "pending"  # killed in between: the sweep, started again, writes them
+    if status != "done":
+        return RunResult(cell, seed, folder, status, stages)
     measured = read_json(folder / METRICS)
     metrics = {name: value for name, value in measured["figures"].items() if value is not None}  # None: infinite PSNR
     folders = {stage.name: stage.folder for stage in stages}

@@ -167,6 +167,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_nothing_done_yet(copy, capsys):
+    (copy / "cells/coarse/seed0/metrics.json").unlink()
+    assert [run.status for run in read_sweep(copy).cells[0].runs] == ["pending", "done", "done"], "killed in between"
     for path in (copy / "cells").rglob("cell.json"):
         path.unlink()
     main(["report", str(copy)])
