@@ -17,9 +17,8 @@ from tiny_models import make_tokenizer
 from tiny_shards import CLASSES, SIZES, picture, sample, write_set
 
 from dar_lightning.commands.extract import extract
-from dar_lightning.data import transforms
+from dar_lightning.data import extraction, transforms
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.extraction import ShardWriter
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, read_header
 from dar_lightning.errors import UserError
@@ -109,22 +108,20 @@ def test_ten_crop_is_what_the_tokenizer_says(ten):
 
 def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monkeypatch):
     """No forward pass has more crops than asked, although an image has ten; and no more than a shard is held."""
-    passes, held = [], []
-    tokenize, write = SequentialDiffusionTokenizer.tokenize, ShardWriter.on_predict_batch_end
+    passes, tokenize, write = [], SequentialDiffusionTokenizer.tokenize, extraction.write_codes
 
     def counted(self, images):
         passes.append(len(images))
         return tokenize(self, images)
 
-    def watched(self, *arguments):
-        write(self, *arguments)
-        held.append(len(self.codes))
+    def watched(path, *arguments):
+        passes.append(path.name)
+        write(path, *arguments)
 
     monkeypatch.setattr(SequentialDiffusionTokenizer, "tokenize", counted)
-    monkeypatch.setattr(ShardWriter, "on_predict_batch_end", watched)
+    monkeypatch.setattr(extraction, "write_codes", watched)
     run(tokenizers, shards, tmp_path, batch_size=4)
-    assert max(passes) == 4
-    assert held == [number % size for size in SIZES for number in range(1, size + 1)]
+    assert passes == [each for name, size in zip(FILES, SIZES, strict=True) for each in [*size * [4, 4, 2], name]]
     assert np.array_equal(codes_of(tmp_path), codes_of(ten))
 
 
@@ -180,8 +177,8 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
         (f"{shards}/000000.tar", ten, {}, "holds tokens of other shards"),
         (shards, shards, {}, "another kind of index"),
         (shards, tmp_path / "file" / "codes", {}, r"output: .*codes: Not a directory"),
-        (shards, tmp_path / "out", {"num_workers": -1}, "^num_workers: -1 is "),
-        (shards, tmp_path / "out", {"image_size": 0}, "^image_size: 0 is "),
+        (shards, tmp_path / "out", {"num_workers": -1}, "^num_workers.* -1"),
+        (shards, tmp_path / "out", {"image_size": 0}, "^image_size.* 0"),
     ):
         with pytest.raises(UserError, match=message):
             run(tokenizers, source, output, **options)

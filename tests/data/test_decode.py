@@ -1,15 +1,40 @@
 """Real bytes of every kind that image folders turn out to hold: the right pixels, or a reason in one line."""
 
+import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
-from encoded import encode, picture, png
 from PIL import Image
 
 from dar_lightning.data.decode import MAX_PIXELS, BadSample, decode_rgb
 from dar_lightning.data.prepare import packing
+
+
+def picture(width: int = 96, height: int = 64) -> Image.Image:
+    """Survives JPEG, and is not the same when mirrored or turned."""
+    rows, columns = np.mgrid[:height, :width]
+    planes = [255 * columns / width, 255 * rows / height, 128 + 100 * np.sin(columns / 9) * np.cos(rows / 7)]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
+    """A PNG put together by hand; `rows` has a filter byte before each row."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
 
 GREY, PALETTE = picture().convert("L"), picture().quantize(64)
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -64,45 +89,16 @@ UPPER = Image.fromarray((WORDS >> 8).astype(np.uint8))
         (encode(GREY, "PNG"), GREY),
         (encode(GREY, "PNG", transparency=200), GREY),
         (encode(GREY.convert("1"), "PNG"), GREY.convert("1")),
-        *((encode(picture(), kind, **FILM), picture()) for kind in ("PNG", "TIFF")),  # the first frame
-        (encode(picture(), "WEBP", lossless=True, **FILM), picture()),
-        (encode(PALETTE.convert("RGB"), "GIF", **FILM), PALETTE),
-        # phones put two pictures into a JPEG; orientation tags are ignored; what lies behind the end, too
+        (encode(PALETTE.convert("RGB"), "GIF", **FILM), PALETTE),  # the first frame
+        # phones put two pictures into a JPEG; orientation tags are ignored
         (encode(picture(), "MPO", **FILM), decode_rgb(encode(picture(), "JPEG"))),
         (encode(picture(), "JPEG", exif=TURNED), decode_rgb(encode(picture(), "JPEG"))),
-        (encode(picture(), "JPEG") + b"more", decode_rgb(encode(picture(), "JPEG"))),
         (encode(Image.frombytes("I;16", (32, 32), WORDS.tobytes()), "TIFF"), UPPER),
         (encode(Image.frombytes("I;16B", (32, 32), WORDS.byteswap().tobytes()), "TIFF"), UPPER),
     ],
 )
 def test_exact_pixels(content, expected):
     assert np.array_equal(pixels(content), expected.convert("RGB"))
-
-
-@pytest.mark.parametrize(
-    ("image", "kind", "options", "limit"),
-    [
-        (picture(), "JPEG", {}, 12),
-        (picture(), "JPEG", {"quality": 95, "progressive": True}, 3),
-        (GREY.convert("RGB"), "JPEG", {}, 12),
-        (picture(), "WEBP", {}, 12),
-    ],
-)
-def test_lossy_formats(image, kind, options, limit):
-    assert distance(pixels(encode(image, kind, **options)), image) < limit
-
-
-def test_cmyk_jpegs():
-    """Inks are stored inverted, as Adobe's programs do, with the APP14 segment that says so or without."""
-    inks = np.array([(0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255), (0, 0, 0, 0)], dtype=np.uint8)
-    blocks = np.broadcast_to(inks.repeat(16, 0), (16, 64, 4))
-    expected = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255)])  # red, green, black, white
-    adobe = encode(Image.frombytes("CMYK", (64, 16), blocks.tobytes()), "JPEG", quality=95)
-    start = adobe.index(b"\xff\xee")
-    plain = adobe[:start] + adobe[start + 2 + int.from_bytes(adobe[start + 2 : start + 4]) :]
-    assert (b"Adobe" in adobe, b"Adobe" in plain) == (True, False)
-    for content in (adobe, plain):
-        assert np.abs(pixels(content)[8, 8::16].astype(int) - expected).max() < 8
 
 
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["grey", "RGB", "LA", "RGBA"])

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_models import SIZE, write_images, write_tokens
 
 from dar_lightning.data.codes import CodesDataModule
@@ -18,9 +17,9 @@ from dar_lightning.data.loader import Loader
 from dar_lightning.data.views import ViewBatches, Views
 from dar_lightning.data.workers import options
 
-# A run: says who its worker and the worker's parent are, and what of Lightning the datasets of a file have brought into
-# the worker; stands still; ends the worker. A child that is forked from it, as with Lightning's `ddp_notebook` after a
-# look at one batch, has workers, too.
+# A run: says who its worker and the worker's parent are, and what of Lightning the datasets of a file bring into the
+# worker; stands still. A child that is forked from it, as with Lightning's `ddp_notebook`, has workers, too. It ends
+# its worker; the next one has its environment of now: a key for S3 may have come later.
 RUN = """
 import multiprocessing, os, pickle, signal, sys
 class Probe:
@@ -29,7 +28,8 @@ class Probe:
     def __getitem__(self, item):
         with open(sys.argv[1], "rb") as file:
             assert len([loaded[0][0] for loaded in pickle.load(file)]) == 4
-        return [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning")]
+        modules = [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning")]
+        return modules, dict(os.environ)
 if __name__ == "__main__":
     from dar_lightning.data.workers import options
     from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     loader = DataLoader(Probe(), batch_size=None, **options(1))
     os.killpg(0, signal.SIGUSR1)  # while the server starts
     batches = iter(loader)
-    modules = next(batches)
+    modules, _ = next(batches)
     worker, = multiprocessing.active_children()
     server = int(open(f"/proc/{worker.pid}/stat").read().rsplit(")", 1)[1].split()[1])
     print(worker.pid, server, len(modules), flush=True)
@@ -53,9 +53,10 @@ if __name__ == "__main__":
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(20)
     print(worker.exitcode, flush=True)
-    another = iter(DataLoader(range(3), **options(1)))
+    os.environ["LATER"] = os.environ.pop("PATH")
+    another = iter(DataLoader(Probe(), batch_size=None, **options(1)))
     worker, = multiprocessing.active_children()
-    print(worker.pid, flush=True)
+    print(worker.pid, next(another)[1] == dict(os.environ), flush=True)
     sys.stdin.readline()
 """
 
@@ -112,28 +113,11 @@ def test_a_run_its_server_and_its_worker(run):
     assert is_there(worker)
     assert is_there(server)
     assert go_on(run) == "0", "what the run sends ends it"
-    worker = int(run.stdout.readline())
+    worker, has_the_environment = run.stdout.readline().split()
+    assert has_the_environment == "True"
+    worker = int(worker)
     run.kill()
     deadline = time.monotonic() + 60
     while is_there(worker) or is_there(server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-class Variables(torch.utils.data.Dataset):
-    """The environment where the item is made."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, item: int) -> dict[str, str]:
-        return dict(os.environ)
-
-
-def test_workers_have_the_environment_of_the_run_as_it_is_now(monkeypatch):
-    """The server has that of the moment in which it started: a key for S3 may have come later."""
-    monkeypatch.delenv("PATH")  # the server has it
-    for value in ("one", "two"):
-        monkeypatch.setenv("DAR_TEST_VARIABLE", value)
-        loader = torch.utils.data.DataLoader(Variables(), batch_size=None, **options(1))
-        assert list(loader) == [dict(os.environ)]
