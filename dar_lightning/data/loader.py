@@ -16,6 +16,12 @@ from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
+SHARED = {  # what must be the same for a position to mean anything
+    "global_batch": "batch size x devices",
+    "accumulate": "number of batches per optimizer step",
+    "samples": "number of training samples",
+    "data_sha256": "hash of the training data (shards' names, contents and classes)",
+}
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 
 
@@ -82,24 +88,25 @@ class TrainLoader(Loader):
         unfinished = 0 if self.progress is None else self.progress.ready - self.progress.processed
         return {
             "position": self.sampler.position - unfinished,
-            "global_batch": self.sampler.global_batch,  # batch size x devices
-            "accumulate": self.sampler.accumulate,  # batches per optimizer step
+            "global_batch": self.sampler.global_batch,
+            "accumulate": self.sampler.accumulate,
             "samples": len(self.dataset),
-            "data_sha256": self.dataset.data_sha256,  # shards' names, contents and classes
+            "data_sha256": self.dataset.data_sha256,
         }
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Continue from a checkpoint; a UserError if its global batch or data were others."""
-        _check_same(state, self.state_dict(), except_for="position")
+        _check_same(state, self.state_dict())
         self.sampler.position = state["position"]
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], except_for: str = "") -> None:
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A UserError where a checkpoint has another value."""
     for name, value in now.items():
-        if name != except_for and (was := before.get(name, value)) != value:
+        if (was := before.get(name, value)) != value and name != "position":
             raise UserError(
-                f"cannot resume: data's {name} was {was} in the checkpoint and is {value} now; use the same, or start "
-                "a new run from its weights"
+                f"cannot resume: {SHARED.get(name, f'data.{name}')} was {was} in the checkpoint and is {value} now; "
+                "use the same, or start a new run from its weights"
             )
 
 

@@ -351,7 +351,7 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, copy, tmp_path):
         with pytest.raises(UserError, match=message):
             seen(data)
     CodesDataModule(str(ten), str(ten), tokenizer=str(tokenizers / "0")).setup("fit")
-    line = rf"^cannot resume: data's tokenizer_sha256 was {content['tokenizer']} .* and is 0{{64}} now; use the same"
+    line = rf"^cannot resume: data\.tokenizer_sha256 was {content['tokenizer']} .* and is 0{{64}} now; use the same"
     with pytest.raises(UserError, match=line):
         CodesDataModule(str(copy)).load_state_dict(CodesDataModule(str(ten)).state_dict())
     (copy / "000001.safetensors").unlink()

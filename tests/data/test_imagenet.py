@@ -111,13 +111,13 @@ def resume(data: ImageNetDataModule, checkpoint: dict) -> None:
 @pytest.mark.parametrize(
     ("option", "line"),
     [
-        ({"seed": 4}, "data's seed was 3 in the checkpoint and is 4 now"),
-        ({"crop": "ten_crop"}, "data's crop was adm in the checkpoint and is ten_crop now"),
-        ({"flip": False}, "data's flip was True in the checkpoint and is False now"),
-        ({"image_size": 8}, "data's image_size was 16 in the checkpoint and is 8 now"),
-        ({"batch_size": 5}, "data's global_batch was 4 in the checkpoint and is 5 now; use the same, or start a new"),
-        ({"classes": ["b", "a", "c", "d"]}, "data's data_sha256 was"),
-        ({"classes": ["b"]}, "data's samples was 26 in the checkpoint and is 7 now"),
+        ({"seed": 4}, "data.seed was 3 in the checkpoint and is 4 now"),
+        ({"crop": "ten_crop"}, "data.crop was adm in the checkpoint and is ten_crop now"),
+        ({"flip": False}, "data.flip was True in the checkpoint and is False now"),
+        ({"image_size": 8}, "data.image_size was 16 in the checkpoint and is 8 now"),
+        ({"batch_size": 5}, "batch size x devices was 4 in the checkpoint and is 5 now; use the same, or start a new"),
+        ({"classes": ["b", "a", "c", "d"]}, "hash of the training data"),
+        ({"classes": ["b"]}, "number of training samples was 26 in the checkpoint and is 7 now"),
     ],
     ids=str,
 )
@@ -133,5 +133,5 @@ def test_resuming_refuses_other_data(shards, tmp_path):
     write_set(other, bad={5})
     checkpoint = state(module(shards))
     resume(module(moved), checkpoint)
-    with pytest.raises(UserError, match="cannot resume: data's data_sha256 was"):
+    with pytest.raises(UserError, match="cannot resume: hash of the training data"):
         resume(module(other), checkpoint)

@@ -170,7 +170,7 @@ def test_other_parts_are_refused(tokens, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run([*fit, *PARTS[:1], "--global_batch=8"], every=2)
     assert stop.value.code == 2
-    assert "data's accumulate was 2 in the checkpoint and is 4 now" in capsys.readouterr().err
+    assert "number of batches per optimizer step was 2 in the checkpoint and is 4 now" in capsys.readouterr().err
 
 
 # ---- what the run says
