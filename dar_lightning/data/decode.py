@@ -52,11 +52,7 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """What the header of an encoded file says: format, size, mode. Its pixels have not been read.
-
-    Raises:
-        Exception: Many kinds, if it is no image of FORMATS.
-    """
+    """What the header of an encoded file says: format, size, mode. Raises many kinds if it is none of FORMATS."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
         return Image.open(io.BytesIO(content), formats=FORMATS)

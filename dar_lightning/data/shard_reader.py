@@ -34,10 +34,7 @@ class ShardReader:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def read(self, number: int, only: Collection[str] | None = None) -> tuple[str, str, dict[str, bytes]]:
-        """Shard name, key, and the contents of the sample's members, or of `only` some, by lower-case extension.
-
-        A BadSample if it is lost, or cannot be read.
-        """
+        """Shard name, key, and the contents of (`only` some) members by lower-case extension; a BadSample if lost."""
         shard, position, file, contents = self._locate(number)
         if flaw := contents.flaw(position):
             raise BadSample(flaw)

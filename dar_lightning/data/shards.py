@@ -165,11 +165,7 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
 
 
 def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:
-    """A folder's `index.json`, which must have the `needed` names, and the shards in it.
-
-    Raises:
-        UserError: It cannot be read, is something else, or was written by a later version.
-    """
+    """A folder's `index.json` and the shards in it; a UserError if it is none, or has not the `needed` names."""
     path = folder / INDEX
     try:
         content = json.loads(path.read_text())
@@ -190,10 +186,7 @@ def data_sha256(shards: Iterable[Shard], *more: object) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
-    """Write samples, (key, {extension: content}), as one tar, atomically; its index entry.
-
-    The same samples give the same bytes on any machine.
-    """
+    """Write samples, (key, {extension: content}), as one tar, atomically: the same bytes on any machine."""
     keys = set()
     same = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "keep_meta": True}  # whoever writes it, and when
     with atomic_path(path) as part, part.open("wb") as file, TarWriter(file, encoder=False, **same) as tar:

@@ -56,11 +56,7 @@ class CodesIndex:
 
     @classmethod
     def load(cls, folder: str | Path, option: str = "codes", complete: bool = True) -> "CodesIndex":
-        """Read a folder of token shards, which the user calls `option`; check its files, if it must be `complete`.
-
-        Raises:
-            UserError: It is missing, is not one, or its files are not those of its index.
-        """
+        """Read a folder of token shards, the value of `option`; a UserError if it is none, or not `complete`."""
         root = Path(folder)
         if not (root / INDEX).is_file():
             raise UserError(f"{option}: {root / INDEX} does not exist; the end of `dar extract` writes it")
