@@ -38,11 +38,13 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         skipped: Skipped | None = getattr(self.dataset, "skipped", None)
-        # with these, every rank has as many batches as this one
-        together = isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_initialized()
-        start = perf_counter()
+        together = dist.is_available() and dist.is_initialized()
+        together = together and isinstance(self.sampler, (TrainSampler, EvalSampler))  # all ranks have as many batches
+        batches = None
         try:
-            for number, batch in enumerate(super().__iter__(), start=1):
+            batches = super().__iter__()
+            start = perf_counter()
+            for number, batch in enumerate(batches, start=1):
                 self.waited += perf_counter() - start
                 self.given += 1
                 if skipped is not None:
@@ -63,7 +65,7 @@ class Loader(DataLoader):
             else:
                 raise
             error.__traceback__ = None  # its frames hold the workers, too
-        self._iterator = None  # so the workers end at once
+        self._iterator = batches = None  # so the workers end at once
         raise UserError(message)
 
 
