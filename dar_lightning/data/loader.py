@@ -116,7 +116,7 @@ def at_least(least: int, **options: int | None) -> None:
     """Refuse options of a DataModule that are smaller."""
     for name, value in options.items():
         if value is not None and value < least:
-            raise UserError(f"data.{name}: {value} is too small, give at least {least}")
+            raise UserError(f"data.{name} is {value}: must be at least {least}")
 
 
 class StreamDataModule(L.LightningDataModule):

@@ -61,9 +61,9 @@ def test_training_and_validation_must_have_the_same_classes(shards, tmp_path, cl
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"num_workers": -1}, r"data\.num_workers: -1 is too small, give at least 0"),
-        ({"image_size": 0}, r"data\.image_size: 0 is too small"),
-        ({"num_classes": 0}, r"data\.num_classes: 0 is too small"),
+        ({"num_workers": -1}, r"data\.num_workers is -1: must be at least 0"),
+        ({"image_size": 0}, r"data\.image_size is 0: must be"),
+        ({"num_classes": 0}, r"data\.num_classes is 0: must be"),
         ({"crop": "foo"}, r"data\.crop: 'foo' is none of adm, ten_crop, center"),
         ({"max_bad_share": 2}, r"data\.max_bad_share: 2 is not a share"),
         ({"batch_size": 27}, r"data\.batch_size: 27 x 1 devices x 1 batches per step is more than the 26 training"),
