@@ -25,7 +25,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 def first_names(path: Path, count: int = 10) -> list[str]:
     """Names of the first files in a tar, damaged or not, to tell what it is."""
     with users_path("input"), path.open("rb") as file:
-        members = Walk(file, path.stat().st_size)
+        members = Walk(file)
         return [member.name for member in islice((each for each in members if each.isreg()), count)]
 
 
