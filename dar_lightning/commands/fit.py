@@ -125,9 +125,10 @@ class TrainerCLI(LightningCLI):
 
     def _before_evaluation(self) -> None:
         """Random weights have no score: without its checkpoint, only training goes on."""
+        if self.config[self.config.subcommand].ckpt_path != "last":
+            return
         callbacks = [found for found in self.trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)]
-        found = any(callback._find_last_checkpoints(self.trainer) for callback in callbacks)
-        if self.config[self.config.subcommand].ckpt_path == "last" and not found:
+        if not any(found._find_last_checkpoints(self.trainer) for found in callbacks):
             folders = ", ".join(str(callback.dirpath) for callback in callbacks) or "no ModelCheckpoint's folder"
             raise UserError(f"ckpt_path: last: there is no last checkpoint in {folders}; train first or name a file")
 
