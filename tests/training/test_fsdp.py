@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
-from tiny_models import AR, fit_ar, fit_tokenizer
+from tiny_models import AR, fit_ar, fit_tokenizer, options
 from tiny_training import STILL, events
 
-from dar_lightning.ar.model import ARModel
 from dar_lightning.cli import main
 from dar_lightning.training.fsdp import own_slice
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 pytestmark = pytest.mark.slow
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"
@@ -63,7 +63,7 @@ class Compiled(Callback):
 
 
 @pytest.fixture(scope="module")
-def command(images, tokens, tokenizer_folder):
+def command(tokens):
     """Folder, strategy, steps, further words and devices -> arguments of `dar`."""
 
     def arguments(folder: Path, strategy: str, steps: int, *more: str, devices: int = 2) -> list[str]:
@@ -74,6 +74,7 @@ def command(images, tokens, tokenizer_folder):
             *(f"--data.init_args.batch_size={4 // devices}", "--ckpt_path=last", "--model.init_args.optimizer.lr=0.01"),
             *(f"{OURS}LastStepCheckpoint", "--trainer.callbacks.every_n_train_steps=2"),
             *(f"{OURS}EMA", "--trainer.callbacks.decay=0.7", f"{OURS}SkipBadSteps"),
+            f"--trainer.callbacks+={__name__}.BadGradient",
             *([LAYER, f"--trainer.callbacks+={__name__}.HoldsHalf"] if strategy == "fsdp" else []),
         ]
         return [str(word) for word in (*words, *more)]
@@ -84,15 +85,14 @@ def command(images, tokens, tokenizer_folder):
 @pytest.fixture(scope="module")
 def drawing(images, tokenizer_folder) -> list[str]:
     """Callbacks that need the whole model; of GenerationFID's three batches rank 0 draws two."""
-    options = dict(reference=images[1], features="color_edges", num_samples=5, batch_size=2, every_n_steps=4)
+    fid = dict(reference=images[1], features="color_edges", num_samples=5, batch_size=2, every_n_steps=4)
     tokenizer = f"--trainer.callbacks.tokenizer={tokenizer_folder}"
-    words = [f"{OURS}Samples", tokenizer, f"{OURS}GenerationFID", tokenizer]
-    return [*words, *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
+    return [f"{OURS}Samples", tokenizer, f"{OURS}GenerationFID", tokenizer, *options("trainer.callbacks", fid)]
 
 
 @pytest.fixture(scope="module")
 def whole_run(command, drawing, two_ranks, tmp_path_factory) -> Path:
-    """Six sharded steps."""
+    """Six sharded steps, of which the second is skipped."""
     folder = tmp_path_factory.mktemp("whole")
     two_ranks(main, command(folder, "fsdp", 6, *drawing))
     return folder
@@ -145,30 +145,21 @@ def test_the_numbers_are_those_of_ddp(command, drawing, two_ranks, whole_run, tm
     assert largest_difference(tmp_path, whole_run) < 1e-4
     assert np.abs(drawn(tmp_path) - drawn(whole_run)).max() <= 1
     assert measured(tmp_path) == pytest.approx(measured(whole_run), rel=0.01)
-
-
-def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, broken_run, tmp_path):
-    first = broken_run / "checkpoints" / "last.ckpt"
-    two_ranks(main, command(tmp_path, "fsdp", 6, *drawing, f"--ckpt_path={first}"))
-    assert largest_difference(tmp_path, whole_run) == 0
-
-
-def test_one_device_goes_on_from_two(command, whole_run, broken_run, tmp_path):
-    first = broken_run / "checkpoints" / "last.ckpt"
-    main(command(tmp_path, "auto", 6, f"--ckpt_path={first}", devices=1))
-    assert largest_difference(tmp_path, whole_run) < 1e-4
-
-
-def test_a_bad_gradient_in_one_slice_skips_the_step_on_all_ranks(command, two_ranks, tmp_path):
-    two_ranks(main, command(tmp_path, "fsdp", 3, f"--trainer.callbacks+={__name__}.BadGradient"))
-    (counts,) = [state["counts"] for name, state in last(tmp_path)["callbacks"].items() if "SkipBadSteps" in name]
+    (counts,) = [state["counts"] for name, state in last(whole_run)["callbacks"].items() if "SkipBadSteps" in name]
     assert counts.tolist() == [1, 0]
 
 
-def test_export(whole_run, tmp_path):
-    main(["export", f"--ckpt={whole_run / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path / 'ar'}"])
+def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, broken_run, tmp_path):
+    first = f"--ckpt_path={broken_run / 'checkpoints' / 'last.ckpt'}"
+    two_ranks(main, command(tmp_path / "two", "fsdp", 6, *drawing, first))
+    assert largest_difference(tmp_path / "two", whole_run) == 0
+    main(command(tmp_path / "one", "auto", 6, first, devices=1))
+    assert largest_difference(tmp_path / "one", whole_run) < 1e-4
+
+
+def test_a_checkpoint_exports_its_average(whole_run):
     average = last(whole_run)["state_dict"]
-    exported = ARModel.from_pretrained(tmp_path / "ar").state_dict()
+    exported = load_lightning_checkpoint(whole_run / "checkpoints" / "last.ckpt").state_dict()
     assert {f"ar.{name}" for name in exported} == average.keys()
     assert all(torch.equal(tensor, average[f"ar.{name}"]) for name, tensor in exported.items())
 
@@ -180,16 +171,11 @@ def test_mixed_precision(command, two_ranks, broken_run, tmp_path):
     assert 0 < float((one - two).norm() / one.norm()) < 0.1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputed_blocks(command, two_ranks, broken_run, compiled, tmp_path):
-    more = ["--model.init_args.activation_checkpointing=true"]
-    if compiled:
-        if shutil.which("g++") is None:
-            pytest.skip("torch.compile on a CPU needs g++")
-        more += ["--model.init_args.compile=true", f"--trainer.callbacks+={__name__}.Compiled"]
-    two_ranks(main, command(tmp_path, "fsdp", 4, *more))
-    difference = largest_difference(tmp_path, broken_run)
-    assert 0 < difference < 1e-4 if compiled else difference == 0
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_compiled_blocks_that_are_recomputed(command, two_ranks, broken_run, tmp_path):
+    switches = options("model.init_args", dict(activation_checkpointing="true", compile="true"))
+    two_ranks(main, command(tmp_path, "fsdp", 4, *switches, f"--trainer.callbacks+={__name__}.Compiled"))
+    assert 0 < largest_difference(tmp_path, broken_run) < 1e-4
 
 
 def refusal(arguments: list[str]) -> str:
