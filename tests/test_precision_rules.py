@@ -107,7 +107,8 @@ def traced_adamw(model: nn.Module) -> set[torch.dtype]:
     optimizer = configure_adamw(model, OptimizerConfig(lr=1e-3), 10)["optimizer"]
     with Trace() as trace:
         optimizer.step()
-    assert (found := trace.dtypes("_fused_adamw_"))
+    found = trace.dtypes("_fused_adamw_")
+    assert found
     return found | {value.dtype for state in optimizer.state.values() for value in state.values()}
 
 

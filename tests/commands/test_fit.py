@@ -1,4 +1,4 @@
-"""`dar fit|validate|test|predict`: checkpoints that are given, and callbacks and plugins that are not this project's."""
+"""`dar fit|validate|test|predict`: checkpoints that are given, and callbacks and plugins of others."""
 
 import os
 

@@ -140,44 +140,18 @@ def test_slurm_requeues_and_what_it_saves_is_resumed(tokens, on_one_node, refere
     check(run_folder, reference)
 
 
-@pytest.fixture
-def machines():
-    """Two machines: network namespaces with a cable between them, where they may be made, else this one twice.
-
-    A machine is what comes before its commands, and its address.
-    """
-    names = [f"dar{os.getpid()}{end}" for end in "ab"]
-    made = [["ip", "netns", "add", name] for name in names]
-    made += [["ip", "link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1]]]
-    for number, name in enumerate(names, start=1):
-        made += [["ip", "-n", name, "address", "add", f"10.83.0.{number}/24", "dev", name]]
-        made += [["ip", "-n", name, "link", "set", device, "up"] for device in ("lo", name)]
-    try:
-        for command in made:
-            subprocess.run(command, check=True, capture_output=True)
-        yield [
-            (["ip", "netns", "exec", name], f"10.83.0.{number}", {"GLOO_SOCKET_IFNAME": name})
-            for number, name in enumerate(names, start=1)
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        yield [([], "127.0.0.1", {})] * 2
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-
-
-def test_torchrun_on_two_machines(tokens, reference, machines, tmp_path):
+def test_torchrun_on_two_nodes(tokens, reference, tmp_path):
     """One of two ranks dies: both start again, from the last checkpoint."""
     run_folder, died = tmp_path / "run", tmp_path / "died"
     dies = [f"--trainer.callbacks+={__name__}.DiesOnce", f"--trainer.callbacks.file={died}"]
-    head = f"{machines[0][1]}:{free_port(29400)}"
+    head = f"127.0.0.1:{free_port(29400)}"
     nodes, logs = [], [tmp_path / f"node{node}.log" for node in range(2)]
     try:
-        for node, (before, address, variables) in enumerate(machines):
-            variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS=address, RESTARTS=1, **variables)
-            command = [*before, "bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
-            with logs[node].open("w") as log:
-                nodes.append(subprocess.Popen(command, env=variables, stderr=log, start_new_session=True))
+        for node, log in enumerate(logs):
+            variables = environment(NODE=node, NODES=2, GPUS=1, HEAD=head, ADDRESS="127.0.0.1", RESTARTS=1)
+            command = ["bash", SCRIPTS / "torchrun.sh", *arguments(tokens, run_folder, every=4), *dies]
+            with log.open("w") as errors:
+                nodes.append(subprocess.Popen(command, env=variables, stderr=errors, start_new_session=True))
         deadline = time.monotonic() + SECONDS
         while any(node.poll() is None for node in nodes) and time.monotonic() < deadline:
             time.sleep(0.5)

@@ -73,6 +73,7 @@ def command(tokens):
             f"--model.init_args.config={json.dumps(AR | STILL)}",
             *(f"--data.init_args.batch_size={4 // devices}", "--ckpt_path=last", "--model.init_args.optimizer.lr=0.01"),
             *(f"{OURS}LastStepCheckpoint", "--trainer.callbacks.every_n_train_steps=2"),
+            "--trainer.callbacks.save_top_k=-1",
             *(f"{OURS}EMA", "--trainer.callbacks.decay=0.7", f"{OURS}SkipBadSteps"),
             f"--trainer.callbacks+={__name__}.BadGradient",
             *([LAYER, f"--trainer.callbacks+={__name__}.HoldsHalf"] if strategy == "fsdp" else []),
@@ -98,21 +99,20 @@ def whole_run(command, drawing, two_ranks, tmp_path_factory) -> Path:
     return folder
 
 
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
 @pytest.fixture(scope="module")
-def broken_run(command, two_ranks, tmp_path_factory) -> Path:
-    """The first four of them."""
-    folder = tmp_path_factory.mktemp("broken")
-    two_ranks(main, command(folder, "fsdp", 4))
-    return folder
+def fourth(whole_run) -> Path:
+    """Its checkpoint after four steps."""
+    (file,) = whole_run.rglob("*-step=4.ckpt")
+    return file
 
 
-def last(folder: Path) -> dict:
-    return torch.load(folder / "checkpoints" / "last.ckpt")
-
-
-def largest_difference(folder: Path, other: Path) -> float:
+def largest_difference(file: Path, other: Path) -> float:
     """Of two checkpoints' tensors, relative to each tensor's size; they must hold the same things."""
-    one, two = last(folder), last(other)
+    one, two = torch.load(file), torch.load(other)
     assert one.keys() == two.keys()
     assert one["global_step"] == two["global_step"]
     groups = [state["optimizer_states"][0]["param_groups"] for state in (one, two)]
@@ -142,40 +142,40 @@ def measured(folder: Path) -> float:
 
 def test_the_numbers_are_those_of_ddp(command, drawing, two_ranks, whole_run, tmp_path):
     two_ranks(main, command(tmp_path, "ddp", 6, *drawing))
-    assert largest_difference(tmp_path, whole_run) < 1e-4
+    assert largest_difference(last(tmp_path), last(whole_run)) < 1e-4
     assert np.abs(drawn(tmp_path) - drawn(whole_run)).max() <= 1
     assert measured(tmp_path) == pytest.approx(measured(whole_run), rel=0.01)
-    (counts,) = [state["counts"] for name, state in last(whole_run)["callbacks"].items() if "SkipBadSteps" in name]
+    callbacks = torch.load(last(whole_run))["callbacks"]
+    (counts,) = [state["counts"] for name, state in callbacks.items() if "SkipBadSteps" in name]
     assert counts.tolist() == [1, 0]
 
 
-def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, broken_run, tmp_path):
-    first = f"--ckpt_path={broken_run / 'checkpoints' / 'last.ckpt'}"
-    two_ranks(main, command(tmp_path / "two", "fsdp", 6, *drawing, first))
-    assert largest_difference(tmp_path / "two", whole_run) == 0
-    main(command(tmp_path / "one", "auto", 6, first, devices=1))
-    assert largest_difference(tmp_path / "one", whole_run) < 1e-4
+def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, fourth, tmp_path):
+    two_ranks(main, command(tmp_path / "two", "fsdp", 6, *drawing, f"--ckpt_path={fourth}"))
+    assert largest_difference(last(tmp_path / "two"), last(whole_run)) == 0
+    main(command(tmp_path / "one", "auto", 6, f"--ckpt_path={fourth}", devices=1))
+    assert largest_difference(last(tmp_path / "one"), last(whole_run)) < 1e-4
 
 
 def test_a_checkpoint_exports_its_average(whole_run):
-    average = last(whole_run)["state_dict"]
-    exported = load_lightning_checkpoint(whole_run / "checkpoints" / "last.ckpt").state_dict()
+    average = torch.load(last(whole_run))["state_dict"]
+    exported = load_lightning_checkpoint(last(whole_run)).state_dict()
     assert {f"ar.{name}" for name in exported} == average.keys()
     assert all(torch.equal(tensor, average[f"ar.{name}"]) for name, tensor in exported.items())
 
 
-def test_mixed_precision(command, two_ranks, broken_run, tmp_path):
+def test_mixed_precision(command, two_ranks, fourth, tmp_path):
     two_ranks(main, command(tmp_path, "fsdp", 4, "--trainer.precision=bf16-mixed"))
-    assert {tensor.dtype for tensor in last(tmp_path)["current_model_state"].values()} == {torch.float32}
-    one, two = (last(folder)["current_model_state"]["ar.head.weight"] for folder in (broken_run, tmp_path))
-    assert 0 < float((one - two).norm() / one.norm()) < 0.1
+    one, two = (torch.load(file)["current_model_state"] for file in (fourth, last(tmp_path)))
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    assert 0 < float((one["ar.head.weight"] - two["ar.head.weight"]).norm() / one["ar.head.weight"].norm()) < 0.1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-def test_compiled_blocks_that_are_recomputed(command, two_ranks, broken_run, tmp_path):
+def test_compiled_blocks_that_are_recomputed(command, two_ranks, fourth, tmp_path):
     switches = options("model.init_args", dict(activation_checkpointing="true", compile="true"))
     two_ranks(main, command(tmp_path, "fsdp", 4, *switches, f"--trainer.callbacks+={__name__}.Compiled"))
-    assert 0 < largest_difference(tmp_path, broken_run) < 1e-4
+    assert 0 < largest_difference(last(tmp_path), fourth) < 1e-4
 
 
 def refusal(arguments: list[str]) -> str:
