@@ -36,9 +36,8 @@ def forward_flops(forward, parts: list[str]) -> int:
     with FlopCounterMode(display=False) as flops:
         forward()
     counts = {name: sum(found.values()) for name, found in flops.get_flop_counts().items()}
-    blocks = {name: name.lower().rpartition(".")[0].removesuffix(".blocks") for name in counts}
-    blocks["DiffusionBlock"] = "decoder"
-    return sum(found for name, found in counts.items() if blocks[name] in parts)
+    names = {"diffusionblock" if part == "decoder" else f"{part}.blocks.{i}" for part in parts for i in range(2)}
+    return sum(found for name, found in counts.items() if name.lower() in names)
 
 
 @pytest.mark.parametrize("parts", [*([part] for part in PARTS), PARTS, ["armodel"]], ids=str)

@@ -97,10 +97,10 @@ def test_no_checkpoint_in_the_middle_of_accumulation(tokens, tmp_path, monkeypat
     options = ["--trainer.callbacks.every_n_train_steps=2", "--trainer.callbacks.save_top_k=0"]
     saved, save = [], SafeCheckpointIO.save_checkpoint
 
-    def noted(self, checkpoint, *arguments):
+    def noted(self, checkpoint, path, **options):
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
         saved.append((checkpoint["global_step"], batches))
-        save(self, checkpoint, *arguments)
+        save(self, checkpoint, path, **options)
 
     monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", noted)
     for steps in (2, 6):

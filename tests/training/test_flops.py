@@ -1,5 +1,7 @@
 """FLOPs of a training step against closed forms; counting leaves everything as it was."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import AR, SIZE, TOKENIZER, TOKENS
@@ -8,7 +10,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.flops import step_flops
-from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss
+from dar_lightning.training.losses import AdversarialLoss
 
 IMAGES = {"image": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.long)}
 
@@ -31,7 +33,7 @@ def test_the_ar_sizes_of_the_paper(size, gflop):
     assert ar_flops(ARConfig.preset(size)) / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
-def test_lpips_in_closed_form(vgg_file):
+def test_lpips_in_closed_form(perceptual):
     """VGG16 over both images, and back to the pixels of one; 1x1 heads over the features, and back."""
     sides, widths, depths = (32, 16, 8, 4, 2), (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
     inputs = (3, *widths[:-1])
@@ -42,14 +44,15 @@ def test_lpips_in_closed_form(vgg_file):
     heads = sum(2 * width * side**2 for width, side in zip(widths, sides, strict=True))
     plain = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER)), IMAGES)
     for stride in (1, 4):
-        loss = PerceptualLoss(weights_path=vgg_file, stride=stride, start_step=100)
+        loss = copy.copy(perceptual)
+        loss.stride, loss.start_step = stride, 100
         found = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER), perceptual=loss), IMAGES)
         assert found - plain == 4 // stride * (3 * convolutions + 2 * heads)
         assert loss.start_step == 100
 
 
-def test_counting_changes_nothing(vgg_file):
-    options = dict(perceptual=PerceptualLoss(weights_path=vgg_file), adversarial=AdversarialLoss(channels=4, depth=1))
+def test_counting_changes_nothing(perceptual):
+    options = dict(perceptual=perceptual, adversarial=AdversarialLoss(channels=4, depth=1))
     module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"latent_norm": "batch"}), **options)
     vgg = module.perceptual.distance.network
     before = {name: tensor.clone() for name, tensor in (module.state_dict() | vgg.state_dict()).items()}

@@ -121,10 +121,11 @@ def test_what_a_checkpoint_does_not_fit_is_refused(data, whole, tmp_path, capsys
     file = whole["tokenizer"] / "checkpoints" / "last.ckpt"
     assert not any("discriminator" in name for name in load_lightning_checkpoint(file).state_dict())
     words = [*fit_tokenizer(*data["tokenizer"], tmp_path, limit_val_batches=0), f"--ckpt_path={file}"]
-    twelve = ["--global_batch=12", ADVERSARIAL, *options("model.init_args.adversarial", dict(channels=4, depth=2))]
+    three = ["--data.init_args.batch_size=2", "--global_batch=6", ADVERSARIAL]
+    three += options("model.init_args.adversarial", dict(channels=4, depth=2))
     for more, line in (
         (["--global_batch=4"], "adversarial is null and the checkpoint has a discriminator"),
-        (twelve, "number of batches per optimizer step was 2 in the checkpoint and is 3 now"),
+        (three, "number of batches per optimizer step was 2 in the checkpoint and is 3 now"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([str(word) for word in (*words, *more)])

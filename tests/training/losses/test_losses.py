@@ -29,11 +29,6 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def perceptual(vgg_file) -> PerceptualLoss:
-    return PerceptualLoss(weights_path=vgg_file)
-
-
-@pytest.fixture(scope="module")
 def repa(teacher) -> RepaLoss:
     return RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
 
