@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from official import numbers, tensors
 from tiny_models import options
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dar_lightning.commands.fit import TrainerCLI
@@ -18,6 +18,7 @@ from dar_lightning.weights.lightning import load_lightning_checkpoint
 from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
 
 STEPS = 12
+OURS = "--trainer.callbacks+=dar_lightning.training.callbacks"
 
 
 class Batches(LightningDataModule):
@@ -62,88 +63,68 @@ class Draws(Callback):
         self.codes.append(outputs.get("codes"))
 
 
-def tokenizer_run(folder: Path, *more: str) -> dict[str, float]:
-    """Train the tokenizer golden; the largest deviation of each quantity, relative to it or to what training changed.
+def run(part: str, folder: Path) -> dict[str, float]:
+    """Train a golden; the largest deviation of each quantity, relative to it or to what training changed.
+
+    Start weights come as init_from, and the rest as in experiments/.
 
     Args:
+        part: tokenizer or ar.
         folder: for the start weights and the run's files, empty.
-        more: options behind those of the golden.
     """
-    golden = "train_tokenizer"
-    config = numbers(golden, "config")
-    start = tensors(golden, "start")
-    for name in config["tables"]["names"]:
-        table = start[name]
-        start[name] = torch.cat([table, table.new_zeros(config["tables"]["rows"] - len(table), table.shape[1])])
-    model = load_official_tokenizer(start, {"model": config["model"]})
-    words = ["--model=dar_lightning.training.TokenizerModule"]
-    words += options("model.init_args.optimizer", {"lr": 2e-4, "betas": "[0.9,0.95]", "warmup_steps": 4})
-    words += ["--trainer.callbacks+=dar_lightning.training.callbacks.EMA", "--trainer.callbacks.decay=0.999"]
-    logged, codes = _fit(golden, model, folder, [*words, *more])
-    steps = numbers(golden, "steps")["steps"]
-    found = {name: worst(logged[f"train/{name}"], [step[name] for step in steps]) for name in ("flow", "vq", "commit")}
-    found |= _optimizer(logged, steps, "tokenizer")
-    found["codes"] = sum(int((a != b).sum()) for a, b in zip(codes, tensors(golden, "inputs")["codes"], strict=True))
-    skip = set(config["rounding_noise"])
-    for what, file in (("weights", "final"), ("average", "final_ema")):
-        expected = {name: tensor for name, tensor in tensors(golden, file).items() if name not in skip}
-        found[what] = change(folder, TOKENIZER_NAMES, start, expected, "raw" if what == "weights" else "ema")
-    return found
-
-
-def ar_run(folder: Path, *more: str) -> dict[str, float]:
-    """The same of the AR golden."""
-    golden = "train_ar"
-    start = tensors(golden, "start")
-    model = load_official_ar(start, numbers(golden, "config")["model"])
-    optimizer = {"lr": 4e-4, "betas": "[0.9,0.95]", "weight_decay": 0.05, "decay_steps": 8, "final_lr": 1e-5}
-    words = ["--model=dar_lightning.training.ARModule", *options("model.init_args.optimizer", optimizer)]
-    logged, _ = _fit(golden, model, folder, [*words, *more])
-    steps = numbers(golden, "steps")["steps"]
-    found = {"loss": worst(logged["train/loss"], [step["loss"] for step in steps])} | _optimizer(logged, steps, "ar")
-    return found | {"weights": change(folder, AR_NAMES, start, tensors(golden, "final"), "raw")}
-
-
-def _fit(golden: str, model: nn.Module, folder: Path, words: list[str]) -> tuple[pandas.DataFrame, list[Tensor]]:
-    """Start weights come as init_from, and the rest as in experiments/; the curves of the run, and its codes."""
+    golden = f"train_{part}"
+    config, start = numbers(golden, "config"), tensors(golden, "start")
+    if part == "tokenizer":
+        for name in config["tables"]["names"]:
+            table = start[name]
+            start[name] = torch.cat([table, table.new_zeros(config["tables"]["rows"] - len(table), table.shape[1])])
+        model = load_official_tokenizer(start, {"model": config["model"]})
+        optimizer = {"lr": 2e-4, "betas": "[0.9,0.95]", "warmup_steps": 4}
+        words = ["--model=dar_lightning.training.TokenizerModule", f"{OURS}.EMA", "--trainer.callbacks.decay=0.999"]
+        losses, rules, ends = (
+            ("flow", "vq", "commit"),
+            TOKENIZER_NAMES,
+            [("weights", "final"), ("average", "final_ema")],
+        )
+    else:
+        model = load_official_ar(start, config["model"])
+        optimizer = {"lr": 4e-4, "betas": "[0.9,0.95]", "weight_decay": 0.05, "decay_steps": 8, "final_lr": 1e-5}
+        words = ["--model=dar_lightning.training.ARModule"]
+        losses, rules, ends = ("loss",), AR_NAMES, [("weights", "final")]
     model.save_pretrained(folder / "start")
-    trainer = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": STEPS,
-        "gradient_clip_val": 1.0,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder / "run",
-        "enable_progress_bar": "false",
-        "enable_model_summary": "false",
-        "logger": "CSVLogger",
-        "logger.save_dir": folder,
-        "logger.name": "",
-        "logger.version": "logs",
-        "callbacks+": "dar_lightning.training.callbacks.LastStepCheckpoint",
-        "callbacks.every_n_train_steps": STEPS,
-        "callbacks.save_last": "true",
-    }
-    more = ["SkipBadSteps", "OptimizerMonitor"]
+    trainer = dict(accelerator="cpu", devices=1, max_steps=STEPS, gradient_clip_val=1.0, log_every_n_steps=1)
+    trainer |= dict(default_root_dir=folder / "run", enable_progress_bar="false", enable_model_summary="false")
+    trainer |= {"logger": "CSVLogger", "logger.save_dir": folder, "logger.name": "", "logger.version": "logs"}
+    saving = ["--trainer.callbacks.every_n_train_steps=12", "--trainer.callbacks.save_last=true"]
     cli = TrainerCLI(
         [
-            *("fit", "--seed_everything=0", *options("trainer", trainer)),
-            *(f"--trainer.callbacks+=dar_lightning.training.callbacks.{name}" for name in more),
+            *("fit", "--seed_everything=0", *options("trainer", trainer), *words),
+            *options("model.init_args.optimizer", optimizer),
+            *(f"{OURS}.LastStepCheckpoint", *saving, f"{OURS}.SkipBadSteps", f"{OURS}.OptimizerMonitor"),
             *("--trainer.callbacks+=golden_training.Draws", f"--trainer.callbacks.golden={golden}"),
             *("--data=golden_training.Batches", f"--data.init_args.golden={golden}"),
-            *words,
             f"--model.init_args.config={json.dumps(model.config.to_dict())}",
             f"--model.init_args.init_from={folder / 'start'}",
         ]
     )
     logged = pandas.read_csv(folder / "logs" / "metrics.csv").groupby("step").first()
-    (draws,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, Draws))
-    return logged, draws.codes
-
-
-def _optimizer(logged: pandas.DataFrame, steps: list[dict], part: str) -> dict[str, float]:
-    lr = worst(logged["optimizer/lr"], [step["lr"] for step in steps])
-    return {"lr": lr, "grad_norm": worst(logged[f"optimizer/grad_norm_{part}"], [step["grad_norm"] for step in steps])}
+    curves = {name: f"train/{name}" for name in losses}
+    curves |= {"lr": "optimizer/lr", "grad_norm": f"optimizer/grad_norm_{part}"}
+    steps = numbers(golden, "steps")["steps"]
+    found = {name: worst(logged[curve], [step[name] for step in steps]) for name, curve in curves.items()}
+    if part == "tokenizer":
+        (draws,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, Draws))
+        pairs = zip(draws.codes, tensors(golden, "inputs")["codes"], strict=True)
+        found["codes"] = sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+    for what, file in ends:
+        state = load_lightning_checkpoint(
+            folder / "run" / "checkpoints" / "last.ckpt", "raw" if what == "weights" else "ema"
+        ).state_dict()
+        ours = {official_name(name, rules): tensor for name, tensor in state.items()}
+        skip = config.get("rounding_noise", ())
+        expected = {name: tensor for name, tensor in tensors(golden, file).items() if name not in skip}
+        found[what] = change(ours, start, expected)
+    return found
 
 
 def worst(found, expected) -> float:
@@ -152,10 +133,8 @@ def worst(found, expected) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def change(folder: Path, rules, start: dict[str, Tensor], expected: dict[str, Tensor], weights: str) -> float:
-    """|ours - golden| / |golden - start| over all tensors, ours from the run's checkpoint."""
-    state = load_lightning_checkpoint(folder / "run" / "checkpoints" / "last.ckpt", weights).state_dict()
-    ours = {official_name(name, rules): tensor for name, tensor in state.items()}
+def change(ours: dict[str, Tensor], start: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """|ours - golden| / |golden - start| over all tensors."""
     off, moved = 0.0, 0.0
     for name, tensor in expected.items():
         rows = slice(len(tensor))  # of the two tables that a golden stores the beginning of

@@ -1,11 +1,13 @@
-"""Whole models as CUDA graphs, by a backend that treats its outputs as a CUDA graph does."""
+"""torch.compile of blocks and of whole models changes nothing: with backends that need no C++ compiler."""
+
+import copy
 
 import pytest
 import torch
 from tiny_models import GROUPS, SIZE, make_tokenizer, random_codes
 
 from dar_lightning.layers import compile_graphs
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.training import TokenizerModule
 
 
 class Graphs:
@@ -28,22 +30,23 @@ class Graphs:
 
 
 @pytest.fixture
-def graphs(monkeypatch) -> Graphs:
-    graphs, compiler = Graphs(), torch.compile
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda module, mode: compiler(module, backend=graphs, fullgraph=True))
-    return graphs
+def compile_with(monkeypatch):
+    """Calls torch.compile with a backend, which must take each thing as one graph."""
 
+    def use(backend) -> None:
+        compiler = torch.compile
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", lambda module, **_: compiler(module, backend=backend, fullgraph=True))
 
-def three(tokenizer: SequentialDiffusionTokenizer) -> tuple:
-    return tokenizer.encoder, tokenizer.conditioner, tokenizer.decoder
+    return use
 
 
 @torch.no_grad()
-def test_each_model_is_one_graph_and_keeps_what_it_has_put_out(graphs):
+def test_each_model_is_one_graph_and_keeps_what_it_has_put_out(compile_with):
+    compile_with(graphs := Graphs())
     plain, compiled = make_tokenizer(decoder_depth=2), make_tokenizer(decoder_depth=2)
     names = list(compiled.state_dict())
-    compile_graphs(*three(compiled))
+    compile_graphs(compiled.encoder, compiled.conditioner, compiled.decoder)
     assert list(compiled.state_dict()) == names
     images, noise = torch.rand(2, 3, SIZE, SIZE) * 2 - 1, torch.randn(2, 3, SIZE, SIZE)
     codes = plain.tokenize(images)
@@ -58,3 +61,25 @@ def test_each_model_is_one_graph_and_keeps_what_it_has_put_out(graphs):
     streams = [model.stream((column[:, None] for column in columns), noise) for model in (plain, compiled)]
     for one, other in zip(*streams, strict=True):
         torch.testing.assert_close(other, one)
+
+
+def test_a_tokenizer_of_compiled_blocks_trains_as_a_plain_one(compile_with):
+    """The AR model's are compiled in tests/training/test_fsdp.py, by torch's own backend."""
+    compile_with("aot_eager")
+    plain = make_tokenizer().train()
+    compiled = TokenizerModule(plain.config, compile=True).tokenizer
+    compiled.load_state_dict(plain.state_dict())
+    parts = (compiled.encoder, compiled.conditioner, compiled.decoder)
+    assert all(block._compiled_call_impl is not None for part in parts for block in part.blocks)
+    given = torch.rand(3, 3, SIZE, SIZE) * 2 - 1, torch.rand(3), torch.randn(3, 3, SIZE, SIZE)
+    flows = [model.training_losses(*given)["flow"] for model in (plain, compiled)]
+    torch.testing.assert_close(*flows)
+    for flow in flows:
+        flow.backward()
+    for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    copied = copy.deepcopy(compiled)  # as EMA does: its blocks must not read the original's weights
+    for parameter in compiled.parameters():
+        parameter.data.zero_()
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        torch.testing.assert_close(copied.training_losses(*given)["flow"], flows[0])

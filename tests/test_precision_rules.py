@@ -27,7 +27,7 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.commands.extract import extract
 from dar_lightning.layers import rotate
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.blocks import axial_rotary
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -35,26 +35,27 @@ from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import AblationModule, ARModule, TokenizerModule
 from dar_lightning.training.fsdp import mixed_precision, shard, whole
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
+from dar_lightning.training.optim import OptimizerConfig, configure_adamw
 
 BF16, F32 = torch.bfloat16, torch.float32
 BATCH = 2
 
 
 class Trace(TorchDispatchMode):
-    """Notes each operation that runs, with the dtypes of the tensors it takes, after autocast."""
+    """Notes each operation that runs, with the tensors it takes, after autocast; and what is allowed of products."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[str, list[Tensor]]] = []
+        self.allowed: set[tuple[str, str]] = set()  # what a GPU may make of float32 products
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         self.calls.append((func.overloadpacket.__name__, given))
+        if func.overloadpacket.__name__ in ("mm", "bmm"):
+            backends = torch.backends.cuda, torch.backends.mkldnn
+            self.allowed.add(tuple(backend.matmul.fp32_precision for backend in backends))
         return func(*args, **(kwargs or {}))
-
-    def inputs(self, *names: str) -> list[Tensor]:
-        """First tensors that operations of these names took."""
-        return [given[0] for name, given in self.calls if name in names]
 
     def dtypes(self, *names: str) -> set[torch.dtype]:
         """Of all floating-point tensors that operations of these names took; of all operations, without names."""
@@ -79,21 +80,20 @@ def on_fake_cuda(module: nn.Module, dtype: torch.dtype = F32) -> nn.Module:
     """Weights and tables as if moved there; Module.to cannot do it with tensors that have no data."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(
-                name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
-            )
+            empty = torch.empty(parameter.shape, dtype=dtype)
+            part.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return module
 
 
-def streams(**parts: nn.Module) -> dict[str, list[torch.dtype]]:
+def streams(**parts: nn.Module) -> dict[str, set[torch.dtype]]:
     """Filled, when they run, by the dtypes of the residual stream before each part's blocks and after the last."""
-    found: dict[str, list[torch.dtype]] = {name: [] for name in parts}
+    found: dict[str, set[torch.dtype]] = {name: set() for name in parts}
     for name, part in parts.items():
         for block in part.blocks:
-            block.register_forward_pre_hook(lambda _, given, name=name: found[name].append(given[0].dtype))
-        block.register_forward_hook(lambda _, given, out, name=name: found[name].append(out.dtype))
+            block.register_forward_pre_hook(lambda _, given, name=name: found[name].add(given[0].dtype))
+        block.register_forward_hook(lambda _, given, out, name=name: found[name].add(out.dtype))
     return found
 
 
@@ -102,22 +102,43 @@ def token_batch(count: int = BATCH) -> dict[str, Tensor]:
     return {"label": torch.zeros(count, dtype=torch.long), "codes": codes, "valid": torch.ones(count, dtype=torch.bool)}
 
 
-# ---- the loss of the AR model
+def traced_adamw(model: nn.Module) -> set[torch.dtype]:
+    """Dtypes that AdamW's update takes, and those of its state."""
+    optimizer = configure_adamw(model, OptimizerConfig(lr=1e-3), 10)["optimizer"]
+    with Trace() as trace:
+        optimizer.step()
+    found = trace.dtypes("_fused_adamw_")
+    assert found
+    return found | {value.dtype for state in optimizer.state.values() for value in state.values()}
+
+
+# ---- the training of the AR model
 
 
 @pytest.mark.parametrize("kind", [ARModule, AblationModule])
-def test_training_takes_log_softmax_of_float32_logits(kind):
-    """Of bfloat16 ones, CUDA's autocast takes it in bfloat16: a fresh loss of 9.6875 for 9.7041 at 16,384 codes."""
+def test_a_training_step_of_the_ar_model(kind):
+    """Of bfloat16 logits, CUDA's autocast takes log-softmax in bfloat16: a fresh loss of 9.6875 for 9.7041 at 16,384
+    codes. Norms are float32, and so are their results: products cast what they read themselves."""
     with fake_cuda():
         module = on_fake_cuda(kind(ARConfig(**AR))).train()
+        found, norms = streams(ar=module.ar), []
+        for layer in module.modules():
+            if isinstance(layer, nn.RMSNorm):
+                layer.register_forward_hook(lambda _, given, result: norms.append((given[0].dtype, result.dtype)))
         with Trace() as trace:
             module.training_step(token_batch(), 0)
         assert trace.dtypes("_log_softmax") == {F32}
         assert trace.dtypes("mm") == {BF16}, "the head's product among them"
+        assert trace.dtypes("rms_norm", "_fused_rms_norm", "pow", "rsqrt", "mean") == {F32}
+        assert norms == [(F32, F32)] * (2 * AR["depth"] + 1)
+        assert found["ar"] == {F32}
+        for parameter in module.parameters():  # what autograd gives a parameter has its dtype
+            parameter.grad = torch.empty_like(parameter)
+        assert traced_adamw(module) == {F32}
 
 
 @pytest.mark.parametrize("kind", [ARModule, AblationModule])
-def test_so_does_validation_of_any_weights(kind, monkeypatch):
+def test_validation_of_any_weights_takes_log_softmax_in_float32(kind, monkeypatch):
     """Without autocast nothing is cast but by us, on a CPU as on a GPU."""
     module = kind(ARConfig(**AR)).to(BF16).eval()
     monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
@@ -126,13 +147,47 @@ def test_so_does_validation_of_any_weights(kind, monkeypatch):
     assert trace.dtypes("_log_softmax") == {F32}
 
 
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of RMSNorm, which a CPU's autocast does not know
+def test_sharded_gradients_are_as_exact_as_whole_ones(mesh):
+    """bf16-mixed: norms gathered as bfloat16 would add 14% to the error, embeddings the stream that they start.
+
+    The blocks' matrices are gathered as bfloat16; slices, gradients and moments stay float32.
+    """
+    base = ARModel(ARConfig(**AR | {"dim": 64, "depth": 8})).eval()
+    torch.manual_seed(0)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    labels, codes = torch.randint(4, (32,)), torch.randint(AR["vocab_size"], (32, AR["num_tokens"]))
+
+    def gradient(model: ARModel, precise: bool) -> Tensor:
+        with torch.autocast("cpu", BF16, enabled=not precise), Trace() as trace:
+            F.cross_entropy(model(labels, codes).flatten(0, 1), codes.flatten()).backward()
+        assert precise or BF16 in trace.dtypes("mm")
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {F32}
+        return torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
+
+    exact = gradient(copy.deepcopy(base), precise=True)
+    errors = {}
+    for name in ("one device", "sharded"):
+        model = copy.deepcopy(base)
+        if name == "sharded":
+            shard(model, mesh, mixed_precision())
+        found = streams(ar=model)
+        errors[name] = ((gradient(model, precise=False) - exact).norm() / exact.norm()).item()
+        assert found["ar"] == {F32}, name
+        assert traced_adamw(model) == {F32}
+    assert errors["sharded"] == pytest.approx(errors["one device"], rel=0.01)
+
+
 # ---- rotary positions
-
-
-def exactly_rotated(x: Tensor, rotary: Tensor) -> Tensor:
-    """In float64, by sums."""
-    (cos, sin), (even, odd) = rotary.double().unbind(-1), x.double().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -151,10 +206,15 @@ def test_a_bfloat16_rotation_is_off_by_its_own_rounding_alone(compiled):
     function = torch.compile(rotate, backend="eager", fullgraph=True) if compiled else rotate
     rotary = axial_rotary(16, 16, 64)
     x = torch.randn(4, 256, 64, generator=torch.Generator().manual_seed(0))
-    turned, exact = function(x.to(BF16), rotary), exactly_rotated(x.to(BF16), rotary)
+
+    def exactly(x: Tensor) -> Tensor:
+        (cos, sin), (even, odd) = rotary.double().unbind(-1), x.double().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+    turned, exact = function(x.to(BF16), rotary), exactly(x.to(BF16))
     assert turned.dtype == BF16
     assert ((turned.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
-    assert (function(x, rotary) - exactly_rotated(x, rotary)).abs().max() < 1e-5
+    assert (function(x, rotary) - exactly(x)).abs().max() < 1e-5
 
 
 # ---- the residual streams, norms and losses of the tokenizer
@@ -175,20 +235,18 @@ def test_a_training_step_of_the_tokenizer(losses):
     config = TokenizerConfig(**TOKENIZER | {"repa_layer": 1, "decoder_depth": 2, "conditioner_depth": 2})
     with fake_cuda():
         module = on_fake_cuda(TokenizerModule(config, **losses)).train()
-        tokenizer = module.tokenizer
-        found = streams(encoder=tokenizer.encoder, conditioner=tokenizer.conditioner, decoder=tokenizer.decoder)
+        found = streams(**{name: getattr(module.tokenizer, name) for name in ("encoder", "conditioner", "decoder")})
         with Trace() as trace:
             step = module.training_step({"image": torch.zeros(BATCH, 3, 32, 32, dtype=torch.uint8)}, 0)
-        assert set(found["encoder"]) == {F32}
-        assert set(found["conditioner"]) == {F32}, "from the first sum, of token and position, on"
-        assert set(found["decoder"]) == {BF16}
+        # the conditioner's from the first sum, of token and position, on
+        assert found == {"encoder": {F32}, "conditioner": {F32}, "decoder": {BF16}}
         assert trace.dtypes("native_layer_norm", "linalg_vector_norm", "pow") == {F32}
         assert {part.dtype for part in step["parts"].values()} == {step["flow_each"].dtype} == {F32}
         assert step["parts"].keys() == {"flow", "vq", "commit", "perceptual", "repa", "loss"}
 
 
-def test_perceptual_loss(losses):
-    """VGG16 in bfloat16, features compared in float32 by the heads, and nothing dropped."""
+def test_perceptual_loss_and_alignment(losses):
+    """VGG16 in bfloat16, features compared in float32 by the heads, and nothing dropped; the teacher likewise."""
     with fake_cuda():
         with Trace() as trace:
             value = losses["perceptual"](*torch.zeros(2, BATCH, 3, 32, 32), torch.zeros(BATCH))
@@ -197,12 +255,9 @@ def test_perceptual_loss(losses):
         assert (len(products), len(heads)) == (2 * 13 + 5, 5)
         assert {tensor.dtype for given in heads for tensor in given} == {F32}
         assert {given[0].dtype for given in products if given[1].shape[0] > 1} == {BF16}
-        assert not trace.inputs("native_dropout", "bernoulli", "bernoulli_")
+        assert not {"native_dropout", "bernoulli", "bernoulli_"} & {name for name, _ in trace.calls}
         assert value.dtype == F32
 
-
-def test_alignment_is_in_float32(losses):
-    with fake_cuda():
         projected, images = torch.zeros(BATCH, 256, 768, dtype=BF16), torch.zeros(BATCH, 3, 32, 32)
         with Trace() as trace:
             value = losses["repa"](projected, images, torch.zeros(BATCH))
@@ -214,22 +269,8 @@ def test_alignment_is_in_float32(losses):
 # ---- the nearest code
 
 
-class Products(Trace):
-    """Also notes what a GPU may make of float32 products."""
-
-    def __init__(self):
-        super().__init__()
-        self.allowed: set[tuple[str, str]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "bmm"):
-            backends = torch.backends.cuda, torch.backends.mkldnn
-            self.allowed.add(tuple(backend.matmul.fp32_precision for backend in backends))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 @pytest.mark.parametrize(("how", "size"), [("old", 1024), ("new", 1024), ("old", 64)])
-def test_codes_are_searched_in_exact_float32(how, size, monkeypatch):
+def test_codes_are_searched_in_exact_float32(how, size):
     """Under autocast, of bfloat16 latents, and with TF32 allowed by either of torch's settings."""
     parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [part.fp32_precision for part in parts]
@@ -243,7 +284,7 @@ def test_codes_are_searched_in_exact_float32(how, size, monkeypatch):
         assert "ieee" not in allowed
         with fake_cuda():
             quantizer = VectorQuantizer(size, 4)
-            with Products() as trace:
+            with Trace() as trace:
                 quantizer(torch.zeros(BATCH, 8, 4, dtype=BF16))
         assert trace.dtypes("mm", "bmm", "max", "argmax", "amax", "linalg_vector_norm") == {F32}
         assert trace.allowed == {("ieee", "ieee")}
@@ -280,13 +321,13 @@ def test_drawing_is_in_float32_from_the_head_on(weights):
             first, cache = ar.start(labels, codes)
             logits = [first, ar.step(codes[:, 0], cache), ar(labels, codes)[:, 0]]
         assert {each.dtype for each in logits} == {F32}
-        assert set(found["ar"]) == {weights}
+        assert found["ar"] == {weights}
         assert cache.buffer.dtype == BF16
         keys = draw_keys(BATCH, 1, None, torch.device("cuda"))[:, 0]
         with Trace() as trace:
             draw_tokens(filter_logits(guide(logits[0], 3.0) / 0.9, top_k=5, top_p=0.9), keys)
         assert trace.dtypes() == {F32}
-        assert trace.inputs("_softmax", "sort", "topk", "log1p_")
+        assert {"_softmax", "sort", "topk", "log1p_"} & {name for name, _ in trace.calls}
 
 
 def test_greedy_is_the_first_of_equal_logits():
@@ -324,40 +365,3 @@ def test_small_steps_of_bfloat16_weights_are_not_lost():
     noise = model.draw_noise(BATCH, torch.Generator().manual_seed(0))
     images = model.detokenize(torch.zeros(BATCH, 8, dtype=torch.long), noise, num_steps=16)
     torch.testing.assert_close(images, (noise + 2**-9) / model.config.data_std, rtol=1e-6, atol=1e-6)
-
-
-# ---- slices
-
-
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of RMSNorm, which a CPU's autocast does not know
-def test_sharded_gradients_are_as_exact_as_whole_ones(mesh):
-    """bf16-mixed: norms gathered as bfloat16 would add 14% to the error, embeddings the stream that they start."""
-    base = ARModel(ARConfig(**AR | {"dim": 64, "depth": 8})).eval()
-    torch.manual_seed(0)
-    for parameter in base.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
-    labels, codes = torch.randint(4, (32,)), torch.randint(AR["vocab_size"], (32, AR["num_tokens"]))
-
-    def gradient(model: ARModel, precise: bool) -> Tensor:
-        with torch.autocast("cpu", BF16, enabled=not precise):
-            F.cross_entropy(model(labels, codes).flatten(0, 1), codes.flatten()).backward()
-        return torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
-
-    exact = gradient(copy.deepcopy(base), precise=True)
-    errors = {}
-    for name in ("one device", "sharded"):
-        model = copy.deepcopy(base)
-        if name == "sharded":
-            shard(model, mesh, mixed_precision())
-        found = streams(ar=model)
-        errors[name] = ((gradient(model, precise=False) - exact).norm() / exact.norm()).item()
-        assert set(found["ar"]) == {F32}, name
-    assert errors["sharded"] == pytest.approx(errors["one device"], rel=0.01)

@@ -33,7 +33,7 @@ assert "cell" in dar("sweep", "--config", "experiments/sweeps/small/order.yaml",
 assert "cell" in dar("sweep", "experiments/sweeps/small/order.yaml", "--help")
 assert "data/fruit64/train" in dar("sweep", "experiments/sweeps/small/order.yaml", "--dry_run")
 assert ShardIndex.load("data/fruit64/train/{000000..000001}.tar").num_samples == 512
-quickstart.run_stage, quickstart.collect, quickstart.summary = parse, str, lambda *_: "the end"
+quickstart.run_stage, quickstart.finish = parse, lambda out: print("the end")
 assert dar("quickstart").endswith("the end\\n")
 
 configs = [f"--config=experiments/quickstart/{name}tokenizer.yaml" for name in ("", "finetune_")]

@@ -23,9 +23,8 @@ from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import Provenance, StopOnSignal
-from dar_lightning.training.callbacks.config_text import ConfigText
-from dar_lightning.training.callbacks.global_batch import GlobalBatch
+from dar_lightning.training.callbacks import GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 
 
@@ -48,22 +47,19 @@ class TrainerCLI(LightningCLI):
 
     def __init__(self, argv: Sequence[str]):
         try:
-            self._run(argv)
+            super().__init__(
+                args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                parser_class=Parser,
+                parser_kwargs={"prog": "dar"},
+                save_config_callback=ConfigText,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": [StopOnSignal(), Provenance()]},  # whatever callbacks a config has
+            )
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
-
-    def _run(self, argv: Sequence[str]) -> None:
-        super().__init__(
-            args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            parser_kwargs={"prog": "dar"},
-            save_config_callback=ConfigText,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [StopOnSignal(), Provenance()]},  # whatever callbacks a config has
-        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -106,8 +102,7 @@ class TrainerCLI(LightningCLI):
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
         trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
-        given = type(trainer.strategy.checkpoint_io)
-        if given is not TorchCheckpointIO:
+        if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
             )
@@ -129,22 +124,21 @@ class TrainerCLI(LightningCLI):
 
     def _before_evaluation(self) -> None:
         """Random weights have no score: without its checkpoint, only training goes on."""
-        if self.config[self.config.subcommand].ckpt_path == "last":
-            callbacks = [found for found in self.trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)]
-            if not any(found._find_last_checkpoints(self.trainer) for found in callbacks):
-                folders = ", ".join(str(found.dirpath) for found in callbacks) or "no ModelCheckpoint's folder"
-                raise UserError(
-                    f"ckpt_path: last: there is no last checkpoint in {folders}; train first or name a file"
-                )
+        if self.config[self.config.subcommand].ckpt_path != "last":
+            return
+        callbacks = [found for found in self.trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)]
+        if not any(found._find_last_checkpoints(self.trainer) for found in callbacks):
+            folders = ", ".join(str(callback.dirpath) for callback in callbacks) or "no ModelCheckpoint's folder"
+            raise UserError(f"ckpt_path: last: there is no last checkpoint in {folders}; train first or name a file")
 
     before_validate = before_test = before_predict = _before_evaluation
 
     def before_instantiate_classes(self) -> None:
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
-        torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
+        config = self.config[self.config.subcommand]
+        torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
-        trainer = self.config[self.config.subcommand].trainer
-        root = Path(trainer.default_root_dir or "runs/default")
+        trainer, root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
         callbacks = trainer.callbacks or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             if issubclass(resolve_name(callback.class_path), ModelCheckpoint) and callback.init_args.dirpath is None:

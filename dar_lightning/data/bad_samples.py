@@ -25,10 +25,7 @@ class Bad(NamedTuple):
 class Skipped:
     """The bad samples of a split: those that this process has met, and those of other ranks since they last compared.
 
-    Args:
-        option: What the user calls the split.
-        total: Samples in it, good or bad.
-        max_share: Largest share of it that may be bad.
+    `option` is what the user calls the split, `total` counts its samples, good or bad.
     """
 
     def __init__(self, option: str, total: int, max_share: float) -> None:
@@ -36,19 +33,13 @@ class Skipped:
         self._met: dict[str, Bad] = {}  # by its line: one sample may be bad in two ways
         self._unshared: dict[str, Bad] = {}  # those of them that the other ranks do not know of
 
-    def __len__(self) -> int:
-        return len(self._met)
-
     @property
     def reasons(self) -> dict[str, str]:
         """ "shard/key" -> why."""
         return dict(self._met.values())
 
     def add(self, found: Iterable[Bad]) -> None:
-        """Take note of bad samples.
-
-        The log names each once; those that a shard has lost share a line.
-        """
+        """Take note of bad samples; the log names each once, and those that a shard has lost share a line."""
         new = {line: bad for bad in found if (line := str(bad)) not in self._met}
         self._met |= new
         self._unshared |= new
@@ -57,36 +48,24 @@ class Skipped:
             log.warning("%s: skipped %s%s", self.option, first, f", and {len(more)} more like it" if more else "")
 
     def check(self, everywhere: bool = False) -> None:
-        """Refuse to go on if there are too many.
+        """Raise a UserError if there are too many.
 
-        Args:
-            everywhere: Count those of all ranks, which must all call this at the same time.
-
-        Raises:
-            UserError: There are too many.
-            SystemExit: The same, with everywhere, on ranks above 0.
+        With `everywhere`, those of all ranks count, which must all call this at the same time; ranks above 0 leave with
+        a SystemExit then.
         """
-        if everywhere:
-            self._share()
-            if len(self) > self.max_share * self.total and dist.get_rank() > 0:
+        if everywhere:  # a sample comes to another rank in the next epoch
+            ranks: list[dict[str, Bad]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(ranks, self._unshared)  # on the device that the group serves
+            for found in ranks:
+                self._met |= found
+            self._unshared = {}
+            if len(self._met) > self.max_share * self.total and dist.get_rank() > 0:
                 raise SystemExit(0)  # rank 0 says it; Lightning kills it if another one left with an error first
         check_share(self.option, self._met, self.total, self.max_share)
 
-    def _share(self) -> None:
-        """Tell all ranks of what any of them has met: a sample comes to another rank in the next epoch."""
-        ranks: list[dict[str, Bad]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(ranks, self._unshared)  # on the device that the group serves
-        for found in ranks:
-            self._met |= found
-        self._unshared = {}
-
 
 def check_share(option: str, bad: Collection[str], total: int, max_share: float) -> None:
-    """Refuse to go on with too many bad samples.
-
-    Raises:
-        UserError: They are more than their largest share of the total.
-    """
+    """Raise a UserError if the bad samples are more than their largest share of the total."""
     if len(bad) > max_share * total:
         raise UserError(
             f"{option}: {len(bad)} of {total} samples cannot be used ({len(bad) / total:.2%}, max_bad_share is "

@@ -1,10 +1,10 @@
 """CodesDataModule: batches of cached tokens to train the AR model on."""
 
-from typing import Any
-
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.data.token_dataset import CodesDataset, CodesIndex
 from dar_lightning.errors import UserError
+from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
 class CodesDataModule(StreamDataModule):
@@ -25,6 +25,7 @@ class CodesDataModule(StreamDataModule):
             training and validation tokens must still be of one tokenizer.
     """
 
+    always_fixed = ("tokenizer_sha256",)
     sources = "a folder that `dar extract` wrote"
 
     def __init__(
@@ -48,40 +49,22 @@ class CodesDataModule(StreamDataModule):
     def setup(self, stage: str) -> None:
         """Check that all tokens are of one tokenizer, and of the one that was named."""
         super().setup(stage)
-        if self.train is None and self.val is None:
-            raise UserError("data.train and data.val: neither is set; give folders that `dar extract` wrote")
-        prints = {f"data.{split}": self.index(split).tokenizer for split in ("train", "val") if getattr(self, split)}
+        hashes = {f"data.{split}": self.index(split).tokenizer for split in self.splits}
         if self.tokenizer is not None:
-            from dar_lightning.formats.model_sha256 import model_sha256
-            from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-
             tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer)
-            prints = {"data.tokenizer": model_sha256(tokenizer)} | prints
-        first, *others = prints.items()
-        for name, value in others:
-            if value != first[1]:
+            hashes = {"data.tokenizer": model_sha256(tokenizer)} | hashes
+        (first, wanted), *others = hashes.items()
+        for name, found in others:
+            if found != wanted:
                 raise UserError(
-                    f"{name} holds tokens of tokenizer {value[:12]}, {first[0]} is of {first[1][:12]}; "
+                    f"{name} holds tokens of tokenizer {found[:12]}, {first} is of {wanted[:12]}; "
                     "run `dar extract` with the one that you mean"
                 )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data, and whose tokens they are."""
-        return super().state_dict() | {"tokenizer": self._any_index.tokenizer}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            UserError: It was trained on tokens of another tokenizer.
-        """
-        mine = self._any_index.tokenizer
-        if (theirs := state_dict.get("tokenizer", mine)) != mine:
-            raise UserError(
-                f"cannot resume: the checkpoint saw tokens of tokenizer {theirs[:12]}, these are of {mine[:12]}; "
-                "use the same, or start a new run from its weights"
-            )
-        super().load_state_dict(state_dict)
+    @property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of the tokenizer that made the tokens."""
+        return self._any_index.tokenizer
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -35,7 +35,12 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
         image.load()
-        return to_rgb(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # convert() would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise BadSample("pixels of 32 bits")  # nobody knows which value is white
+        image.info.pop("transparency", None)  # not wanted, and convert() warns of a palette's
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -47,27 +52,7 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """What the header of an encoded file says: format, size, mode. Its pixels have not been read.
-
-    Raises:
-        Exception: Many kinds, if it is no image of FORMATS.
-    """
+    """What the header of an encoded file says: format, size, mode. Raises many kinds if it is none of FORMATS."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
         return Image.open(io.BytesIO(content), formats=FORMATS)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode in RGB; what is RGB already is not copied.
-
-    Raises:
-        BadSample: Nobody knows which of its values is white.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise BadSample("pixels of 32 bits")
-    image.info.pop("transparency", None)  # not wanted, and convert() warns of a palette's
-    return image.convert("RGB")

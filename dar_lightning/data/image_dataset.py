@@ -1,6 +1,6 @@
 """Image dataset over shards: decode and crop; bad samples are counted and replaced."""
 
-from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,57 +11,43 @@ from torch.utils.data import Dataset
 from dar_lightning.data import transforms
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.decode import BadSample, decode_rgb
-from dar_lightning.data.sampler import Ticket, replacement_generator, sample_generator
+from dar_lightning.data.sampler import Ticket, sample_generator
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import IMAGE_TYPES, data_sha256
 from dar_lightning.errors import UserError
 
 REPLACEMENTS = 1000  # samples that are tried in a bad one's place
-
 NEEDED = (*IMAGE_TYPES, "cls")  # a sample may have other members, and large ones
 Crop = Literal["adm", "ten_crop", "center"]
 
 
+@dataclass(eq=False)
 class ShardDataset(Dataset):
     """Decoded and cropped samples; an item is a function of its ticket alone.
 
     A bad sample gives an item too, so that batches stay equal on all ranks; its `skipped` is the `Bad` that says which
     and why. In training it is another sample in its place, drawn for (seed, epoch, sample); otherwise a black one that
     is not `valid`.
-
-    Args:
-        reader: All samples of the split.
-        numbers: (n,) int64, those that the dataset consists of.
-        labels: Label in the shards -> label in the items, where it is another.
-        num_classes: Labels in the shards are below it, if not None.
-        image_size: Side of the square crops.
-        crop: See ImageNetDataModule.
-        flip: See ImageNetDataModule.
-        seed: Of crops, flips and replacements.
-        replace: Give other samples for bad ones.
-        skipped: Where a loader takes note of them.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        numbers: np.ndarray,
-        labels: dict[int, int],
-        num_classes: int | None,
-        image_size: int,
-        crop: Crop,
-        flip: bool,
-        seed: int,
-        replace: bool,
-        skipped: Skipped,
-    ) -> None:
-        self.reader, self.numbers, self.labels, self.num_classes = reader, numbers, labels, num_classes
-        self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
-        self.replace, self.skipped = replace, skipped
-        self.data_sha256 = data_sha256(reader.index.shards, list(labels.items()))
+    reader: ShardReader  # all samples of the split
+    numbers: np.ndarray  # (n,) int64, those that the dataset consists of
+    labels: dict[int, int]  # in the shards -> in the items, where it is another
+    num_classes: int | None  # labels in the shards are below it
+    image_size: int  # side of the square crops
+    crop: Crop  # as for ImageNetDataModule
+    flip: bool
+    seed: int  # of crops, flips and replacements
+    replace: bool  # give other samples for bad ones
+    skipped: Skipped  # where a loader takes note of them
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 of the shards and of what their labels become."""
+        return data_sha256(self.reader.index.shards, list(self.labels.items()))
 
     @property
     def sizes(self) -> list[int]:
@@ -75,7 +61,19 @@ class ShardDataset(Dataset):
         try:
             return self._item(number, ticket)
         except BadSample as bad:
-            return self._instead(number, ticket, describe(self.reader, number, bad))
+            skipped = describe(self.reader, number, bad)
+        if not self.replace:
+            black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+            shard, _, key = skipped.name.partition("/")
+            item = {"image": black, "label": 0, "key": key, "shard": shard, "index": number, "valid": False}
+            return item | {"skipped": skipped}
+        generator = np.random.default_rng([2, self.seed, ticket.epoch, ticket.index])
+        for other in self.numbers[generator.integers(len(self), size=REPLACEMENTS)]:
+            try:
+                return self._item(int(other), ticket) | {"skipped": skipped}
+            except BadSample:  # named when its own turn comes
+                continue
+        raise UserError(f"{self.skipped.option}: of {REPLACEMENTS} samples none can be used, among them {skipped}")
 
     def _item(self, number: int, ticket: Ticket) -> dict:
         """A sample at the place of `ticket`, with the crop of that place."""
@@ -83,8 +81,17 @@ class ShardDataset(Dataset):
         label = read_label(members, self.num_classes)
         # at twice the size and more, ADM's recipe halves before it scales; a JPEG can leave that to its decoder
         draft = transforms.max_short_side(self.image_size) if self.crop == "adm" else None
+        image, generator = decode(members, draft), sample_generator(self.seed, ticket.epoch, ticket.index)
+        if self.crop == "ten_crop":
+            image = transforms.ten_crop(image, self.image_size, int(generator.integers(10)))
+        elif self.crop == "adm":
+            image = transforms.random_crop(image, self.image_size, generator)
+        else:
+            image = transforms.center_crop(image, self.image_size)
+        if self.flip and self.crop != "ten_crop":  # which holds the mirrored ones already
+            image = transforms.random_flip(image, generator)
         return {
-            "image": transforms.to_tensor(self.cropped(decode(members, draft), ticket)),  # (3, S, S) uint8
+            "image": transforms.to_tensor(image),  # (3, S, S) uint8
             "label": self.labels.get(label, label),
             "key": key,
             "shard": shard,
@@ -93,56 +100,23 @@ class ShardDataset(Dataset):
             "skipped": Bad(),
         }
 
-    def _instead(self, number: int, ticket: Ticket, skipped: Bad) -> dict:
-        """The item at the place of a bad sample."""
-        if not self.replace:
-            black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-            shard, _, key = skipped.name.partition("/")
-            item = {"image": black, "label": 0, "key": key, "shard": shard, "index": number, "valid": False}
-            return item | {"skipped": skipped}
-        generator = replacement_generator(self.seed, ticket.epoch, ticket.index)
-        for other in self.numbers[generator.integers(len(self), size=REPLACEMENTS)]:
-            try:
-                return self._item(int(other), ticket) | {"skipped": skipped}
-            except BadSample:  # named when its own turn comes
-                continue
-        raise UserError(f"{self.skipped.option}: of {REPLACEMENTS} samples none can be used, among them {skipped}")
-
-    def cropped(self, image: Image.Image, ticket: Ticket) -> transforms.Picture:
-        generator = sample_generator(self.seed, ticket.epoch, ticket.index)
-        if self.crop == "ten_crop":
-            return transforms.ten_crop(image, self.image_size, int(generator.integers(10)))
-        if self.crop == "adm":
-            image = transforms.random_crop(image, self.image_size, generator)
-        else:
-            image = transforms.center_crop(image, self.image_size)
-        return transforms.random_flip(image, generator) if self.flip else image
-
 
 def decode(members: dict[str, bytes], draft_size: int | None = None) -> Image.Image:
-    """The RGB image of a sample; see `decode_rgb`.
-
-    Raises:
-        BadSample: It has none, or one that cannot be decoded.
-    """
-    encoded = [members[extension] for extension in IMAGE_TYPES if extension in members]
-    if not encoded:
-        raise BadSample(f"no image ({', '.join(IMAGE_TYPES)})")
-    return decode_rgb(encoded[0], draft_size)
+    """The RGB image of a sample, by `decode_rgb`; a BadSample if it has none, or one that cannot be decoded."""
+    for extension in IMAGE_TYPES:
+        if extension in members:
+            return decode_rgb(members[extension], draft_size)
+    raise BadSample(f"no image ({', '.join(IMAGE_TYPES)})")
 
 
 def read_label(members: dict[str, bytes], num_classes: int | None) -> int:
-    """The class number of a sample, from its `.cls` member.
-
-    Raises:
-        BadSample: It has none, or another than 0 to num_classes - 1.
-    """
+    """The class number of a sample, from its `.cls` member; a BadSample if it has none below num_classes."""
     if "cls" not in members:
         raise BadSample("no .cls member, which must hold its class number")
     text = members["cls"][:100].decode(errors="replace").strip()
-    right = f"0 to {num_classes - 1}" if num_classes else "0, 1, ..."
     # int() takes more than digits, and more of them than int64 holds
     if not (text.isascii() and text.isdigit() and len(text) < 10) or (num_classes and int(text) >= num_classes):
+        right = f"0 to {num_classes - 1}" if num_classes else "0, 1, ..."
         raise BadSample(f"its label is {text[:20]!r}, the classes are {right}")
     return int(text)
 
@@ -150,19 +124,3 @@ def read_label(members: dict[str, bytes], num_classes: int | None) -> int:
 def describe(reader: ShardReader, number: int, bad: BadSample) -> Bad:
     """A bad sample by its name, with the reason in one line."""
     return Bad(reader.name(number), " ".join(str(bad).split()))
-
-
-def select(reader: ShardReader, labels: Collection[int], num_classes: int | None) -> tuple[np.ndarray, list[Bad]]:
-    """The samples of some classes, found by reading all labels.
-
-    Returns:
-        (n,) int64, their numbers; and the samples whose label cannot be read.
-    """
-    numbers, unlabelled = [], []
-    for number in range(len(reader)):
-        try:
-            if read_label(reader.read(number, only=("cls",))[2], num_classes) in labels:
-                numbers.append(number)
-        except BadSample as bad:
-            unlabelled.append(describe(reader, number, bad))
-    return np.array(numbers, np.int64), unlabelled

@@ -6,8 +6,9 @@ from typing import get_args
 import numpy as np
 
 from dar_lightning.data.bad_samples import Skipped
-from dar_lightning.data.image_dataset import Crop, ShardDataset, select
-from dar_lightning.data.loader import StreamDataModule
+from dar_lightning.data.decode import BadSample
+from dar_lightning.data.image_dataset import Crop, ShardDataset, describe, read_label
+from dar_lightning.data.loader import StreamDataModule, at_least
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex
 from dar_lightning.errors import UserError
@@ -66,16 +67,13 @@ class ImageNetDataModule(StreamDataModule):
         max_bad_share: float = 0.01,
     ) -> None:
         super().__init__(train, val, batch_size, num_workers, seed)
-        if image_size < 1:
-            raise UserError(f"data.image_size: {image_size} is not a number of pixels, give at least 1")
+        at_least(1, image_size=image_size, num_classes=num_classes)
         if crop not in get_args(Crop):
             raise UserError(f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
-        if num_classes is not None and num_classes < 1:
-            raise UserError(f"data.num_classes: {num_classes} is not a number of classes, give at least 1")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share: {max_bad_share} is not a share, give 0 to 1")
-        if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
-            raise UserError(f"data.classes: {classes} is empty or names a class twice")
+        if classes == []:
+            raise UserError("data.classes: [] is empty")
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.cache_dir, self.max_bad_share = cache_dir, max_bad_share
         self._num_classes, self._classes = num_classes, classes
@@ -83,10 +81,10 @@ class ImageNetDataModule(StreamDataModule):
 
     def _read_index(self, split: str, source: str) -> ShardIndex:
         index = ShardIndex.load(source, f"data.{split}", self.cache_dir)
-        skipped = Skipped(f"data.{split}", index.num_samples, self.max_bad_share)
+        skipped = self._skipped[split] = Skipped(f"data.{split}", index.num_samples, self.max_bad_share)
         skipped.add(index.lost)
         skipped.check()
-        self._index[split], self._skipped[split] = index, skipped
+        self._index[split] = index
         if self._classes is not None:
             self._kept()  # so that a class which is none is found here
         return index
@@ -99,85 +97,75 @@ class ImageNetDataModule(StreamDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels; empty if the shards have no index."""
-        names = self._names
-        return tuple(names[number] for number in self._kept()) if names and self._classes is not None else names
+        names = self._any_index.classes
+        return names if self._classes is None or not names else tuple(names[number] for number in self._kept())
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        if self._classes is not None:
-            return len(self._classes)
-        if self._classes_in_shards is None:
+        count = self._classes_in_shards if self._classes is None else len(self._classes)
+        if count is None:
             raise UserError("data.num_classes: the shards have no index.json with class names, so give the number")
-        return self._classes_in_shards
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return self._any_index.classes
+        return count
 
     @property
     def _classes_in_shards(self) -> int | None:
-        return len(self._names) or None if self._num_classes is None else self._num_classes
+        return self._num_classes or len(self._any_index.classes) or None
 
     def _kept(self) -> list[int]:
         """The numbers in the shards of the classes that are kept."""
-        names, count = self._names, self._classes_in_shards
-        numbers = []
-        for given in self._classes:
-            number = names.index(given) if given in names else given
+        names, count = self._any_index.classes, self._classes_in_shards
+        numbers = [names.index(given) if given in names else given for given in self._classes]
+        for given, number in zip(self._classes, numbers, strict=True):
             if type(number) is not int or number < 0 or (count is not None and number >= count):
-                known = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "no names are known"
                 right = f"0 to {count - 1}" if count else "0, 1, ..."
+                known = ", ".join(names[:5]) or "no names are known"
                 raise UserError(f"data.classes: {given!r} is no class, they are {right} ({known})")
-            numbers.append(number)
         if len(set(numbers)) < len(numbers):
             raise UserError(f"data.classes: {self._classes} names a class twice")
         return numbers
 
     def _dataset(self, split: str) -> ShardDataset:
-        reader, skipped = ShardReader(self.index(split)), self._skipped[split]
-        numbers, labels, count = np.arange(len(reader)), {}, self._classes_in_shards
-        if self._classes is not None:
+        training, reader, skipped = split == "train", ShardReader(self.index(split)), self._skipped[split]
+        if self._classes is None:
+            numbers, labels, count = np.arange(len(reader)), {}, self.num_classes
+        else:
             labels = {number: label for label, number in enumerate(self._kept())}
-            numbers, unlabelled = select(reader, labels, count)
-            skipped.total = len(numbers) + len(unlabelled)  # the latter could be of any class
+            kept, unlabelled, count = [], [], self._classes_in_shards
+            for number in range(len(reader)):
+                try:
+                    if read_label(reader.read(number, only=("cls",))[2], count) in labels:
+                        kept.append(number)
+                except BadSample as bad:
+                    unlabelled.append(describe(reader, number, bad))
+            numbers = np.array(kept, np.int64)
+            skipped.total = len(kept) + len(unlabelled)  # the latter could be of any class
             skipped.add(unlabelled)
             skipped.check()
-            if len(numbers) == 0:
+            if not kept:
                 raise UserError(f"data.classes: {getattr(self, split)} has no sample of {self._classes}")
-        elif count is None:
-            count = self.num_classes  # which says what is missing
-        training = split == "train"
         crop, flip = (self.crop, self.flip) if training else ("center", False)
         return ShardDataset(
             reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace=training, skipped=skipped
         )
 
     def setup(self, stage: str) -> None:
-        """Check that training and validation shards number their classes alike.
-
-        Raises:
-            UserError: They do not, or the shards are not as they should be.
-        """
+        """Check that training and validation shards number their classes alike; a UserError if they do not."""
         super().setup(stage)
-        if stage == "fit" and self.train is not None and self.val is not None:
-            train, val = self.index("train").classes, self.index("val").classes
-            if train and val and train != val:
-                place = next(i for i, pair in enumerate(zip_longest(train, val)) if pair[0] != pair[1])
-                names = [names[place] if place < len(names) else "missing" for names in (train, val)]
+        if stage != "fit" or len(self.splits) < 2:
+            return
+        train, val = (self.index(split).classes for split in self.splits)
+        for place, (mine, theirs) in enumerate(zip_longest(val, train, fillvalue="missing") if train and val else ()):
+            if mine != theirs:
                 raise UserError(
-                    f"data.val: its class {place} is {names[1]}, in data.train that is {names[0]}; make both with the "
+                    f"data.val: its class {place} is {mine}, in data.train that is {theirs}; make both with the "
                     "same classes (dar shard --classes)"
                 )
 
     def teardown(self, stage: str) -> None:
-        """Called by the Trainer at the end, on all ranks: what they have met since they last compared counts, too.
-
-        Raises:
-            UserError: Too many samples are bad.
-        """
+        """Called by the Trainer at the end, on all ranks: what they have met since they last compared counts, too."""
         everywhere = self.trainer is not None and self.trainer.world_size > 1
-        for split in ("train", "val") if stage == "fit" else ("val",):
-            if getattr(self, split) is not None:
+        for split in self.splits:
+            if stage == "fit" or split == "val":
                 self.index(split)  # no rank may be without
                 self._skipped[split].check(everywhere)

@@ -1,15 +1,14 @@
 """DataLoaders with a resumable position, and the base class of both DataModules."""
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dar_lightning.data import workers
 from dar_lightning.data.bad_samples import Bad, Skipped
@@ -17,9 +16,13 @@ from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
+SHARED = {  # what must be the same for a position to mean anything
+    "global_batch": "batch size x devices",
+    "accumulate": "number of batches per optimizer step",
+    "samples": "number of training samples",
+    "data_sha256": "hash of the training data (shards' names, contents and classes)",
+}
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
-NO_MEMORY = {-9, -7}  # exit codes after SIGKILL and SIGBUS: no main memory, no shared memory
-ANOTHER_RUN = "use the same, or start a new run from its weights"
 
 
 class Loader(DataLoader):
@@ -35,60 +38,46 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         skipped: Skipped | None = getattr(self.dataset, "skipped", None)
-        # with these, every rank has as many batches as this one
-        together = (
-            isinstance(self.sampler, (TrainSampler, EvalSampler)) and dist.is_available() and dist.is_initialized()
-        )
-        iterator = None
+        together = dist.is_available() and dist.is_initialized()
+        together = together and isinstance(self.sampler, (TrainSampler, EvalSampler))  # all ranks have as many batches
+        batches = None
         try:
-            iterator = super().__iter__()
-            for number, batch in enumerate(self._timed(iterator), start=1):
+            batches = super().__iter__()
+            start = perf_counter()
+            for number, batch in enumerate(batches, start=1):
+                self.waited += perf_counter() - start
                 self.given += 1
                 if skipped is not None:
                     skipped.add(bad for bad in map(Bad, *batch.pop("skipped")) if bad.reason)
-                    often = self.given < CHECK and self.given.bit_count() == 1  # a power of two
-                    if not together or often or self.given % CHECK == 0 or number == len(self):
+                    often = self.given.bit_count() == 1 or self.given % CHECK == 0
+                    if not together or often or number == len(self):
                         skipped.check(everywhere=together)
                 yield batch
+                start = perf_counter()
             return
-        except UserError as error:
-            message = str(error).strip().rpartition("UserError: ")[2]
-            error.__traceback__ = None  # its frames hold the workers, too
-        except RuntimeError as error:
-            if not KILLED.search(str(error)):
+        except (UserError, RuntimeError) as error:
+            message = str(error).strip()
+            if isinstance(error, UserError):
+                message = message.rpartition("UserError: ")[2]
+            elif KILLED.search(message):
+                hint = "num_workers=0 may show why, fewer workers need less memory"
+                message = f"num_workers: {' '.join(message.split())}; {hint}"
+            else:
                 raise
-            processes = getattr(self._iterator if iterator is None else iterator, "_workers", ())
-            of_memory = NO_MEMORY & {process.exitcode for process in processes}
-            hint = f"is there enough memory for {self.num_workers}?" if of_memory else "num_workers=0 may show why"
-            message = f"num_workers: {' '.join(str(error).split())}; {hint}"
-            error.__traceback__ = None
-        self._iterator = iterator = None  # so the workers end at once
+            error.__traceback__ = None  # its frames hold the workers, too
+        self._iterator = batches = None  # so the workers end at once
         raise UserError(message)
-
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            start = perf_counter()
-            batch = next(batches, None)
-            self.waited += perf_counter() - start
-            if batch is None:
-                return
-            yield batch
 
 
 class TrainLoader(Loader):
-    """Counts the batches that it has given out, and starts anywhere.
+    """Counts the batches that it has given out, in its sampler's `position`, and starts anywhere.
 
-    `len()` is that of a full epoch. An iteration starts at `position` and gives one epoch's worth, so a run that was
-    stopped in mid-epoch, or is limited to a part of each epoch, goes on with the next batch.
+    An iteration gives one epoch's worth, so a run that was stopped in mid-epoch, or is limited to a part of each epoch,
+    goes on with the next batch.
     """
 
     sampler: TrainSampler
-    unfinished: Callable[[], int] = staticmethod(lambda: 0)  # batches given out that the training has not done with
-
-    @property
-    def position(self) -> int:
-        """Number of batches given out since the start of the run."""
-        return self.sampler.position
+    progress: Any = None  # Lightning's count of batches in this epoch
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
@@ -97,89 +86,76 @@ class TrainLoader(Loader):
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the run stands, and what must be the same for this to mean anything."""
+        # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
+        unfinished = 0 if self.progress is None else self.progress.ready - self.progress.processed
         return {
-            "position": self.position - self.unfinished(),
+            "position": self.sampler.position - unfinished,
             "global_batch": self.sampler.global_batch,
             "accumulate": self.sampler.accumulate,
-            "samples": len(self.sampler.dataset),
-            "data_sha256": self.sampler.dataset.data_sha256,
+            "samples": len(self.dataset),
+            "data_sha256": self.dataset.data_sha256,
         }
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            UserError: The global batch or the data are not those of the checkpoint.
-        """
-        mine = self.state_dict()
-        if "fingerprint" in state:  # its name in earlier versions
-            state = state | {"data_sha256": state["fingerprint"]}
-        for name, what in (
-            ("global_batch", "batch size x devices"),
-            ("accumulate", "number of batches per optimizer step"),
-            ("samples", "number of training samples"),
-            ("data_sha256", "hash of the training data (shards' names, contents and classes)"),
-        ):
-            if state.get(name, mine[name]) != mine[name]:
-                raise UserError(
-                    f"cannot resume: {what} was {state[name]} in the checkpoint and is {mine[name]} now; {ANOTHER_RUN}"
-                )
+        """Continue from a checkpoint; a UserError if its global batch or data were others."""
+        _check_same(state, self.state_dict())
         self.sampler.position = state["position"]
 
 
-class StreamDataModule(L.LightningDataModule, ABC):
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A UserError where a checkpoint has another value."""
+    for name, value in now.items():
+        if (was := before.get(name, value)) != value and name != "position":
+            raise UserError(
+                f"cannot resume: {SHARED.get(name, f'data.{name}')} was {was} in the checkpoint and is {value} now; "
+                "use the same, or start a new run from its weights"
+            )
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Refuse options of a DataModule that are smaller."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UserError(f"data.{name} is {value}: must be at least {least}")
+
+
+class StreamDataModule(L.LightningDataModule):
     """What both DataModules share: their splits, the two kinds of loader, and the place in the data in checkpoints.
 
-    Args:
-        train: Where the training data lie.
-        val: Where the validation data lie.
-        batch_size: Samples per batch and device.
-        num_workers: Worker processes per loader; the batches do not depend on it.
-        seed: Order of the samples, and crops.
+    A subclass has `_read_index(split, source)`, which reads what lies at `train` or `val`, and `_dataset(split)`.
     """
 
-    fixed: tuple[str, ...] = ("seed",)  # options that a resumed run must share
+    fixed: tuple[str, ...] = ("seed",)  # what a resumed training must share
+    always_fixed: tuple[str, ...] = ()  # the same, also for validation
     window: int | None = None  # shards whose samples are mixed; None is all of them
-    sources = "data"  # what train and val may be, for the error line
+    sources: str  # what train and val may be, for the error line
 
     def __init__(self, train: str | None, val: str | None, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is not a number of samples, give at least 1")
-        if num_workers < 0:
-            raise UserError(f"num_workers: {num_workers} is negative, give 0 or more")
-        if seed < 0:
-            raise UserError(f"seed: {seed} is negative, give 0 or more")
+        at_least(1, batch_size=batch_size)
+        at_least(0, num_workers=num_workers, seed=seed)
         self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._index: dict[str, Any] = {}
         self._loader: TrainLoader | None = None
-        self._restored: dict[str, int | str] | None = None
+        self._restored: dict[str, int | str] | None = None  # a checkpoint's place, until there is a loader
 
-    @abstractmethod
-    def _read_index(self, split: str, source: str) -> Any:
-        """The index of a split's shards at `source`."""
-
-    @abstractmethod
-    def _dataset(self, split: str) -> Dataset:
-        """The samples of a split."""
+    @property
+    def splits(self) -> list[str]:
+        """Those of "train" and "val" that are set; "train" where neither is, whose index then says so."""
+        return [split for split in ("train", "val") if getattr(self, split) is not None] or ["train"]
 
     def index(self, split: str) -> Any:
-        """The shards of a split ("train" or "val"), read at first use.
-
-        Raises:
-            UserError: The split has none, or they are not as they should be.
-        """
+        """The shards of a split, read at first use; a UserError if it has none, or they are not as they should be."""
         if split not in self._index:
-            source = getattr(self, split)
-            if source is None:
+            if (source := getattr(self, split)) is None:
                 raise UserError(f"data.{split}: not set; give {self.sources}")
             self._index[split] = self._read_index(split, source)
         return self._index[split]
 
     @property
     def _any_index(self) -> Any:
-        return self.index("val" if self.train is None else "train")
+        return self.index(self.splits[0])
 
     def setup(self, stage: str) -> None:
         """Called by the Trainer at the start of everything that it does: training begins anew, or is restored."""
@@ -188,35 +164,28 @@ class StreamDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches, endless in principle; see `TrainLoader`."""
-        dataset = self._dataset("train")
-        world, rank, overfit, accumulate = 1, 0, 0, 1
-        if self.trainer is not None:
-            world, rank, overfit = self.trainer.world_size, self.trainer.global_rank, self.trainer.overfit_batches
-            accumulate = self.trainer.accumulate_grad_batches
-        if overfit:  # the same few batches in every epoch
-            return Loader(dataset, batch_size=self.batch_size, drop_last=True, **workers.options(self.num_workers))
+        dataset, trainer = self._dataset("train"), self.trainer
+        options = {"batch_size": self.batch_size, "drop_last": True}
+        if trainer is not None and trainer.overfit_batches:  # the same few batches in every epoch
+            return Loader(dataset, **options, **workers.options(self.num_workers))
+        world, rank, accumulate = 1, 0, 1
+        if trainer is not None:
+            world, rank, accumulate = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
         # with self in the order, the loader would be part of a cycle, and its workers would wait 10 s for their end
         sizes, seed, window = dataset.sizes, self.seed, self.window or len(dataset.sizes)
         sampler = TrainSampler(
             dataset, lambda epoch: shuffled(sizes, seed, epoch, window), self.batch_size, world, rank, accumulate
         )
         if sampler.batches == 0:
-            times = f", {accumulate} times," if accumulate > 1 else ""
-            raise UserError(
-                f"batch_size: {self.batch_size} on {world} device(s){times} is more than the {len(dataset)} training "
-                "samples"
-            )
-        before = self._loader
-        options = workers.options(self.num_workers, persistent=True)
-        self._loader = TrainLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **options)
-        if self.trainer is not None:
-            # a checkpoint written in the middle of a step (on an exception or a signal) repeats that step
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            self._loader.unfinished = lambda: progress.ready - progress.processed
-        if self._restored is not None:
-            self._restore()
-        elif before is not None:  # Trainer(reload_dataloaders_every_n_epochs=...)
-            self._loader.sampler.position = before.position
+            needed = f"{self.batch_size} x {world} devices x {accumulate} batches per step"
+            raise UserError(f"data.batch_size: {needed} is more than the {len(dataset)} training samples")
+        if self._loader is not None:  # Trainer(reload_dataloaders_every_n_epochs=...)
+            sampler.position = self._loader.sampler.position
+        options |= workers.options(self.num_workers, persistent=True)
+        self._loader = TrainLoader(dataset, sampler=sampler, **options)
+        if trainer is not None:
+            self._loader.progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        self._restore()
         return self._loader
 
     def val_dataloader(self) -> Loader | list:
@@ -234,24 +203,18 @@ class StreamDataModule(L.LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Lightning keeps this in every checkpoint."""
         stream = self._loader.state_dict() if self._loader is not None else self._restored
-        return {"stream": stream, **{name: getattr(self, name) for name in self.fixed}}
+        return {"stream": stream, **{name: getattr(self, name) for name in (*self.fixed, *self.always_fixed)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint; called before a loader has given out its first batch.
-
-        Raises:
-            UserError: The data would not be those of the unbroken run.
-        """
+        """Continue from a checkpoint, before a batch is given out; a UserError if the data would be others."""
         training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        for name in self.fixed if training else ():
-            if (was := state_dict.get(name, now := getattr(self, name))) != now:
-                raise UserError(
-                    f"cannot resume: data.{name} was {was} in the checkpoint and is {now} now; {ANOTHER_RUN}"
-                )
+        names = (*self.fixed, *self.always_fixed) if training else self.always_fixed
+        _check_same(state_dict, {name: getattr(self, name) for name in names})
         self._restored = state_dict["stream"]
-        if self._loader is not None and self._restored is not None:  # sharded models are restored after the loaders
-            self._restore()
+        self._restore()
 
     def _restore(self) -> None:
-        self._loader.load_state_dict(self._restored)
-        self._restored = None
+        """Take the checkpoint's place, if there is one; sharded models are restored after the loaders are made."""
+        if self._loader is not None and self._restored is not None:
+            self._loader.load_state_dict(self._restored)
+            self._restored = None

@@ -1,9 +1,8 @@
 """Sampler with a seeded, resumable order: which samples are in batch p on which rank.
 
-Nothing here has a state that grows. The order of epoch e is a function of (seed, e), and everything random about a
-sample is a function of (seed, epoch, sample), so one integer, the number of batches taken, says where a run stands.
-Hence the batches do not depend on the number of workers, resuming needs no replay, and two devices with half the batch
-size see the same global batches as one.
+The order of epoch e is a function of (seed, e), and everything random about a sample is one of (seed, epoch, sample): a
+single integer, the number of batches taken, says where a run stands. Hence the batches do not depend on the number of
+workers, resuming replays nothing, and two devices with half the batch size see the same global batches as one.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,28 +25,18 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([1, seed, epoch, index])
 
 
-def replacement_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What the samples are drawn from that take a bad one's place in an epoch."""
-    return np.random.default_rng([2, seed, epoch, index])
-
-
 def shuffled(sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
     """The order of one epoch: blocks (shards) shuffled, then samples shuffled within windows of that many blocks.
 
-    Shuffling in windows keeps reads local: at most `window` shards are in use at a time.
-
-    Args:
-        sizes: Samples per block.
-        seed: Seed of the run.
-        epoch: Epoch; every one has an order of its own.
-        window: Blocks per window.
+    Shuffling in windows keeps reads local: at most `window` shards are in use at a time. `sizes` are the samples per
+    block.
 
     Returns:
         (sum(sizes),) int64, a permutation.
     """
     generator = np.random.default_rng([0, seed, epoch])
-    starts = np.cumsum([0, *sizes])
-    blocks = [np.arange(starts[b], starts[b + 1]) for b in generator.permutation(len(sizes))]
+    blocks = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    blocks = [blocks[number] for number in generator.permutation(len(sizes))]
     windows = [np.concatenate(blocks[i : i + window]) for i in range(0, len(blocks), window)]
     return np.concatenate([generator.permutation(samples) for samples in windows])
 
@@ -59,26 +48,18 @@ class TrainSampler(DistributedSampler):
     over the ranks. The remainder is dropped, also that of `accumulate` batches, which are one optimizer step: so steps
     hold the same samples however they are divided. It is a DistributedSampler so that Lightning leaves it in place;
     the epoch comes from `position`, and `set_epoch` has no effect.
-
-    Args:
-        dataset: For its length.
-        order: Epoch -> permutation of the dataset.
-        batch_size: Samples per batch and rank.
-        num_replicas: Number of ranks.
-        rank: This one.
-        accumulate: Batches per optimizer step.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        order: Callable[[int], np.ndarray],
-        batch_size: int,
+        order: Callable[[int], np.ndarray],  # epoch -> permutation of the dataset
+        batch_size: int,  # per rank
         num_replicas: int,
         rank: int,
         accumulate: int = 1,
     ) -> None:
-        super().__init__(dataset, num_replicas, rank, drop_last=True)
+        super().__init__(dataset, num_replicas, rank)
         self.order, self.batch_size, self.accumulate = order, batch_size, accumulate
         self.global_batch = batch_size * num_replicas
         self.batches = len(dataset) // (self.global_batch * accumulate) * accumulate
@@ -94,15 +75,11 @@ class TrainSampler(DistributedSampler):
             if epoch != last:
                 order, last = self.order(epoch), epoch
             start = batch * self.global_batch + self.rank * self.batch_size
-            for index in order[start : start + self.batch_size]:
-                yield Ticket(int(index), epoch)
+            yield from (Ticket(int(index), epoch) for index in order[start : start + self.batch_size])
 
 
 class EvalSampler(DistributedSampler):
     """Every sample once over all ranks, in order; ranks that would run short repeat the last one with `valid=False`."""
-
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=False)
 
     def __iter__(self) -> Iterator[Ticket]:
         size = len(self.dataset)

@@ -8,8 +8,8 @@ from typing import BinaryIO
 import numpy as np
 
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.shards import IMAGE_TYPES, INDEX, Shard, ShardIndex, shard_contents
-from dar_lightning.data.tar import Contents, Sample
+from dar_lightning.data.shards import IMAGE_TYPES, INDEX, Shard, ShardIndex
+from dar_lightning.data.tar import Contents, read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import file_sha256
 
@@ -33,18 +33,9 @@ class ShardReader:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def __getitem__(self, number: int) -> tuple[str, str, dict[str, bytes]]:
-        """Shard name, key, and the contents of the sample's members by lower-case extension.
-
-        Raises:
-            BadSample: It is lost, or cannot be read.
-        """
-        return self.read(number)
-
     def read(self, number: int, only: Collection[str] | None = None) -> tuple[str, str, dict[str, bytes]]:
-        """The same, with only some of the members."""
-        which, position = self._locate(number)
-        file, contents = self._shard(which)
+        """Shard name, key, and the contents of (`only` some) members by lower-case extension; a BadSample if lost."""
+        shard, position, file, contents = self._locate(number)
         if flaw := contents.flaw(position):
             raise BadSample(flaw)
         key, places, _ = contents.samples[position]
@@ -57,43 +48,41 @@ class ShardReader:
             }
         except OSError as error:
             raise BadSample(f"it cannot be read ({error.strerror})") from error
-        return self.index.shards[which].name, key, members
+        return shard.name, key, members
+
+    __getitem__ = read
 
     def name(self, number: int) -> str:
         """What a log calls a sample, good or bad: "shard/key"."""
-        which, position = self._locate(number)
-        return f"{self.index.shards[which].name}/{self._shard(which)[1].name(position)}"
+        shard, position, _, contents = self._locate(number)
+        return f"{shard.name}/{contents.name(position)}"
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        """Number of a sample's shard, and its number in there."""
+    def _locate(self, number: int) -> tuple[Shard, int, BinaryIO | None, Contents]:
+        """A sample's shard, its number in there, and what that shard holds."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         which = int(np.searchsorted(self.ends, number, side="right"))
-        return which, number - int(self.ends[which]) + self.index.shards[which].samples
-
-    def _shard(self, which: int) -> tuple[BinaryIO | None, Contents]:
+        shard = self.index.shards[which]
         if which not in self._open:
-            self._open[which] = self._read_shard(self.index.shards[which])
+            self._open[which] = self._read_shard(shard)
             if len(self._open) > self.max_open and (oldest := self._open.popitem(last=False)[1][0]):
                 oldest.close()
         self._open.move_to_end(which)
-        return self._open[which]
+        return shard, number - int(self.ends[which]) + shard.samples, *self._open[which]
 
     def _read_shard(self, shard: Shard) -> tuple[BinaryIO | None, Contents]:
         try:
             path = self.index.path(shard)
         except BadSample as bad:
             return None, Contents([], str(bad))
-        contents = shard_contents(path)
-        if any(not sample.flaw for sample in contents.samples[shard.samples :]):
+        samples, damage = read_headers(path)
+        if any(not sample.flaw for sample in samples[shard.samples :]):
             if shard.sha256 in (None, file_sha256(path)):
-                raise UserError(
-                    f"{path} holds {len(contents.samples)} samples, its {INDEX} says {shard.samples}; rebuild it"
-                )
+                raise UserError(f"{path} holds {len(samples)} samples, its {INDEX} says {shard.samples}; rebuild it")
             # a damaged name has made two samples of one: these go last, the good ones keep a number
-            contents.samples.sort(key=lambda sample: bool(sample.flaw) or not _is_complete(sample))
-        return path.open("rb", buffering=0) if contents.samples else None, contents
-
-
-def _is_complete(sample: Sample) -> bool:
-    return "cls" in sample.members and any(extension in sample.members for extension in IMAGE_TYPES)
+            samples.sort(
+                key=lambda sample: (
+                    bool(sample.flaw) or "cls" not in sample.members or sample.members.keys().isdisjoint(IMAGE_TYPES)
+                )
+            )
+        return path.open("rb", buffering=0) if samples else None, Contents(samples, damage)

@@ -19,7 +19,7 @@ from webdataset.shardlists import expand_urls
 from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
-from dar_lightning.data.tar import Contents, read_headers
+from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_text
 
@@ -46,21 +46,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The shards of one split.
+    """The shards of one split."""
 
-    Args:
-        root: The folder that they lie in, or are copied to at first touch.
-        shards: The files. They may be damaged: samples keep their numbers, and those that are lost cannot be read.
-        classes: Names of the classes that the labels count; empty when unknown.
-        url: The folder that they are copied from.
-        lost: What is known to be wrong before anything is read: bad samples.
-    """
-
-    root: Path
-    shards: tuple[Shard, ...]
-    classes: tuple[str, ...] = ()
-    url: str | None = None
-    lost: tuple[Bad, ...] = field(default=(), compare=False, repr=False)
+    root: Path  # the folder that they lie in, or are copied to at first touch
+    shards: tuple[Shard, ...]  # damaged ones, too: samples keep their numbers, and those that are lost cannot be read
+    classes: tuple[str, ...] = ()  # names of the classes that the labels count; empty when unknown
+    url: str | None = None  # the folder that they are copied from
+    lost: tuple[Bad, ...] = field(default=(), compare=False, repr=False)  # what is known before anything is read
 
     @property
     def num_samples(self) -> int:
@@ -86,60 +78,48 @@ class ShardIndex:
 
     @classmethod
     def load(cls, source: str | Path, option: str = "shards", cache_dir: str | None = None) -> "ShardIndex":
-        """Find the shards that a user named.
+        """Find the shards that a user named: `source` is the value of `option`.
 
-        Files that are missing, cut or empty are no error here, as long as there are others; see `lost`.
-
-        Args:
-            source: A folder (with `index.json`, or else its `*.tar` files are counted), one tar, or a brace pattern
-                such as `shards/{000000..000099}.tar`; or a URL of any of these, for a folder one with an index.
-            option: What the user calls this value, for the error line.
-            cache_dir: Folder for copies of remote shards.
+        It is a folder (with `index.json`, or else its `*.tar` files are counted), one tar, or a brace pattern such as
+        `shards/{000000..000099}.tar`; or a URL of any of these, for a folder one with an index. Files that are missing,
+        cut or empty are no error here, as long as there are others; see `lost`.
 
         Raises:
-            UserError: Nothing there, nothing in it, nothing that can be read, or a shard is named that is neither
-                there nor in the index.
+            UserError: There is nothing that can be read, or a shard is named that is neither there nor in the index.
         """
         source = str(source)
         if source.startswith(("http://", "https://")) and "?" in source:  # it may be a secret: not in the line
-            raise UserError(
-                f"{option}: {source.partition('?')[0]}?... has a query, as signed addresses do; give an address without"
-            )
+            raise UserError(f"{option}: {source.partition('?')[0]}?... has a query; give an address without")
         folder, names = source, None
         if source.endswith(".tar") and not Path(source).is_dir():
-            paths = [os.path.split(path) for path in expand_urls(source)]
-            folder, names = paths[0][0], [name for _, name in paths]
-            if any(parent != folder for parent, _ in paths):
+            folders, names = zip(*map(os.path.split, expand_urls(source)), strict=True)
+            folder = folders[0]
+            if len({*folders}) > 1:
                 raise UserError(f"{option}: the shards of {source} must lie in one folder")
         url = folder.rstrip("/") if is_remote(folder) else None
         root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
         if not root.is_dir():
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
-        known, classes = _read_image_index(root, option) if (root / INDEX).is_file() else ({}, ())
-        if names is None:
-            names = list(known) or sorted(path.name for path in root.glob("*.tar"))
+        known, classes = {}, ()
+        if (root / INDEX).is_file():
+            content, shards = read_index(root, option, ("classes",))
+            known, classes = {shard.name: shard for shard in shards}, tuple(content["classes"])
+            if any(not name.endswith(".tar") for name in known):
+                raise UserError(f"{option}: {root} holds token shards, images are needed")
+        names = names or list(known) or sorted(path.name for path in root.glob("*.tar"))
         if url is None and (missing := [name for name in names if name not in known and not (root / name).exists()]):
-            raise UserError(
-                f"{option}: {root / missing[0]} is missing ({len(missing)} of {len(names)} named by {source})"
-            )
+            raise UserError(f"{option}: {root / missing[0]} is missing, {len(missing)} of {len(names)} are")
         examined = [_examine(root, url, name, known.get(name)) for name in names]
         lost = tuple(one for _, bad in examined for one in bad)
         index = cls(root, tuple(entry for entry, _ in examined), classes, url, lost)
         if index.num_samples == 0:
-            raise UserError(
-                f"{option}: no samples in {source}; give a folder of .tar shards, as webdataset writes them"
-            )
+            raise UserError(f"{option}: no samples in {source}; give a folder of .tar shards")
         if len(lost) >= index.num_samples:
             raise UserError(f"{option}: nothing in {source} can be read; {lost[0]}")
         return index
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies; a remote one is copied first.
-
-        Raises:
-            BadSample: The server has no such shard.
-            UserError: The server does not answer.
-        """
+        """Where a shard lies; a remote one is copied first, a BadSample if the server has no such shard."""
         path = self.root / shard.name
         if self.url is not None:
             try:
@@ -166,63 +146,37 @@ def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> 
     return root
 
 
-def _read_image_index(folder: Path, option: str) -> tuple[dict[str, Shard], tuple[str, ...]]:
-    """Shards by their name, and the classes."""
-    content, shards = read_index(folder, option, ("classes",))
-    if any(not shard.name.endswith(".tar") for shard in shards):
-        raise UserError(f"{option}: {folder} holds token shards, images are needed")
-    if not isinstance(content["classes"], list) or not all(isinstance(name, str) for name in content["classes"]):
-        raise UserError(f"{option}: classes in {folder / INDEX} are no list of names; rebuild it")
-    return {shard.name: shard for shard in shards}, tuple(content["classes"])
-
-
-def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:
-    """A folder's `index.json`, and the shards in it.
-
-    Args:
-        folder: Where it lies.
-        option: What the user calls the folder, for the error line.
-        needed: Names that must be in it, besides the version and the shards.
-
-    Raises:
-        UserError: It cannot be read, is something else, or was written by a later version.
-    """
-    path = folder / INDEX
-    try:
-        content = json.loads(path.read_text())
-        if "shardlist" in content and "shards" not in content:
-            raise UserError(
-                f"{option}: {path} is webdataset's (widsindex), another format; rename it, and the shards are counted, "
-                "or pack them anew with dar shard"
-            )
-        shards, version = tuple(Shard(**shard) for shard in content["shards"]), content["version"]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{option}: {path} is not a shard index ({error!r}); delete it or rebuild it") from error
-    if version != VERSION:
-        raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
-    if missing := [name for name in needed if name not in content]:
-        raise UserError(f"{option}: {path} is another kind of index, it has no {', '.join(missing)}")
-    return content, shards
-
-
 def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[Bad]]:
     """A shard's entry, made if there is none, and what is known to be lost of it. Remote ones are trusted."""
     path = root / name
-    if entry is None and url is not None:
+    if entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
+        return entry, []
+    if url is not None:
         try:
             fetch(f"{url}/{name}", path)
         except FileNotFoundError as error:
             raise UserError(f"{url}/{name} is missing, and no {INDEX} says what it should hold") from error
-    elif entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
-        return entry, []
-    contents = shard_contents(path)
+    contents = read_headers(path)
     found = len(contents.samples)
     if entry is None:  # of what has no end, who knows how much is missing: one sample at least
         entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
     flaws = ((position, contents.flaw(position)) for position in range(max(found, entry.samples)))
     return entry, [Bad(f"{name}/{contents.name(position)}", flaw) for position, flaw in flaws if flaw]
+
+
+def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:
+    """A folder's `index.json` and the shards in it; a UserError if it is none, or has not the `needed` names."""
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text())
+        shards, version = tuple(Shard(**shard) for shard in content["shards"]), content["version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # or webdataset's, which is another
+        raise UserError(f"{option}: {path} is not a shard index ({error!r}); rename or rebuild it") from error
+    if version != VERSION:
+        raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
+    if missing := sorted({*needed} - content.keys()):
+        raise UserError(f"{option}: {path} is another kind of index, it has no {', '.join(missing)}")
+    return content, shards
 
 
 def data_sha256(shards: Iterable[Shard], *more: object) -> str:
@@ -231,24 +185,8 @@ def data_sha256(shards: Iterable[Shard], *more: object) -> str:
     return hashlib.sha256(json.dumps([content, *more]).encode()).hexdigest()[:16]
 
 
-def shard_contents(path: Path) -> Contents:
-    """The samples of a tar. What may be otherwise in a moment must not count as damage: samples would be lost."""
-    try:
-        return read_headers(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-
-
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
-    """Write samples as one tar, atomically; the same samples give the same bytes on any machine.
-
-    Args:
-        path: The tar to make.
-        samples: (key, {extension: content}), in the order in which they shall lie in the file.
-
-    Returns:
-        The index entry of the new shard.
-    """
+    """Write samples, (key, {extension: content}), as one tar, atomically: the same bytes on any machine."""
     keys = set()
     same = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "keep_meta": True}  # whoever writes it, and when
     with atomic_path(path) as part, part.open("wb") as file, TarWriter(file, encoder=False, **same) as tar:

@@ -1,13 +1,15 @@
 """The samples of a tar file and the offsets of their members, also of a tar that is cut or damaged.
 
-`tarfile` reads the headers; this adds what it keeps to itself: where a header is damaged, and how to go on behind it.
-Nothing is extracted, so no name can lead anywhere.
+`tarfile` reads the headers; this adds where one is damaged, and how to go on behind it. Nothing is extracted, so no
+name can lead anywhere.
 """
 
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from dar_lightning.errors import UserError
 
 REPEATED = "its key is in the shard twice"
 LONGEST_NAME = 4096  # bytes, as in a path of Linux
@@ -47,38 +49,53 @@ def read_headers(path: Path) -> Contents:
     """List the samples of an uncompressed tar, which may be missing or anything else.
 
     Of two samples with one key, the first counts: a member whose name was there already begins another one, which is
-    bad.
+    bad. If the tar cannot be read now, that is a UserError and no damage: samples would be lost.
     """
     if not path.is_file():
         return Contents([], "it is not a file" if path.exists() else "the file is missing")
     samples: list[Sample] = []
     latest: dict[str, int] = {}  # key -> position of its last sample
-    with path.open("rb") as file:
-        walk = Walk(file, path.stat().st_size)
-        for member in walk:
-            key, extension = _split(member.name)
-            flaw = _flaw(member, walk.size)
-            if member.isdir() or (key == "" and not flaw):
-                continue
-            key = (key or member.name)[:LONGEST_NAME]
-            position = latest.get(key)
-            if position is None or extension in samples[position].members:
-                flaw = flaw or ("" if position is None else REPEATED)
-                position = latest[key] = len(samples)
-                samples.append(Sample(key, {}, flaw))
-            samples[position].members[extension] = (member.offset_data, member.size)
-            if flaw and not samples[position].flaw:
-                samples[position] = samples[position]._replace(flaw=flaw)
+    try:
+        with path.open("rb") as file:
+            walk, size = Walk(file), path.stat().st_size
+            for member in walk:
+                # as webdataset has them: cut at the first dot of the file's name; no key, no sample
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                key, flaw = folder + slash + stem if stem and dot else "", _flaw(member, size)
+                if member.isdir() or not (key or flaw):
+                    continue
+                key, extension = (key or member.name)[:LONGEST_NAME], extension.lower()
+                position = latest.get(key)
+                if position is None or extension in samples[position].members:
+                    flaw = flaw or ("" if position is None else REPEATED)
+                    position = latest[key] = len(samples)
+                    samples.append(Sample(key, {}))
+                samples[position].members[extension] = (member.offset_data, member.size)
+                if flaw and not samples[position].flaw:
+                    samples[position] = samples[position]._replace(flaw=flaw)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # an index may count the repeated ones or not: the others keep their numbers
     samples.sort(key=lambda sample: sample.flaw == REPEATED)
     return Contents(samples, walk.damage)
 
 
+def _flaw(member: tarfile.TarInfo, size: int) -> str:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name leads out of the shard"
+    if len(member.name) > LONGEST_NAME:
+        return "its name is too long"
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+        return "it is a link, a device or a sparse file, not a plain one"
+    return "the tar file ends inside of it" if member.offset_data + member.size > size else ""
+
+
 class Walk:
     """The members of a tar open for reading, in order; behind a damaged header, it goes on at the next one."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
         self.damage = ""  # what is wrong with the tar, once the walk is over
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
@@ -115,7 +132,7 @@ class _Header(tarfile.TarInfo):
         try:
             return super().fromtarfile(tar)
         except tarfile.InvalidHeaderError:
-            tar.note(place)
+            tar.damaged = place if tar.damaged is None else tar.damaged
             raise
 
 
@@ -125,39 +142,14 @@ class _Tar(tarfile.TarFile):
     tarinfo = _Header
     damaged: int | None = None  # byte at which the first damaged header begins
 
-    def note(self, place: int) -> None:
-        self.damaged = place if self.damaged is None else self.damaged
-
     def next(self) -> tarfile.TarInfo | None:
         while True:
             try:
                 member = super().next()
-            except tarfile.ReadError as error:
-                if "end of data" in str(error):
-                    return None
-            except ValueError:  # of a number in an extended header
-                pass
-            else:
                 if member is None or self.offset > member.offset:
                     return member
-            self.note(self.offset)
+            except (tarfile.ReadError, ValueError) as error:  # the latter of a number in an extended header
+                if "end of data" in str(error):
+                    return None
+            self.damaged = self.offset if self.damaged is None else self.damaged
             self.offset += BLOCK
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension, as webdataset has them: cut at the first dot of the file's name; no key, no sample."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return (folder + slash + stem if stem and dot else "", extension.lower())
-
-
-def _flaw(member: tarfile.TarInfo, size: int) -> str:
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "its name leads out of the shard"
-    if len(member.name) > LONGEST_NAME:
-        return "its name is too long"
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-        return "it is a link, a device or a sparse file, not a plain one"
-    if member.offset_data + member.size > size:
-        return "the tar file ends inside of it"
-    return ""

@@ -8,7 +8,7 @@ position. Tokens are read by memory mapping: ImageNet with ten crops of 256 toke
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,20 @@ HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of s
 
 @dataclass(frozen=True)
 class CodesIndex:
-    """What a folder of token shards holds.
-
-    Args:
-        root: The folder.
-        tokenizer: SHA-256 of the tokenizer (`dar_lightning.formats.model_sha256.model_sha256`).
-        tokenizer_config: Its config.
-        crops: Views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`).
-        num_crops: Their number.
-        image_size: Side of the crops, in pixels.
-        num_tokens: Tokens per crop, N.
-        codebook_size: Tokens are below this number.
-        classes: Class names in the order of the labels, as in the image shards' index.
-        shards: The files.
-        crop_names: What each position of the crops' axis is.
-        skipped: Samples of the image shards that are in no token shard: `SHARD/KEY: reason`.
-    """
+    """What a folder of token shards holds."""
 
     root: Path
-    tokenizer: str
+    tokenizer: str  # its SHA-256 (`dar_lightning.formats.model_sha256.model_sha256`)
     tokenizer_config: dict[str, Any]
-    crops: str
-    num_crops: int
-    image_size: int
-    num_tokens: int
-    codebook_size: int
-    classes: tuple[str, ...]
+    crops: str  # the views of each image that were tokenized (`center`, `center_flip`, `ten_crop`, `random`)
+    num_crops: int  # their number
+    image_size: int  # their side, in pixels
+    num_tokens: int  # per crop, N
+    codebook_size: int  # tokens are below it
+    classes: tuple[str, ...]  # names in the order of the labels, as in the image shards' index
     shards: tuple[Shard, ...]
-    crop_names: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+    crop_names: tuple[str, ...] = ()  # what each position of the crops' axis is
+    skipped: tuple[str, ...] = ()  # samples of the image shards that are in no token shard: `SHARD/KEY: reason`
 
     @property
     def num_samples(self) -> int:
@@ -71,89 +56,60 @@ class CodesIndex:
 
     @classmethod
     def load(cls, folder: str | Path, option: str = "codes", complete: bool = True) -> "CodesIndex":
-        """Read and check a folder of token shards.
-
-        Args:
-            folder: Where they lie.
-            option: What the user calls the folder, for the error line.
-            complete: Whether all files must be there.
-
-        Raises:
-            UserError: It is missing, is not one, or its files are not those of its index.
-        """
+        """Read a folder of token shards, the value of `option`; a UserError if it is none, or not `complete`."""
         root = Path(folder)
         if not (root / INDEX).is_file():
-            raise UserError(
-                f"{option}: {root / INDEX} does not exist; `dar extract` makes token shards and ends with it"
-            )
-        names = {field.name: field.default is MISSING for field in fields(cls) if field.name not in ("root", "shards")}
-        content, shards = read_index(root, option, tuple(name for name, needed in names.items() if needed))
+            raise UserError(f"{option}: {root / INDEX} does not exist; the end of `dar extract` writes it")
+        names = {field.name for field in fields(cls)} - {"root", "shards"}
+        content, shards = read_index(root, option, tuple(names - {"crop_names", "skipped"}))
         for shard in shards if complete else ():
             path = root / shard.name
-            if not path.is_file():
-                raise UserError(f"{option}: {path} is missing, although {root / INDEX} names it")
-            if (size := path.stat().st_size) != shard.bytes:
+            size = path.stat().st_size if path.is_file() else "no"
+            if size != shard.bytes:
                 raise UserError(f"{option}: {path} has {size} bytes, {INDEX} says {shard.bytes}; copy it again")
-        values = {name: content[name] for name in names if name in content}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(root=root, shards=shards, **values)
+        content = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        return cls(root=root, shards=shards, **{name: content[name] for name in names & content.keys()})
 
     def check_labels(self, num_classes: int) -> None:
-        """Refuse labels that are no class of a model: the number after the last one would silently mean "no class".
-
-        Raises:
-            UserError: naming the first shard with such a label, and the label.
-        """
-        for shard in self.shards:
-            path = self.root / shard.name
-            read_header(path)
-            with safe_open(path, framework="numpy") as file:
-                labels = file.get_tensor("labels")
+        """A UserError for a label that is no class of a model: the one after the last would mean "no class"."""
+        for path in (self.root / shard.name for shard in self.shards):
+            _, _, labels = _open_shard(path)
             wrong = labels[(labels < 0) | (labels >= num_classes)]
             if len(wrong):
                 raise UserError(f"{path} has label {wrong[0]}: the model's num_classes is {num_classes}")
 
 
 def write_codes(
-    path: Path,
-    codes: np.ndarray,
-    labels: np.ndarray,
-    keys: list[str],
-    made_by: dict[str, Any],
-    skipped: Sequence[str] = (),
+    path: Path, codes: np.ndarray, labels: np.ndarray, keys: list[str], made_by: dict, skipped: Sequence[str] = ()
 ) -> None:
-    """Write one token shard, atomically.
+    """Write one token shard, atomically: codes (n, crops, N) uint16 or uint32, labels (n,) int64, n keys.
 
-    Args:
-        path: The file.
-        codes: (n, crops, N) uint16 or uint32.
-        labels: (n,) int64.
-        keys: The n samples' keys.
-        made_by: What the tokens depend on; it tells a later run whether this file is what it would write.
-        skipped: Samples of the image shard that could not be used: `SHARD/KEY: reason`.
+    By `made_by`, what the tokens depend on, a later run knows its own files; `skipped` are lines of bad samples.
     """
-    about = {"made_by": made_by, "samples": len(keys), "keys": keys, "skipped": list(skipped)}
-    header = {HEADER: json.dumps(about)}
+    header = {"made_by": made_by, "samples": len(keys), "keys": keys, "skipped": list(skipped)}
     with atomic_path(path) as part:
-        save_file({"codes": np.ascontiguousarray(codes), "labels": labels}, part, metadata=header)
+        tensors = {"codes": np.ascontiguousarray(codes), "labels": labels}
+        save_file(tensors, part, metadata={HEADER: json.dumps(header)})
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What `write_codes` put in a token shard's header: `made_by`, `samples`, `keys` and `skipped`.
+    """What `write_codes` put in a token shard's header: `made_by`, `samples`, `keys` and `skipped`."""
+    return _open_shard(path)[0]
 
-    Raises:
-        UserError: It cannot be read, or is not a token shard.
-    """
+
+def _open_shard(path: Path) -> tuple[dict[str, Any], Any, np.ndarray]:
+    """Header, codes (n, crops, N), which are read when they are indexed, and labels (n,) of a token shard."""
     try:
         path.open("rb").close()  # safe_open calls any file missing that it cannot open
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads(file.metadata()[HEADER])
-        return {name: header[name] for name in ("made_by", "samples", "keys", "skipped")}
+        file = safe_open(path, framework="numpy")
+        header = json.loads(file.metadata()[HEADER])
+        header = {name: header[name] for name in ("made_by", "samples", "keys", "skipped")}
+        return header, file.get_slice("codes"), file.get_tensor("labels")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a token shard ({error}); delete it") from error
+        raise UserError(f"{path} is damaged, or not a token shard ({error}); delete it and extract it again") from error
 
 
 def describe(path: Path, samples: int) -> Shard:
@@ -180,7 +136,9 @@ class CodesDataset(Dataset):
     def __getitem__(self, ticket: Ticket | int) -> dict:
         ticket = Ticket(ticket) if isinstance(ticket, int) else ticket
         which = int(np.searchsorted(self.ends, ticket.index, side="right"))
-        codes, labels, keys = self._shard(which)
+        if which not in self._open:
+            self._open[which] = self._checked(self.index.shards[which])
+        codes, labels, keys = self._open[which]
         row = ticket.index - int(self.ends[which]) + len(keys)
         crop = 0
         if self.random_crop:
@@ -198,21 +156,14 @@ class CodesDataset(Dataset):
             "valid": ticket.valid,
         }
 
-    def _shard(self, which: int) -> tuple[Any, np.ndarray, list[str]]:
-        if which not in self._open:
-            shard = self.index.shards[which]
-            path = self.index.root / shard.name
-            header = read_header(path)
-            keys, tokenizer = header["keys"], header["made_by"].get("tokenizer", self.index.tokenizer)
-            if tokenizer != self.index.tokenizer:
-                raise UserError(f"{path} is of tokenizer {tokenizer[:12]}, {INDEX} of {self.index.tokenizer[:12]}")
-            try:
-                file = safe_open(path, framework="numpy")
-                codes, labels = file.get_slice("codes"), file.get_tensor("labels")  # codes are read when indexed
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}); extract it again") from error
-            wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
-            if codes.get_shape() != wanted or len(keys) != shard.samples:
-                raise UserError(f"{path} holds codes of shape {codes.get_shape()}, its {INDEX} says {wanted}")
-            self._open[which] = codes, labels, keys
-        return self._open[which]
+    def _checked(self, shard: Shard) -> tuple[Any, np.ndarray, list[str]]:
+        """Codes, labels and keys of a shard that is what the index says."""
+        path = self.index.root / shard.name
+        header, codes, labels = _open_shard(path)
+        keys, tokenizer = header["keys"], header["made_by"].get("tokenizer", self.index.tokenizer)
+        if tokenizer != self.index.tokenizer:
+            raise UserError(f"{path} is of tokenizer {tokenizer[:12]}, {INDEX} of {self.index.tokenizer[:12]}")
+        wanted = [shard.samples, self.index.num_crops, self.index.num_tokens]
+        if codes.get_shape() != wanted or len(keys) != shard.samples:
+            raise UserError(f"{path} holds codes of shape {codes.get_shape()}, its {INDEX} says {wanted}")
+        return codes, labels, keys

@@ -1,4 +1,4 @@
-"""ADM's and LlamaGen's crops of PIL images; uint8 pixels to [-1, 1] and back.
+"""Crops of PIL images; uint8 pixels to [-1, 1] and back.
 
 The crops give uint8: normalising is left to the device (`to_float`), which takes a quarter of the memory traffic.
 `center_crop` and `ten_crop` have ADM's pixels to the bit. `random_crop`, where the time of training goes, scales with
@@ -15,8 +15,6 @@ from torch import Tensor
 
 Picture = Image.Image | Tensor  # RGB image, or (3, H, W) uint8
 MAX_ASPECT = 16  # a strip of 1x10000 pixels, scaled to a short side of 256, would take 2 GB
-Box = Image.Resampling.BOX
-Bicubic = Image.Resampling.BICUBIC
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
@@ -24,41 +22,29 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
     Source: ADM (openai/guided-diffusion, `image_datasets.py`), whose crops the paper's recipe uses.
     """
-    image = halved(image, size)
-    return image.resize(scaled_size(image, size), Bicubic)
+    image, scaled = _halved(image, size)
+    return image.resize(scaled, Image.Resampling.BICUBIC)
 
 
-def halved(image: Image.Image, size: int) -> Image.Image:
-    """Halve an image while its short side is at least twice `size`."""
+def _halved(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """An image after ADM's halvings; and its width and height when its short side is scaled to `size`."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Box)
-    return image
-
-
-def scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
-    """Width and height at a short side of `size`."""
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    return round(image.width * scale), round(image.height * scale)
+    return image, (round(image.width * scale), round(image.height * scale))
 
 
-def trimmed(image: Image.Image, place: float) -> Image.Image:
-    """Cut a strip to `MAX_ASPECT` times its short side; what is no longer than that stays.
-
-    Args:
-        image: Of any size.
-        place: What to keep, from the left or upper end (0) to the other one (1).
-    """
+def _trimmed(image: Image.Image, place: float) -> Image.Image:
+    """Cut a strip to `MAX_ASPECT` times its short side, from its left or upper end (place 0) to the other one (1)."""
     longest = MAX_ASPECT * min(image.size)
     width, height = min(image.width, longest), min(image.height, longest)
-    if (width, height) == image.size:
-        return image
     left, top = round(place * (image.width - width)), round(place * (image.height - height))
     return image.crop((left, top, left + width, top + height))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM centre crop: short side scaled to `size`, then the middle square of `size` pixels."""
-    image = resize_short_side(trimmed(image, 0.5), size)
+    image = resize_short_side(_trimmed(image, 0.5), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -69,16 +55,11 @@ def max_short_side(size: int) -> int:
 
 
 def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Tensor:
-    """ADM random crop: short side scaled to a random integer in [size, size / 0.8], then any square of `size`.
-
-    Returns:
-        (3, size, size) uint8.
-    """
+    """ADM random crop (3, size, size) uint8: short side scaled to [size, size / 0.8] at random, then any square."""
     side = int(generator.integers(size, max_short_side(size) + 1))
     if max(image.size) > MAX_ASPECT * min(image.size):
-        image = trimmed(image, generator.random())
-    image = halved(image, side)
-    width, height = scaled_size(image, side)
+        image = _trimmed(image, generator.random())
+    image, (width, height) = _halved(image, side)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), as interpolate likes it: H, W, 3
     pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
     left = int(generator.integers(width - size + 1))
@@ -97,11 +78,7 @@ def flip(image: Picture) -> Picture:
 
 
 def ten_crop(image: Image.Image, size: int, number: int) -> Image.Image:
-    """One of the ten crops of LlamaGen's AR recipe.
-
-    The ADM centre crop of 1.1 `size` is taken first; of that square, numbers 0 to 4 are the corners (top left, top
-    right, bottom left, bottom right) and the middle, 5 to 9 the same ones mirrored, in torchvision's order.
-    """
+    """One of the ten crops of LlamaGen's AR recipe; see `one_of_ten`."""
     return one_of_ten(ten_crop_square(image, size), size, number)
 
 
@@ -111,9 +88,11 @@ def ten_crop_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def one_of_ten(square: Image.Image, size: int, number: int) -> Image.Image:
-    """Crop `number` of that square."""
+    """A crop of a square: 0 to 4 are the corners (top left, top right, bottom left, bottom right) and the middle.
+
+    5 to 9 are the same ones of the mirrored square, in torchvision's order: 5 shows what was at the top right.
+    """
     if number >= 5:
-        # the mirror comes before the crop, so crop 5 shows what was at the top right
         square = flip(square)
     far, middle = square.width - size, round((square.width - size) / 2)
     left, top = ((0, 0), (far, 0), (0, far), (far, far), (middle, middle))[number % 5]
@@ -122,9 +101,7 @@ def one_of_ten(square: Image.Image, size: int, number: int) -> Image.Image:
 
 def to_tensor(image: Picture) -> Tensor:
     """RGB image -> (3, H, W) uint8; pixels that `random_crop` has brought there already stay."""
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 SERVER = "DAR_WORKER_SERVER"  # an environment variable that only the server starts with
-STOPS = {signal.SIGTERM, signal.SIGUSR1}  # of clusters, to all processes of a job
+STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # of clusters and Ctrl+C, to all processes of a job
 
 # a process that was forked from a run can make no use of the run's server, and starts its own with its next loader
 os.register_at_fork(after_in_child=lambda: setattr(forkserver._forkserver, "_forkserver_pid", None))
@@ -41,18 +41,13 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
 
 
 def _context() -> BaseContext:
+    """How processes are started; their server, and `multiprocessing`'s tracker of semaphores, run already."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # workers also import the module that was started, and Lightning with it, unless it is ours
     is_ours = Path(getattr(sys.modules["__main__"], "__file__", "dar")).name in ("dar", "__main__.py")
     context.set_forkserver_preload([__name__, *([] if is_ours else ["lightning"])])
-    _start_server()
-    return context
-
-
-def _start_server() -> None:
-    """Start the server, and `multiprocessing`'s tracker of semaphores, unless they run."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     variables = {"PYTHONSAFEPATH", SERVER} - os.environ.keys()  # the first hides modules of the current folder
     os.environ |= dict.fromkeys(variables, "1")
@@ -64,18 +59,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for name in variables:
             os.environ.pop(name, None)
-
-
-def _become_server() -> None:
-    """In the server: import what workers run, and outlive the job's signals."""
-    for name in ("image_dataset", "token_dataset", "views"):
-        importlib.import_module(f"dar_lightning.data.{name}")
-
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    # other programs of the run may have processes of this server, too, and may want to end them
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    return context
 
 
 def _belong_to_the_run(environment: Mapping[str, str], worker: int) -> None:
@@ -101,5 +85,11 @@ def _belong_to_the_run(environment: Mapping[str, str], worker: int) -> None:
     os.environ.update(environment)
 
 
-if os.environ.pop(SERVER, None):
-    _become_server()
+if os.environ.pop(SERVER, None):  # in the server: import what workers run, and outlive the job's signals
+    for name in ("image_dataset", "token_dataset", "views"):
+        importlib.import_module(f"dar_lightning.data.{name}")
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    # other programs of the run may have processes of this server, too, and may want to end them
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -27,10 +27,9 @@ class AblationModule(ARModule):
     orders = ORDERS
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
-        mine, theirs = self.ar.config.num_tokens, data.num_tokens
+        mine, theirs, groups = self.ar.config.num_tokens, data.num_tokens, self.ar.config.order_groups
         if mine > theirs:
             raise UserError(f"num_tokens is {mine} in the config: the data has {theirs} per image")
-        groups = self.ar.config.order_groups
         if mine < theirs and data.num_groups is not None and groups * theirs != data.num_groups * mine:
             raise UserError(
                 f"order_groups is {groups} in the config: num_tokens {mine} must be that many groups of the "
@@ -39,7 +38,7 @@ class AblationModule(ARModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # not at the top: callbacks import the modules
-        from dar_lightning.training.callbacks.position_loss import PositionLoss
+        from dar_lightning.training.callbacks import PositionLoss
 
         return [PositionLoss(self.ar.config.order_groups)]
 

@@ -10,11 +10,8 @@ from dar_lightning.ar.order import placed
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.layers import compile_blocks
-from dar_lightning.training.init_from import init_from_pretrained
-from dar_lightning.training.module import TrainingModule, choose_config, counted_rows
+from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
-
-LOGGED = {"token_loss": "loss", "hit": "accuracy", "entropy": "entropy"}  # what is measured of tokens -> its curve
 
 
 class ARModule(TrainingModule):
@@ -58,11 +55,7 @@ class ARModule(TrainingModule):
             compile_blocks(self.ar)
 
     def check_data(self, data: CodesDataModule) -> None:
-        """Refuse tokens or labels that the model has no embedding for.
-
-        Raises:
-            UserError: naming the first value of the config that does not fit.
-        """
+        """Refuse tokens or labels that the model has no embedding for, naming the config's value that does not fit."""
         config = self.ar.config
         self.check_num_tokens(data)
         for name, needed in (("vocab_size", data.codebook_size), ("num_classes", data.num_classes)):
@@ -73,10 +66,8 @@ class ARModule(TrainingModule):
                 data.index(split).check_labels(config.num_classes)
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
-        if self.ar.config.num_tokens != data.num_tokens:
-            raise UserError(
-                f"num_tokens is {self.ar.config.num_tokens} in the config: the data has {data.num_tokens} per image"
-            )
+        if (mine := self.ar.config.num_tokens) != data.num_tokens:
+            raise UserError(f"num_tokens is {mine} in the config: the data has {data.num_tokens} per image")
 
     def setup(self, stage: str) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
@@ -91,8 +82,7 @@ class ARModule(TrainingModule):
         logits = self.ar(batch["label"], codes, order)  # (B, N, V)
         token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
         loss = token_loss.mean()
-        seen = in_place({"token_loss": token_loss.detach()}, order)
-        return {"loss": loss, "parts": {"loss": loss.detach()}} | seen
+        return {"loss": loss, "parts": {"loss": loss.detach()}} | in_place({"token_loss": token_loss.detach()}, order)
 
     def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
         """Log means; returns loss, hit and, with an order, entropy of each token (b, N), or None of padding alone."""
@@ -105,8 +95,8 @@ class ARModule(TrainingModule):
         if order is not None:
             order = order[kept]
             values["entropy"] = -(log_p.exp() * log_p).sum(dim=-1)
-        means = {f"{stage}/{LOGGED[name]}": value.mean() for name, value in values.items()}
-        self.log_means(means, count, prog_bar=True)
+        curves = {"token_loss": "loss", "hit": "accuracy", "entropy": "entropy"}
+        self.log_means({f"{stage}/{curves[name]}": each.mean() for name, each in values.items()}, count, prog_bar=True)
         return in_place(values, order) if count else None
 
 

@@ -11,7 +11,7 @@ from dar_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The arithmetic of a training run."""
+    """The arithmetic of a training run; in one line as str(plan)."""
 
     batch_size: int | None  # samples per batch and device; None if the loader does not say
     devices: int  # processes, over all machines
@@ -23,18 +23,14 @@ class TrainingPlan:
     def of(cls, trainer: Trainer) -> "TrainingPlan":
         """The plan of a Trainer that is about to fit, or fits; the training data is set up if it is not."""
         trainer.fit_loop.setup_data()
+        batch_size = getattr(trainer.train_dataloader, "batch_size", None)
         accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        steps_per_epoch = math.ceil(batches / accumulate) if math.isfinite(batches) else math.inf
         steps = trainer.estimated_stepping_batches
-        return cls(
-            batch_size=getattr(trainer.train_dataloader, "batch_size", None),
-            devices=trainer.world_size,
-            accumulate=accumulate,
-            steps_per_epoch=math.ceil(batches / accumulate) if math.isfinite(batches) else math.inf,
-            steps=math.inf if steps == -1 else steps,
-        )
+        return cls(batch_size, trainer.world_size, accumulate, steps_per_epoch, math.inf if steps == -1 else steps)
 
     def __str__(self) -> str:
-        """In one line: "global batch 1024 = 64 x 8 devices x 2 accumulated; 360,000 steps (287.8 epochs of 1,251)"."""
+        """Such as "global batch 1024 = 64 x 8 devices x 2 accumulated; 360,000 steps (287.8 epochs of 1,251)"."""
         size = "?" if self.batch_size is None else self.batch_size * self.devices * self.accumulate
         devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         batch = f"global batch {size} = {self.batch_size or '?'} x {devices} x {self.accumulate} accumulated"
@@ -58,9 +54,9 @@ def accumulation(global_batch: int, batch_size: int, devices: int) -> int:
     if share % batch_size:
         fitting = [size for size in range(1, share + 1) if share % size == 0]
         place = bisect(fitting, batch_size)
-        near = fitting[max(place - 1, 0) : place + 1]  # the next smaller one and the next larger one
+        near = " or ".join(map(str, fitting[max(place - 1, 0) : place + 1]))  # the next smaller, the next larger one
         raise UserError(
             f"global_batch is {global_batch}: not a multiple of batch_size {batch_size} x {devices} device(s) = "
-            f"{batch_size * devices}; use data.init_args.batch_size {' or '.join(map(str, near))}"
+            f"{batch_size * devices}; use data.init_args.batch_size {near}"
         )
     return share // batch_size

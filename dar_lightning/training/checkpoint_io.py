@@ -30,11 +30,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self.module = module
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; until it is complete and on the disk, `path` is what it was before.
-
-        Raises:
-            UserError: if it cannot be written: a full disk, a read-only folder.
-        """
+        """Write a checkpoint atomically; a UserError says that the disk is full or the folder read-only."""
         with atomic_path(path) as part, open(part, "wb") as file:
             torch.save(checkpoint, file)
 
@@ -44,22 +40,21 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: if the file is missing, broken, malicious, or of a model with other tensors.
         """
+        path = Path(path)
         try:
             checkpoint = read_checkpoint(path)
         except UserError as error:
-            others = [other for other in Path(path).parent.glob("*.ckpt") if other.name != Path(path).name]
-            if not Path(path).is_file() or not others:
+            others = [other for other in path.parent.glob("*.ckpt") if other.name != path.name]
+            if not path.is_file() or not others:
                 raise
             newest = max(others, key=lambda other: other.stat().st_mtime_ns)
             raise UserError(f"{error}; the next older checkpoint is {newest}, for --ckpt_path") from error
         if not any(hasattr(self.module, part) for part in PARTS):
             return checkpoint
         # With EMAWeightAveraging there are two sets: the average, and what the optimizer works on.
-        for key in ("state_dict", "current_model_state"):
-            if key == "state_dict" or key in checkpoint:
-                part, tensors = split_model(checkpoint, key, path)
-                model = getattr(self.module, part, None)
-                if model is None:
-                    raise UserError(f"{path} is of the {part} part: this run trains a {type(self.module).__name__}")
-                check_tensors(model, tensors, path)
+        for key in ("state_dict", *checkpoint.keys() & {"current_model_state"}):
+            part, tensors = split_model(checkpoint, key, path)
+            if (model := getattr(self.module, part, None)) is None:
+                raise UserError(f"{path} is of the {part} part: this run trains a {type(self.module).__name__}")
+            check_tensors(model, tensors, path)
         return checkpoint

@@ -27,14 +27,18 @@ def step_flops(module: LightningModule, batch: dict) -> int:
     """
     # The frozen networks of losses are real tensors among the others, which have no values.
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = {name: shapes.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
     # The counter knows not every fused attention; MATH is made of products that it knows.
-    counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
-        inputs = {name: shapes.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with shapes, torch.device(module.device):
             twin = _twin(module)
-        with counter, _HalfOfTheKeys():
-            _loss(twin, inputs).backward()
+        with _HalfOfTheKeys():
+            if isinstance(twin, ARModule):
+                loss = twin.ar(inputs["label"], *twin.arrange(inputs["codes"])).float().mean()
+            else:
+                images = to_float(inputs["image"])
+                loss, _ = twin.total_loss(twin.tokenizer.training_losses(images), images)
+            loss.backward()
     return counter.get_total_flops()
 
 
@@ -49,14 +53,6 @@ class _HalfOfTheKeys(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _loss(twin: LightningModule, batch: dict[str, Tensor]) -> Tensor:
-    if isinstance(twin, ARModule):
-        return twin.ar(batch["label"], *twin.arrange(batch["codes"])).float().mean()
-    images = to_float(batch["image"])
-    loss, _ = twin.total_loss(twin.tokenizer.training_losses(images), images)
-    return loss
-
-
 def _twin(module: LightningModule) -> LightningModule:
     """A module of the same structure, newly built: neither compiled, nor wrapped, nor sharded."""
     if isinstance(module, ARModule):
@@ -64,9 +60,8 @@ def _twin(module: LightningModule) -> LightningModule:
     losses = {name: copy.copy(getattr(module, name)) for name in ("perceptual", "repa")}
     if (adversarial := module.adversarial) is not None:
         losses["adversarial"] = AdversarialLoss(channels=adversarial.channels, depth=adversarial.depth)
-    for loss in losses.values():
-        if loss is not None:
-            loss.start_step = 0
+    for loss in filter(None, losses.values()):
+        loss.start_step = 0
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of its metric, which copies a fake tensor
         twin = TokenizerModule(module.tokenizer.config, **losses)
     if module.freeze_encoder:

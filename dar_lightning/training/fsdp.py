@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dar_lightning.errors import UserError
@@ -60,13 +59,7 @@ def own_slice(tensor: Tensor) -> Tensor:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """What computes without the other ranks: the model itself, or of a sharded one a copy with whole parameters.
-
-    All ranks call this together.
-
-    Args:
-        model: with a `config` that its class is built from.
-    """
+    """A model with a `config`, or if it is sharded a copy with whole parameters. All ranks call this together."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
     with torch.device("meta"):
@@ -75,22 +68,6 @@ def whole_model(model: nn.Module) -> nn.Module:
     for name in model.tables():
         setattr(copy, name, getattr(model, name))
     return copy.train(model.training)
-
-
-def sliced(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A whole optimizer's state dict, its tensors sliced as this optimizer's parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]  # by their numbers
-
-    def like(parameter: DTensor, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            return value  # such as the number of steps
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-    slices = {
-        number: {name: like(parameters[number], value) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    return {"state": slices, "param_groups": state["param_groups"]}
 
 
 class FSDP2Strategy(DDPStrategy):
@@ -117,8 +94,7 @@ class FSDP2Strategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Shard the model and its average; the optimizer, made after this, works on the slices."""
-        module = self.lightning_module
-        trainer = module.trainer
+        module, trainer = self.lightning_module, self.lightning_module.trainer
         if not hasattr(module, "ar"):
             raise UserError(
                 f"trainer.strategy: FSDP2Strategy shards AR models, this is a {type(module).__name__}: use ddp"
@@ -143,12 +119,21 @@ class FSDP2Strategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's slices of a whole optimizer's state."""
+
+        def like(parameter: DTensor, value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                return value  # such as the number of steps
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(sliced(state, optimizer))
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            slices = {
+                number: {name: like(parameters[number], value) for name, value in values.items()}
+                for number, values in state["state"].items()
+            }
+            optimizer.load_state_dict(state | {"state": slices})
 
     def teardown(self) -> None:
         """Lightning would move the slices to the CPU, where their mesh is not."""
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            part.teardown()

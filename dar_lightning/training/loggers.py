@@ -35,23 +35,20 @@ class SurvivingWriter:
     """In the place of an EventFileWriter, whose errors come up from its thread at any later call."""
 
     def __init__(self, writer: EventFileWriter) -> None:
-        self._folder = writer.get_logdir()
+        self.get_logdir = writer.get_logdir
         self._writer: EventFileWriter | None = writer
         self._retry_at = 0.0  # by the monotonic clock
-
-    def get_logdir(self) -> str:
-        return self._folder
 
     def _call(self, method: str, *arguments) -> None:
         try:
             if self._writer is None:
                 if method != "add_event" or monotonic() < self._retry_at:
                     return
-                self._writer = EventFileWriter(self._folder)
+                self._writer = EventFileWriter(self.get_logdir())
             getattr(self._writer, method)(*arguments)
         except OSError as error:
             self._writer, self._retry_at = None, monotonic() + RETRY_SECONDS
-            reason = f"cannot write logs to {self._folder}: {error.strerror}"
+            reason = f"cannot write logs to {self.get_logdir()}: {error.strerror}"
             print(f"WARNING: {reason}; nothing is logged for a minute, training goes on", file=sys.stderr, flush=True)
 
     add_event = partialmethod(_call, "add_event")

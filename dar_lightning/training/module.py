@@ -1,17 +1,19 @@
-"""Base class of TokenizerModule and ARModule: optimizer, seeds, logging, validation over padded batches."""
+"""Base class of both LightningModules: optimizer, seeds, logging, start weights, validation over padded batches."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import build_config
 from dar_lightning.training.batch_plan import TrainingPlan
-from dar_lightning.training.log_step import StepMeans
+from dar_lightning.training.log_step import is_log_step
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw
 
 
@@ -24,7 +26,7 @@ class TrainingModule(LightningModule):
     def __init__(self, optimizer: OptimizerConfig):
         super().__init__()
         self.optimizer = optimizer
-        self.step_means = StepMeans()
+        self._sums: dict[str, Tensor] = {}  # of the losses of a step's batches
 
     @property
     def model(self) -> nn.Module:
@@ -39,7 +41,20 @@ class TrainingModule(LightningModule):
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
     def on_train_batch_end(self, outputs: dict, batch: dict, batch_idx: int) -> None:
-        self.step_means.add(self, outputs["parts"])
+        """Log a step's losses as means over its accumulated batches and all ranks.
+
+        Lightning's own `log` keeps the last batch of a step; its `sync_dist` reduces every value of every batch. Here
+        the batches are added up on the device, and the ranks meet once in a step that loggers write.
+        """
+        trainer, parts = self.trainer, outputs["parts"]
+        place = (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches
+        before = self._sums if place else {}
+        self._sums = {name: value.float() + before.get(name, 0.0) for name, value in parts.items()}
+        if is_log_step(trainer):
+            means = torch.stack(list(self._sums.values())) / ((place + 1) * trainer.world_size)
+            if trainer.world_size > 1:
+                dist.all_reduce(means)
+            self.log_dict({f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)})
 
     def validation_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor] | None:
         return self.evaluate_batch(batch, batch_idx, "val")
@@ -61,6 +76,24 @@ def choose_config(config: Any, preset: str | None, kind: type) -> Any:
         return kind.preset(preset)
     # Checkpoints keep a mapping. In the annotation of `config`, configs would pass unchecked.
     return build_config(kind, config, "config") if isinstance(config, Mapping) else config
+
+
+def init_from_pretrained(module: nn.Module, path_or_repo: str) -> Any:
+    """Copy a saved model's weights into one of its class where name and shape agree, and list the others.
+
+    `path_or_repo` is a folder of save_pretrained or a Hub repository. Returns the saved model's config.
+    """
+    saved = type(module).from_pretrained(path_or_repo)
+    source, target = saved.state_dict(), module.state_dict()
+    fitting = {name: source[name] for name in target if name in source and source[name].shape == target[name].shape}
+    if not fitting:
+        raise UserError(f"init_from {path_or_repo}: no tensor there fits this config")
+    fresh = module.load_state_dict(fitting, strict=False).missing_keys
+    rank_zero_info(f"init_from {path_or_repo}: loaded {len(fitting)} of {len(target)} tensors")
+    for title, names in (("start fresh", fresh), ("were not used", [name for name in source if name not in fitting])):
+        if names:
+            rank_zero_info(f"init_from {path_or_repo}: {len(names)} {title}: {', '.join(names)}")
+    return saved.config
 
 
 def counted_rows(valid: Tensor) -> tuple[Tensor, int]:

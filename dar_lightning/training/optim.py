@@ -43,16 +43,8 @@ class OptimizerConfig:
                 f"optimizer has decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}: one must be 0"
             )
 
-    def in_steps(self, steps_per_epoch: float) -> "OptimizerConfig":
-        """The same with the descent in steps; for an infinite steps_per_epoch that is an error."""
-        if not self.decay_epochs:
-            return self
-        if not math.isfinite(steps_per_epoch):
-            raise UserError("optimizer decay_epochs needs data with an end: use decay_steps")
-        return replace(self, decay_steps=round(self.decay_epochs * steps_per_epoch), decay_epochs=0.0)
-
     def factor(self, step: int, max_steps: int) -> float:
-        """Learning rate at a step (from 0), divided by lr; of a config in steps."""
+        """Learning rate at a step (from 0), divided by lr; decay_epochs is not read."""
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         if not self.decay_steps:
             return warmup
@@ -68,14 +60,17 @@ def configure_adamw(
 
     `max_steps` of the whole run is needed where the learning rate descends, `steps_per_epoch` for decay_epochs alone.
     """
-    config = config.in_steps(steps_per_epoch)
+    if config.decay_epochs:
+        if math.isinf(steps_per_epoch):
+            raise UserError("optimizer decay_epochs needs data with an end: use decay_steps")
+        config = replace(config, decay_steps=round(config.decay_epochs * steps_per_epoch), decay_epochs=0.0)
+    if config.decay_steps and not 0 < max_steps < math.inf:
+        raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if config.decay_steps and not 0 < max_steps < float("inf"):
-        raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     # A fused AdamW could unscale float16 gradients itself, and Lightning then refuses to clip them in any mixed
     # precision. Without the claim they are unscaled before the clipping, which is what clipping needs.

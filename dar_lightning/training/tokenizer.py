@@ -15,9 +15,8 @@ from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.training.init_from import init_from_pretrained
 from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss, RepaLoss
-from dar_lightning.training.module import TrainingModule, choose_config, counted_rows
+from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
 
 
@@ -70,10 +69,11 @@ class TokenizerModule(TrainingModule):
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
         self.codebook_use = CodebookUse(config.codebook_size)
         self.freeze_encoder = False
-        source = init_from_pretrained(self.tokenizer, init_from) if init_from is not None else None
+        if freeze_encoder and init_from is None:
+            raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
+        if init_from is not None:
+            source = init_from_pretrained(self.tokenizer, init_from)
         if freeze_encoder:
-            if source is None:
-                raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
             for name in TOKEN_FIELDS:
                 if (ours := getattr(config, name)) != (theirs := getattr(source, name)):
                     raise UserError(
@@ -101,13 +101,11 @@ class TokenizerModule(TrainingModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
         images = to_float(batch["image"])
-        u = torch.rand(len(images), device=images.device)
-        losses = self.tokenizer.training_losses(images, u)
+        losses = self.tokenizer.training_losses(images, torch.rand(len(images), device=images.device))
         loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
         parts = {name: part.detach() for name, part in parts.items()}  # callbacks may keep them, not a step's graph
-        return {"loss": loss, "parts": parts} | {
-            name: losses[name] for name in ("latents", "codes", "flow_each", "group")
-        }
+        seen = {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
+        return {"loss": loss, "parts": parts} | seen
 
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
@@ -117,7 +115,7 @@ class TokenizerModule(TrainingModule):
         `losses` are those of `training_losses` for images (B, 3, H, W) in [-1, 1]; `codebook_factor`: share_of_tokens.
         """
         parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
-        loss = parts["flow"] + parts["vq"] + parts["commit"]
+        loss = sum(parts.values())
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
             parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
             loss = loss + self.perceptual.weight * parts["perceptual"]
@@ -154,7 +152,7 @@ class TokenizerModule(TrainingModule):
             )
         has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
         if has != (self.adversarial is not None):
-            given, kept = ("set", "no") if not has else ("null", "a")
+            given, kept = ("null", "a") if has else ("set", "no")
             raise UserError(
                 f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the "
                 "checkpoint was trained with, or begin a run of its own with init_from"
@@ -174,15 +172,12 @@ class TokenizerModule(TrainingModule):
         return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
 
     def on_validation_epoch_end(self) -> None:
-        self._log_codebook_use("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_codebook_use("test")
-
-    def _log_codebook_use(self, stage: str) -> None:
         use, perplexity = self.codebook_use.compute()
+        stage = "test" if self.trainer.testing else "val"
         self.log_dict({f"{stage}/codebook_use": use, f"{stage}/codebook_perplexity": perplexity})
         self.codebook_use.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
 
 
 def share_of_tokens(count: Tensor) -> Tensor:
@@ -190,7 +185,7 @@ def share_of_tokens(count: Tensor) -> Tensor:
 
     The mean of the devices' losses is then the loss of one device with all the images.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return torch.ones_like(count)
     total = count.clone()
     dist.all_reduce(total)  # not Trainer.strategy.reduce, which makes the CPU wait for the GPU

@@ -1,14 +1,14 @@
-"""`dar validate|test|predict`, and callbacks, plugins and modules that are not this project's."""
+"""`dar fit|validate|test|predict`: checkpoints that are given, and callbacks and plugins of others."""
+
+import os
 
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
-from lightning.pytorch.demos.boring_classes import BoringModel
-from tiny_models import fit_ar, write_tokens
+from tiny_models import fit_ar, options, write_tokens
 
 from dar_lightning.cli import main
-from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CHECKPOINT = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
@@ -19,51 +19,52 @@ def tokens(tmp_path_factory) -> str:
     return write_tokens(tmp_path_factory.mktemp("tokens") / "x", 8)
 
 
-def command(verb: str, tokens, folder, *options: str) -> list[str]:
-    return [verb, *(str(word) for word in fit_ar(tokens, tokens, folder)[1:]), *options]
+@pytest.fixture(scope="module")
+def trained(tokens, tmp_path_factory):
+    """The folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("run")
+    main(command("fit", tokens, folder, "--trainer.max_steps=1", *CHECKPOINT))
+    return folder
+
+
+def command(verb: str, tokens, folder, *more: str) -> list[str]:
+    return [verb, *(str(word) for word in fit_ar(tokens, tokens, folder)[1:]), *more]
 
 
 def refusal(capsys, argv: list[str]) -> str:
+    """The one line on stderr with which a run ends, with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
+    return line
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_the_last_checkpoint_is_scored(verb, tokens, tmp_path, capsys):
+@pytest.mark.parametrize(("verb", "logged"), [("validate", "val/loss"), ("test", "test/loss")])
+def test_the_last_checkpoint_is_scored(verb, logged, tokens, trained, tmp_path, capsys):
     last = [*CHECKPOINT, "--ckpt_path=last"]
-    line = refusal(capsys, command(verb, tokens, tmp_path, *last))
-    assert f"no last checkpoint in {tmp_path / 'checkpoints'}" in line
-    main(command("fit", tokens, tmp_path, "--trainer.max_steps=1", *last))
-    main(command(verb, tokens, tmp_path, *last))
-    assert f"{'val' if verb == 'validate' else 'test'}/loss" in capsys.readouterr().out
+    assert f"no last checkpoint in {tmp_path / 'checkpoints'}" in refusal(
+        capsys, command(verb, tokens, tmp_path, *last)
+    )
+    main(command(verb, tokens, trained, *last))
+    assert logged in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("options", "precision"), [([], "highest"), (["--float32_matmul_precision=high"], "high")])
-def test_float32_is_exact_unless_told_otherwise(options, precision, tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("more", "precision"), [([], "highest"), (["--float32_matmul_precision=high"], "high")])
+def test_float32_is_exact_unless_told_otherwise(more, precision, tokens, tmp_path, monkeypatch):
+    """A single callback need not be a list; its checkpoints go to the run's folder."""
+    (tmp_path / "x.yaml").write_text(
+        "trainer:\n  max_steps: 1\n  callbacks:\n    class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
+    )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "highest")  # torch's default is True
     before = torch.get_float32_matmul_precision()
     try:
-        main(command("fit", tokens, tmp_path, "--trainer.max_steps=1", *options))
+        main(command("fit", tokens, tmp_path / "run", f"--config={tmp_path / 'x.yaml'}", *more))
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == (precision == "high")
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_nothing_to_predict(tokens, tmp_path, capsys):
-    assert "predict" in refusal(capsys, command("predict", tokens, tmp_path))
-
-
-def test_one_callback_need_not_be_a_list(tokens, tmp_path):
-    (tmp_path / "x.yaml").write_text(
-        "trainer:\n  max_steps: 1\n  callbacks:\n    class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
-    )
-    main(command("fit", tokens, tmp_path / "run", f"--config={tmp_path / 'x.yaml'}"))
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))) == 1
 
 
@@ -71,29 +72,56 @@ class OtherIO(TorchCheckpointIO):
     """A user's."""
 
 
-def test_another_checkpoint_io_is_refused(tokens, tmp_path, capsys):
-    line = refusal(capsys, command("fit", tokens, tmp_path, f"--trainer.plugins={__name__}.OtherIO"))
-    assert "trainer.plugins: OtherIO cannot be used" in line
+PARALLEL = '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
 
 
 @pytest.mark.parametrize(
-    ("strategy", "message"),
+    ("verb", "more", "says"),
     [
-        (
-            '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}',
-            "ModelParallelStrategy reads checkpoints past SafeCheckpointIO; use ddp",
-        ),
-        ("fsdp", "requires a GPU"),
-        ("nonsense", "invalid strategy name"),
+        ("predict", [], "predict"),
+        ("fit", [f"--trainer.plugins={__name__}.OtherIO"], "trainer.plugins: OtherIO cannot be used"),
+        ("fit", [f"--trainer.strategy={PARALLEL}"], "ModelParallelStrategy reads checkpoints past SafeCheckpointIO"),
+        ("fit", ["--trainer.strategy=fsdp"], "requires a GPU"),
+        ("fit", ["--trainer.strategy=nonsense"], "invalid strategy name"),
     ],
 )
-def test_another_strategy_is_refused(strategy, message, tokens, tmp_path, capsys):
-    assert message in refusal(capsys, command("fit", tokens, tmp_path, f"--trainer.strategy={strategy}"))
+def test_what_is_refused(verb, more, says, tokens, tmp_path, capsys):
+    assert says in refusal(capsys, command(verb, tokens, tmp_path, *more))
 
 
-def test_checkpoints_of_other_modules_are_read(tmp_path):
-    module: LightningModule = BoringModel()
-    torch.save({"state_dict": module.state_dict()}, tmp_path / "x.ckpt")
-    assert (
-        SafeCheckpointIO(module).load_checkpoint(tmp_path / "x.ckpt")["state_dict"].keys() == module.state_dict().keys()
-    )
+# ---- --ckpt_path
+
+
+class Attack:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("more", [[], ["--weights_only=false"]], ids=str)
+def test_a_malicious_checkpoint_runs_nothing(trained, tokens, tmp_path, more, capsys):
+    attack = tmp_path / "attack.ckpt"
+    content = torch.load(trained / "checkpoints" / "last.ckpt")
+    torch.save(content | {"callbacks": {"x": Attack(f"touch {tmp_path}/code_ran")}}, attack)
+    line = refusal(capsys, command("fit", tokens, tmp_path / "run", f"--ckpt_path={attack}", *more))
+    assert "system" in line or "weights_only" in line
+    assert not (tmp_path / "code_ran").exists()
+
+
+def test_a_checkpoint_that_is_cut_or_of_another_shape(trained, tokens, tmp_path, capsys):
+    last = trained / "checkpoints" / "last.ckpt"
+    (tmp_path / "half.ckpt").write_bytes(last.read_bytes()[:2000])
+    half = command("fit", tokens, tmp_path / "run", f"--ckpt_path={tmp_path / 'half.ckpt'}")
+    assert "half.ckpt" in refusal(capsys, half)
+    deeper = command("fit", tokens, tmp_path / "run", f"--ckpt_path={last}", "--model.init_args.config.depth=3")
+    assert "missing blocks.2" in refusal(capsys, deeper)
+
+
+def test_the_command_line_decides_about_hyperparameters(trained, tokens, tmp_path):
+    """Lightning's own CLI would put the checkpoint's values in the place of those given."""
+    words = [f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}", "--trainer.max_steps=3"]
+    words += options("model.init_args.config", dict(class_dropout=0.5))
+    main(command("fit", tokens, tmp_path, *words))
+    assert load_lightning_checkpoint(next(tmp_path.rglob("*.ckpt"))).config.class_dropout == 0.5

@@ -26,47 +26,36 @@ def read(folder: Path) -> dict[str, list[tuple[str, dict[str, bytes]]]]:
     return {split: [reader[i][1:] for i in range(len(reader))] for split, reader in readers.items()}
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return read(DATA / "fruit64")
-
-
-def pixels(samples) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(members["jpg"])) for _, members in samples]
-
-
-def test_files_are_those_of_the_index_and_samples_say_what_they_are(splits):
+def test_files_are_those_of_the_index_and_samples_say_what_they_are():
     indices = {split: ShardIndex.load(DATA / "fruit64" / split) for split in SPLITS}
-    classes = indices["train"].classes
+    classes, counts, small = indices["train"].classes, [], []
     assert len(classes) == 14
     assert classes == indices["val"].classes
-    for (split, samples), total in zip(splits.items(), (1186, 207), strict=True):
+    for (split, samples), total in zip(read(DATA / "fruit64").items(), (1186, 207), strict=True):
         assert indices[split].num_samples == len(samples) == total
-        for shard in indices[split].shards:
-            assert file_sha256(indices[split].root / shard.name) == shard.sha256
+        assert all(file_sha256(indices[split].root / shard.name) == shard.sha256 for shard in indices[split].shards)
         for key, members in samples:
             about = json.loads(members["json"])
             assert classes[int(members["cls"])] == about["fine"]
             assert key == f"{about['fine'].lower()}-{about['source_row']:04d}"
             assert about["coarse"] in ("Apple", "Melon", "Pear", "Satsumas", "Orange")
-        assert {image.size for image in pixels(samples)} == {(64, 64)}
-    train, val = (np.bincount([int(m["cls"]) for _, m in samples], minlength=14) for samples in splits.values())
-    assert 0.13 < (val / (train + val)).min() <= (val / (train + val)).max() < 0.17, "stratified"
-
-
-def test_near_duplicates_do_not_straddle(splits):
-    """By another measure than the one that made the clusters: plain distance of small pictures."""
-    train, val = (
-        np.stack([np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float).ravel() for image in pixels(s)])
-        for s in splits.values()
-    )
+        counts.append(np.bincount([int(members["cls"]) for _, members in samples], minlength=14))
+        images = [Image.open(io.BytesIO(members["jpg"])) for _, members in samples]
+        assert {image.size for image in images} == {(64, 64)}
+        small.append(
+            np.stack([np.asarray(i.resize((8, 8), Image.Resampling.BOX), dtype=float).ravel() for i in images])
+        )
+    share = counts[1] / sum(counts)
+    assert 0.13 < share.min() <= share.max() < 0.17, "stratified"
 
     def nearest(a, b):
+        """RMS of pixel values: another measure than the one that made the clusters of near-duplicates."""
         squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
         return np.sqrt(np.maximum(squares, 0) / a.shape[1])
 
+    train, val = small
     within = nearest(train, train) + 1e9 * np.eye(len(train))
-    close = 15.0  # RMS of pixel values; photos of one burst come closer than this
+    close = 15.0  # photos of one burst come closer than this
     assert (within.min(1) < close).sum() > 20  # there are such pairs on one side
     assert nearest(val, train).min() > close
 

@@ -1,7 +1,8 @@
-"""Loaders under a Trainer that is stopped and resumed, and what a dead worker is called."""
+"""Loaders under a Trainer that is stopped and resumed, on one rank and on two: the samples of the unbroken run."""
 
 import os
-import signal
+import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -10,80 +11,87 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from recorder import Recorder
-from tiny_shards import module
+from recorder import QUIET, Recorder, fit
+from tiny_shards import module, sample
 from torch.utils.data import Dataset
 
 from dar_lightning.data import workers
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.loader import Loader
+from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
-KEYS = [f"photo-{number:03d}" for number in range(26)]
+STEPS, BATCH = 15, 4  # 26 samples: step 6 begins the second epoch, step 12 the third
 
 
-def fit(shards: Path, root: Path, ckpt_path=None, workers: int = 0, callbacks=(), model=None, **options):
-    model = model or Recorder()
-    trainer = L.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
-        callbacks=list(callbacks),
-        **options,
-    )
-    trainer.fit(model, datamodule=module(shards, num_workers=workers), ckpt_path=ckpt_path)
-    return model, trainer
+def photos(folder: Path, **options) -> ImageNetDataModule:
+    return module(folder, max_bad_share=0.5, **options)
+
+
+def every_step(root: Path, **options) -> ModelCheckpoint:
+    return ModelCheckpoint(root, "{step}", save_top_k=-1, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory) -> tuple[list, Path]:
-    """What an unbroken run saw in 15 steps (26 samples in batches of 4: 6 steps an epoch), and its checkpoints."""
-    root = tmp_path_factory.mktemp("whole")
-    checkpoint = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    model, _ = fit(shards, root, callbacks=[checkpoint], max_steps=15)
-    assert len(model.seen) == 15
-    assert sorted(set(model.validated)) == KEYS
-    assert len(model.validated) == 2 * len(KEYS)
+def damaged(shards, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The 26 pictures, of which one breaks off and some are lost with a shard's end; and the keys of the good ones."""
+    folder = shutil.copytree(shards, tmp_path_factory.mktemp("damaged") / "shards")
+    first, second, _ = sorted(folder.glob("*.tar"))
+    png = sample(4)[1]["png"]
+    first.write_bytes(first.read_bytes().replace(png, png[:500] + bytes(len(png) - 500)))
+    cut = second.stat().st_size // 3
+    with tarfile.open(second) as tar:
+        lost = {member.name.partition(".")[0] for member in tar if member.offset_data + member.size > cut}
+    os.truncate(second, cut)
+    keys = [f"photo-{number:03d}" for number in range(26) if number != 4]
+    return folder, [key for key in keys if key not in lost]
+
+
+@pytest.fixture(scope="module")
+def whole(damaged, tmp_path_factory) -> tuple[list, Path]:
+    """What an unbroken run sees, and its checkpoints."""
+    root, (folder, good) = tmp_path_factory.mktemp("whole"), damaged
+    model = fit(photos(folder), callbacks=[every_step(root, every_n_train_steps=1)], max_steps=STEPS)
+    assert [len(batch) for batch in model.seen] == [BATCH] * STEPS
+    first, second = ([sample for batch in model.seen[start : start + 6] for sample in batch] for start in (0, 6))
+    keys = [key for key, _, _ in first]
+    assert set(keys) <= set(good)
+    assert len(set(keys)) > 12
+    assert keys != [key for key, _, _ in second]
+    pixels = [{key: checksum for key, _, checksum in samples} for samples in (first, second)]
+    assert sum(pixels[0][key] == pixels[1].get(key) for key in pixels[0]) < 3, "other crops in another epoch"
+    assert all(label == int(key[-3:]) % 4 for key, label, _ in first)
+    assert model.validated == 2 * good
     return model.seen, root
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(1, 2), (6, 0), (8, 0)])
-def test_resume_from_a_step_checkpoint(shards, whole, tmp_path, workers, stop):
+# ---- one rank
+
+
+@pytest.mark.parametrize(("stop", "options"), [(1, {"num_workers": 2}), (6, {}), (8, {})], ids=str)
+def test_resume_from_a_step_checkpoint(damaged, whole, stop, options):
     """Step 6 is at the edge of an epoch; the number of workers may be another."""
     seen, root = whole
-    resumed, _ = fit(shards, tmp_path, root / f"step={stop}.ckpt", workers, max_steps=15)
+    resumed = fit(photos(damaged[0], **options), ckpt_path=root / f"step={stop}.ckpt", max_steps=STEPS)
     assert resumed.seen == seen[stop:]
 
 
-@pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_epochs": 3, "limit_train_batches": 4}], ids=str)
-def test_resume_from_an_epoch_checkpoint(shards, tmp_path, options):
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    whole, _ = fit(shards, tmp_path, callbacks=[checkpoint], **options)
-    for epoch in (0, 1):
-        resumed, _ = fit(shards, tmp_path, tmp_path / f"epoch={epoch}.ckpt", **options)
-        assert resumed.seen == whole.seen[len(whole.seen) // 3 * (epoch + 1) :]
-
-
-def test_resume_after_validation_in_mid_epoch(shards, tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)  # saves when validation ends
-    options = {"max_steps": 14, "val_check_interval": 3}
-    whole, _ = fit(shards, tmp_path, callbacks=[checkpoint], **options)
-    for stop in (3, 6):
-        resumed, _ = fit(shards, tmp_path, tmp_path / f"step={stop}.ckpt", **options)
+@pytest.mark.parametrize(
+    ("name", "when", "options", "stops"),
+    [
+        ("epoch", {"save_on_train_epoch_end": True}, {"max_epochs": 3}, {0: 6, 1: 12}),
+        ("epoch", {"save_on_train_epoch_end": True}, {"max_epochs": 3, "limit_train_batches": 4}, {0: 4, 1: 8}),
+        ("step", {}, {"max_steps": 14, "val_check_interval": 3}, {3: 3, 6: 6}),
+    ],
+    ids=["epochs", "limited epochs", "validation in mid-epoch"],
+)
+def test_resume_from_other_checkpoints(shards, tmp_path, name, when, options, stops):
+    checkpoint = ModelCheckpoint(tmp_path, f"{{{name}}}", save_top_k=-1, **when)
+    whole = fit(module(shards), callbacks=[checkpoint], **options)
+    for number, stop in stops.items():
+        resumed = fit(module(shards), ckpt_path=tmp_path / f"{name}={number}.ckpt", **options)
         assert resumed.seen == whole.seen[stop:]
-
-
-def test_longer_run_after_the_end(shards, whole, tmp_path):
-    """`max_steps` was reached, and the same run is asked for more."""
-    first, trainer = fit(shards, tmp_path, max_steps=6)
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    second, _ = fit(shards, tmp_path, tmp_path / "end.ckpt", max_steps=15)
-    assert first.seen + second.seen == whole[0]
 
 
 class Failing(Recorder):
@@ -98,11 +106,11 @@ class SaveOnException(L.Callback):
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "exception.ckpt")
 
 
-def test_resume_from_the_middle_of_a_step(shards, whole, tmp_path):
+def test_resume_from_the_middle_of_a_step(damaged, whole, tmp_path):
     """A step that failed after its batch was fetched is done again."""
     with pytest.raises(RuntimeError, match="preempted"):
-        fit(shards, tmp_path, callbacks=[SaveOnException()], model=Failing(), max_steps=15)
-    resumed, _ = fit(shards, tmp_path, tmp_path / "exception.ckpt", max_steps=15)
+        fit(photos(damaged[0]), Failing(), callbacks=[SaveOnException()], max_steps=STEPS, default_root_dir=tmp_path)
+    resumed = fit(photos(damaged[0]), ckpt_path=tmp_path / "exception.ckpt", max_steps=STEPS)
     assert resumed.seen == whole[0][8:]
 
 
@@ -112,68 +120,92 @@ class Late(SingleDeviceStrategy):
 
 class Scheduled(Recorder):
     def configure_optimizers(self):
-        assert self.trainer.estimated_stepping_batches == 15
+        assert self.trainer.estimated_stepping_batches == STEPS
         return super().configure_optimizers()
 
 
-def test_resume_of_a_strategy_that_restores_late(shards, whole, tmp_path):
+def test_resume_of_a_strategy_that_restores_late(damaged, whole):
     """FSDP reads the checkpoint when the loaders, whose length the learning rate's schedule needs, are there."""
-    seen, root = whole
-    options = {"strategy": Late(torch.device("cpu")), "max_steps": 15, "max_epochs": 9}
-    resumed, _ = fit(shards, tmp_path, root / "step=8.ckpt", model=Scheduled(), **options)
-    assert resumed.seen == seen[8:]
+    options = {"strategy": Late(torch.device("cpu")), "max_steps": STEPS, "max_epochs": 9}
+    resumed = fit(photos(damaged[0]), Scheduled(), ckpt_path=whole[1] / "step=8.ckpt", **options)
+    assert resumed.seen == whole[0][8:]
 
 
-def test_validation_may_have_another_seed(shards, whole):
-    quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    L.Trainer(**quiet).validate(Recorder(), module(shards, seed=4), ckpt_path=whole[1] / "step=2.ckpt")
+def test_loaders_made_anew(damaged, whole):
+    """They go on in one training; a second training is one of its own, and validation may have another seed."""
+    data = photos(damaged[0])
+    for _ in range(2):
+        assert fit(data, max_steps=STEPS, reload_dataloaders_every_n_epochs=1).seen == whole[0]
+    L.Trainer(**QUIET).validate(Recorder(), photos(damaged[0], seed=4), ckpt_path=whole[1] / "step=2.ckpt")
 
 
-def test_loaders_made_anew_go_on(shards, whole, tmp_path):
-    anew, _ = fit(shards, tmp_path, max_steps=15, reload_dataloaders_every_n_epochs=1)
-    assert anew.seen == whole[0]
-    data = module(shards)
-    for _ in range(2):  # the second training is one of its own
-        model = Recorder()
-        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        L.Trainer(max_steps=4, accelerator="cpu", **quiet).fit(model, datamodule=data)
-        assert model.seen == whole[0][:4]
+def test_overfit_repeats_the_same_batches(shards):
+    seen = fit(module(shards), overfit_batches=2, max_epochs=3).seen
+    assert seen[:2] == seen[2:4] == seen[4:]
 
 
-def test_overfit_repeats_the_same_batches(shards, tmp_path):
-    model, _ = fit(shards, tmp_path, overfit_batches=2, max_epochs=3)
-    assert model.seen[:2] == model.seen[2:4] == model.seen[4:]
+def test_predict_has_every_sample_in_order(shards):
+    batches = L.Trainer(**QUIET).predict(Recorder(), datamodule=module(shards, num_workers=1))
+    assert [key for keys in batches for key in keys] == [f"photo-{number:03d}" for number in range(26)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_predict_has_every_sample_in_order(shards, workers):
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    batches = trainer.predict(Recorder(), datamodule=module(shards, num_workers=workers))
-    assert [key for keys in batches for key in keys] == KEYS
+# ---- two ranks
 
 
-def test_training_without_validation_shards(shards, tmp_path):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **quiet)
-    model = Recorder()
-    trainer.fit(model, datamodule=ImageNetDataModule(str(shards), image_size=16, batch_size=13))
-    assert len(model.seen) == 2
+def rank(folder: Path, steps: int, root: Path, **options) -> tuple[list, list[str], bool]:
+    """What a rank of two sees, with half the batch size, and whether it knows of bad samples."""
+    data, checkpoint = photos(folder, batch_size=BATCH // 2), every_step(root, every_n_train_steps=steps)
+    model = fit(data, callbacks=[checkpoint], devices=2, strategy="ddp", max_steps=steps, **options)
+    return model.seen, model.validated, bool(data.skipped["val"])
+
+
+def test_the_number_of_ranks_may_change(pair, damaged, whole, tmp_path):
+    """Two ranks, one, and two again see what one has seen; in validation, each good sample is on one rank only."""
+    folder, good = damaged
+    begun = pair(rank, folder, 5, tmp_path)
+    checkpoint = every_step(tmp_path, every_n_train_steps=11)
+    middle = fit(photos(folder), ckpt_path=tmp_path / "step=5.ckpt", max_steps=11, callbacks=[checkpoint])
+    ended = pair(partial(rank, ckpt_path=tmp_path / "step=11.ckpt"), folder, STEPS, tmp_path)
+    both = [
+        [[*one, *other] for one, other in zip(first[0], second[0], strict=True)] for first, second in (begun, ended)
+    ]
+    assert [*both[0], *middle.seen, *both[1]] == whole[0]
+    (_, one, knows), (_, other, too) = ended
+    assert sorted(one + other) == good  # once, in the epoch that ends
+    assert (len(one) < len(good), knows, too) == (True, True, True)
+
+
+# ---- reading
+
+
+def test_resuming_late_reads_no_more_than_resuming_early(shards, tmp_path, monkeypatch):
+    reads, read = [], ShardReader.read
+
+    def counted(self, number, **options):
+        reads.append(number)
+        return read(self, number, **options)
+
+    monkeypatch.setattr(ShardReader, "read", counted)
+    checkpoint = every_step(tmp_path, every_n_train_steps=2)
+    fit(ImageNetDataModule(str(shards), image_size=16, batch_size=BATCH), callbacks=[checkpoint], max_steps=32)
+    assert len(reads) >= 32 * BATCH
+    counts = []
+    for step in (2, 32):  # both are the third of an epoch
+        reads.clear()
+        data = ImageNetDataModule(str(shards), image_size=16, batch_size=BATCH)
+        fit(data, ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=step + 3)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] <= (3 + 1) * BATCH  # one batch is fetched ahead
 
 
 class Dying(Dataset):
-    def __init__(self, end):
-        self.end = end
-
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> int:
-        self.end()
-        return index
+        os._exit(3)
 
 
-@pytest.mark.parametrize(("end", "memory"), [(partial(os._exit, 3), False), (partial(signal.raise_signal, 9), True)])
-def test_memory_is_named_only_where_the_system_has_killed_a_worker(end, memory):
-    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .*") as error:
-        list(Loader(Dying(end), **workers.options(num_workers=1)))
-    assert ("enough memory" in str(error.value)) == memory
+def test_a_worker_that_dies_is_one_line():
+    with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .*; num_workers=0 may show why[^\n]*$"):
+        list(Loader(Dying(), **workers.options(num_workers=1)))

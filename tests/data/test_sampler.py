@@ -33,6 +33,7 @@ def test_global_batches_do_not_depend_on_ranks():
         ]
 
     assert batches(8, 1) == batches(4, 2) == batches(2, 4)
+    assert TrainSampler(range(26), order, 4, 2, 0, accumulate=2).batches == 2  # no step of three parts
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

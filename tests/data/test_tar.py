@@ -1,5 +1,6 @@
 """Tars that are cut, damaged or something else: what is good in them is found, and no more is lost than was hit."""
 
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 import webdataset
 from tiny_shards import module, sample, validated, write_set, write_tar
 
-from dar_lightning.data import shards
 from dar_lightning.data.shards import write_shard
 from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError
@@ -55,11 +55,10 @@ def test_samples_lost_with_the_end_are_counted(tmp_path, indexed):
         (b"", "not an uncompressed tar file"),
         (bytes(5000), "the tar holds 0 samples only"),
         (b"not a tar" * 1000, "not an uncompressed tar file"),
-        (b"\x1f\x8b" + bytes(3000), "not an uncompressed tar file"),
         (Path.mkdir, "it is not a file"),
         (os.mkfifo, "it is not a file"),  # to open it would wait for ever
     ],
-    ids=["missing", "nothing", "zeros", "text", "gzip", "folder", "pipe"],
+    ids=["missing", "nothing", "zeros", "text", "folder", "pipe"],
 )
 def test_files_that_are_no_shards(tmp_path, what, reason):
     names = write_set(tmp_path, (2, 3))
@@ -72,44 +71,28 @@ def test_files_that_are_no_shards(tmp_path, what, reason):
     assert data.skipped["val"] == {f"000001.tar/#{number}": reason for number in range(3)}
 
 
-def test_a_header_of_negative_size(tmp_path):
-    """`tarfile` of Python 3.11 goes back by it, and round in circles."""
-    path = tmp_path / "0.tar"
-    write_tar(path, [("a.png", sample(0)[1]["png"]), ("a.cls", b"0")])
-    content = bytearray(path.read_bytes())
-    with tarfile.open(path) as tar:
-        header = tar.getmember("a.cls").offset
-    content[header + 124 : header + 136] = (2**96 - 2048).to_bytes(12)  # base 256, minus 2048
-    content[header + 148 : header + 156] = b" " * 8
-    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
-    path.write_bytes(content)
-    samples, damage = read_headers(path)
-    assert ([each.key for each in samples], damage) == (["a"], f"a header is damaged at byte {header}")
-
-
 @pytest.mark.parametrize("key", ["{:03d}", "{:03d}" + "x" * 150], ids=["short", "long"])
 def test_a_bit_in_any_header_of_webdataset_costs_two_samples_at_most(tmp_path, key):
     """In any of a member's blocks that are not its content: header, extended header, and what that holds."""
     path = tmp_path / "0.tar"
     with webdataset.TarWriter(str(path)) as writer:  # extended headers, since times are fractions
-        for number in range(12):
+        for number in range(8):
             writer.write({"__key__": key.format(number)} | sample(number)[1])
-    names = [key.format(number) for number in range(12)]
+    names = [key.format(number) for number in range(8)]
     assert good(path) == names
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
         members = tar.getmembers()
     assert min(member.offset_data - member.offset for member in members) >= 3 * 512
     for member in members:
-        for byte, bit in np.random.default_rng(member.offset).integers(
-            (member.offset, 0), (member.offset_data, 8), (12, 2)
-        ):
+        places = np.random.default_rng(member.offset).integers((member.offset, 0), (member.offset_data, 8), (12, 2))
+        for byte, bit in places:
             path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :])
-            found = good(path)
+            found, contents = good(path), read_headers(path)
             assert len(set(names) - set(found)) <= 2, (byte, bit)
             assert len(set(found) - set(names)) <= 1, (byte, bit)  # a name that is another now
-            bad = [each for each in read_headers(path).samples if each.flaw or len(each.members) < 2]
-            assert set(names) <= set(found) or bad or read_headers(path).damage, (byte, bit)
+            bad = [each for each in contents.samples if each.flaw or len(each.members) < 2]
+            assert set(names) <= set(found) or bad or contents.damage, (byte, bit)
 
 
 def test_a_damaged_name_leaves_the_others_their_numbers(tmp_path):
@@ -126,16 +109,28 @@ def test_a_damaged_name_leaves_the_others_their_numbers(tmp_path):
     assert "damaged at byte" in read_headers(path).damage
 
 
-@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-@pytest.mark.parametrize("size", [2**50, 2**21])
-def test_an_extended_header_of_impossible_size(tmp_path, kind, size):
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [header(kind, size) for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE) for size in (2**50, 2**21)]
+    # `tarfile` of Python 3.11 goes back by a negative size, and round in circles
+    + [header(tarfile.REGTYPE, -2048, "a.cls")],
+    ids=["long name, 2**50", "long name, 2**21", "extended, 2**50", "extended, 2**21", "negative"],
+)
+def test_a_header_of_impossible_size(tmp_path, bad):
     path = tmp_path / "0.tar"
     write_shard(path, map(sample, range(3)))
-    header = tarfile.TarInfo("x")
-    header.type, header.size = kind, size
-    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
+    with tarfile.open(path) as tar:
+        place = tar.getmember("photo-002.png").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + bad + whole[place:])
     assert good(path) == ["photo-000", "photo-001", "photo-002"]
-    assert read_headers(path).damage == "a header is damaged at byte 0"
+    assert read_headers(path).damage == f"a header is damaged at byte {place}"
 
 
 def test_a_name_that_is_too_long(tmp_path):
@@ -150,26 +145,25 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(tmp_path, monkeypatch):
     write_set(tmp_path, (5,))
     loader = module(tmp_path, max_bad_share=1).val_dataloader()
 
-    def refused(path):
+    def refused(*arguments, **options):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(shards, "read_headers", refused)
+    monkeypatch.setattr(type(tmp_path), "open", refused)
     with pytest.raises(UserError, match=r"000000\.tar cannot be read \(Too many open files\)"):
         list(loader)
 
 
 def test_tars_that_are_in_order(tmp_path):
     """A header of all files, long names, folders, two tars in one: no damage."""
-    content = b""
+    content = io.BytesIO()
     for name in ("a", "b"):
-        with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}) as tar:
+        with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}) as tar:
             folder = tarfile.TarInfo("folder")
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
             for member in (f"folder/{name}.png", f"folder/{name * 200}.png", "README", "folder/.hidden"):
                 tar.addfile(tarfile.TarInfo(member))
-        content += (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "0.tar").write_bytes(content)
+    (tmp_path / "0.tar").write_bytes(content.getvalue())
     samples, damage = read_headers(tmp_path / "0.tar")
     assert damage == ""
     assert [each.key for each in samples] == ["folder/a", f"folder/{'a' * 200}", "folder/b", f"folder/{'b' * 200}"]

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
 
+from dar_lightning.training.losses import PerceptualLoss
+
 
 def pytest_collection_modifyitems(items):
     """Lightning's warnings of options, loaders and loggers say nothing about these tests."""
@@ -37,6 +39,12 @@ def tokenizer_folder(tmp_path_factory) -> str:
 def vgg_file(tmp_path_factory) -> str:
     """A file of a random VGG16."""
     return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
+
+
+@pytest.fixture(scope="session")
+def perceptual(vgg_file) -> PerceptualLoss:
+    """LPIPS on it, not to be changed."""
+    return PerceptualLoss(weights_path=vgg_file)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from tiny_models import fit_ar
 
 from dar_lightning import files
@@ -19,7 +20,8 @@ from dar_lightning.training.loggers import SurvivingWriter
 
 @pytest.fixture
 def checkpoint_io() -> SafeCheckpointIO:
-    return SafeCheckpointIO(torch.nn.Identity())
+    """Of a module that is not ours."""
+    return SafeCheckpointIO(BoringModel())
 
 
 def test_a_full_disk_leaves_what_was_there(checkpoint_io, tmp_path):
@@ -29,20 +31,12 @@ def test_a_full_disk_leaves_what_was_there(checkpoint_io, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
     try:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=f"^cannot write {path}: File too large$"):
             checkpoint_io.save_checkpoint({"step": 2, "weights": torch.zeros(10**5)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(caught.value) == f"cannot write {path}: File too large"
     assert checkpoint_io.load_checkpoint(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_another_error_is_not_called_the_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="mine"), files.atomic_path(tmp_path / "x"):
-        raise RuntimeError("mine")
-    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "x"):
-        (tmp_path / "absent").read_text()
 
 
 def test_file_and_folder_are_on_the_disk_before_and_after_the_renaming(tmp_path, monkeypatch):
@@ -62,7 +56,6 @@ def test_file_and_folder_are_on_the_disk_before_and_after_the_renaming(tmp_path,
         part.write_text("new")
         events.append("written")
     assert events == ["written", part.name, "renamed", tmp_path.name]
-    assert part.parent == tmp_path
 
 
 def test_a_broken_checkpoint_is_refused_and_the_one_before_named(checkpoint_io, tmp_path):
@@ -70,12 +63,11 @@ def test_a_broken_checkpoint_is_refused_and_the_one_before_named(checkpoint_io, 
     for file in (older, path):
         checkpoint_io.save_checkpoint({"weights": torch.zeros(1000)}, file)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError) as caught:
+    says = f"^cannot read {path}: [^;]*"
+    with pytest.raises(UserError, match=f"{says}; the next older checkpoint is {older}, for --ckpt_path$"):
         checkpoint_io.load_checkpoint(path)
-    assert f"cannot read {path}" in str(caught.value)
-    assert str(caught.value).endswith(f"; the next older checkpoint is {older}, for --ckpt_path")
     older.unlink()
-    with pytest.raises(UserError, match=r"cannot read .*last\.ckpt: [^;]*$"):
+    with pytest.raises(UserError, match=f"{says}$"):
         checkpoint_io.load_checkpoint(path)
 
 
@@ -105,10 +97,10 @@ def test_no_checkpoint_in_the_middle_of_accumulation(tokens, tmp_path, monkeypat
     options = ["--trainer.callbacks.every_n_train_steps=2", "--trainer.callbacks.save_top_k=0"]
     saved, save = [], SafeCheckpointIO.save_checkpoint
 
-    def noted(self, checkpoint, path, storage_options=None):
+    def noted(self, checkpoint, path, **options):
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
         saved.append((checkpoint["global_step"], batches))
-        save(self, checkpoint, path)
+        save(self, checkpoint, path, **options)
 
     monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", noted)
     for steps in (2, 6):
@@ -126,7 +118,7 @@ class Writer:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_logs_that_cannot_be_written_cost_a_line(tmp_path, monkeypatch, capsys):
+def test_logs_that_cannot_be_written_cost_a_line(monkeypatch, capsys):
     writer = SurvivingWriter(Writer())
     for _ in range(3):
         writer.add_event("lost")
@@ -134,12 +126,10 @@ def test_logs_that_cannot_be_written_cost_a_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"WARNING: {reason}; nothing is logged for a minute, training goes on\n"
     written = []
 
-    class Mended(Writer):
+    class Mended:
         def __init__(self, folder: str) -> None:
             assert folder == "logs"
-
-        def add_event(self, event) -> None:
-            written.append(event)
+            self.add_event = written.append
 
     monkeypatch.setattr("dar_lightning.training.loggers.EventFileWriter", Mended)
     monkeypatch.setattr("dar_lightning.training.loggers.monotonic", lambda: writer._retry_at + 1)

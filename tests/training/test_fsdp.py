@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
-from tiny_models import AR, fit_ar, fit_tokenizer
+from tiny_models import AR, fit_ar, fit_tokenizer, options
 from tiny_training import STILL, events
 
-from dar_lightning.ar.model import ARModel
 from dar_lightning.cli import main
 from dar_lightning.training.fsdp import own_slice
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 pytestmark = pytest.mark.slow
 LAYER = f"--config={Path(__file__).parents[2] / 'experiments' / 'trainer' / 'fsdp.yaml'}"
@@ -63,7 +63,7 @@ class Compiled(Callback):
 
 
 @pytest.fixture(scope="module")
-def command(images, tokens, tokenizer_folder):
+def command(tokens):
     """Folder, strategy, steps, further words and devices -> arguments of `dar`."""
 
     def arguments(folder: Path, strategy: str, steps: int, *more: str, devices: int = 2) -> list[str]:
@@ -73,7 +73,9 @@ def command(images, tokens, tokenizer_folder):
             f"--model.init_args.config={json.dumps(AR | STILL)}",
             *(f"--data.init_args.batch_size={4 // devices}", "--ckpt_path=last", "--model.init_args.optimizer.lr=0.01"),
             *(f"{OURS}LastStepCheckpoint", "--trainer.callbacks.every_n_train_steps=2"),
+            "--trainer.callbacks.save_top_k=-1",
             *(f"{OURS}EMA", "--trainer.callbacks.decay=0.7", f"{OURS}SkipBadSteps"),
+            f"--trainer.callbacks+={__name__}.BadGradient",
             *([LAYER, f"--trainer.callbacks+={__name__}.HoldsHalf"] if strategy == "fsdp" else []),
         ]
         return [str(word) for word in (*words, *more)]
@@ -84,35 +86,33 @@ def command(images, tokens, tokenizer_folder):
 @pytest.fixture(scope="module")
 def drawing(images, tokenizer_folder) -> list[str]:
     """Callbacks that need the whole model; of GenerationFID's three batches rank 0 draws two."""
-    options = dict(reference=images[1], features="color_edges", num_samples=5, batch_size=2, every_n_steps=4)
+    fid = dict(reference=images[1], features="color_edges", num_samples=5, batch_size=2, every_n_steps=4)
     tokenizer = f"--trainer.callbacks.tokenizer={tokenizer_folder}"
-    words = [f"{OURS}Samples", tokenizer, f"{OURS}GenerationFID", tokenizer]
-    return [*words, *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
+    return [f"{OURS}Samples", tokenizer, f"{OURS}GenerationFID", tokenizer, *options("trainer.callbacks", fid)]
 
 
 @pytest.fixture(scope="module")
 def whole_run(command, drawing, two_ranks, tmp_path_factory) -> Path:
-    """Six sharded steps."""
+    """Six sharded steps, of which the second is skipped."""
     folder = tmp_path_factory.mktemp("whole")
     two_ranks(main, command(folder, "fsdp", 6, *drawing))
     return folder
 
 
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
 @pytest.fixture(scope="module")
-def broken_run(command, two_ranks, tmp_path_factory) -> Path:
-    """The first four of them."""
-    folder = tmp_path_factory.mktemp("broken")
-    two_ranks(main, command(folder, "fsdp", 4))
-    return folder
+def fourth(whole_run) -> Path:
+    """Its checkpoint after four steps."""
+    (file,) = whole_run.rglob("*-step=4.ckpt")
+    return file
 
 
-def last(folder: Path) -> dict:
-    return torch.load(folder / "checkpoints" / "last.ckpt")
-
-
-def largest_difference(folder: Path, other: Path) -> float:
+def largest_difference(file: Path, other: Path) -> float:
     """Of two checkpoints' tensors, relative to each tensor's size; they must hold the same things."""
-    one, two = last(folder), last(other)
+    one, two = torch.load(file), torch.load(other)
     assert one.keys() == two.keys()
     assert one["global_step"] == two["global_step"]
     groups = [state["optimizer_states"][0]["param_groups"] for state in (one, two)]
@@ -142,54 +142,40 @@ def measured(folder: Path) -> float:
 
 def test_the_numbers_are_those_of_ddp(command, drawing, two_ranks, whole_run, tmp_path):
     two_ranks(main, command(tmp_path, "ddp", 6, *drawing))
-    assert largest_difference(tmp_path, whole_run) < 1e-4
+    assert largest_difference(last(tmp_path), last(whole_run)) < 1e-4
     assert np.abs(drawn(tmp_path) - drawn(whole_run)).max() <= 1
     assert measured(tmp_path) == pytest.approx(measured(whole_run), rel=0.01)
-
-
-def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, broken_run, tmp_path):
-    first = broken_run / "checkpoints" / "last.ckpt"
-    two_ranks(main, command(tmp_path, "fsdp", 6, *drawing, f"--ckpt_path={first}"))
-    assert largest_difference(tmp_path, whole_run) == 0
-
-
-def test_one_device_goes_on_from_two(command, whole_run, broken_run, tmp_path):
-    first = broken_run / "checkpoints" / "last.ckpt"
-    main(command(tmp_path, "auto", 6, f"--ckpt_path={first}", devices=1))
-    assert largest_difference(tmp_path, whole_run) < 1e-4
-
-
-def test_a_bad_gradient_in_one_slice_skips_the_step_on_all_ranks(command, two_ranks, tmp_path):
-    two_ranks(main, command(tmp_path, "fsdp", 3, f"--trainer.callbacks+={__name__}.BadGradient"))
-    (counts,) = [state["counts"] for name, state in last(tmp_path)["callbacks"].items() if "SkipBadSteps" in name]
+    callbacks = torch.load(last(whole_run))["callbacks"]
+    (counts,) = [state["counts"] for name, state in callbacks.items() if "SkipBadSteps" in name]
     assert counts.tolist() == [1, 0]
 
 
-def test_export(whole_run, tmp_path):
-    main(["export", f"--ckpt={whole_run / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path / 'ar'}"])
-    average = last(whole_run)["state_dict"]
-    exported = ARModel.from_pretrained(tmp_path / "ar").state_dict()
+def test_resuming_changes_no_bit(command, drawing, two_ranks, whole_run, fourth, tmp_path):
+    two_ranks(main, command(tmp_path / "two", "fsdp", 6, *drawing, f"--ckpt_path={fourth}"))
+    assert largest_difference(last(tmp_path / "two"), last(whole_run)) == 0
+    main(command(tmp_path / "one", "auto", 6, f"--ckpt_path={fourth}", devices=1))
+    assert largest_difference(last(tmp_path / "one"), last(whole_run)) < 1e-4
+
+
+def test_a_checkpoint_exports_its_average(whole_run):
+    average = torch.load(last(whole_run))["state_dict"]
+    exported = load_lightning_checkpoint(last(whole_run)).state_dict()
     assert {f"ar.{name}" for name in exported} == average.keys()
     assert all(torch.equal(tensor, average[f"ar.{name}"]) for name, tensor in exported.items())
 
 
-def test_mixed_precision(command, two_ranks, broken_run, tmp_path):
+def test_mixed_precision(command, two_ranks, fourth, tmp_path):
     two_ranks(main, command(tmp_path, "fsdp", 4, "--trainer.precision=bf16-mixed"))
-    assert {tensor.dtype for tensor in last(tmp_path)["current_model_state"].values()} == {torch.float32}
-    one, two = (last(folder)["current_model_state"]["ar.head.weight"] for folder in (broken_run, tmp_path))
-    assert 0 < float((one - two).norm() / one.norm()) < 0.1
+    one, two = (torch.load(file)["current_model_state"] for file in (fourth, last(tmp_path)))
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    assert 0 < float((one["ar.head.weight"] - two["ar.head.weight"]).norm() / one["ar.head.weight"].norm()) < 0.1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputed_blocks(command, two_ranks, broken_run, compiled, tmp_path):
-    more = ["--model.init_args.activation_checkpointing=true"]
-    if compiled:
-        if shutil.which("g++") is None:
-            pytest.skip("torch.compile on a CPU needs g++")
-        more += ["--model.init_args.compile=true", f"--trainer.callbacks+={__name__}.Compiled"]
-    two_ranks(main, command(tmp_path, "fsdp", 4, *more))
-    difference = largest_difference(tmp_path, broken_run)
-    assert 0 < difference < 1e-4 if compiled else difference == 0
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_compiled_blocks_that_are_recomputed(command, two_ranks, fourth, tmp_path):
+    switches = options("model.init_args", dict(activation_checkpointing="true", compile="true"))
+    two_ranks(main, command(tmp_path, "fsdp", 4, *switches, f"--trainer.callbacks+={__name__}.Compiled"))
+    assert 0 < largest_difference(last(tmp_path), fourth) < 1e-4
 
 
 def refusal(arguments: list[str]) -> str:

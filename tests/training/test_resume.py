@@ -1,62 +1,68 @@
-"""A run that died and was started again with the same command ends with the bits of one that did not."""
+"""A run that died and was started again with the same command ends with the bits of one that did not.
+
+Steps are of two batches, so that a checkpoint may fall between them.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_models import fit_ar, fit_tokenizer
+from tiny_models import fit_ar, fit_tokenizer, options
 
 from dar_lightning.cli import main
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 STEPS = 14
+CALLBACKS = "--trainer.callbacks+=dar_lightning.training.callbacks"
+ADVERSARIAL = "--model.init_args.adversarial=dar_lightning.training.losses.AdversarialLoss"
 
 
 class Killed(Exception):
     """What nobody catches."""
 
 
-class DieAt(Callback):
-    """The process ends in the middle of a step."""
+class Dies(Callback):
+    """Ends the process in the middle of a step, or between its batches, if wanted right after a checkpoint there."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int | None = None, batches: int | None = None, saves: bool = False):
+        self.step, self.batches, self.saves = step, batches, saves
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == self.step:
-            raise Killed
+            self.die(trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
+            self.die(trainer)
+
+    def die(self, trainer):
+        if self.saves:
+            trainer.save_checkpoint(trainer.checkpoint_callback.dirpath + "/last.ckpt")
+        raise Killed
 
 
-def run(command: list, every: int, die_at: int | None = None) -> None:
-    callbacks = [
+def run(part: str, data: tuple[str, str], folder: Path, every: int = STEPS, **dies) -> dict:
+    """Train with a checkpoint every so many steps; returns the newest, which is what `ckpt_path: last` means too."""
+    fit = fit_tokenizer if part == "tokenizer" else fit_ar
+    words = [
+        *fit(*data, folder, max_steps=STEPS, limit_val_batches=1, val_check_interval=6),
+        *("--data.init_args.batch_size=2", "--global_batch=4", "--ckpt_path=last"),
+        *options("model.init_args.optimizer", dict(lr=0.01, weight_decay=0.1, warmup_steps=3, decay_steps=6)),
         *("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={every}"),
         *("--trainer.callbacks.save_last=true", "--trainer.callbacks.save_top_k=0"),
-        *("--trainer.callbacks+=dar_lightning.training.callbacks.EMA", "--trainer.callbacks.decay=0.7"),
-        "--trainer.callbacks.update_starting_at_step=3",
-        *("--ckpt_path=last", "--model.init_args.optimizer.lr=0.01", "--model.init_args.optimizer.weight_decay=0.1"),
-        *("--model.init_args.optimizer.warmup_steps=3", "--model.init_args.optimizer.decay_steps=6"),
+        *(f"{CALLBACKS}.EMA", "--trainer.callbacks.decay=0.7", "--trainer.callbacks.update_starting_at_step=3"),
     ]
-    if die_at is not None:
-        callbacks += [f"--trainer.callbacks+={__name__}.DieAt", f"--trainer.callbacks.step={die_at}"]
-    main([str(word) for word in [*command, *callbacks]])
-
-
-def tokenizer_command(images, folder: Path) -> list:
-    warmup = "--trainer.callbacks+=dar_lightning.training.callbacks.CodebookWarmup"
-    settings = dict(warmup_steps=5, collect_steps=4, revive_every=3, revive_until=12)
-    return [
-        *fit_tokenizer(*images, folder, max_steps=STEPS, limit_val_batches=1, val_check_interval=3),
-        warmup,
-        *[f"--trainer.callbacks.{name}={value}" for name, value in settings.items()],
-    ]
-
-
-def ar_command(tokens, folder: Path) -> list:
-    return fit_ar(*tokens, folder, max_steps=STEPS, limit_val_batches=1, val_check_interval=3)
-
-
-def last(folder: Path) -> dict:
-    """The newest checkpoint, which is what `ckpt_path: last` means too."""
+    if part == "tokenizer":
+        warmup = dict(warmup_steps=5, collect_steps=4, revive_every=3, revive_until=12)
+        words += [f"{CALLBACKS}.CodebookWarmup", *options("trainer.callbacks", warmup)]
+        words += [ADVERSARIAL, *options("model.init_args.adversarial", dict(start_step=2, channels=4, depth=2))]
+    if dies:
+        words += [f"--trainer.callbacks+={__name__}.Dies", *options("trainer.callbacks", dies)]
+        with pytest.raises(Killed):
+            main([str(word) for word in words])
+    else:
+        main([str(word) for word in words])
     return torch.load(max((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns))
 
 
@@ -72,34 +78,55 @@ def differences(one, other, where: str = "") -> list[str]:
     return [] if one == other else [where]
 
 
-WHAT = ("global_step", "state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "averaging_state")
-
-
-def check(whole: dict, resumed: dict) -> None:
-    assert whole["global_step"] == STEPS
-    for key in WHAT:
-        assert differences(whole[key], resumed[key], key) == []
-    warm = [key for key in whole["callbacks"] if "CodebookWarmup" in key]
-    assert differences([whole["callbacks"][key] for key in warm], [resumed["callbacks"][key] for key in warm]) == []
+@pytest.fixture(scope="module")
+def data(images, tokens) -> dict[str, tuple[str, str]]:
+    return {"tokenizer": images, "ar": tokens}
 
 
 @pytest.fixture(scope="module")
-def whole(images, tokens, tmp_path_factory) -> dict[str, dict]:
-    root = tmp_path_factory.mktemp("whole")
-    run(tokenizer_command(images, root / "tokenizer"), every=STEPS)
-    run(ar_command(tokens, root / "ar"), every=STEPS)
-    return {part: last(root / part) for part in ("tokenizer", "ar")}
+def whole(data, tmp_path_factory) -> dict[str, Path]:
+    """Folders of the runs that did not die."""
+    folders = {part: tmp_path_factory.mktemp(part) for part in data}
+    for part, folder in folders.items():
+        run(part, data[part], folder)
+    return folders
 
 
-# The codebook starts from k-means after step 5 and is revived after 8 and 11: checkpoints in the middle of collecting
-# latents, right after k-means, and in the middle of counting uses.
+# The codebook starts from k-means after step 5 and is revived after 8 and 11: checkpoints right after k-means, in the
+# middle of collecting latents and in the middle of counting uses, the last two between a step's batches (2k + 1 are the
+# first half of step k; 15 is of the second epoch). The last one is what Lightning's save_on_exception writes.
 @pytest.mark.parametrize(
-    ("part", "every", "die_at"), [("tokenizer", 3, 4), ("tokenizer", 5, 6), ("tokenizer", 7, 8), ("ar", 7, 13)]
+    ("part", "every", "dies", "saved"),
+    [
+        ("tokenizer", 5, dict(step=6), 5),
+        ("tokenizer", STEPS, dict(batches=7, saves=True), 3),
+        ("tokenizer", STEPS, dict(batches=15, saves=True), 7),
+        ("ar", STEPS, dict(step=4, saves=True), 4),
+    ],
+    ids=str,
 )
-def test_a_killed_training_goes_on(images, tokens, whole, tmp_path, part, every, die_at):
-    command = tokenizer_command(images, tmp_path) if part == "tokenizer" else ar_command(tokens, tmp_path)
-    with pytest.raises(Killed):
-        run(command, every, die_at)
-    assert last(tmp_path)["global_step"] == every
-    run(command, every=STEPS)
-    check(whole[part], last(tmp_path))
+def test_a_killed_training_goes_on(data, whole, tmp_path, part, every, dies, saved):
+    assert run(part, data[part], tmp_path, every, **dies)["global_step"] == saved
+    found, expected = run(part, data[part], tmp_path), torch.load(whole[part] / "checkpoints" / "last.ckpt")
+    assert expected["global_step"] == STEPS
+    assert ("adversarial.discriminator.0.weight" in expected["state_dict"]) == (part == "tokenizer")
+    for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "averaging_state"):
+        assert differences(expected[key], found[key], key) == []
+    warm = [key for key in expected["callbacks"] if "CodebookWarmup" in key]
+    assert differences([expected["callbacks"][key] for key in warm], [found["callbacks"][key] for key in warm]) == []
+
+
+def test_what_a_checkpoint_does_not_fit_is_refused(data, whole, tmp_path, capsys):
+    """Another number of batches a step; a module without the discriminator, whose tokenizer is exported alone."""
+    file = whole["tokenizer"] / "checkpoints" / "last.ckpt"
+    assert not any("discriminator" in name for name in load_lightning_checkpoint(file).state_dict())
+    words = [*fit_tokenizer(*data["tokenizer"], tmp_path, limit_val_batches=0), f"--ckpt_path={file}"]
+    three = ["--data.init_args.batch_size=2", "--global_batch=6", ADVERSARIAL]
+    three += options("model.init_args.adversarial", dict(channels=4, depth=2))
+    for more, line in (
+        (["--global_batch=4"], "adversarial is null and the checkpoint has a discriminator"),
+        (three, "number of batches per optimizer step was 2 in the checkpoint and is 3 now"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(word) for word in (*words, *more)])
+        assert line in capsys.readouterr().err.splitlines()[-1]

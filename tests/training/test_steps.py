@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from tiny_models import AR, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes
+from tiny_models import AR, CODES, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
 from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -29,15 +29,15 @@ class Outputs(Callback):
         self.outputs = outputs
 
 
-def first_step(module: LightningModule, data: LightningDataModule) -> dict:
-    """What it logs; and what callbacks are given of it has no graph."""
+def first_step(module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """The losses that it logs; and what callbacks are given of it has no graph."""
     seen = Outputs()
     run = trainer(seen, max_steps=1, limit_val_batches=0)
     run.fit(module, datamodule=data)
     tensors = [leaf for leaf in tree_leaves(seen.outputs) if leaf is not None]
     assert tensors
     assert not any(tensor.requires_grad for tensor in tensors)
-    return run.logged_metrics
+    return {name.removeprefix("train/"): float(value) for name, value in run.logged_metrics.items()}
 
 
 def test_the_tokenizer_trains_on_its_losses(images):
@@ -45,15 +45,12 @@ def test_the_tokenizer_trains_on_its_losses(images):
     module = tokenizer_module()
     tokenizer = copy.deepcopy(module.tokenizer)
     logged = first_step(module, image_data(images))
-
     seed_batch(rank=0, batch=0)
     u = torch.rand(4)
     noise = torch.randn(4, 3, SIZE, SIZE)
     losses = tokenizer.train().training_losses(batch["image"] / 127.5 - 1, u, noise)
-    for name in ("flow", "vq", "commit"):
-        assert float(logged[f"train/{name}"]) == pytest.approx(float(losses[name]), rel=1e-5)
-    total = float(losses["flow"] + losses["vq"] + losses["commit"])
-    assert float(logged["train/loss"]) == pytest.approx(total, rel=1e-5)
+    expected = {name: float(losses[name].detach()) for name in ("flow", "vq", "commit")}
+    assert logged == pytest.approx(expected | {"loss": sum(expected.values())}, rel=1e-5)
 
 
 def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
@@ -61,12 +58,11 @@ def test_the_ar_model_trains_on_cross_entropy_with_dropout(tokens):
     module = ar_module({"class_dropout": 0.5})
     ar = copy.deepcopy(module.ar)
     logged = first_step(module, token_data(tokens))
-
     seed_batch(rank=0, batch=0)
     log_p = ar.train()(batch["label"], batch["codes"]).log_softmax(-1)
     by_hand = -log_p.gather(2, batch["codes"][..., None]).mean()
     without_dropout = F.cross_entropy(ar.eval()(batch["label"], batch["codes"]).transpose(1, 2), batch["codes"])
-    assert float(logged["train/loss"]) == pytest.approx(float(by_hand), rel=1e-5)
+    assert logged == {"loss": pytest.approx(float(by_hand), rel=1e-5)}
     assert abs(float(without_dropout) - float(by_hand)) > 1e-4
 
 
@@ -86,24 +82,30 @@ def test_four_sequences_are_learnt_by_heart():
     torch.manual_seed(0)
     module = ARModule(ARConfig(**AR | STILL), OptimizerConfig(lr=1e-2))
     samples = [{"label": torch.tensor(i), "codes": codes[i]} for i in range(4)]
-    run = trainer(max_epochs=150)
+    run = trainer(max_epochs=60)
     run.fit(module, DataLoader(samples, batch_size=4))
-    assert float(run.logged_metrics["train/loss"]) < 0.01
+    assert float(run.logged_metrics["train/loss"]) < 0.05
     assert torch.equal(generate(module.ar, torch.arange(4), top_k=1), codes)
 
 
 # ---- validation
 
+MAKE = [(tokenizer_module, image_data, "images"), (ar_module, token_data, "tokens")]
 
-def test_validation_loss_is_the_mean_over_all_sequences(tokens):
-    """Seven sequences in batches of four: each counts once."""
-    module = ar_module()
-    logged = trainer().validate(module, token_data(tokens), verbose=False)[0]
-    everything = next(iter(token_data(tokens, 7).val_dataloader()))
-    logits = module.ar.eval()(everything["label"], everything["codes"])
-    loss = F.cross_entropy(logits.transpose(1, 2), everything["codes"])
-    assert logged["val/loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert logged["val/accuracy"] == pytest.approx(float((logits.argmax(-1) == everything["codes"]).float().mean()))
+
+@pytest.mark.parametrize(("module", "data", "shards"), MAKE)
+def test_validation_counts_each_sample_once_and_testing_too(module, data, shards, request):
+    """Seven sequences in batches of four."""
+    module, data = module(), data(request.getfixturevalue(shards))
+    logged = trainer().validate(module, data, verbose=False)[0]
+    tested = trainer().test(module, data, verbose=False)[0]
+    assert tested == {name.replace("val/", "test/"): value for name, value in logged.items()}
+    if shards == "tokens":
+        everything = next(iter(token_data(request.getfixturevalue(shards), 7).val_dataloader()))
+        logits = module.ar.eval()(everything["label"], everything["codes"])
+        loss = F.cross_entropy(logits.transpose(1, 2), everything["codes"])
+        hits = (logits.argmax(-1) == everything["codes"]).float()
+        assert logged == pytest.approx({"val/loss": float(loss), "val/accuracy": float(hits.mean())}, rel=1e-5)
 
 
 def caught(module: LightningModule, batch: dict) -> dict[str, float]:
@@ -116,62 +118,42 @@ def caught(module: LightningModule, batch: dict) -> dict[str, float]:
 
 
 VALID = torch.tensor([True, True, False, True, False])
+PIXELS = torch.randint(256, (5, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+SEQUENCES = {"codes": torch.from_numpy(random_codes(5)), "label": torch.tensor([0, 1, 2, 3, 0])}
 
 
-def test_validation_does_not_see_padding_in_images():
-    pixels = torch.randint(256, (5, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+def test_validation_does_not_see_padding():
     module = tokenizer_module()
-    found = caught(module, {"image": pixels, "valid": VALID})
+    found = caught(module, {"image": PIXELS, "valid": VALID})
     used = module.codebook_use.compute()
     module.codebook_use.reset()
-    other = caught(module, {"image": torch.where(VALID[:, None, None, None], pixels, 255 - pixels), "valid": VALID})
-    assert found == other
+    other = torch.where(VALID[:, None, None, None], PIXELS, 255 - PIXELS)
+    assert found == caught(module, {"image": other, "valid": VALID})
     assert found["batch_size"] == 3
     assert module.codebook_use.compute() == used
-    codes = module.tokenizer.tokenize(pixels[VALID] / 127.5 - 1)
+    codes = module.tokenizer.tokenize(PIXELS[VALID] / 127.5 - 1)
     assert float(used[0]) == pytest.approx(len(codes.unique()) / CODES)
 
-
-def test_validation_does_not_see_padding_in_tokens():
-    codes = torch.from_numpy(random_codes(5))
     module = ar_module()
-    labels = torch.tensor([0, 1, 2, 3, 0])
-    found = caught(module, {"codes": codes, "label": labels, "valid": VALID})
-    kept = caught(module, {"codes": codes[VALID], "label": labels[VALID], "valid": VALID[VALID]})
-    assert found == pytest.approx(kept, rel=1e-5)
-    assert caught(module, {"codes": codes, "label": labels, "valid": ~VALID}) != pytest.approx(kept, rel=1e-3)
+    kept = {name: values[VALID] for name, values in SEQUENCES.items()}
+    kept = caught(module, kept | {"valid": VALID[VALID]})
+    assert caught(module, SEQUENCES | {"valid": VALID}) == pytest.approx(kept, rel=1e-5)
+    assert caught(module, SEQUENCES | {"valid": ~VALID}) != pytest.approx(kept, rel=1e-3)
 
 
 def test_a_batch_of_padding_alone_weighs_nothing():
-    padding = torch.zeros(2, dtype=torch.bool)
-    pixels = torch.randint(256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tokenizer = tokenizer_module()
-    codes = torch.from_numpy(random_codes(2))
-    for module, batch in (
-        (tokenizer, {"image": pixels, "valid": padding}),
-        (ar_module(), {"codes": codes, "label": torch.tensor([0, 1]), "valid": padding}),
-    ):
-        found = caught(module, batch)
+    for module, batch in ((tokenizer, {"image": PIXELS}), (ar_module(), SEQUENCES)):
+        found = caught(module, batch | {"valid": torch.zeros(5, dtype=torch.bool)})
         assert found.pop("batch_size") == 0
         assert torch.tensor(list(found.values())).isfinite().all()
     assert int(tokenizer.codebook_use.counts.sum()) == 0
 
 
-MAKE = [(tokenizer_module, image_data, "images"), (ar_module, token_data, "tokens")]
-
-
-@pytest.mark.parametrize(("module", "data", "shards"), MAKE)
-def test_testing_measures_what_validation_does(module, data, shards, request):
-    module, data = module(), data(request.getfixturevalue(shards))
-    validated = trainer().validate(module, data, verbose=False)[0]
-    tested = trainer().test(module, data, verbose=False)[0]
-    assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()}
-
-
 def test_every_trained_parameter_gets_a_gradient():
     module = TokenizerModule(TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
     assert not any(parameter.requires_grad for parameter in module.tokenizer.decoder.repa_head.parameters())
-    module.training_step({"image": torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)}, 0)["loss"].backward()
+    module.training_step({"image": PIXELS}, 0)["loss"].backward()
     assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -190,18 +172,13 @@ def test_load_from_checkpoint_needs_nothing_else(module, data, shards, request, 
     assert again.hparams == module.hparams
 
 
-def test_a_tokenizer_starts_from_one_with_another_codebook(tmp_path, caplog):
-    source = make_tokenizer(5)
-    source.save_pretrained(tmp_path / "source")
-    config = TokenizerConfig(**TOKENIZER | {"codebook_size": 2 * CODES})
-    with caplog.at_level("INFO"):
-        tuned = TokenizerModule(config, init_from=str(tmp_path / "source")).tokenizer
-    assert tuned.config == config
-    theirs = source.state_dict()
-    same = {name for name, tensor in tuned.state_dict().items() if torch.equal(tensor, theirs[name])}
-    assert same == set(theirs) - {"quantizer.codebook"}
-    assert f"loaded {len(theirs) - 1} of {len(theirs)} tensors" in caplog.text
-    assert "1 start fresh: quantizer.codebook" in caplog.text
+def test_nothing_to_start_from(tmp_path):
+    make_ar().save_pretrained(tmp_path / "ar")
+    other = ARConfig(**AR | {"dim": 64, "vocab_size": CODES + 1, "num_classes": 9})
+    with pytest.raises(UserError, match="no tensor there fits"):
+        ARModule(other, init_from=str(tmp_path / "ar"))
+    with pytest.raises(UserError, match="not a folder"):
+        ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder"))
 
 
 @pytest.fixture
@@ -222,19 +199,18 @@ def frozen(images, tmp_path):
 def test_a_finer_decoder_learns_on_frozen_tokens(frozen):
     """Encoder and codebook stay bit for bit, in the average too; the rest learns."""
     source, data, make = frozen
-    module, average = make(), EMA(0.5)
-    module.train()
+    module = make().train()
     before = copy.deepcopy(module.tokenizer.state_dict())
     batch = next(iter(data.train_dataloader()))
     assert step_flops(module, batch) < step_flops(make(False), batch), "frozen parts cost no backward pass"
-    trainer(average, max_steps=4, limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
+    trainer(EMA(0.5), max_steps=4, limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
     after = module.tokenizer.state_dict()
     assert {name.split(".")[0] for name in after if (after[name] != before[name]).any()} == {"conditioner", "decoder"}
     batch = next(iter(data.val_dataloader()))["image"] / 127.5 - 1
     assert torch.equal(module.tokenizer.tokenize(batch), source.tokenize(batch))
 
 
-def test_what_would_change_frozen_tokens_is_refused(frozen, tmp_path):
+def test_what_would_change_frozen_tokens_is_refused(frozen):
     _, data, make = frozen
     for changes in ({"codebook_size": 2 * CODES}, {"absolute_positions": True}, {"latent_norm": "none"}):
         (name,) = changes
@@ -253,18 +229,10 @@ def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
     run = trainer(max_steps=1, limit_val_batches=0)
     run.fit(make(was), datamodule=data)
     run.save_checkpoint(tmp_path / "x.ckpt")
+    there = dict(datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
     with pytest.raises(UserError, match=f"freeze_encoder is {not was}, and was {was} in the run of the checkpoint"):
-        trainer(max_steps=2).fit(make(not was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        trainer(max_steps=2).fit(make(not was), **there)
     again = trainer(max_steps=2, limit_val_batches=0)
-    again.fit(make(was), datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    again.fit(make(was), **there)
     assert again.global_step == 2
-    trainer(limit_val_batches=1).validate(make(not was), data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
-
-
-def test_nothing_to_start_from(tmp_path):
-    make_ar().save_pretrained(tmp_path / "ar")
-    other = ARConfig(**AR | {"num_tokens": TOKENS, "dim": 64, "vocab_size": CODES + 1, "num_classes": 9})
-    with pytest.raises(UserError, match="no tensor there fits"):
-        ARModule(other, init_from=str(tmp_path / "ar"))
-    with pytest.raises(UserError, match="not a folder"):
-        ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder"))
+    trainer(limit_val_batches=1).validate(make(not was), **there)

@@ -27,11 +27,8 @@ class PatchDiscriminator(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, depth + 1):
             stride = 2 if i < depth else 1
-            layers += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, channels), widths[i]),
-                nn.LeakyReLU(0.2),
-            ]
+            convolution = nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.GroupNorm(min(32, channels), widths[i]), nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for layer in self:
             if isinstance(layer, nn.Conv2d):
@@ -51,9 +48,6 @@ class AdversarialLoss(nn.Module, WeightedLoss):
         t_power: see WeightedLoss; only for the tokenizer, the discriminator learns from all times alike.
         channels: channels of the discriminator's first layer, a multiple of 32 or below 32.
         depth: its layers that halve the sides.
-
-    Raises:
-        UserError: if an option is out of range.
     """
 
     def __init__(

@@ -21,9 +21,6 @@ class PerceptualLoss(WeightedLoss):
         stride: see only every stride-th image of a batch, from a random one on: the same gradient on average, for a
             part of the time.
         start_step: optimizer steps without this loss.
-
-    Raises:
-        UserError: if the file is no VGG16, there is none and the download fails, or an option is out of range.
     """
 
     def __init__(

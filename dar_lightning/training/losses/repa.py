@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import UserError, one_line
 from dar_lightning.formats.checkpoint import read_checkpoint
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.decoder import REPA_DIM
 from dar_lightning.training.losses.weighting import WeightedLoss
 
@@ -28,9 +28,6 @@ class RepaLoss(WeightedLoss):
             download them.
         t_power: see WeightedLoss.
         start_step: optimizer steps without this loss.
-
-    Raises:
-        UserError: if there is no such teacher, it has another width, or an option is out of range.
     """
 
     def __init__(
@@ -76,17 +73,16 @@ def resize_positions(vit: nn.Module, size: int) -> None:
 
     timm would resample the table with antialiasing and without DINOv2's offset.
     """
-    table, (rows, columns) = vit.pos_embed, vit.patch_embed.grid_size
+    table, old = vit.pos_embed, vit.patch_embed.grid_size
     vit.set_input_size(img_size=(size, size))
-    grid = vit.patch_embed.grid_size
-    if table is None or grid == (rows, columns):  # None: RoPE alone
+    new = vit.patch_embed.grid_size
+    if table is None or new == old:  # None: RoPE alone
         return
-    table = table.detach()
-    first = table.shape[1] - rows * columns  # places of the class token and the like, which stay
-    patches = table[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    scale = ((grid[0] + TABLE_OFFSET) / rows, (grid[1] + TABLE_OFFSET) / columns)
+    first, patches = table.detach().tensor_split([table.shape[1] - old[0] * old[1]], dim=1)  # class token and the like
+    patches = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    scale = tuple((side + TABLE_OFFSET) / before for side, before in zip(new, old, strict=True))
     patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=False)
-    vit.pos_embed.data = torch.cat([table[:, :first], patches.flatten(2).transpose(1, 2)], dim=1)
+    vit.pos_embed.data = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class _Patches(nn.Module):

@@ -16,10 +16,10 @@ class WeightedLoss:
     """
 
     def __init__(self, weight: float, t_power: float, start_step: int):
-        for name, value in (("weight", weight), ("t_power", t_power), ("start_step", start_step)):
-            if value < 0:
-                raise UserError(f"{name} is {value}: it must be at least 0")
         self.weight, self.t_power, self.start_step = weight, t_power, start_step
+        for name in ("weight", "t_power", "start_step"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"{name} is {value}: it must be at least 0")
 
     def has_started(self, steps_done: int) -> bool:
         """Whether the loss counts after this many optimizer steps."""

@@ -1,21 +1,16 @@
-"""PatchGAN: its losses and gradients by two separate backward passes, and a run with it: resumed, clipped, exported."""
+"""PatchGAN: its losses and gradients by two separate backward passes, and in training; tests/training resumes a run."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import TOKENIZER, fit_tokenizer
-from tiny_training import image_data, trainer
+from tiny_training import image_data, tokenizer_module, trainer
 
-from dar_lightning.cli import main
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import TokenizerModule
 from dar_lightning.training.losses import AdversarialLoss
 from dar_lightning.training.losses.adversarial import PatchDiscriminator
 from dar_lightning.training.optim import OptimizerConfig
-from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 SMALL = dict(channels=4, depth=2)
 
@@ -38,10 +33,11 @@ def test_one_backward_pass_gives_each_its_own_gradient():
         torch.testing.assert_close(parameter.grad, theirs.grad)
     other.requires_grad_(False)
     twin = fake.clone().requires_grad_()
-    each = torch.stack([-other(twin[i : i + 1]).mean() for i in range(3)])
+    each = torch.stack([-other(twin[i : i + 1]).mean() for i in range(3)])  # an image is judged alone
     (0.3 * (each * t).mean()).backward()
     torch.testing.assert_close(mine, (each * t).mean())
     torch.testing.assert_close(estimate.grad, twin.grad)
+    assert list(other.buffers()) == []
 
 
 def test_what_a_patch_sees():
@@ -58,81 +54,31 @@ def test_what_a_patch_sees():
     assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [70, 70]
 
 
-def test_an_image_is_judged_alone():
-    discriminator = PatchDiscriminator(**SMALL)
-    pixels = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(discriminator(pixels)[2:3], discriminator(pixels[2:3]))
-    assert list(discriminator.buffers()) == []
-
-
 @pytest.mark.parametrize("options", [{"depth": 0}, {"channels": 40}, {"start_step": -1}], ids=str)
 def test_options_out_of_range(options):
     with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
         AdversarialLoss(**options)
 
 
-class Recording(TokenizerModule):
-    """Keeps the last step's clipped gradient norms."""
-
-    def configure_gradient_clipping(self, *args, **options) -> None:
-        super().configure_gradient_clipping(*args, **options)
-        self.norms = [
-            float(torch.nn.utils.get_total_norm([p.grad for p in part.parameters()]))
-            for part in (self.tokenizer, self.adversarial)
-        ]
-
-
 def test_the_tokenizer_feels_it_from_start_step_on_and_gradients_are_clipped_apart(images):
-    module = Recording(
-        TokenizerConfig(**TOKENIZER), OptimizerConfig(lr=1e-3), adversarial=AdversarialLoss(start_step=2, **SMALL)
-    )
+    adversarial = AdversarialLoss(start_step=2, **SMALL)
+    module = tokenizer_module(optimizer=OptimizerConfig(lr=1e-3), adversarial=adversarial)
     logged = []
     module.log_dict = lambda values, **_: logged.append({name: float(value) for name, value in values.items()})
-    before = copy.deepcopy(module.adversarial.state_dict())
-    fit = trainer(max_steps=4, gradient_clip_val=1e-3, limit_val_batches=0)
-    fit.fit(module, image_data(images))
+    before = copy.deepcopy(adversarial.state_dict())
+    trainer(max_steps=4, gradient_clip_val=1e-3, limit_val_batches=0).fit(module, image_data(images))
     for number, values in enumerate(logged):
         parts = values["train/flow"] + values["train/vq"] + values["train/commit"]
         felt = 0.5 * values["train/adversarial"] if number >= 2 else 0.0
         assert values["train/loss"] == pytest.approx(parts + felt, rel=1e-5)
     assert logged[0]["train/discriminator"] == pytest.approx(1.0, abs=0.1), "it knows nothing yet"
-    assert module.norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
-    kernels = {name: tensor for name, tensor in module.adversarial.state_dict().items() if tensor.ndim == 4}
+    for part in (module.tokenizer, adversarial):
+        gradients = [parameter.grad for parameter in part.parameters()]
+        assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-2)
+    kernels = {name: tensor for name, tensor in adversarial.state_dict().items() if tensor.ndim == 4}
     assert [name for name, tensor in kernels.items() if torch.equal(before[name], tensor)] == []
-    assert [n for n, p in module.named_parameters() if p.grad is None] == []
 
 
-ON = [
-    "--model.init_args.adversarial=dar_lightning.training.losses.AdversarialLoss",
-    *(f"--model.init_args.adversarial.{name}={value}" for name, value in (SMALL | {"start_step": 2}).items()),
-]
-
-
-def run(images, folder, steps: int, *more: str) -> dict:
-    words = [
-        *fit_tokenizer(*images, folder, max_steps=steps, limit_val_batches=1, val_check_interval=2),
-        *("--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint", "--ckpt_path=last"),
-        "--trainer.callbacks+=dar_lightning.training.callbacks.EMA",
-        *more,
-    ]
-    main([str(word) for word in words])
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def test_a_run_with_it_resumes_exactly_and_exports_the_tokenizer_alone(images, tmp_path, capsys):
-    run(images, tmp_path / "resumed", 3, *ON)
-    resumed, whole = run(images, tmp_path / "resumed", 6, *ON), run(images, tmp_path / "whole", 6, *ON)
-    for key in ("current_model_state", "state_dict"):
-        assert any(name.startswith("adversarial.discriminator.") for name in whole[key])
-        assert [name for name, tensor in whole[key].items() if not torch.equal(tensor, resumed[key][name])] == []
-    moments = [resumed["optimizer_states"][0]["state"], whole["optimizer_states"][0]["state"]]
-    assert moments[0].keys() == moments[1].keys()
-    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
-    tokenizer = load_lightning_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")
-    assert not any("discriminator" in name for name in tokenizer.state_dict())
-    # A run without it, and a run with it from one without, are refused in words.
-    run(images, tmp_path / "without", 1)
-    for folder, words, says in (("whole", [], "adversarial is null"), ("without", ON, "adversarial is set")):
-        with pytest.raises(SystemExit, match="2"):
-            run(images, tmp_path / folder, 7, *words)
-        assert says in capsys.readouterr().err.splitlines()[-1]
+def test_a_checkpoint_without_it_is_refused():
+    with pytest.raises(UserError, match="adversarial is set and the checkpoint has no discriminator"):
+        tokenizer_module(adversarial=AdversarialLoss(**SMALL)).on_load_checkpoint({"state_dict": {}})

@@ -29,34 +29,28 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def perceptual(vgg_file) -> PerceptualLoss:
-    return PerceptualLoss(weights_path=vgg_file)
-
-
-@pytest.fixture(scope="module")
 def repa(teacher) -> RepaLoss:
     return RepaLoss(model=TEACHER, weights_path=str(teacher[1]))
 
 
-def with_losses(perceptual: PerceptualLoss, repa: RepaLoss, *starts: int):
-    """A module with copies of these losses, which start at these steps."""
-    perceptual, repa = copy.copy(perceptual), copy.copy(repa)
-    perceptual.start_step, repa.start_step = starts or (0, 0)
-    return tokenizer_module({"repa_layer": 0}, perceptual=perceptual, repa=repa)
+def like(loss, **changes):
+    """The loss with other options and the same network."""
+    changed = copy.copy(loss)
+    vars(changed).update(changes)
+    return changed
 
 
 def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
-    loss = perceptual
     by_hand = _LPIPS(net="vgg", pnet_rand=True)
     tensors = torch.load(vgg_file, weights_only=True)
     for name, parameter in by_hand.net.named_parameters():
         parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
     a, b, t = torch.rand(2, 3, 32, 32) * 4 - 2, torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2)
-    torch.testing.assert_close(loss(a, b, t), by_hand(a, b).mean())
-    assert loss(b, b, t) == 0
+    torch.testing.assert_close(perceptual(a, b, t), by_hand(a, b).mean())
+    assert perceptual(b, b, t) == 0
 
     # In training too: nothing is dropped, and the estimate is not clipped.
-    module = tokenizer_module(perceptual=loss).train()
+    module = tokenizer_module(perceptual=perceptual).train()
     module._trainer = SimpleNamespace(global_step=0)
     zero = torch.zeros(())
     total, parts = module.total_loss({"flow": zero, "vq": zero, "commit": zero, "x1_hat": a, "t": t}, b)
@@ -65,73 +59,44 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
     assert abs(by_hand(a.clamp(-1, 1), b).mean() - parts["perceptual"]) > 0.01 * parts["perceptual"]
 
 
-def test_perceptual_weighs_times_and_sees_a_part(vgg_file, perceptual):
+def test_perceptual_weighs_times_and_sees_a_part(perceptual):
     """With stride 2, one of the two halves, each as often: on average the whole."""
-    whole, part = perceptual, PerceptualLoss(weights_path=vgg_file, t_power=2, stride=2)
+    part = like(perceptual, t_power=2, stride=2)
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     t = torch.tensor([0.0, 0.3, 0.5, 1.0])
-    each = torch.stack([whole(a[i : i + 1], b[i : i + 1], t[i : i + 1]) for i in range(4)])
+    each = torch.stack([perceptual(a[i : i + 1], b[i : i + 1], t[i : i + 1]) for i in range(4)])
     halves = {round(float((each * t**2)[i::2].mean()), 4) for i in range(2)}
     assert {round(float(part(a, b, t)), 4) for _ in range(20)} == halves
     assert part(a[:1], b[:1], t[3:]) == each[0], "a batch smaller than the stride is seen"
 
 
+def test_repa_compares_with_the_teachers_patches(teacher, repa):
+    images, t = torch.rand(1, 3, 224, 224) * 2 - 1, torch.tensor([0.5])
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        seen = torchvision.transforms.functional.normalize((images + 1) / 2, mean, std)
+        patches = teacher[0].forward_features(seen)[:, 1:]
+    torch.testing.assert_close(repa.features(images), patches, atol=1e-4, rtol=1e-4)
+    assert repa.grid == (14, 14)
+    assert repa(patches, images, t).abs() < 1e-5
+    projected = torch.randn_like(patches)
+    cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
+    torch.testing.assert_close(repa(projected, images, t), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(like(repa, t_power=2)(projected, images, t), 0.25 * repa(projected, images, t))
+
+
 @pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}, {"start_step": -1}, {"weight": -0.5}], ids=str)
-def test_perceptual_options_out_of_range(options):
+def test_options_out_of_range(options):
     with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
         PerceptualLoss(weights_path="never read", **options)
 
 
-def test_files_that_are_no_vgg(tmp_path):
+def test_what_does_not_fit_is_refused(repa, tmp_path):
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="is no VGG16 of torchvision"):
         PerceptualLoss(weights_path=str(tmp_path / "x.pth"))
     with pytest.raises(UserError, match="missing"):
         PerceptualLoss(weights_path=str(tmp_path / "nowhere.pth"))
-
-
-def test_repa_compares_with_the_teachers_patches(teacher, repa):
-    vit, loss = teacher[0], repa
-    images = torch.rand(1, 3, 224, 224) * 2 - 1
-    normalised = torchvision.transforms.functional.normalize(
-        (images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    )
-    with torch.no_grad():
-        patches = vit.forward_features(normalised)[:, 1:]
-    torch.testing.assert_close(loss.features(images), patches, atol=1e-4, rtol=1e-4)
-    assert loss.grid == (14, 14)
-    t = torch.tensor([0.5])
-    assert loss(patches, images, t).abs() < 1e-5
-    projected = torch.randn_like(patches)
-    cosine = (F.normalize(patches, dim=-1) * F.normalize(projected, dim=-1)).sum(-1)
-    torch.testing.assert_close(loss(projected, images, t), 1 - cosine.mean(), atol=1e-4, rtol=1e-4)
-    late = copy.copy(loss)
-    late.t_power = 2
-    torch.testing.assert_close(late(projected, images, t), 0.25 * loss(projected, images, t))
-
-
-def test_bfloat16_changes_little(perceptual, repa):
-    """With bf16-mixed the networks compute in bfloat16, distances and similarities in float32."""
-    images, t = torch.rand(1, 3, 64, 64) * 2 - 1, torch.ones(1)
-    estimate = (images + 0.3 * torch.randn_like(images)).requires_grad_()
-    projected = (repa.features(images) + torch.randn(1, 196, 768)).requires_grad_()
-
-    def values_and_gradients() -> list[torch.Tensor]:
-        values = [perceptual(estimate, images, t), repa(projected, images, t)]
-        return values + [torch.autograd.grad(v, x)[0] for v, x in zip(values, (estimate, projected), strict=True)]
-
-    exact = values_and_gradients()
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = values_and_gradients()
-    for low, high in zip(mixed[:2], exact[:2], strict=True):
-        assert low.dtype == torch.float32
-        assert not torch.equal(low, high), "the network ran in bfloat16"
-        torch.testing.assert_close(low, high, rtol=0.005, atol=0)
-    for low, high in zip(mixed[2:], exact[2:], strict=True):
-        assert F.cosine_similarity(low.flatten(), high.flatten(), dim=0) > 0.98
-
-
-def test_a_teacher_or_a_decoder_that_does_not_fit_is_refused(repa, tmp_path):
     with pytest.raises(UserError, match="has width 192: REPA needs 768"):
         RepaLoss(model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
     with pytest.raises(UserError, match="repa_layer is null"):
@@ -140,9 +105,9 @@ def test_a_teacher_or_a_decoder_that_does_not_fit_is_refused(repa, tmp_path):
 
 def test_losses_start_when_told(perceptual, repa):
     """Before that they are neither computed nor logged, and REPA's head has a gradient of zero, which DDP needs."""
-    module = with_losses(perceptual, repa, 3, 5)
+    losses = dict(perceptual=like(perceptual, start_step=3), repa=like(repa, start_step=5))
+    module = tokenizer_module({"repa_layer": 0}, **losses)
     head = module.tokenizer.decoder.repa_head[0].weight
-    seen = {}
     for done in (2, 3, 4, 5):
         module._trainer = SimpleNamespace(global_step=done)
         module.zero_grad()
@@ -151,16 +116,15 @@ def test_losses_start_when_told(perceptual, repa):
         output["loss"].backward()
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
         assert bool(head.grad.any()) == (done == 5)
-        values = seen[done] = {name: float(value) for name, value in output["parts"].items()}
+        values = {name: float(value) for name, value in output["parts"].items()}
+        assert ("perceptual" in values, "repa" in values) == (done >= 3, done >= 5)
         named = values["flow"] + values["vq"] + values["commit"]
         further = 0.5 * values.get("perceptual", 0) + 0.5 * values.get("repa", 0)
         assert values["loss"] == pytest.approx(named + further, rel=1e-5)
-    assert ["perceptual" in seen[done] for done in (2, 3, 4, 5)] == [False, True, True, True]
-    assert ["repa" in seen[done] for done in (2, 3, 4, 5)] == [False, False, False, True]
 
 
 def test_a_step_trains_through_both_and_keeps_them_out(perceptual, repa, images, tmp_path):
-    module = with_losses(perceptual, repa)
+    module = tokenizer_module({"repa_layer": 0}, perceptual=perceptual, repa=repa)
     names = set(module.state_dict())
     assert all(name.startswith("tokenizer.") for name in names)
     assert copy.deepcopy(module).repa.teacher is repa.teacher

@@ -16,43 +16,25 @@ from dar_lightning.training.losses import PerceptualLoss
 
 FILE = Path(os.environ.get("DAR_VGG16", Path(__file__).parents[3] / "runs" / "vgg16.safetensors"))
 
-pytestmark = [
-    pytest.mark.skipif(not FILE.is_file(), reason="no VGG16: set DAR_VGG16 to a file of data/convert_vgg16.py"),
-    pytest.mark.filterwarnings("ignore"),  # torchvision's, of the lpips package's old arguments
-]
 
-
-@pytest.fixture(scope="module")
-def published():
-    """LPIPS as its authors wrote it, with their linear heads and the file's convolutions."""
-    lpips = pytest.importorskip("lpips")
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+@pytest.mark.skipif(not FILE.is_file(), reason="no VGG16: set DAR_VGG16 to a file of data/convert_vgg16.py")
+@pytest.mark.filterwarnings("ignore")  # torchvision's, of the lpips package's old arguments
+def test_values_and_gradients_are_those_of_the_package():
+    """Of smooth pictures, and the same with noise of growing strength: (4, 3, 64, 64) in [-1, 1]."""
+    published = pytest.importorskip("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     tensors = read_checkpoint(FILE)
-    for name, parameter in network.net.named_parameters():
+    for name, parameter in published.net.named_parameters():
         parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
-    return network
-
-
-@pytest.fixture(scope="module")
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth pictures, and the same with noise of growing strength: (4, 3, 64, 64) in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(4, 3, 8, 8, generator=generator) * 2 - 1
-    images = F.interpolate(coarse, size=64, mode="bicubic").clamp(-1, 1)
+    images = F.interpolate(torch.rand(4, 3, 8, 8, generator=generator) * 2 - 1, size=64, mode="bicubic").clamp(-1, 1)
     strength = torch.tensor([0.02, 0.1, 0.3, 1.0]).view(4, 1, 1, 1)
-    return (images + strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1), images
-
-
-def value_and_gradient(function, first, second) -> tuple[torch.Tensor, torch.Tensor]:
-    first = first.clone().requires_grad_()
-    value = function(first, second)
-    value.sum().backward()
-    return value.detach().flatten(), first.grad
-
-
-def test_values_and_gradients_are_those_of_the_package(published, pairs):
-    ours = PerceptualLoss(weights_path=str(FILE)).distance
-    (mine, my_gradient), (theirs, their_gradient) = (value_and_gradient(f, *pairs) for f in (ours, published))
+    noisy = (images + strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    found = []
+    for distance in (PerceptualLoss(weights_path=str(FILE)).distance, published):
+        first = noisy.clone().requires_grad_()
+        values = distance(first, images)
+        found.append((values.detach().flatten(), torch.autograd.grad(values.sum(), first)[0]))
+    (mine, my_gradient), (theirs, their_gradient) = found
     assert theirs.min() > 0.01
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     # Seen where features vanish: torchmetrics adds 1e-8 under the root of their norm, the package 1e-10 beside it.
