@@ -20,7 +20,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|datetime|pathlib|threading)\..*"),
     ("py:.*", r"(torch|torchmetrics|lightning|jsonargparse|huggingface_hub|numpy|PIL|tensorboard|matplotlib)\..*"),
     ("py:class", r"Dataset|Sampler|_T_co|_collate_fn_t|_worker_init_fn_t"),  # of torch's DataLoader
-    ("py:class", r"dar_lightning\.weights\.lightning\.Model"),  # a type variable
+    ("py:class", r"dar_lightning\.(.*\._\w+|weights\.lightning\.Model)"),  # private base classes; a type variable
 ]
 
 myst_heading_anchors = 3  # so that pages can link to each other's headings
