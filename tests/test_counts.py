@@ -160,7 +160,7 @@ def test_encoding_builds_no_distance_matrix_that_training_would_go_back_through(
 
 def test_recomputation_is_off_unless_asked_for():
     config = shallow()
-    again = counting.tokenizer_step(config, recompute=("decoder",)) - counting.tokenizer_step(config)
+    again = counting.tokenizer_step(config, recompute=True) - counting.tokenizer_step(config)
     assert again == pytest.approx(counting.diffusion_step(config), rel=0.02)
     model = TokenizerModule(preset="tiny").tokenizer
     assert [part.recompute for part in (model.encoder, model.conditioner, model.decoder)] == [False] * 3
