@@ -27,7 +27,7 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.commands.extract import extract
 from dar_lightning.layers import rotate
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.blocks import axial_rotary
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer

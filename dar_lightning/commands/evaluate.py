@@ -13,16 +13,13 @@ from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
 from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
 from dar_lightning.metrics.distribution import distribution_metrics
-from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.frechet import frechet_distance
-from dar_lightning.metrics.frozen import FrozenNetwork
-from dar_lightning.metrics.image_set import ImageSet, with_progress
-from dar_lightning.metrics.images import DrawnImages, NpzImages, open_images
+from dar_lightning.metrics.features import FrozenNetwork, feature_protocol, frechet_name, load_features
+from dar_lightning.metrics.frechet import check_fits, frechet_distance, read_statistics, write_statistics
+from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import CLASSIFIER, LinearProbe
 from dar_lightning.metrics.reconstruction import mean_scores, reconstruction_protocol, reconstruction_scores
-from dar_lightning.metrics.statistics_file import check_fits, read_statistics, write_statistics
 from dar_lightning.records.drawn import drawn_facts, read_drawn
 from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance

@@ -23,9 +23,8 @@ from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import Provenance, StopOnSignal
-from dar_lightning.training.callbacks.config_text import ConfigText
-from dar_lightning.training.callbacks.global_batch import GlobalBatch
+from dar_lightning.training.callbacks import GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 
 

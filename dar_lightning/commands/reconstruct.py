@@ -17,12 +17,14 @@ from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.images import ShardImages
 from dar_lightning.metrics.reconstruction import (
+    TOKEN_INFLUENCE_PROTOCOL,
     mean_scores,
     reconstruct_all,
     reconstruction_protocol,
     reconstruction_scores,
+    token_influence,
+    token_influence_names,
 )
-from dar_lightning.metrics.token_influence import TOKEN_INFLUENCE_PROTOCOL, token_influence, token_influence_names
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.protocol import Protocol, write_metrics
 from dar_lightning.records.provenance import provenance

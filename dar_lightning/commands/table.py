@@ -21,10 +21,9 @@ from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.generation.predict import GenerationModule
 from dar_lightning.generation.writer import SampleWriter
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
-from dar_lightning.metrics.image_set import with_progress
-from dar_lightning.metrics.images import open_images
+from dar_lightning.metrics.frechet import read_statistics, sha256_of
+from dar_lightning.metrics.images import open_images, with_progress
 from dar_lightning.metrics.reconstruction import reconstruct_all
-from dar_lightning.metrics.statistics_file import read_statistics, sha256_of
 from dar_lightning.records.drawn import PIXELS, read_drawn, write_drawn
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.protocol import PAPER_COUNT

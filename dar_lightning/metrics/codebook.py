@@ -21,6 +21,5 @@ class CodebookUse(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """(share used, from 0 to 1; perplexity)."""
-        share = self.counts.float() / self.counts.sum().clamp(min=1)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum()
-        return (self.counts > 0).float().mean(), entropy.exp()
+        share = self.counts / self.counts.sum().clamp(min=1)
+        return (self.counts > 0).float().mean(), (-torch.xlogy(share, share).sum()).exp()

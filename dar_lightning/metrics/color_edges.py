@@ -16,11 +16,10 @@ CANVAS = 32
 class ColorEdges(nn.Module):
     """uint8 images (B, 3, H, W) to float32 features (B, 180), from a canvas of 32x32 in opponent colours.
 
-    - layout: the mean of each of three axes (lightness, red - green, yellow - blue) in each quadrant (12);
-    - colour: soft histograms, 8x8 bins of chroma and 8 of lightness, of the image (72) and of its central quarter (72);
-    - edges: gradient energy in 4 directions for each axis at 16 and at 8 pixels (24).
-
-    Counts and energies enter as square roots, so that distances between histograms are Hellinger's.
+    Layout: means of three axes (lightness, red - green, yellow - blue) in each quadrant (12). Colour: soft histograms,
+    8x8 bins of chroma and 8 of lightness, of the image and of its central quarter (144). Edges: gradient energy in 4
+    directions for each axis at 16 and at 8 pixels (24). Counts and energies enter as square roots, so that distances
+    between histograms are Hellinger's.
     """
 
     resize = f"area to {CANVAS}x{CANVAS}"
@@ -37,8 +36,7 @@ class ColorEdges(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = F.adaptive_avg_pool2d(images.float() / 255, CANVAS)
         opponent = torch.einsum("ac,bchw->bahw", self.axes, pixels)
-        quarter = CANVAS // 4
-        center = opponent[:, :, quarter:-quarter, quarter:-quarter]
+        center = opponent[:, :, CANVAS // 4 : -CANVAS // 4, CANVAS // 4 : -CANVAS // 4]
         layout = F.adaptive_avg_pool2d(opponent, 2).flatten(1)
         edges = [self._edges(F.adaptive_avg_pool2d(opponent, size)) for size in (16, 8)]
         return torch.cat([layout, self._histograms(opponent), self._histograms(center), *edges], dim=1)

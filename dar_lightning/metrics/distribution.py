@@ -33,21 +33,15 @@ def distribution_metrics(
     fewest = min(len(samples), len(reference))
     if fewest <= NEIGHBORS:
         raise UserError(f"--full: {fewest} images on a side; {NEIGHBORS} neighbours need {NEIGHBORS + 1} or more")
-    size = min(SUBSET_SIZE, fewest)
-    kid = kid_features_to_metric(
-        samples.double(), reference.double(), kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
-    )
+    options = {"kid_subsets": SUBSETS, "kid_subset_size": (size := min(SUBSET_SIZE, fewest)), "rng_seed": SEED}
+    kid = kid_features_to_metric(samples.double(), reference.double(), **options, verbose=False)
     options = {"prc_neighborhood": NEIGHBORS, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
     prc = prc_features_to_metric(samples.to(device), reference.to(device), **options)
     kernel, suffix = ("KID", "") if name == "inception" else (f"KD-{name}", f"-{name}")
-    metrics = {
-        kernel: kid["kernel_inception_distance_mean"],
-        # subsets that are all of a set do not spread as draws from it would
-        **({f"{kernel}_std": kid["kernel_inception_distance_std"]} if size < fewest else {}),
-        f"precision{suffix}": prc["precision"],
-        f"recall{suffix}": prc["recall"],
-    }
-    spread = " and std" if size < fewest else ""
+    metrics, spread = {kernel: kid["kernel_inception_distance_mean"]}, ""
+    if size < fewest:  # subsets that are all of a set do not spread as draws from it would
+        metrics[f"{kernel}_std"], spread = kid["kernel_inception_distance_std"], " and std"
+    metrics |= {f"precision{suffix}": prc["precision"], f"recall{suffix}": prc["recall"]}
     protocol = {
         "kernel_distance": f"cubic kernel, unbiased, mean{spread} over {SUBSETS} subsets of {size}, seed {SEED}",
         "precision_recall": f"Kynkaanniemi et al., {NEIGHBORS} nearest neighbours, all images on both sides",

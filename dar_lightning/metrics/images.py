@@ -3,17 +3,19 @@
 import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL.Image import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dar_lightning.ar import gumbel
-from dar_lightning.data.decode import BadSample
+from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.image_dataset import decode, describe, read_label
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import INDEX, ShardIndex
@@ -25,16 +27,37 @@ from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.npz import UNREADABLE
 from dar_lightning.generation.pipeline import DARPipeline
-from dar_lightning.metrics.image_set import Batch, ImageSet
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
+
+
+class ImageSet(Protocol):
+    """Images of one size, in a fixed order."""
+
+    protocol: dict[str, Any]  # what is needed to measure the same images again, for JSON
+    labelled: bool  # whether batches have labels
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The set once, in order: this rank's are rank, rank + world_size, ...; of drawn images, in whole batches."""
+
+
+def with_progress(images: ImageSet, batch_size: int, title: str) -> Iterator[Batch]:
+    """The batches of a set, under a progress bar that counts images."""
+    with tqdm(total=len(images), desc=title, unit="image") as bar:
+        for batch in images.batches(batch_size):
+            yield batch
+            bar.update(len(batch[0]))
 
 
 class NpzImages:
     """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,). Decompressed as it is read."""
 
     def __init__(self, path: Path, option: str) -> None:
-        self.path, self.option = path, option
+        self.path, self.name = path, f"{option}: arr_0 of {path}"
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 self.shape, fortran, dtype = _npy_header(file)
@@ -45,92 +68,98 @@ class NpzImages:
         except UNREADABLE as error:
             raise UserError(f"{option}: {path} is not a readable npz file ({error})") from error
         if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3:
-            raise UserError(
-                f"{option}: arr_0 of {path} must be uint8 (n, H, W, 3), values 0 to 255; is {dtype} {self.shape}"
-            )
-        if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
-            raise UserError(
-                f"{option}: labels of {path} must be {self.shape[0]} integers, are {labels.dtype} {labels.shape}"
-            )
-        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        self.labelled = labels is not None
+            raise UserError(f"{self.name} must be uint8 (n, H, W, 3), values 0 to 255; is {dtype} {self.shape}")
+        self.size, self.labelled, self.labels = self.shape[1:3], labels is not None, None
+        if labels is not None:
+            if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
+                found = f"{labels.dtype} {labels.shape}"
+                raise UserError(f"{option}: labels of {path} must be {len(self)} integers, are {found}")
+            self.labels = torch.from_numpy(labels.astype(np.int64))
         self.protocol = {"npz": str(path)}
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Of the images, (H, W)."""
-        return self.shape[1:3]
-
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        mine = slice(rank, None, world_size)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _npy_header(file)
-            for start in range(0, len(self), batch_size * world_size):
-                count = min(batch_size * world_size, len(self) - start)
+            for numbers in torch.arange(len(self)).split(batch_size * world_size):
+                shape = len(numbers), *self.shape[1:]
                 try:
-                    content = bytearray(file.read(count * math.prod(self.shape[1:])))
-                    images = torch.frombuffer(content, dtype=torch.uint8).view(count, *self.shape[1:])
+                    images = torch.frombuffer(bytearray(file.read(math.prod(shape))), dtype=torch.uint8).view(shape)
                 except (*UNREADABLE, RuntimeError) as error:  # the last one where it ends early
-                    place = f"{self.option}: arr_0 of {self.path}"
-                    raise UserError(f"{place} is damaged ({one_line(error)}); write it again") from error
-                labels = None if self.labels is None else self.labels[start : start + count][mine]
-                if count > rank:
-                    yield images[mine].permute(0, 3, 1, 2), labels
+                    raise UserError(f"{self.name} is damaged ({one_line(error)}); write it again") from error
+                if len(mine := numbers[rank::world_size]):
+                    images = images[rank::world_size].permute(0, 3, 1, 2)
+                    yield images, None if self.labels is None else self.labels[mine]
 
 
-class FolderImages:
-    """Image files anywhere below a folder, in the order of their paths; without labels."""
+def _npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of a .npy stream, which is left at its first value."""
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)  # later versions are for names that no array of numbers has
+
+
+class _EncodedImages:
+    """Images that are decoded one by one, and cropped if a size is given."""
 
     labelled = False
 
-    def __init__(self, path: Path, option: str, image_size: int | None) -> None:
+    def __init__(self, source: str, kind: str, option: str, image_size: int | None) -> None:
         self.option, self.image_size = option, image_size
+        self.protocol = {kind: source, "crop": "none" if image_size is None else f"ADM centre crop to {image_size}"}
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        size, first = self.image_size, None
+        read = map(self._read, range(rank, len(self), world_size))
+        items = ((to_tensor(center_crop(image, size) if size else image), label) for image, label in read)
+        while chunk := list(islice(items, batch_size)):
+            images, labels = zip(*chunk, strict=True)
+            first = first or images[0].shape
+            if wrong := [image.shape for image in images if image.shape != first]:
+                sizes = " and ".join(f"{height}x{width}" for _, height, width in (first, wrong[0]))
+                raise UserError(f"{self.option}: images of different sizes, {sizes}; crop them with --image_size")
+            yield torch.stack(images), torch.tensor(labels) if self.labelled else None
+
+
+class FolderImages(_EncodedImages):
+    """Image files anywhere below a folder, in the order of their paths; without labels."""
+
+    def __init__(self, path: Path, option: str, image_size: int | None) -> None:
+        super().__init__(str(path), "folder", option, image_size)
         self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        self.protocol = {"folder": str(path), "crop": _crop_name(image_size)}
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        return _stack(((self._read(file), None) for file in self.files[rank::world_size]), batch_size, self.option)
-
-    def _read(self, file: Path) -> Tensor:
+    def _read(self, number: int) -> tuple[Image, int | None]:
         try:
-            image = Image.open(file).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{self.option}: {file} cannot be decoded ({error})") from error
-        return _cropped(image, self.image_size)
+            return decode_rgb(self.files[number].read_bytes()), None
+        except (BadSample, OSError) as error:
+            raise UserError(f"{self.option}: {self.files[number]} cannot be decoded ({error})") from error
 
 
-class ShardImages:
+class ShardImages(_EncodedImages):
     """WebDataset shards; labelled, if that is wanted, when their samples have a `.cls` member."""
 
     def __init__(self, source: str, option: str, image_size: int | None, labels: bool = True) -> None:
-        self.option, self.image_size = option, image_size
+        super().__init__(source, "shards", option, image_size)
         self.reader = ShardReader(ShardIndex.load(source, option))
-        self.labelled = labels and "cls" in self._members(0)
-        self.protocol = {"shards": source, "crop": _crop_name(image_size)}
+        with self._naming(0):
+            self.labelled = labels and "cls" in self.reader[0][2]
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        return _stack(map(self._read, range(rank, len(self), world_size)), batch_size, self.option)
+    def _read(self, number: int) -> tuple[Image, int | None]:
+        with self._naming(number):
+            members = self.reader[number][2]
+            return decode(members), read_label(members, None) if self.labelled else None
 
-    def _read(self, number: int) -> tuple[Tensor, int | None]:
-        members = self._members(number)
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
         try:
-            image = _cropped(decode(members), self.image_size)
-            return image, read_label(members, None) if self.labelled else None
-        except BadSample as bad:
-            raise UserError(f"{self.option}: {describe(self.reader, number, bad)}") from bad
-
-    def _members(self, number: int) -> dict[str, bytes]:
-        try:
-            return self.reader[number][2]
+            yield
         except BadSample as bad:
             raise UserError(f"{self.option}: {describe(self.reader, number, bad)}") from bad
 
@@ -138,13 +167,8 @@ class ShardImages:
 class DrawnImages:
     """Class-balanced samples of a pipeline: image i is of class i mod num_classes and depends on (seed, i) alone.
 
-    Args:
-        pipeline: what draws, where it is.
-        count: number of images.
-        seed: with i it seeds the generator of image i, so that order and ranks do not matter.
-        num_steps: diffusion steps; None is one per group of tokens.
-        rows: images per forward pass, whatever batch size is asked for: it changes the rounding.
-        options: of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
+    A forward pass has `rows` images, whatever batch size is asked for, since that changes the rounding. `num_steps` and
+    `options` are those of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
     """
 
     labelled = True
@@ -161,8 +185,7 @@ class DrawnImages:
         self.pipeline, self.count, self.seed, self.rows = pipeline, count, seed, rows
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         # What `generate` does without these is said in the protocol, too.
-        defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"}
-        self.options = defaults | options
+        self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -194,10 +217,8 @@ class DrawnImages:
 def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     """The images of an npz, of a folder of shards or a pattern of them, or of a folder of image files.
 
-    Args:
-        source: the path.
-        option: what the user calls it, for error lines.
-        image_size: encoded images get ADM's centre crop to this size; None leaves them as they are.
+    `option` is what the user calls the source, for error lines. Encoded images get ADM's centre crop to `image_size`,
+    None leaves them as they are.
     """
     path = Path(find_shipped(source))
     if path.suffix == ".npz" and path.is_file():
@@ -211,30 +232,3 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     if len(images) == 0:
         raise UserError(f"{option}: {source} holds no images")
     return images
-
-
-def _npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of a .npy stream, which is left at its first value."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def _cropped(image: Image.Image, image_size: int | None) -> Tensor:
-    return to_tensor(image if image_size is None else center_crop(image, image_size))
-
-
-def _crop_name(image_size: int | None) -> str:
-    return "none" if image_size is None else f"ADM centre crop to {image_size}"
-
-
-def _stack(items: Iterator[tuple[Tensor, int | None]], batch_size: int, option: str) -> Iterator[Batch]:
-    first = None
-    while chunk := list(islice(items, batch_size)):
-        first = chunk[0][0].shape if first is None else first
-        for image, _ in chunk:
-            if image.shape != first:
-                sizes = f"{first[1]}x{first[2]} and {image.shape[1]}x{image.shape[2]}"
-                raise UserError(f"{option}: images of different sizes, {sizes}; crop them with --image_size")
-        labels = None if chunk[0][1] is None else torch.tensor([label for _, label in chunk])
-        yield torch.stack([image for image, _ in chunk]), labels

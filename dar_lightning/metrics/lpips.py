@@ -6,7 +6,7 @@ from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
 from dar_lightning.errors import UserError, one_line
 from dar_lightning.formats.checkpoint import read_checkpoint
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 
 
 def lpips_network(weights_path: str | None) -> FrozenNetwork:
@@ -16,18 +16,18 @@ def lpips_network(weights_path: str | None) -> FrozenNetwork:
         weights_path: a file of torchvision's VGG16 (`data/convert_vgg16.py` makes one); None or "download" lets
             torchvision download it.
     """
-    weights_path = None if weights_path == "download" else weights_path
+    from_file = weights_path not in (None, "download")
     try:
-        lpips = _LPIPS(net="vgg", pnet_rand=weights_path is not None)
+        lpips = _LPIPS(net="vgg", pnet_rand=from_file)
     except OSError as error:
         raise UserError(f"VGG16 cannot be downloaded ({one_line(error)}): set weights_path to a file") from error
-    if weights_path is not None:
+    if from_file:
         _load(lpips.net, weights_path)
     # channels_last is faster in bf16, on CPUs too
     return FrozenNetwork(_Distance(lpips).to(memory_format=torch.channels_last))
 
 
-def _load(vgg: torch.nn.Module, path: str) -> None:
+def _load(vgg: nn.Module, path: str) -> None:
     tensors, own = read_checkpoint(path), vgg.state_dict()
     # slice2.5.weight here is features.5.weight in torchvision.
     theirs = {name: tensors.get(f"features.{name.split('.', 1)[1]}") for name in own}

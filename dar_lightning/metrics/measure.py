@@ -1,91 +1,118 @@
 """Feature statistics of a set of images in one pass, with checks of the set."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
-from dar_lightning.metrics.image_set import ImageSet, with_progress
+from dar_lightning.metrics.images import ImageSet, with_progress
 from dar_lightning.records.pixels import image_digests, set_sha256
 
 
-class Measured(NamedTuple):
-    """A set of images, reduced."""
+class Measured:
+    """A set of images, reduced as it arrives in batches; each rank may have a share of it.
 
-    statistics: Gaussian  # of the features
+    Args:
+        network: uint8 (B, 3, H, W) on the device -> (B, D).
+        device: where to compute features. Statistics are there too, unless it has no float64.
+    """
+
     size: tuple[int, int]  # (H, W)
-    sha256: str  # of all pixels, in order: equal for equal sets, wherever they lie (`records.pixels`)
-    features: Tensor | None  # (n, D) float32, if they were to be kept
-    labels: Tensor | None  # (n,) int64, if features are kept and the set has labels
+    features: Tensor | None = None  # (n, D) float32, if they were to be kept
+    labels: Tensor | None = None  # (n,) int64, if features are kept and the set has labels
+
+    def __init__(self, network: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.digests: dict[int, bytes] = {}  # of the pixels of numbered images
+        self._sums: FeatureStatistics | None = None
+
+    def add(self, images: Tensor, numbers: Sequence[int] = (), count: int | None = None) -> Tensor:
+        """Add the first `count` (None: all) of images (B, 3, H, W) uint8, B > 0; returns the features of all, (B, D).
+
+        All ranks must add something, if only with a count of 0, before they put their shares together.
+        """
+        features = self.network(images.to(self.device))
+        if features.shape[:-1] != images.shape[:1]:
+            given = f"gave {tuple(features.shape)} for B = {len(images)}"
+            raise UserError(f"--features: the network must give (B, D) features, {given}")
+        self._sums = self._sums or FeatureStatistics(features.shape[1]).to(float64_device(self.device))
+        self._sums.update(features[:count].to(self._sums.device))
+        if numbers:
+            digests = image_digests(images[:count].permute(0, 2, 3, 1).cpu().numpy())
+            self.digests.update(zip(numbers, digests, strict=True))
+        return features
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been added."""
+        return self._sums is None
+
+    @property
+    def statistics(self) -> Gaussian:
+        """Of the features of all ranks' shares, on the CPU, where stored ones are."""
+        mean, covariance, count = self._sums.compute()
+        return Gaussian(mean.cpu(), covariance.cpu(), count)
+
+    @property
+    def sha256(self) -> str:
+        """Of all ranks' pixels, in order: equal for equal sets, wherever they lie (`records.pixels`)."""
+        shares = [self.digests]
+        if dist.is_initialized():
+            dist.all_gather_object(shares := [None] * dist.get_world_size(), self.digests)
+        return set_sha256(digest for _, digest in sorted(pair for share in shares for pair in share.items()))
 
 
 @torch.no_grad()
 def measure(
     images: ImageSet,
     option: str,
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],
     device: torch.device,
     batch_size: int,
     keep: bool = False,
     size: tuple[int, int] | None = None,
     unique: bool = False,
 ) -> Measured:
-    """Read a set once, in batches; what is kept of an image is its features at most.
+    """Read a set of 2 images or more once, in batches; network and device as for `Measured`.
 
     Args:
-        images: the set, of 2 images or more, with values from 0 to 255.
+        images: the set.
         option: what the user calls it, for error lines.
-        network: uint8 (B, 3, H, W) -> (B, D), on the device.
-        device: where to compute features. Statistics are there too, unless it has no float64.
+        network: of the features.
+        device: of the features.
         batch_size: images at a time.
-        keep: keep features and labels.
+        keep: keep features and labels; nothing else is kept of an image.
         size: the (H, W) that images must have; None takes any.
         unique: refuse a set that has an image twice.
     """
     if len(images) < 2:
         raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
-    statistics, brightest, kept, all_labels = None, 0, [], []
-    digests, places = [], {}
+    measured, brightest, places, kept = Measured(network, device), 0, {}, []
     for pixels, labels in with_progress(images, batch_size, option):
-        size = size or tuple(pixels.shape[2:])
+        measured.size = size = size or tuple(pixels.shape[2:])
         if tuple(pixels.shape[2:]) != size:
-            raise UserError(
-                f"{option}: images of {pixels.shape[2]}x{pixels.shape[3]}, those of --reference have "
-                f"{size[0]}x{size[1]}; bring them to one size"
-            )
+            found, wanted = (f"{height}x{width}" for height, width in (pixels.shape[2:], size))
+            raise UserError(f"{option}: images of {found}, those of --reference have {wanted}; bring them to one size")
         brightest = max(brightest, int(pixels.max()))
-        for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()):
-            number = len(digests)
-            if unique and (first := places.setdefault(digest, number)) < number:
+        numbers = range(len(measured.digests), len(measured.digests) + len(pixels))
+        features = measured.add(pixels, numbers)
+        for number in numbers:
+            if (first := places.setdefault(measured.digests[number], number)) < number and unique:
                 raise UserError(
                     f"{option}: has an image twice, numbers {first} and {number}; were samples of one seed put "
                     "together? --allow_duplicates takes them as they are"
                 )
-            digests.append(digest)
-        values = network(pixels.to(device))
-        if values.shape[:-1] != pixels.shape[:1]:
-            raise UserError(
-                f"--features: the network must give (B, D) features, gave {tuple(values.shape)} for B = {len(pixels)}"
-            )
-        if statistics is None:
-            statistics = FeatureStatistics(values.shape[1]).to(float64_device(device))
-        statistics.update(values.to(statistics.device))
         if keep:
-            kept.append(values.cpu())
-            all_labels.append(labels)
+            kept.append((features.cpu(), labels))
     if brightest <= 1:
         raise UserError(f"{option}: no value is above {brightest}; pixels must be 0 to 255")
-    gaussian = statistics.compute()
-    labelled = keep and all_labels[0] is not None
-    return Measured(
-        Gaussian(gaussian.mean.cpu(), gaussian.covariance.cpu(), gaussian.count),
-        size,
-        set_sha256(digests),
-        torch.cat(kept) if keep else None,
-        torch.cat(all_labels) if labelled else None,
-    )
+    if keep:
+        features, labels = zip(*kept, strict=True)
+        measured.features, measured.labels = torch.cat(features), None if labels[0] is None else torch.cat(labels)
+    return measured
 
 
 def float64_device(device: torch.device) -> torch.device:

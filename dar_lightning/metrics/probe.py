@@ -9,26 +9,20 @@ CLASSIFIER = f"logistic regression on standardised features, l2 {L2:g}"
 
 
 class LinearProbe:
-    """Multinomial logistic regression on standardised features.
+    """Multinomial logistic regression on standardised features (n, D) with labels 0, 1, ... (n,) int64.
 
     Minimises the mean cross-entropy + l2 / 2 * |W|^2, a convex problem, with L-BFGS in float64 from zero: no seed.
-
-    Args:
-        features: training features, (n, D).
-        labels: classes 0 to num_classes - 1, (n,) int64.
-        l2: weight of the penalty.
     """
 
+    @torch.enable_grad()
     def __init__(self, features: Tensor, labels: Tensor, l2: float = L2) -> None:
         features = features.double()
         self.mean, std = features.mean(dim=0), features.std(dim=0)
         self.scale = torch.where(std > 1e-6 * std.max(), std, 1.0)  # a constant feature is centred, not blown up
         self.num_classes = int(labels.max()) + 1
-        self.weight = torch.zeros(self.num_classes, features.shape[1] + 1, dtype=torch.float64)  # the bias comes last
-        self.weight.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [self.weight], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-        )
+        self.weight = torch.zeros(self.num_classes, features.shape[1] + 1).double().requires_grad_()  # the bias is last
+        options = {"max_iter": 200, "tolerance_grad": 1e-6, "tolerance_change": 1e-10}
+        optimizer = torch.optim.LBFGS([self.weight], **options, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -36,8 +30,7 @@ class LinearProbe:
             loss.backward()
             return loss
 
-        with torch.enable_grad():
-            optimizer.step(closure)
+        optimizer.step(closure)
         self.weight.requires_grad_(False)
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class AblationModule(ARModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # not at the top: callbacks import the modules
-        from dar_lightning.training.callbacks.position_loss import PositionLoss
+        from dar_lightning.training.callbacks import PositionLoss
 
         return [PositionLoss(self.ar.config.order_groups)]
 

@@ -18,8 +18,7 @@ from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import features
-from dar_lightning.metrics.features import network_sha256
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork, network_sha256
 from dar_lightning.metrics.images import DrawnImages
 from dar_lightning.records.pixels import image_digests, set_sha256
 

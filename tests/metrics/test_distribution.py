@@ -8,11 +8,11 @@ pytest.importorskip("torch_fidelity")
 
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import distribution
-from dar_lightning.metrics.distribution import distribution_metrics
 
 
 def measured(samples, reference) -> tuple[dict[str, float], dict[str, str]]:
-    return distribution_metrics(samples, reference, "net", torch.nn.Identity(), torch.device("cpu"))
+    network = torch.nn.Identity()
+    return distribution.distribution_metrics(samples, reference, "net", network, torch.device("cpu"))
 
 
 def two_modes(n: int, seed: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_precision_and_recall_by_their_definition():
     assert found["precision-net"] != found["recall-net"]
 
 
-def test_kernel_distance_by_its_definition():
+def test_kernel_distance_by_its_definition(monkeypatch):
     x, y = two_modes(12, 4).double().numpy() / 50, two_modes(12, 5).double().numpy() / 40  # one subset: all of them
 
     def kernel(a, b):
@@ -47,9 +47,6 @@ def test_kernel_distance_by_its_definition():
     assert found["KD-net"] == pytest.approx(expected, rel=1e-6)
     assert "mean over 100 subsets of 12" in protocol["kernel_distance"]
     assert "KD-net_std" not in found, "a hundred times the same subset"
-
-
-def test_subsets_that_differ_have_a_deviation(monkeypatch):
     monkeypatch.setattr(distribution, "SUBSET_SIZE", 20)
     found, protocol = measured(two_modes(30, 6) / 50, two_modes(40, 7) / 50)
     assert found["KD-net_std"] > 0

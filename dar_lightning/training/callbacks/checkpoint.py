@@ -1,7 +1,7 @@
 """Checkpoint callbacks: exact resume, and a run that goes on when a checkpoint cannot be written."""
 
-import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,10 @@ from dar_lightning.errors import UserError
 class LastStepCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that a run can be killed at, and whose `last.ckpt` holds the last step of a finished run.
 
-    What Lightning's does not:
-
-    - The last step is saved, whatever ends the run, before the average replaces the weights: a run with a larger
-      `max_steps` goes on from it. Lightning's `last.ckpt` is of the last multiple of `every_n_train_steps`.
-    - The step is saved before a validation, which may be long, and never while gradients are being accumulated.
-    - A checkpoint that cannot be written costs a line: the one before stays, and the next is tried at its time. Only at
-      the start and the end of the run is it an error.
-    - Half-written files of killed runs are removed at the start; a folder belongs to one run.
+    The last step is saved, whatever ends the run, before the average replaces the weights: a run with a larger
+    `max_steps` goes on from it. A step is saved before a validation, which may be long, and never while gradients are
+    being accumulated. A checkpoint that cannot be written costs a line, and the one before stays; only at the start and
+    the end of a run is it an error. Half-written files of killed runs are removed at the start.
 
     Args:
         save_last: as ModelCheckpoint's, on by default.
@@ -45,9 +41,7 @@ class LastStepCheckpoint(ModelCheckpoint):
                 folder.mkdir(parents=True, exist_ok=True)
                 for part in folder.glob(".*.ckpt.*.part"):
                     part.unlink()
-                probe = folder / f".writable.{os.getpid()}"
-                probe.touch()
-                probe.unlink()
+                tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}") from error
 
@@ -69,11 +63,7 @@ class LastStepCheckpoint(ModelCheckpoint):
             super().on_train_end(trainer, pl_module)
 
     def save_now(self, trainer) -> str | None:
-        """Save this step as the last one, unless that is done already or gradients are being accumulated.
-
-        Returns:
-            As `saved`.
-        """
+        """Save this step as the last one, unless that is done or gradients are being accumulated; returns `saved`."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.saved(trainer)
@@ -94,8 +84,7 @@ class LastStepCheckpoint(ModelCheckpoint):
         return self._problem is None and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _save_checkpoint(self, trainer, filepath: str) -> None:
-        before = self._last_global_step_saved, self._last_checkpoint_saved
-        problem = None
+        before, problem = (self._last_global_step_saved, self._last_checkpoint_saved), None
         try:
             super()._save_checkpoint(trainer, filepath)
         except UserError as error:  # on rank 0, which writes

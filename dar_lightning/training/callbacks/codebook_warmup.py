@@ -17,10 +17,9 @@ class CodebookWarmup(Callback):
     The official recipe needs none of this in its 210K steps. In runs of a few thousand, a random codebook collapses to
     a few codes before the encoder has anything to say.
 
-    A step is an optimizer step: all its batches, of all devices, are collected and counted, and rank 0 decides what the
-    codebook becomes. A moved code is a new one: the moving average takes it as it is, and the optimizer's moments of it
-    begin at zero. AdamW's count of steps goes on, so its first step is (1 - beta1) / sqrt(1 - beta2) learning rates an
-    entry: 0.45 with the betas of `OptimizerConfig`, 3.2 with a beta2 of 0.999.
+    A step is an optimizer step with all its batches, of all devices. A moved code is a new one: the moving average
+    takes it as it is, and the optimizer's moments of it begin at zero. AdamW's count of steps goes on, so its first
+    step is (1 - beta1) / sqrt(1 - beta2) learning rates an entry: 0.45 with our betas, 3.2 with a beta2 of 0.999.
 
     Args:
         warmup_steps: training steps without quantization; the codebook then becomes the centres of the latents of
@@ -45,20 +44,16 @@ class CodebookWarmup(Callback):
         self.warmup_steps, self.collect_steps = warmup_steps, collect_steps
         self.kmeans_iterations = kmeans_iterations
         self.revive_every, self.revive_until = revive_every, revive_until
-        # Both are of all ranks, so that the checkpoint, which rank 0 writes, holds them.
-        self.latents: list[Tensor] = []  # (tokens, codebook_dim) each
-        self.counts: Tensor | None = None  # (codebook_size,), uses since the last revival
-        # Of the step at hand, for a checkpoint between two steps stands at the last one.
-        self._new_latents: list[Tensor] = []
-        self._new_counts: Tensor | int = 0
+        # Both are of all ranks, so that the checkpoint, which rank 0 writes, holds them. What is new is of the step at
+        # hand, for a checkpoint between two steps stands at the last one.
+        self.latents, self._new_latents = [], []  # (tokens, codebook_dim) each
+        self.counts, self._new_counts = 0, 0  # (codebook_size,), uses since the last revival; 0 for none
         self._steps_done = 0
 
     def setup(self, trainer, pl_module, stage) -> None:
         quantizer = pl_module.tokenizer.config.quantizer
         if quantizer != "vq":
-            raise UserError(
-                f"CodebookWarmup: quantizer is {quantizer!r}, whose codes are fixed; leave the callback out"
-            )
+            raise UserError(f"CodebookWarmup: quantizer is {quantizer!r}, whose codes are fixed; leave it out")
         if pl_module.freeze_encoder:
             raise UserError("CodebookWarmup moves codes, which freeze_encoder keeps; leave the callback out")
 
@@ -67,52 +62,48 @@ class CodebookWarmup(Callback):
         pl_module.tokenizer.quantizer.bypass = trainer.global_step < self.warmup_steps
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        quantizer = pl_module.tokenizer.quantizer
         ends_step = trainer.global_step > self._steps_done  # the others' gradients are only accumulated
         self._steps_done = trainer.global_step
         step = trainer.global_step if ends_step else trainer.global_step + 1
-        if step <= self.warmup_steps:
-            if step > self.warmup_steps - self.collect_steps:
-                self._new_latents.append(self._gather(pl_module, outputs["latents"].flatten(0, 1)).cpu())
-            if ends_step:
-                self.latents, self._new_latents = self.latents + self._new_latents, []
-            if ends_step and step == self.warmup_steps:
-                if not any(len(rows) for rows in self.latents):
-                    raise UserError(
-                        f"CodebookWarmup: the {self.collect_steps} steps up to step {step} gave no latent that is "
-                        "finite, so the codebook cannot start; look at the data and the learning rate, or raise "
-                        "collect_steps"
-                    )
-                latents, size = torch.cat(self.latents).to(pl_module.device), len(quantizer.codebook)
-                seeded = torch.Generator().manual_seed(step)
-                codes = (
-                    spherical_kmeans(latents, size, self.kmeans_iterations, seeded) if trainer.is_global_zero else None
-                )
-                self._move(trainer, pl_module, torch.arange(size), codes)
-                quantizer.bypass = False
-                self.latents = []
-            return
-        if not self.revive_every or step > self.revive_until:
-            return
-        codes = outputs["codes"][outputs["latents"].isfinite().all(dim=-1)]  # a step that SkipBadSteps skips has NaN
-        counts = torch.bincount(codes, minlength=len(quantizer.codebook))
-        self._new_counts = self._new_counts + trainer.strategy.reduce(counts, reduce_op="sum")
+        reviving = self.revive_every and self.warmup_steps < step <= self.revive_until
+        if self.warmup_steps - self.collect_steps < step <= self.warmup_steps:
+            self._new_latents.append(self._gather(pl_module, outputs["latents"]).cpu())
+        if reviving:
+            codes = outputs["codes"][outputs["latents"].isfinite().all(dim=-1)]  # of a step that is skipped, some NaN
+            counts = torch.bincount(codes, minlength=len(pl_module.tokenizer.quantizer.codebook))
+            self._new_counts = self._new_counts + trainer.strategy.reduce(counts, reduce_op="sum").cpu()
         if not ends_step:
             return
-        counts, self._new_counts = self._new_counts, 0
-        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
-        if (step - self.warmup_steps) % self.revive_every == 0:
-            latents = self._gather(pl_module, outputs["latents"].flatten(0, 1))
-            dead = (self.counts == 0).nonzero().flatten()
-            chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[: len(dead)]
-            self._move(trainer, pl_module, dead[: len(chosen)], latents[chosen.to(latents.device)])
-            pl_module.log("train/revived_codes", float(len(chosen)))
-            self.counts = None
+        self.latents, self._new_latents = self.latents + self._new_latents, []
+        self.counts, self._new_counts = self.counts + self._new_counts, 0
+        if step == self.warmup_steps:
+            self._start_codebook(trainer, pl_module, step)
+        elif reviving and (step - self.warmup_steps) % self.revive_every == 0:
+            self._revive(trainer, pl_module, self._gather(pl_module, outputs["latents"]), step)
+
+    def _start_codebook(self, trainer, pl_module, step: int) -> None:
+        latents, quantizer = torch.cat(self.latents).to(pl_module.device), pl_module.tokenizer.quantizer
+        if not len(latents):
+            raise UserError(
+                f"CodebookWarmup: the {self.collect_steps} steps up to step {step} gave no latent that is finite, so "
+                "the codebook cannot start; look at the data and the learning rate, or raise collect_steps"
+            )
+        size, seeded = len(quantizer.codebook), torch.Generator().manual_seed(step)
+        codes = spherical_kmeans(latents, size, self.kmeans_iterations, seeded)
+        self._move(trainer, pl_module, torch.arange(size), codes)
+        quantizer.bypass, self.latents = False, []
+
+    def _revive(self, trainer, pl_module, latents: Tensor, step: int) -> None:
+        dead = (self.counts == 0).nonzero().flatten()
+        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[: len(dead)]
+        self._move(trainer, pl_module, dead[: len(chosen)], latents[chosen.to(latents.device)])
+        pl_module.log("train/revived_codes", float(len(chosen)))
+        self.counts = 0
 
     @staticmethod
-    def _move(trainer, pl_module, rows: Tensor, codes: Tensor | None) -> None:
+    def _move(trainer, pl_module, rows: Tensor, codes: Tensor) -> None:
         """Put codes (n, codebook_dim) into rows (n,) of the codebook; rank 0's, for sums on a GPU round differently."""
-        codes = trainer.strategy.broadcast(codes.cpu() if trainer.is_global_zero else None)
+        codes = trainer.strategy.broadcast(codes.cpu())
         codebook = pl_module.tokenizer.quantizer.codebook
         averages = [found._average_model.module for found in trainer.callbacks if isinstance(found, WeightAveraging)]
         for target in (codebook, *(average.tokenizer.quantizer.codebook for average in averages)):
@@ -124,7 +115,7 @@ class CodebookWarmup(Callback):
 
     @staticmethod
     def _gather(pl_module, latents: Tensor) -> Tensor:
-        """Those of all ranks (tokens, codebook_dim), without what a step that SkipBadSteps skips has made NaN."""
+        """Latents (B, N, d) of all ranks as (tokens, d), without what a step that SkipBadSteps skips has made NaN."""
         gathered = pl_module.all_gather(latents).flatten(0, -2)
         return gathered[gathered.isfinite().all(dim=-1)]
 
@@ -132,7 +123,8 @@ class CodebookWarmup(Callback):
         return {"latents": self.latents, "counts": self.counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.latents, self.counts = state_dict["latents"], state_dict["counts"]
+        self.latents, counts = state_dict["latents"], state_dict["counts"]
+        self.counts = 0 if counts is None else counts  # as it was written at first
 
 
 def spherical_kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,10 @@
 """Exponential moving average of the weights (EMA), from the start weights on, on the training device."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -25,30 +24,28 @@ class Average(AveragedModel):
         # the two rounded sums of a lerp are others.
         torch._foreach_mul_(mine, self.decay)
         torch._foreach_add_(mine, list(model.parameters()), alpha=1.0 - self.decay)
-        _copy(self.module.buffers(), model.buffers())
+        self._copy("buffers", model)
         self.n_averaged += 1
 
-    @torch.no_grad()
     def begin_anew(self, model: nn.Module) -> None:
         """Make the average a copy of the model."""
-        _copy(self.module.parameters(), model.parameters())
-        _copy(self.module.buffers(), model.buffers())
+        self._copy("parameters", model)
+        self._copy("buffers", model)
 
-
-def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    @torch.no_grad()
+    def _copy(self, kind: str, model: nn.Module) -> None:
+        for mine, theirs in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True):
+            mine.copy_(theirs)
 
 
 class EMA(WeightAveraging):
     """Moving average of the parameters: average = decay * average + (1 - decay) * weights after every step.
 
     It begins with the weights that the run starts from and is not corrected for that, as in the official code.
-    Validation, checkpoints and `dar export` use the average. It lies where the model trains and is moved by two fused
-    operations, without a wait; sharded models (FSDP2) are averaged slice by slice.
-
-    Lightning's EMAWeightAveraging begins with a copy of the weights after the first step, keeps it on the CPU if the
-    model is built there, and validates the untrained model until `update_starting_at_step`.
+    Validation, checkpoints and `dar export` use the average. It lies where the model trains and is moved without a
+    wait; sharded models (FSDP2) are averaged slice by slice. Lightning's EMAWeightAveraging begins after the first
+    step, lies on the CPU if the model is built there, and validates the untrained model until
+    `update_starting_at_step`.
 
     Args:
         decay: share of the average that stays at a step.

@@ -14,12 +14,10 @@ from dar_lightning.training.callbacks.pictures import writers
 class GlobalBatch(Callback):
     """Sets `accumulate_grad_batches` so that a step has the same samples on any number of devices, and says so.
 
-    `dar fit` always has this callback; its size is the option `global_batch`. At the start of training it
-    prints the run's plan in one line, which goes to TensorBoard too, as the text "plan".
-
-    Checkpoints that are written between two steps stand at the last one: accumulated gradients are not in them, so the
-    batches since then are read again, with the same noise. What batches change beside gradients is not undone: the
-    running statistics of `latent_norm: batch`.
+    `dar fit` always has this callback; its size is the option `global_batch`. At the start of training it prints the
+    run's plan in one line, which goes to TensorBoard too, as the text "plan". Checkpoints that are written between two
+    steps stand at the last one: the batches since then are read again, with the same noise. What batches change beside
+    gradients, the running statistics of `latent_norm: batch`, is not undone.
 
     Args:
         global_batch: samples per optimizer step over all devices; None leaves `accumulate_grad_batches` as it is.
@@ -35,21 +33,15 @@ class GlobalBatch(Callback):
             self.derive(trainer, trainer.datamodule)
 
     def derive(self, trainer: Trainer, datamodule: LightningDataModule | None) -> None:
-        """Set the Trainer's accumulate_grad_batches.
-
-        Raises:
-            UserError: the data or the number of devices does not fit, or accumulate_grad_batches says something else.
-        """
+        """Set the Trainer's accumulate_grad_batches, or say what does not fit it."""
         if self.global_batch is None:
             return
         if not isinstance(datamodule, StreamDataModule):
             raise UserError("global_batch needs a DataModule of dar_lightning: leave it out, or set batch sizes there")
         accumulate = accumulation(self.global_batch, datamodule.batch_size, trainer.world_size)
         if trainer.accumulate_grad_batches not in (1, accumulate):
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: global_batch "
-                f"{self.global_batch} makes it {accumulate}; leave one of them out"
-            )
+            given, makes = trainer.accumulate_grad_batches, f"global_batch {self.global_batch} makes it {accumulate}"
+            raise UserError(f"trainer.accumulate_grad_batches is {given}: {makes}; leave one of them out")
         trainer.accumulate_grad_batches = accumulate
 
     def on_train_start(self, trainer, pl_module) -> None:

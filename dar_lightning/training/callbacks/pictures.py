@@ -1,9 +1,17 @@
-"""Logging of image grids to TensorBoard."""
+"""Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes and seeds."""
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from dar_lightning.data.transforms import to_uint8
+from dar_lightning.generation.pipeline import DARPipeline
+from dar_lightning.metrics.reconstruction import finite_psnr, reconstruct, reconstruction_scores
+from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.training.fsdp import whole_model
+from dar_lightning.training.module import counted_rows
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
@@ -12,7 +20,74 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def log_picture(trainer: Trainer, name: str, image: Tensor) -> None:
-    """Log an image, (3, H, W) uint8, at the current step."""
-    for writer in writers(trainer):
-        writer.add_image(name, image, trainer.global_step)
+class Reconstructions(Callback):
+    """After each validation, decodes the first images of it and logs PSNR, SSIM, a grid and film strips of previews.
+
+    `groups/val_psnr_after_m` is the PSNR of the preview after m groups: what a further group adds to the picture.
+
+    Args:
+        num_images: how many validation images, at most one batch.
+        num_strips: how many of them also get a strip: original, then the preview after each group.
+    """
+
+    def __init__(self, num_images: int = 16, num_strips: int = 4):
+        self.num_images, self.num_strips = num_images, num_strips
+
+    @torch.no_grad()
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx or trainer.sanity_checking:
+            return
+        kept, count = counted_rows(batch["valid"])
+        images, numbers = batch["image"][kept][: self.num_images], batch["index"][kept][: self.num_images]
+        with trainer.precision_plugin.val_step_context():
+            made = reconstruct(pl_module.tokenizer, images, numbers.tolist(), seed=0, previews=True)
+        previews, originals = made.decoded, images[:, None]  # (B, K, 3, H, W), (B, 1, 3, H, W)
+        psnr = finite_psnr(previews, originals.expand_as(previews)).mean(dim=0)  # (K,)
+        scores = {f"val/{name}": each.mean() for name, each in reconstruction_scores(previews[:, -1], images).items()}
+        scores |= {f"groups/val_psnr_after_{m}": value for m, value in enumerate(psnr, start=1)}
+        pl_module.log_means(scores, min(count, len(images)))
+        strips = torch.cat([originals, previews], dim=1)  # (B, 1 + K, 3, H, W)
+        for writer in writers(trainer):
+            pairs = make_grid(strips[:, [0, -1]].flatten(0, 1), nrow=8)
+            writer.add_image("reconstructions", pairs, trainer.global_step)
+            shown = make_grid(strips[: self.num_strips].flatten(0, 1), nrow=strips.shape[1])
+            writer.add_image("previews", shown, trainer.global_step)
+
+
+class Samples(Callback):
+    """In each validation, draws a grid with a row per class.
+
+    Args:
+        tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
+        classes: class indices; None takes all, at most 20.
+        per_class: images per class.
+        guidance: scale, or (a, b).
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        classes: list[int] | None = None,
+        per_class: int = 4,
+        guidance: float | tuple[float, float] = 1.0,
+    ):
+        self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, guidance
+        self.tokenizer: SequentialDiffusionTokenizer | None = None
+
+    @torch.no_grad()
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        # After the first batch, not at the end of the epoch, when the average may have been taken away.
+        if batch_idx or dataloader_idx or trainer.sanity_checking:
+            return
+        ar = whole_model(pl_module.ar)  # of slices on all ranks
+        if not (found := writers(trainer)):
+            return
+        if self.tokenizer is None:
+            self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
+        classes = self.classes or list(range(min(pl_module.ar.config.num_classes, 20)))
+        labels = torch.tensor(classes, device=pl_module.device).repeat_interleave(self.per_class)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
+        with trainer.precision_plugin.val_step_context():
+            images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
+        for writer in found:
+            writer.add_image("samples", make_grid(to_uint8(images), nrow=self.per_class), trainer.global_step)

@@ -1,13 +1,30 @@
-"""Provenance of a training: which code made which steps."""
+"""What a run writes of itself: its config as text in TensorBoard, and which code made which steps."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
-from dar_lightning.files import write_text
+from dar_lightning.files import users_path, write_text
 from dar_lightning.records.provenance import FILE, provenance
+from dar_lightning.training.callbacks.pictures import writers
+
+
+class ConfigText(SaveConfigCallback):
+    """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that training uses."""
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if stage == "fit":  # what only reads a run must not replace the config that made it
+            with users_path("trainer.default_root_dir"):
+                super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer, pl_module, stage) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way to keep lines as they are
+        for writer in writers(trainer):
+            writer.add_text("config", indented, trainer.global_step)
 
 
 class Provenance(Callback):
@@ -22,8 +39,8 @@ class Provenance(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            mine = provenance(trainer.strategy.root_device, trainer.precision)
-            self.mine = mine | {"world_size": trainer.world_size}
+            self.mine = provenance(trainer.strategy.root_device, trainer.precision)
+            self.mine["world_size"] = trainer.world_size
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.made = checkpoint.get("provenance", [])

@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from dar_lightning.errors import UserError
@@ -16,15 +16,13 @@ class SkipBadSteps(Callback):
     """Leaves the model and the optimizer as they were in a step whose loss or gradients are not finite on any rank.
 
     Buffers, such as the running statistics of `latent_norm: batch`, become again what they were before the step. The
-    data, the count of steps, the learning rate and the moving average go on as if the step had been made. With gradient
-    accumulation, one bad batch costs the whole step.
+    data, the count of steps, the learning rate and the moving average go on. With gradient accumulation, one bad batch
+    costs the whole step. Logs `train/skipped_steps`, the number since the start of training.
 
     The decision is made on the device and never waited for: a fused AdamW skips its update where its `found_inf` is 1,
     as PyTorch's gradient scaler uses it. On a GPU the host reads the count one step late, so a run ends after
     `max_in_a_row` bad steps or one more. With `precision: 16-mixed`, gradients that overflow although the loss is
     finite are the gradient scaler's business, and count as no bad step.
-
-    Logs `train/skipped_steps`, the number of steps skipped since the start of training.
 
     Args:
         max_in_a_row: so many bad steps one after the other end the run.
@@ -35,39 +33,33 @@ class SkipBadSteps(Callback):
             raise UserError(f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
         self.max_in_a_row = max_in_a_row
         self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
-        self._bad_loss: Tensor | None = None  # () bool, of the batches of this step
-        self._buffers: list[Tensor] | None = None  # before the first of them
-        self._steps_done = 0
-        self._read: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # copies of the counts on their way here
 
     def on_train_start(self, trainer, pl_module) -> None:
         for optimizer in trainer.optimizers:
             if not optimizer.defaults.get("fused"):
                 raise UserError(f"SkipBadSteps needs an optimizer with fused=True, not {type(optimizer).__name__}")
-            if _scaled(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise UserError(  # the gradient scaler would put its own found_inf in the place of this callback's
-                    f"SkipBadSteps with precision {trainer.precision} needs an optimizer whose "
-                    f"_step_supports_amp_scaling is False, as configure_adamw makes it; {type(optimizer).__name__}'s "
-                    "is True"
-                )
+            if trainer.scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+                # The gradient scaler would put its own found_inf in the place of this callback's.
+                needs = "needs an optimizer whose _step_supports_amp_scaling is False, as configure_adamw makes it"
+                raise UserError(f"SkipBadSteps with precision {trainer.precision} {needs}")
         self.counts = self.counts.to(pl_module.device)
-        self._bad_loss, self._buffers, self._steps_done = None, None, trainer.global_step
-        self._read.clear()
+        self._steps_done = trainer.global_step
+        self._buffers: list[Tensor] | None = None  # before the first batch of the step at hand
+        self._read: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # copies of the counts on their way to the host
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self._buffers is None:
             self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
+            self._bad_loss = torch.zeros((), dtype=torch.bool, device=pl_module.device)  # of any batch of this step
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
-        bad = ~loss.detach().isfinite()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        self._bad_loss = self._bad_loss | ~loss.detach().isfinite()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [own for p in parameters if (own := own_slice(p.grad)).numel()]
-        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-        bad = self._bad_loss | ~largest.isfinite()
-        counted = self._bad_loss if _scaled(trainer) else bad
+        bad = self._bad_loss | ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
+        counted = self._bad_loss if trainer.scaler else bad
         flags = torch.stack([bad, counted]).float()  # what to skip, and what to count
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -75,7 +67,7 @@ class SkipBadSteps(Callback):
         for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
             buffer.copy_(torch.where(optimizer.found_inf > 0, before, buffer))
         self.counts = torch.stack([self.counts[0] + counted, (self.counts[1] + 1) * counted])
-        self._bad_loss, self._buffers = None, None
+        self._buffers = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._steps_done:  # gradients were only accumulated
@@ -108,8 +100,3 @@ class SkipBadSteps(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts = state_dict["counts"]
-
-
-def _scaled(trainer: Trainer) -> bool:
-    """Whether a gradient scaler looks for the overflows of float16."""
-    return getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -11,22 +11,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 
 
-class Stopped(SystemExit):
-    """Ends the process with 128 + the signal's number, as a shell would report it."""
-
-
 class StopOnSignal(Callback):
     """Ends training after the current optimizer step, with a checkpoint of it, when a signal asks for it.
 
     SIGTERM (from `kill`, SLURM, torchrun, Kubernetes) ends with exit code 143, SIGUSR1 (SLURM before a time limit, see
-    experiments/cluster/slurm.sh) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. In a
-    validation, whose step LastStepCheckpoint has saved, training ends after the current batch (one of the images that
-    GenerationFID draws, too), unless gradients are being accumulated: the step comes first then. A signal to any rank
-    stops all of them after the same step. Ranks that Lightning has started itself end with 0, because Lightning kills
-    the run at once when one of them ends with anything else.
+    experiments/cluster/slurm.sh) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. A validation,
+    whose step LastStepCheckpoint has saved, ends after the current batch (one of the images that GenerationFID draws,
+    too), unless gradients are being accumulated: the step comes first then. A signal to any rank stops all of them
+    after the same step. Ranks that Lightning has started end with 0: with anything else it would kill the run at once.
 
-    Lightning's own answer to SIGTERM saves nothing and ends with 0; its answer to SIGUSR1 under SLURM saves from within
-    the signal, where ranks at different places of a step wait for each other without end.
+    Lightning's own answer to SIGTERM saves nothing; that to SIGUSR1 under SLURM saves from within the signal, where
+    ranks at different places of a step wait for each other without end.
     """
 
     def __init__(self) -> None:
@@ -38,43 +33,38 @@ class StopOnSignal(Callback):
             signal.signal(number, self._receive)  # at its end, the Trainer brings back what was before it
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():  # gradients in the making are in no checkpoint
-            return
-        if number := self._agreed(trainer, pl_module):
-            self._stop(trainer, number)
+        self._obey(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self.obey_in_validation(trainer, pl_module)
 
     def obey_in_validation(self, trainer, pl_module) -> None:
         """End training, if a signal asks for it, in the midst of a validation. All ranks call this together."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        if number := self._agreed(trainer, pl_module):
-            self._stop(trainer, number, validating=True)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._obey(trainer, pl_module, validating=True)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal:
             raise KeyboardInterrupt
         self._signal = number
 
-    def _agreed(self, trainer, pl_module) -> int:
-        """The signal that any rank has received, 0 for none."""
-        if trainer.world_size == 1:
-            return self._signal
-        number = torch.tensor(self._signal, device=pl_module.device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        return int(number)
-
-    @staticmethod
-    def _stop(trainer, number: int, validating: bool = False) -> None:
+    def _obey(self, trainer, pl_module, validating: bool = False) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():  # gradients in the making are in no checkpoint
+            return
+        number, many = self._signal, trainer.world_size > 1
+        if many:  # what any rank has received
+            received = torch.tensor(number, device=pl_module.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            number = int(received)
+        if not number:
+            return
         callbacks = [found for found in trainer.checkpoint_callbacks if isinstance(found, LastStepCheckpoint)]
         # In a validation the weights may be the averages, and the step has been saved before it.
         files = [found.saved(trainer) if validating else found.save_now(trainer) for found in callbacks]
-        files, step = [file for file in files if file], trainer.global_step
         if trainer.is_global_zero:
-            saved = f"saved in {files[0]}" if files else "not saved, the checkpoint before is the last"
+            files = [f"saved in {file}" for file in files if file]
+            saved = (files or ["not saved, the checkpoint before is the last"])[0]
             name = signal.Signals(number).name
-            print(f"{name}: stopped after step {step}, {saved}", file=sys.stderr, flush=True)
-        external = trainer.world_size == 1 or trainer.strategy.cluster_environment.creates_processes_externally
-        raise Stopped(128 + number if external or trainer.is_global_zero else 0)
+            print(f"{name}: stopped after step {trainer.global_step}, {saved}", file=sys.stderr, flush=True)
+        external = not many or trainer.strategy.cluster_environment.creates_processes_externally
+        raise SystemExit(128 + number if external or trainer.is_global_zero else 0)

@@ -15,15 +15,11 @@ from dar_lightning.training.module import TrainingModule
 class Throughput(Callback):
     """Logs speed, every `trainer.log_every_n_steps` steps, of the time since it was last logged, without validation.
 
-    - `speed/images_per_second`, `speed/tokens_per_second`: of all devices together. `data/images_per_second` is the
-      first of them, beside the other curves of the data.
-    - `speed/tflops`: teraFLOP/s of each device: the operations of a forward and backward pass (`flops.step_flops`),
-      counted once, before the first step.
-    - `speed/mfu`: the same as a share of the device's peak: model FLOPs utilisation, 0 to 1. Only where the peak is
-      known.
-    - `data/wait_share`: part of the time in which the training process stood still because the next batch was not
-      there; also in the progress bar. Near 0 is right; much above it, give the loader more workers. It is what our
-      loaders measure (`waited`), not the time between two steps, in which loggers wait for the GPU, too.
+    - `speed/images_per_second` (also as `data/images_per_second`), `speed/tokens_per_second`: of all devices together.
+    - `speed/tflops`: teraFLOP/s of each device, of a forward and backward pass (`flops.step_flops`).
+    - `speed/mfu`: the same as a share of the device's peak, 0 to 1, where the peak is known.
+    - `data/wait_share`: part of the time in which training stood still because the next batch was not there; also in
+      the progress bar. Our loaders measure it (`waited`): between two steps, loggers wait for the GPU, too.
     - `data/skipped`: distinct bad samples that all ranks had met when they last compared, and this one since.
 
     Nothing here waits for a GPU. Of several in one run, as where a monitor layer adds one to a recipe's, the last logs.
@@ -33,9 +29,6 @@ class Throughput(Callback):
             Lightning's table of GPUs.
         flops: count operations; without, `speed/tflops` and `speed/mfu` are left out. Counting takes two to ten seconds
             before the first step.
-
-    Raises:
-        UserError: if peak_tflops is not positive.
     """
 
     def __init__(self, peak_tflops: float | None = None, flops: bool = True):
@@ -49,15 +42,16 @@ class Throughput(Callback):
         self._silent = self is not [found for found in trainer.callbacks if isinstance(found, Throughput)][-1]
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._peak = self.peak_tflops and self.peak_tflops * 1e12
-        self._peak = self._peak or get_available_flops(pl_module.device, _dtype(trainer.precision))
+        dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
+        dtype = torch.float16 if trainer.precision.startswith("16") else dtype
+        self._peak = (self.peak_tflops or 0) * 1e12 or get_available_flops(pl_module.device, dtype)
         self._image_flops: float | None = None
-        self._begin(trainer, perf_counter())
+        self._begin(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.flops and not self._silent and self._image_flops is None and isinstance(pl_module, TrainingModule):
             self._image_flops = step_flops(pl_module, batch) / len(batch["label"])
-            self._begin(trainer, perf_counter())
+            self._begin(trainer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._images += len(batch["label"])
@@ -84,13 +78,6 @@ class Throughput(Callback):
     def on_validation_end(self, trainer, pl_module) -> None:
         self._start += perf_counter() - self._batch_end
 
-    def _begin(self, trainer, now: float) -> None:
-        self._start = self._batch_end = now
+    def _begin(self, trainer, now: float | None = None) -> None:
+        self._start = self._batch_end = perf_counter() if now is None else now
         self._images, self._waited = 0, getattr(trainer.train_dataloader, "waited", 0.0)
-
-
-def _dtype(precision: str) -> torch.dtype:
-    """In which a run's matrix products are computed."""
-    if "bf16" in precision:
-        return torch.bfloat16
-    return torch.float16 if precision.startswith("16") else torch.float32

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import UserError, one_line
 from dar_lightning.formats.checkpoint import read_checkpoint
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.decoder import REPA_DIM
 from dar_lightning.training.losses.weighting import WeightedLoss
 

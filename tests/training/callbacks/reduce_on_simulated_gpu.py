@@ -17,7 +17,7 @@ images, val_images, tokens, val_tokens, tokenizer, out = sys.argv[1:]
 
 def trainer(name: str, *found: callbacks.StopOnSignal) -> Trainer:
     folder = f"{out}/{name}"
-    options = dict(max_steps=4, val_check_interval=2, check_val_every_n_epoch=None, log_every_n_steps=1)
+    options = dict(max_steps=2, val_check_interval=2, check_val_every_n_epoch=None, log_every_n_steps=1)
     # Wrapped tensors and inference mode do not go together.
     options |= dict(inference_mode=False, enable_progress_bar=False, enable_model_summary=False)
     saver = callbacks.LastStepCheckpoint(dirpath=folder)
@@ -35,8 +35,13 @@ def tokenizer_run() -> dict:
     return {"model": tokenizer_module(), "datamodule": image_data((images, val_images), 3)}
 
 
-def ar_run(kind: type[ARModule], **changes) -> dict:
+def ar_run(kind: type[ARModule] = ARModule, **changes) -> dict:
     return {"model": ar_module(changes, kind), "datamodule": token_data((tokens, val_tokens))}
+
+
+def fit(found: Trainer, run: dict) -> dict:
+    found.fit(**run)
+    return found.callback_metrics
 
 
 def reconstruction_fid() -> dict:
@@ -46,27 +51,21 @@ def reconstruction_fid() -> dict:
 
 def generation_fid() -> dict:
     fid = callbacks.GenerationFID(tokenizer, val_images, 9, "color_edges", batch_size=2)
-    return trainer("generation_fid", fid).validate(**ar_run(ARModule), verbose=False)[0]
+    return trainer("generation_fid", fid).validate(**ar_run(), verbose=False)[0]
 
 
 def tokenizer_training() -> dict:
-    warmup = callbacks.CodebookWarmup(2, collect_steps=1, revive_every=1, revive_until=9)
-    monitors = [callbacks.CodebookMonitor(), callbacks.GroupLoss(), callbacks.Reconstructions(2, 1)]
-    found = watched("tokenizer", warmup, *monitors)
-    found.fit(**tokenizer_run())
-    return found.callback_metrics
+    warmup = callbacks.CodebookWarmup(1, collect_steps=1, revive_every=1, revive_until=9)
+    monitors = callbacks.CodebookMonitor(), callbacks.GroupLoss(), callbacks.Reconstructions(2, 1)
+    return fit(watched("tokenizer", warmup, *monitors), tokenizer_run())
 
 
 def ar_training() -> dict:
-    found = watched("ar", callbacks.PositionLoss(4), callbacks.Samples(tokenizer, per_class=1))
-    found.fit(**ar_run(ARModule))
-    return found.callback_metrics
+    return fit(watched("ar", callbacks.PositionLoss(4), callbacks.Samples(tokenizer, per_class=1)), ar_run())
 
 
 def ablation_training() -> dict:
-    found = watched("ablation")
-    found.fit(**ar_run(AblationModule, order="random"))
-    return found.callback_metrics
+    return fit(watched("ablation"), ar_run(AblationModule, order="random"))
 
 
 def bad_samples() -> dict:

@@ -28,7 +28,7 @@ def saved(folder) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize(("end", "step"), [({"max_steps": 3}, 3), ({"max_steps": 4}, 4), ({"max_epochs": 1}, 5)])
+@pytest.mark.parametrize(("end", "step"), [({"max_steps": 4}, 4), ({"max_epochs": 1}, 5)])
 def test_the_last_step_is_saved(tokens, tmp_path, end, step):
     run(tokens, tmp_path, **end)
     checkpoint = saved(tmp_path)
@@ -38,57 +38,51 @@ def test_the_last_step_is_saved(tokens, tmp_path, end, step):
 
 
 def test_a_longer_run_goes_on_from_it(tokens, tmp_path):
-    """From Lightning's checkpoint of step 2 too, and from the last step."""
+    """From Lightning's checkpoint of step 2 too, and from the last step, which is no multiple."""
     run(tokens, tmp_path / "parts", "ModelCheckpoint", max_steps=3)
     for steps in (5, 7):
         run(tokens, tmp_path / "parts", max_steps=steps)
+        assert saved(tmp_path / "parts")["global_step"] == steps
     run(tokens, tmp_path / "whole", max_steps=7)
     parts, whole = saved(tmp_path / "parts"), saved(tmp_path / "whole")
-    assert parts["global_step"] == whole["global_step"] == 7
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(tensor, whole[key][name]) for name, tensor in parts[key].items())
 
 
-# ---- signals of the system, in this process
-
-
 class SignalIn(Callback):
-    """Sends signals to this process in the first batch of a step."""
+    """Sends signals to this process in the first batch of the second step."""
 
-    def __init__(self, step: int, number: int, times: int = 1) -> None:
-        self.step, self.number, self.times = step, number, times
+    def __init__(self, number: int, times: int = 1) -> None:
+        self.number, self.times = number, times
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
-        if trainer.global_step == self.step:
-            self.step = -1
-            for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
+        while trainer.global_step == 1 and self.times:
+            self.times -= 1
+            os.kill(os.getpid(), self.number)
 
 
-def stopped(tokens, folder, checkpoint=OURS, **signal_in) -> int:
-    words = [f"--trainer.callbacks+={__name__}.SignalIn"]
-    words += [f"--trainer.callbacks.{name}={int(value)}" for name, value in ({"step": 1} | signal_in).items()]
+@pytest.mark.parametrize(
+    ("number", "times", "checkpoint", "code", "says"),
+    [
+        (signal.SIGTERM, 1, OURS, 143, "stopped after step 2, saved in {}"),
+        (signal.SIGINT, 1, OURS, 130, "stopped after step 2, saved in {}"),
+        (signal.SIGINT, 2, OURS, 1, None),  # does not wait
+        (signal.SIGTERM, 1, "ModelCheckpoint", 143, "stopped after step 2, not saved, the checkpoint before is"),
+    ],
+)
+def test_a_signal_ends_the_run_after_the_step(tokens, tmp_path, capsys, number, times, checkpoint, code, says):
+    before, file = signal.getsignal(number), tmp_path / "checkpoints" / "last.ckpt"
+    words = [f"--trainer.callbacks+={__name__}.SignalIn", f"--trainer.callbacks.number={int(number)}"]
+    words += [f"--trainer.callbacks.times={times}"]
     with pytest.raises(SystemExit) as caught:
-        run(tokens, folder, checkpoint, *words, max_steps=6, accumulate_grad_batches=2)
-    return caught.value.code
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_step_is_done_and_saved(tokens, tmp_path, capsys, number, code):
-    before = signal.getsignal(number)
-    assert stopped(tokens, tmp_path, number=number) == code
-    batches = saved(tmp_path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
-    assert (saved(tmp_path)["global_step"], batches) == (2, 4), "the other half of the accumulated step is done, too"
-    line = f"{number.name}: stopped after step 2, saved in {tmp_path / 'checkpoints' / 'last.ckpt'}"
-    assert line in capsys.readouterr().err
+        run(tokens, tmp_path, checkpoint, *words, max_steps=6, accumulate_grad_batches=2)
+    assert caught.value.code == code
     assert signal.getsignal(number) == before
-
-
-def test_a_second_interrupt_does_not_wait(tokens, tmp_path):
-    assert stopped(tokens, tmp_path, number=signal.SIGINT, times=2) == 1
-    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
-
-
-def test_without_our_checkpoints_it_says_that_nothing_was_saved(tokens, tmp_path, capsys):
-    assert stopped(tokens, tmp_path, "ModelCheckpoint", number=signal.SIGTERM) == 143
-    assert "SIGTERM: stopped after step 2, not saved, the checkpoint before is the last" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    if says is None:
+        assert not file.exists()
+    else:
+        assert f"{number.name}: {says.format(file)}" in error
+    if says and checkpoint == OURS:
+        batches = saved(tmp_path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        assert (saved(tmp_path)["global_step"], batches) == (2, 4), "the other half of the step is done, too"

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_training import image_data, tokenizer_module, trainer
 
-from dar_lightning.metrics.frozen import FrozenNetwork
+from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.callbacks.ema import Average
 from dar_lightning.training.optim import OptimizerConfig
@@ -14,7 +14,7 @@ from dar_lightning.weights.lightning import has_average
 
 
 class Followed(Callback):
-    """The average by hand, in float64; and what validation and the module's end see."""
+    """The average by hand, in float64; and whether validation sees it."""
 
     def __init__(self, decay: float, start: int):
         self.decay, self.start, self.validated = decay, start, []
@@ -27,9 +27,9 @@ class Followed(Callback):
             self.average = self.weights(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        step, new = trainer.global_step - 1, self.weights(pl_module)
-        keep = self.decay if step >= self.start else 0.0
-        self.average = [keep * old + (1 - keep) * now for old, now in zip(self.average, new, strict=True)]
+        keep = self.decay if trainer.global_step > self.start else 0.0
+        both = zip(self.average, self.weights(pl_module), strict=True)
+        self.average = [keep * old + (1 - keep) * now for old, now in both]
 
     def on_validation_batch_end(self, trainer, pl_module, *args):
         self.validated.append(same(self.weights(pl_module), self.average))
