@@ -1,5 +1,7 @@
 """UserError, a mistake that the user can correct, and how it becomes one line on the command line."""
 
+import math
+
 
 class UserError(ValueError):
     """A mistake in an option, a config or a file.
@@ -7,6 +9,15 @@ class UserError(ValueError):
     The message is one line that names the option or file, what it was and what would be right. `dar` prints it to
     stderr without a traceback and exits with status 2.
     """
+
+
+def check_range(least: float, most: float = math.inf, **options: float | None) -> None:
+    """Refuse options that are set to less or more than they may be."""
+    for name, value in options.items():
+        if value is not None and not least <= value <= most:
+            raise UserError(
+                f"{name} is {value}: must be at least {least}{f', at most {most}' if most < math.inf else ''}"
+            )
 
 
 class OneLineErrors:

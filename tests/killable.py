@@ -41,7 +41,8 @@ def run(function: Callable, *args, world: int = 1) -> list[int]:
 
 def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> None:
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if world > 1:  # as a cluster's launcher would say it
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}

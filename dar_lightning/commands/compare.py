@@ -3,9 +3,7 @@
 import re
 
 from dar_lightning.errors import UserError
-from dar_lightning.records.protocol import Protocol, read_metrics
-
-Measured = tuple[str, dict[str, float | None], Protocol]  # a file's name, its metrics by common name, its protocol
+from dar_lightning.records.protocol import read_metrics
 
 
 def compare(files: str) -> None:
@@ -24,37 +22,29 @@ def compare(files: str) -> None:
     names = [name.strip() for name in files.split(",")]
     if len(names) < 2:
         raise UserError(f"--files {files}: give two or more, separated by commas")
-    files_read = [(name, *read_metrics(name)) for name in names]
-    measured: list[Measured] = [
-        (name, {protocol.common_name(metric): value for metric, value in metrics.items()}, protocol)
-        for name, metrics, protocol in files_read
-    ]
-    _, metrics, protocol = files_read[0]
-    headings = {protocol.common_name(metric): metric for metric in metrics}
-    columns, refused = {}, {}  # headings of the metrics that can be compared; reasons for those that cannot
-    for metric, shown in headings.items():
-        reason = next(filter(None, (_why_not(metric, measured[0], other) for other in measured[1:])), None)
-        if reason is None:
-            columns[metric] = re.sub(r"^[rg](?=F(I?)D)", "", shown)
+    read = [read_metrics(name) for name in names]
+    protocols = [protocol for _, protocol in read]
+    measured = [{protocol.common_name(name): value for name, value in found.items()} for found, protocol in read]
+    headings = {protocols[0].common_name(heading): heading for heading in read[0][0]}
+    columns, refused = {}, {}  # common name -> heading of a metric that can be compared; heading -> why one cannot
+    for metric, heading in headings.items():
+        for name, found, protocol in zip(names[1:], measured[1:], protocols[1:], strict=True):
+            if metric not in found:
+                refused[heading] = f"{name} does not have {metric}"
+            elif unlike := protocols[0].differences(protocol, metric):
+                listed = "; ".join(f"{field}: {values}" for field, values in unlike.items())
+                refused[heading] = f"{names[0]} and {name} differ in {listed}"
+            if heading in refused:
+                break
         else:
-            refused[shown] = reason
+            columns[metric] = re.sub(r"^[rg](?=F(I?)D)", "", heading)
     if not columns:
         reasons = "; ".join(dict.fromkeys(refused.values())) or f"{names[0]} has none"
         raise UserError(f"--files: no metric can be compared: {reasons}")
     width = max(map(len, names))
-    widths = {metric: max(12, len(heading)) for metric, heading in columns.items()}
-    print(" " * width, *(f"{heading:>{widths[metric]}}" for metric, heading in columns.items()))
-    for name, metrics, _ in measured:
-        texts = {metric: "infinite" if metrics[metric] is None else f"{metrics[metric]:.4f}" for metric in columns}
-        print(f"{name:<{width}}", *(f"{text:>{widths[metric]}}" for metric, text in texts.items()))
-    for shown, reason in refused.items():
-        print(f"{shown} is left out: {reason}")
-
-
-def _why_not(metric: str, first: Measured, other: Measured) -> str | None:
-    """Why a metric, by its common name, cannot be compared between two files; None if it can."""
-    if metric not in other[1]:
-        return f"{other[0]} does not have {metric}"
-    found = first[2].differences(other[2], metric)
-    listed = "; ".join(f"{field}: {values}" for field, values in found.items())
-    return f"{first[0]} and {other[0]} differ in {listed}" if found else None
+    rows = [["infinite" if found[name] is None else f"{found[name]:.4f}" for name in columns] for found in measured]
+    for start, row in zip(["", *names], [columns.values(), *rows], strict=True):
+        texts = (f"{text:>{max(12, len(heading))}}" for text, heading in zip(row, columns.values(), strict=True))
+        print(f"{start:<{width}}", *texts)
+    for heading, reason in refused.items():
+        print(f"{heading} is left out: {reason}")

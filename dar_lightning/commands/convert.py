@@ -30,7 +30,11 @@ def convert(
     """
     checkpoint = read_checkpoint(input)
     if part == "auto":
-        part = _part_of(pick_weights(checkpoint, "auto", prefer_ema=True, origin=input), input)
+        state, _ = pick_weights(checkpoint, "auto", prefer_ema=True, origin=input)
+        marks = {"tok_embeddings.weight": "ar", "quantize.embedding.weight": "tokenizer"}
+        part = next((part for name, part in marks.items() if name in state), None)
+        if part is None:
+            raise UserError(f"{input} holds neither an official tokenizer nor an official AR model")
     load = load_official_tokenizer if part == "tokenizer" else load_official_ar
     config = None if official_config is None else _read_yaml(official_config)
     try:
@@ -40,14 +44,6 @@ def convert(
     model.save_pretrained(output)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{output}: {type(model).__name__}, {count / 1e6:.2f}M parameters, SHA-256 {model_sha256(model)[:12]}")
-
-
-def _part_of(state: dict[str, Any], origin: Path) -> str:
-    if "tok_embeddings.weight" in state:
-        return "ar"
-    if "quantize.embedding.weight" in state:
-        return "tokenizer"
-    raise UserError(f"{origin} holds neither an official tokenizer nor an official AR model")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """`dar evaluate`: FID, KID, precision, recall and linear probe of a set of images, written with their protocol."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.devices import choose_device
@@ -13,14 +12,14 @@ from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
 from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
 from dar_lightning.metrics.distribution import distribution_metrics
-from dar_lightning.metrics.features import FrozenNetwork, feature_protocol, frechet_name, load_features
+from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import check_fits, frechet_distance, read_statistics, write_statistics
 from dar_lightning.metrics.images import DrawnImages, ImageSet, NpzImages, open_images, with_progress
 from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.metrics.measure import Measured, measure
 from dar_lightning.metrics.probe import CLASSIFIER, LinearProbe
 from dar_lightning.metrics.reconstruction import mean_scores, reconstruction_protocol, reconstruction_scores
-from dar_lightning.records.drawn import drawn_facts, read_drawn
+from dar_lightning.records.drawn import drawn_facts
 from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
 
@@ -86,63 +85,61 @@ def evaluate(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     guidance = read_guidance(guidance)
     for option, path in (("--output", output), ("--save_statistics", save_statistics)):
-        _check_output(option, path, {"--samples": samples, "--reference": reference})
+        if path is not None:
+            _check_output(option, path, {"--samples": samples, "--reference": reference})
     if lpips is not None and not paired:
         raise UserError(f"--lpips {lpips}: compares pairs; add --paired")
     place = choose_device(device)
     made = provenance(place, "float32")
 
     stored = read_statistics(reference, "--reference")
-    has_images = stored is None or stored.has_images
-    reference_set = open_images(reference, "--reference", image_size) if has_images else None
+    reference_set = train_set = None
+    if stored is None or stored.has_images:
+        reference_set = open_images(reference, "--reference", image_size)
     for option, wanted in (("--paired", paired), ("--full", full), ("--probe_train", probe_train)):
         if wanted and reference_set is None:
             raise UserError(f"{option}: --reference {reference} has statistics only; give its images")
-    train_set = open_images(probe_train, "--probe_train", image_size) if probe_train else None
-    drawn, sample_facts = None, {}
     folder = resolve_folder(samples) if samples in SHIPPED_NAMES else Path(samples)
-    if (folder / PIPELINE_CONFIG).is_file():
+    is_pipeline = (folder / PIPELINE_CONFIG).is_file()
+    if is_pipeline:
         if paired:
             raise UserError(f"--paired: {samples} is a pipeline, whose samples have no originals; give reconstructions")
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
-        count = len(reference_set) if num_samples is None else num_samples
         pipeline = DARPipeline.from_pretrained(folder).to(place)
-        noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
-        sample_facts = {"pipeline": samples} | {name: noted[name] for name in ("checkpoint",) if name in noted}
+        count = len(reference_set) if num_samples is None else num_samples
         sample_set: ImageSet = DrawnImages(pipeline, count, seed, num_steps, guidance=guidance, solver=solver)
     else:
         sample_set = open_images(samples, "--samples", image_size)
-        drawn = read_drawn(Path(samples))
         if num_samples not in (None, len(sample_set)):
             raise UserError(f"--num_samples {num_samples}: {samples} has {len(sample_set)} images")
     if paired and len(sample_set) != len(reference_set):
-        raise UserError(
-            f"--paired: {samples} has {len(sample_set)} images and {reference} {len(reference_set)}; "
-            "each reconstruction needs its original"
-        )
-    for option, images in (("--probe_train", train_set), ("--samples", sample_set)):
-        if train_set is not None and not images.labelled:
-            raise UserError(
-                f"{option} has no labels, which the linear probe needs; give shards with .cls or npz labels"
-            )
+        counts = f"{samples} has {len(sample_set)} images and {reference} {len(reference_set)}"
+        raise UserError(f"--paired: {counts}; each reconstruction needs its original")
+    if probe_train:
+        train_set = open_images(probe_train, "--probe_train", image_size)
+        for option, images in (("--probe_train", train_set), ("--samples", sample_set)):
+            if not images.labelled:
+                needed = "which the linear probe needs; give shards with .cls or npz labels"
+                raise UserError(f"{option} has no labels, {needed}")
     network = load_features(features, features_weights).to(place)
     methods = {"features": feature_protocol(features, network)}
     vgg = None if lpips is None else lpips_network(lpips)
 
     keep = full or train_set is not None
-
-    def measured(images: ImageSet, option: str, size: tuple[int, int] | None, unique: bool = False) -> Measured:
-        return measure(images, option, network, place, batch_size, keep, size, unique)
-
+    reduced = partial(measure, network=network, device=place, batch_size=batch_size, keep=keep)
     use_stored = stored is not None and check_fits(stored, reference, features, methods["features"]["sha256"])
     real = None
     if not use_stored or keep or paired:  # whatever compares with images says which
-        real = measured(reference_set, "--reference", None)
+        real = reduced(reference_set, "--reference")
     size = real.size if real else reference_set.size if isinstance(reference_set, NpzImages) else None
-    fake = measured(sample_set, "--samples", size, unique=not (allow_duplicates or paired))
-    if drawn is not None:
-        sample_facts = drawn_facts(drawn, Path(samples), "--samples", fake.sha256)
+    fake = reduced(sample_set, "--samples", size=size, unique=not (allow_duplicates or paired))
+    if is_pipeline:
+        noted = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
+        sample_facts = {"pipeline": samples} | {name: noted[name] for name in ("checkpoint",) if name in noted}
+    else:
+        sample_facts = drawn_facts(Path(samples), "--samples", fake.sha256)
+    sample_facts |= sample_set.protocol | {"n": fake.statistics.count, "sha256": fake.sha256}
     gaussian = stored.statistics if use_stored else real.statistics
     reference_facts = {"npz": reference} if reference_set is None else dict(reference_set.protocol)
     reference_facts |= stored.facts() if use_stored else {"n": gaussian.count}
@@ -157,20 +154,28 @@ def evaluate(
         metrics |= found
         methods |= facts
     if train_set is not None:
-        train = measured(train_set, "--probe_train", fake.size)
+        train = reduced(train_set, "--probe_train", size=fake.size)
         metrics |= _probe_accuracies(train, fake, real)
         train_facts = train_set.protocol | {"n": train.statistics.count, "sha256": train.sha256}
         methods["probe"] = {"train": train_facts, "classifier": CLASSIFIER}
     if paired:
-        metrics |= _scores(sample_set, reference_set, batch_size, place, vgg)
+        two = zip(sample_set.batches(batch_size), with_progress(reference_set, batch_size, "pairs"), strict=True)
+        pairs = ((one.to(place), other.to(place)) for (one, _), (other, _) in two)
+        metrics |= mean_scores([reconstruction_scores(*pair, vgg) for pair in pairs])
         methods["reconstruction"] = reconstruction_protocol(vgg)
     if save_statistics is not None:
         facts = {"features_sha256": methods["features"]["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)
-    sample_facts |= sample_set.protocol | {"n": fake.statistics.count, "sha256": fake.sha256}
     protocol = Protocol(sample_facts, reference_facts, list(fake.size), methods, made)
     result = write_metrics(output, metrics, protocol)
-    _print_table(metrics, protocol, output)
+
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {'infinite' if value is None else f'{value:.4f}':>10}")
+    real_count = "stored statistics" if use_stored else f"{gaussian.count} reference images"
+    network_name = f"features {features} ({methods['features']['sha256'][:12]})"
+    dimensions = "x".join(map(str, fake.size))
+    print(f"{len(sample_set)} samples, {real_count}, {dimensions}, {network_name}; protocol in {output}")
     return result
 
 
@@ -186,18 +191,8 @@ def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -
     return accuracies
 
 
-def _scores(
-    samples: ImageSet, reference: ImageSet, batch_size: int, device: torch.device, vgg: FrozenNetwork | None
-) -> dict[str, float | None]:
-    """PSNR, SSIM and maybe LPIPS of pairs."""
-    pairs = zip(samples.batches(batch_size), with_progress(reference, batch_size, "pairs"), strict=True)
-    return mean_scores([reconstruction_scores(one.to(device), two.to(device), vgg) for (one, _), (two, _) in pairs])
-
-
-def _check_output(option: str, output: str | None, inputs: dict[str, str]) -> None:
+def _check_output(option: str, output: str, inputs: dict[str, str]) -> None:
     """Before the hours of work, not after; and nothing that it reads is overwritten."""
-    if output is None:
-        return
     path = Path(output)
     ancestor = next(folder for folder in path.absolute().parents if folder.exists())
     if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
@@ -207,16 +202,3 @@ def _check_output(option: str, output: str | None, inputs: dict[str, str]) -> No
     for name, source in inputs.items():
         if source.endswith(".npz") and path.with_suffix(".npz").resolve() == Path(source).resolve():
             raise UserError(f"{option} {output}: is {name} or the record beside it; give another file")
-
-
-def _print_table(metrics: dict[str, float | None], protocol: Protocol, output: str) -> None:
-    width = max(map(len, metrics))
-    for name, value in metrics.items():
-        print(f"{name:<{width}}  {'infinite' if value is None else f'{value:.4f}':>10}")
-    features, (height, image_width) = protocol.methods["features"], protocol.image_size
-    stored = "statistics" in protocol.reference
-    print(
-        f"{protocol.samples['n']} samples, "
-        f"{'stored statistics' if stored else str(protocol.reference['n']) + ' reference images'}, "
-        f"{height}x{image_width}, features {features['name']} ({features['sha256'][:12]}); protocol in {output}"
-    )

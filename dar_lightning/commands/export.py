@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
-from dar_lightning.formats.pretrained import PretrainedMixin
 from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
@@ -33,22 +32,19 @@ def export(
         shards: for a pipeline: image or token shards whose index.json names the classes.
     """
     model = load_lightning_checkpoint(ckpt, weights)
+    facts = {"checkpoint": str(ckpt), "ema": model.averaged}
     if tokenizer is None:
         if shards is not None:
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
         model.save_pretrained(output)
-        _note(output, ckpt, model)
-        print(f"{output}: {type(model).__name__}, SHA-256 {model_sha256(model)[:12]}")
-        return
-    if not isinstance(model, ARModel):
-        raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
-    classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
-    decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-    DARPipeline(decoder, model, tuple(classes)).save_pretrained(output)
-    _note(output, ckpt, model, tokenizer=tokenizer, tokenizer_ema=decoder.averaged)
-    print(f"{output}: pipeline of {model.config.num_classes} classes")
-
-
-def _note(output: Path, ckpt: Path, model: PretrainedMixin, **beside: Any) -> None:
-    facts = {"checkpoint": str(ckpt), "ema": model.averaged, **beside}
+        said = f"{type(model).__name__}, SHA-256 {model_sha256(model)[:12]}"
+    else:
+        if not isinstance(model, ARModel):
+            raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
+        classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
+        decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
+        DARPipeline(decoder, model, tuple(classes)).save_pretrained(output)
+        facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
+        said = f"pipeline of {model.config.num_classes} classes"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
+    print(f"{output}: {said}")

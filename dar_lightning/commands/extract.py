@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.bad_samples import Bad, Skipped
-from dar_lightning.data.extraction import Extractor, ShardWriter, TokenCache, predict_until_all_are_done
+from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_all_are_done
 from dar_lightning.data.shards import INDEX, ShardIndex
-from dar_lightning.data.token_dataset import CodesIndex, read_header
+from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, check_range
 from dar_lightning.files import locked, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -66,16 +66,14 @@ def extract(
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
             else.
     """
-    least = {"random_crops": 1, "batch_size": 1, "image_size": 1, "num_workers": 0}
-    for name, value in zip(least, (random_crops, batch_size, image_size, num_workers), strict=True):
-        if value is not None and value < least[name]:
-            raise UserError(f"{name}: {value} is too small, give at least {least[name]}")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"max_bad_share: {max_bad_share} is not a share, give 0 to 1")
+    check_range(1, random_crops=random_crops, batch_size=batch_size, image_size=image_size)
+    check_range(0, num_workers=num_workers)
+    check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-    stored = dtype_name(model.dtype)
-    model.float()  # weights that are stored in bfloat16, too
+    # Versions that did not note the dtype computed in that of the weights.
+    unsaid = {"dtype": dtype_name(model.dtype), "float32_matmul_precision": "highest"}
+    model.float()
     views = Views(crops, random_crops, image_size or model.config.image_size, seed)
     made_by = {
         "tokenizer": model_sha256(model),
@@ -88,23 +86,19 @@ def extract(
         "dtype": "float32",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
-    # Versions that did not note the dtype computed in that of the weights.
-    unsaid = {"dtype": stored, "float32_matmul_precision": "highest"}
     root = Path(output)
     cache = TokenCache(root, index, model.config, made_by, unsaid)
     done = cache.done()
-    missing = sorted({*range(len(index.shards))} - {*done})
+    missing = [number for number in range(len(index.shards)) if number not in done]
     if not missing and (root / INDEX).exists():
         found = CodesIndex.load(root, "output")
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
         return
     with users_path("output"):
         root.mkdir(parents=True, exist_ok=True)
-
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
-    for number in done:
-        skipped.add(Bad(*line.partition(": ")[::2]) for line in read_header(cache.path(number))["skipped"])
+    skipped.add(Bad(*line.partition(": ")[::2]) for lines in done.values() for line in lines)
     skipped.check()
     try:
         trainer = L.Trainer(
@@ -115,13 +109,12 @@ def extract(
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
-            callbacks=[ShardWriter(cache, skipped)],
         )
     except MisconfigurationException as error:
         raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
-            module = Extractor(model, cache, missing, views, batch_size, num_workers)
+            module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers)
             predict_until_all_are_done(trainer, module)
         if trainer.is_global_zero:
             codes = cache.finish(max_bad_share)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
@@ -68,6 +67,10 @@ def reconstruct(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: must be at least 1")
+    if num_shown < 1:
+        raise UserError(f"num_shown is {num_shown}: show at least one image")
+    if num_exchanged < 0 or num_exchanged == 1:
+        raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
     place = choose_device(device)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
     weights = model_sha256(model)  # as they are stored
@@ -78,19 +81,20 @@ def reconstruct(
         compile_blocks(model.encoder, model.decoder)
     config = model.config
     image_set = ShardImages(shards, "shards", config.image_size, labels=False)
-    if num_shown < 1:
-        raise UserError(f"num_shown is {num_shown}: show at least one image")
-    if num_exchanged < 0 or num_exchanged == 1:
-        raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
+    folder, count = Path(output), len(image_set)
     with users_path("output"):
-        Path(output).mkdir(parents=True, exist_ok=True)
-    shown, exchanged = (_spread(count, len(image_set)) for count in (num_shown, num_exchanged))
+        folder.mkdir(parents=True, exist_ok=True)
+    # numbers of images, evenly spread
+    shown, exchanged = (
+        set(torch.linspace(0, count - 1, min(number, count)).long().tolist()) for number in (num_shown, num_exchanged)
+    )
     codebook = CodebookUse(config.codebook_size).to(place)
+    decoding = {"solver": solver, "num_steps": num_steps}
     scores, digests, rows, kept = [], [], [], []
-    for batch in reconstruct_all(model, image_set, batch_size, seed, previews=True, solver=solver, num_steps=num_steps):
+    for batch in reconstruct_all(model, image_set, batch_size, seed, previews=True, **decoding):
         scores.append(reconstruction_scores(batch.decoded[:, -1], batch.images))
         codebook.update(batch.codes)
-        digests += _digests(batch.images)
+        digests += image_digests(batch.images.permute(0, 2, 3, 1).cpu().numpy())
         for number, image, codes, previews in zip(*batch, strict=True):
             if number in shown:
                 rows.append(torch.cat([image[None], previews]))
@@ -99,51 +103,26 @@ def reconstruct(
     use, perplexity = map(float, codebook.compute())
     metrics = mean_scores(scores) | {"codebook_use": use, "codebook_perplexity": perplexity}
     methods: dict[str, Any] = {"reconstruction": reconstruction_protocol()}
-    influence = {}
+    psnr = "PSNR infinite" if metrics["psnr"] is None else f"PSNR {metrics['psnr']:.2f} dB"
     if len(kept) > 1:
-        influence, methods["token_influence"] = _influence(model, kept, batch_size, seed, solver, num_steps)
-    count = {"n": len(image_set)}
+        numbers, images, codes = zip(*kept, strict=True)
+        images, codes = torch.stack(images), torch.stack(codes)
+        others, parts = codes.roll(-1, dims=0), []
+        for part in tqdm(torch.arange(len(kept)).split(batch_size), desc="exchange tokens", unit="batch"):
+            generators = [image_generator(seed, numbers[i]) for i in part]
+            parts.append(token_influence(model, images[part], codes[part], others[part], generators, **decoding))
+        means = torch.cat(parts).mean(dim=0).tolist()
+        metrics |= zip(token_influence_names(config.num_groups), means, strict=True)
+        sha256 = set_sha256(digests[number] for number in numbers)
+        methods["token_influence"] = {"images": {"n": len(kept), "sha256": sha256}} | TOKEN_INFLUENCE_PROTOCOL
+        own, other, same = (metrics[f"psnr_{name}_tokens"] for name in ("own", "other", "same"))
+        psnr += f" ({own:.2f} with own, {other:.2f} with other tokens; {same:.2f} between two noises)"
     samples = {"reconstructions": "of the reference", "tokenizer_sha256": weights, "ema": {"tokenizer": model.averaged}}
     samples |= {"seed": seed, "solver": solver, "steps": num_steps or config.num_groups}
-    samples |= {"dtype": dtype_name(model.dtype), "compile": compile} | count
-    reference = image_set.protocol | count | {"sha256": set_sha256(digests)}
+    samples |= {"dtype": dtype_name(model.dtype), "compile": compile, "n": count}
+    reference = image_set.protocol | {"n": count, "sha256": set_sha256(digests)}
     protocol = Protocol(samples, reference, 2 * [config.image_size], methods, made)
-    write_metrics(Path(output) / "reconstruction.json", metrics | influence, protocol)
+    write_metrics(folder / "reconstruction.json", metrics, protocol)
     columns = ["original", *(f"group {m}" for m in range(1, config.num_groups + 1))]
-    save_png(image_grid(torch.stack(rows), column_labels=columns), Path(output) / "reconstructions.png")
-    psnr = "PSNR infinite" if metrics["psnr"] is None else f"PSNR {metrics['psnr']:.2f} dB"
-    if influence:
-        own, other, same = (influence[f"psnr_{name}_tokens"] for name in ("own", "other", "same"))
-        psnr += f" ({own:.2f} with own, {other:.2f} with other tokens; {same:.2f} between two noises)"
+    save_png(image_grid(torch.stack(rows), column_labels=columns), folder / "reconstructions.png")
     print(f"{output}: {psnr}, SSIM {metrics['ssim']:.3f}, {use:.1%} of the codes in use")
-
-
-def _spread(count: int, total: int) -> set[int]:
-    """At most `count` numbers below `total`, evenly spread."""
-    return set(torch.linspace(0, total - 1, min(count, total)).long().tolist())
-
-
-def _digests(images: Tensor) -> list[bytes]:
-    """Of uint8 images (B, 3, H, W)."""
-    return image_digests(images.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _influence(
-    model: SequentialDiffusionTokenizer,
-    kept: list[tuple[int, Tensor, Tensor]],
-    batch_size: int,
-    seed: int,
-    solver: str,
-    num_steps: int | None,
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """How much the tokens decide of these images (number, pixels, tokens): means over them, and their protocol."""
-    numbers, images, codes = zip(*kept, strict=True)
-    images, codes = torch.stack(images), torch.stack(codes)
-    others, parts = codes.roll(-1, dims=0), []
-    for part in tqdm(torch.arange(len(kept)).split(batch_size), desc="exchange tokens", unit="batch"):
-        generators = [image_generator(seed, numbers[i]) for i in part]
-        parts.append(token_influence(model, images[part], codes[part], others[part], generators, solver, num_steps))
-    means = torch.cat(parts).mean(dim=0).tolist()
-    pixels = {"n": len(kept), "sha256": set_sha256(_digests(images))}
-    names = token_influence_names(model.config.num_groups)
-    return dict(zip(names, means, strict=True)), {"images": pixels} | TOKEN_INFLUENCE_PROTOCOL

@@ -1,6 +1,5 @@
 """`dar sample`: class-conditional image grids, previews, animations and layout control with a pipeline."""
 
-import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -13,15 +12,15 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, users_path
+from dar_lightning.files import file_sha256, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import middle, prefix_lengths, read_photo, tokenize
 from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png, to_image
+from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.records.drawn import write_drawn
-from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.provenance import provenance
 
 ANIMATED = 16  # images in the animation, at most
@@ -86,14 +85,17 @@ def sample(
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
-    pipe = open_pipeline(pipeline, tokenizer, ar)
+    sources = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar}
+    if {name for name, source in sources.items() if source is not None} not in ({"pipeline"}, {"tokenizer", "ar"}):
+        raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
+    pipe = DARPipeline.from_parts(tokenizer, ar) if pipeline is None else DARPipeline.from_pretrained(pipeline)
     weights = {"tokenizer": model_sha256(pipe.tokenizer), "ar": model_sha256(pipe.ar)}  # as they are stored
     pipe.to(device=place, dtype=torch_dtype(dtype))
     if compile:
         check_compiler(place)
         compile_blocks(pipe.tokenizer.decoder)
     config = pipe.tokenizer.config
-    names = [str(label) for label in range(pipe.ar.config.num_classes)] if classes == "all" else classes.split(",")
+    names = map(str, range(pipe.ar.config.num_classes)) if classes == "all" else classes.split(",")
     labels = [pipe.label(name.strip()) for name in names]
     if len({*labels}) < len(labels):
         raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
@@ -106,26 +108,19 @@ def sample(
     if prefix is not None and not keeps:
         raise UserError("prefix is set without layout or variations: give the image whose tokens are to be kept")
     lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
-    options: dict[str, Any] = {
-        "guidance": read_guidance(guidance),
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "solver": solver,
-        "num_steps": num_steps,
-    }
+    options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
+    options |= dict(solver=solver, num_steps=num_steps)
 
     first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
-    photo_sha256 = None
+    photo = {"layout_sha256": None, "kept_tokens": None}  # the command names a file, which may change
     if layout is not None:
-        photo = read_photo(layout, f"layout: {layout}")
-        photo_sha256 = hashlib.sha256(Path(layout).read_bytes()).hexdigest()
-        first = middle(pipe, photo).expand(len(labels), -1, -1, -1)
-        kept = tokenize(pipe, photo).expand(len(labels), -1)
+        image = read_photo(layout, f"layout: {layout}")
+        first = middle(pipe, image).expand(len(labels), -1, -1, -1)
+        kept = tokenize(pipe, image).expand(len(labels), -1)
+        photo = {"layout_sha256": file_sha256(Path(layout)), "kept_tokens": kept[0, : max(lengths)].tolist()}
     elif variations:
-        originals = list(draw_images(pipe, [Job(label, 0) for label in labels], seed, batch_size, options))
-        first = torch.stack([drawn.previews[-1] for drawn in originals])
-        kept = torch.stack([drawn.codes for drawn in originals])
+        originals = draw_images(pipe, [Job(label, 0) for label in labels], seed, batch_size, options)
+        first, kept = map(torch.stack, zip(*((previews[-1], codes) for previews, codes in originals), strict=True))
     start = int(variations)  # image 0 is the one that is varied
     jobs = [
         Job(label, number, tokens[:length])
@@ -133,7 +128,7 @@ def sample(
         for label, tokens in zip(labels, kept, strict=True)
         for number in range(start, start + per_class)
     ]
-    rows = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
+    class_names = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
@@ -141,57 +136,41 @@ def sample(
         folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
-    for job, drawn in zip(jobs, draw_images(pipe, jobs, seed, batch_size, options), strict=True):
-        images.append(drawn.previews[-1])
+    for job, (previews, codes) in zip(jobs, draw_images(pipe, jobs, seed, batch_size, options), strict=True):
+        images.append(previews[-1])
         if job.number == start and len(strips) < len(labels):
-            strips.append(drawn.previews)
-        about = {"class": rows[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
-        about |= options | drawn_with | {"kept_tokens": len(job.kept), "codes": drawn.codes.tolist()}
+            strips.append(previews)
+        about = {"class": class_names[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
+        about |= options | drawn_with | {"kept_tokens": len(job.kept), "codes": codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
-        path = folder / f"images/{job.label:03d}-{job.number}{suffix}.png"
-        save_png(to_image(images[-1]), path, {METADATA: json.dumps(about)})
+        name = f"images/{job.label:03d}-{job.number}{suffix}.png"
+        save_png(to_image(images[-1]), folder / name, {METADATA: json.dumps(about)})
 
-    strips = torch.stack(strips)  # (classes, K, 3, H, W)
-    save_png(
-        image_grid(strips[:, [m - 1 for m in shown]], rows, [f"group {m}" for m in shown]), folder / "previews.png"
-    )
+    strips, columns = torch.stack(strips), [f"group {m}" for m in shown]  # (classes, K, 3, H, W)
+    save_png(image_grid(strips[:, [m - 1 for m in shown]], class_names, columns), folder / "previews.png")
     steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
     save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
     grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), per_class))
     grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * per_class, 3, H, W)
-    if first is None:
-        save_png(image_grid(grid, rows), folder / "samples.png")
-    else:
+    name, columns = "samples", None
+    if first is not None:
         name, title = ("variations", f"seed {seed}.0") if variations else ("layout", "reference")
-        columns = [f"{length} kept, {seed}.{number + start}" for length in lengths for number in range(per_class)]
-        whole = torch.cat([first[:, None], grid], dim=1)
-        save_png(image_grid(whole, rows, [title, *columns]), folder / f"{name}.png")
-    pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
-    with atomic_path(folder / "samples.npz") as part, open(part, "wb") as file:  # to a name, savez would add .npz
-        np.savez_compressed(file, arr_0=pixels, labels=np.array([job.label for job in jobs]))
+        grid = torch.cat([first[:, None], grid], dim=1)
+        numbers = range(start, start + per_class)
+        columns = [title, *(f"{length} kept, {seed}.{number}" for length in lengths for number in numbers)]
+    save_png(image_grid(grid, class_names, columns), folder / f"{name}.png")
 
-    given = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar, "classes": ",".join(map(str, labels))}
-    given |= {"per_class": per_class, "seed": seed} | options | {"num_previews": num_previews, "frames": frames}
-    given |= {"layout": layout, "variations": variations or None}
+    pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([job.label for job in jobs]))
+    given = sources | {"classes": ",".join(map(str, labels)), "per_class": per_class, "seed": seed} | options
+    given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
     given |= {"prefix": ",".join(map(str, lengths)) if keeps else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
-    record = given | drawn_with | {"ema": pipe.averaged, "classes": rows}
+    record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
-    # the command names a file, which may have changed when it is repeated
-    record["layout_sha256"] = photo_sha256
-    record["kept_tokens"] = kept[0, : max(lengths)].tolist() if layout is not None else None
-    write_drawn(folder / "samples.npz", record | {"provenance": made}, set_sha256(image_digests(pixels)))
+    write_drawn(folder / "samples.npz", record, digest)
     print(f"{output}: {len(jobs)} images of {len(labels)} classes")
-
-
-def open_pipeline(pipeline: str | None, tokenizer: str | None, ar: str | None) -> DARPipeline:
-    """A pipeline by its name, or put together from a tokenizer and an AR model."""
-    if pipeline is not None and tokenizer is None and ar is None:
-        return DARPipeline.from_pretrained(pipeline)
-    if pipeline is not None or tokenizer is None or ar is None:
-        raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
-    return DARPipeline.from_parts(tokenizer, ar)
 
 
 def preview_numbers(count: int | None, num_groups: int) -> list[int]:
@@ -207,6 +186,5 @@ def command_line(verb: str, options: dict[str, Any]) -> str:
     words = ["dar", verb]
     for name, value in options.items():
         if value is not None:
-            text = json.dumps(value) if isinstance(value, list | tuple | bool) else str(value)
-            words += [f"--{name}", text]
+            words += [f"--{name}", json.dumps(value) if isinstance(value, list | tuple | bool) else str(value)]
     return shlex.join(words)

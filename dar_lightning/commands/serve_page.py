@@ -1,33 +1,48 @@
-"""Contents of the web page of `dar serve`: previews, tokens as coloured cells, code that repeats a drawing."""
+"""The web page of `dar serve`: previews, tokens as coloured cells, code that repeats a drawing."""
 
 import base64
-import colorsys
 import io
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from dar_lightning.commands.sample import command_line
 from dar_lightning.devices import Dtype
+from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_seed
-from dar_lightning.generation.editing import middle, tokenize
+from dar_lightning.generation.editing import middle, read_photo, tokenize
 from dar_lightning.generation.grids import MIN_SIDE, to_image
 from dar_lightning.generation.pipeline import DARPipeline
 
 LARGE = 384  # pixels that the page gives to the picture, at least
+MAX_SEED = 2**31 - 1
+NO_PHOTO = "drop a photo first"
+DAY, SWEEP = 86_400, 600  # seconds: how old a visitor's photo gets, and how often that is looked at
+CSS = """
+.token { display: inline-block; width: 3.2em; margin: 1px; font: 11px/1.6 monospace; text-align: center; }
+.token { background: #eee; color: #eee; }
+.written { color: #222; }
+.kept { outline: 2px solid #222; }
+.group { white-space: nowrap; }
+.preview { display: inline-block; margin: 0 6px 6px 0; text-align: center; font-size: 12px; }
+.preview img { width: 92px; }
+"""
+PYTHON = """\
+import torch
 
-
-@dataclass(frozen=True)
-class Shown:
-    """The state of the page after a group of tokens."""
-
-    picture: Image.Image  # the preview, enlarged
-    strip: str  # HTML of all previews so far
-    tokens: str  # HTML of the tokens so far
+from dar_lightning import DARPipeline
+from dar_lightning.generation.drawing import image_seed
+{imports}
+pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
+{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label}, 0))
+stream = pipe.stream(torch.tensor([{label}]), guidance={guidance}{prefix}, generator=[generator])
+for preview in stream:
+    image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
 
 
 class Work:
@@ -40,11 +55,10 @@ class Work:
 
     def steps(self, drawing: Generator) -> Iterator:
         """What the generator yields; it is closed with this one."""
-        with self.step:
-            self._open.add(drawing)
         try:
             while True:
                 with self.step:
+                    self._open.add(drawing)
                     try:
                         shown = next(drawing)
                     except StopIteration:
@@ -65,21 +79,23 @@ class Work:
 @torch.inference_mode()
 def draw_previews(
     pipe: DARPipeline, label: int, seed: int, guidance: float, photo: Image.Image | None = None, prefix: int = 0
-) -> Generator[Shown, None, None]:
-    """Draw image 0 of a class, as `dar sample` does; yield after each group. Closing the iterator stops the work.
+) -> Generator[tuple[Image.Image, str, str], None, None]:
+    """Draw image 0 of a class, as `dar sample` does. Closing the iterator stops the work.
 
     With a photo, its first `prefix` tokens are kept.
+
+    Yields:
+        After each group the preview, enlarged; HTML of all previews so far; HTML of the tokens so far.
     """
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix]
     generator = torch.Generator().manual_seed(image_seed(seed, label, 0))
     stream = pipe.stream(torch.tensor([label]), guidance=guidance, prefix=kept, generator=[generator])
-    strip, config = "", pipe.tokenizer.config
+    strip = ""
     with closing(stream):
         for preview in stream:
             image = to_image(preview.images[0])
             strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
-            tokens = tokens_html(preview.codes[0].tolist(), config.num_tokens, config.num_groups, prefix)
-            yield Shown(enlarge(image, LARGE), strip, tokens)
+            yield enlarge(image, LARGE), strip, tokens_html(pipe, preview.codes[0].tolist(), prefix)
 
 
 @torch.inference_mode()
@@ -91,20 +107,16 @@ def reconstructions(pipe: DARPipeline, photo: Image.Image) -> Generator[Image.Im
         yield enlarge(to_image(preview[0]), LARGE)
 
 
-def tokens_html(codes: list[int], num_tokens: int, num_groups: int, kept: int = 0) -> str:
+def tokens_html(pipe: DARPipeline, codes: list[int], kept: int = 0) -> str:
     """A row of cells per group: each token in a colour of its own, those to come empty, those kept framed."""
-    per_group = num_tokens // num_groups
-    cells = []
-    for place in range(num_tokens):
-        kind, style, text = "token", "background:#eee;color:#eee", "·"
-        if place < len(codes):
-            # Golden-ratio steps: neighbouring codes get distant hues.
-            red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(codes[place] * 0.618 % 1, 0.8, 0.7))
-            kind, text = "token written", str(codes[place])
-            style = f"background:rgb({red},{green},{blue});color:#222"
-        frame = ";outline:2px solid #222" if place < min(kept, len(codes)) else ""
-        cells.append(f'<span class="{kind}" style="{style}{frame}">{text}</span>')
-    rows = [cells[start : start + per_group] for start in range(0, num_tokens, per_group)]
+    config = pipe.tokenizer.config
+    cells = ['<span class="token">·</span>'] * config.num_tokens
+    for place, code in enumerate(codes):
+        kind = "token written kept" if place < kept else "token written"
+        hue = round(360 * (code * 0.618 % 1))  # golden-ratio steps: neighbouring codes get distant hues
+        cells[place] = f'<span class="{kind}" style="background:hsl({hue},70%,80%)">{code}</span>'
+    size = config.num_tokens // config.num_groups
+    rows = (cells[start : start + size] for start in range(0, len(cells), size))
     return "".join(f'<div class="group">{"".join(row)}</div>' for row in rows)
 
 
@@ -121,27 +133,114 @@ def repeat(
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
     options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed, "guidance": guidance}
-    lines = ["import torch", "", "from dar_lightning import DARPipeline"]
-    lines += ["from dar_lightning.generation.drawing import image_seed"]
-    cast = "" if dtype is None else f".to(torch.{dtype})"
-    made = ["", f"pipe = DARPipeline.from_pretrained({pipeline!r}){cast}"]
-    kept = ""
+    parts = dict.fromkeys(("imports", "kept", "prefix"), "")
     if photo is not None and prefix:
         options |= {"layout": photo, "prefix": prefix}
-        lines += ["from dar_lightning.generation.editing import read_photo, tokenize"]
-        made += [f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]"]
-        kept = ", prefix=kept"
-    lines += [
-        *made,
-        f"generator = torch.Generator().manual_seed(image_seed({seed}, {label}, 0))",
-        f"stream = pipe.stream(torch.tensor([{label}]), guidance={guidance}{kept}, generator=[generator])",
-        "for preview in stream:",
-        "    image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group",
-    ]
-    return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), "\n".join(lines)
+        parts["imports"] = "from dar_lightning.generation.editing import read_photo, tokenize\n"
+        parts["kept"] = f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]\n"
+        parts["prefix"] = ", prefix=kept"
+    parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
+    python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, guidance=guidance, **parts)
+    return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), python
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
     """By the whole factor that brings it to `side` pixels or more, so that pixels stay sharp."""
     factor = max(1, -(-side // min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work, dtype: Dtype | None = None):
+    """The page, as gradio.Blocks.
+
+    Args:
+        gr: the gradio module.
+        pipe: what draws.
+        name: how the pipeline was called, for the code that repeats a picture.
+        max_upload_mb: largest photo, in MB.
+        work: where it draws.
+        dtype: what its weights were cast to, for the same code.
+    """
+    config = pipe.tokenizer.config
+
+    def photo_input(**options):
+        """An image that is not opened when it arrives: photo_of does that, and says what is wrong with it."""
+        image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Photo", **options)
+        image.preprocess = lambda payload: None if payload is None else payload.path
+        return image
+
+    def refusal(message: str):
+        """A message on the page; a visitor's mistake is nothing that the server's console should trace."""
+        return gr.Error(message, print_exception=False)
+
+    def photo_of(path: str) -> Image.Image:
+        size = Path(path).stat().st_size / 1e6
+        if size > max_upload_mb:
+            raise refusal(f"the photo has {size:.1f} MB: at most {max_upload_mb:g} MB are read")
+        try:
+            return read_photo(path)
+        except UserError as error:
+            raise refusal(str(error)) from error
+
+    def on_draw(label: int, seed: float | None, guidance: float, path: str | None, prefix: int) -> Iterator[tuple]:
+        if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
+            raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
+        photo, file_name = (None, None) if path is None else (photo_of(path), Path(path).name)
+        seed, prefix = int(seed), 0 if photo is None else int(prefix)
+        code = repeat(name, label, seed, guidance, file_name, prefix, dtype)
+        for shown in work.steps(draw_previews(pipe, label, seed, guidance, photo, prefix)):
+            yield *shown, *code
+
+    def on_photo(path: str | None):
+        if path is None:
+            return [], None, config.num_groups
+        pictures = list(work.steps(reconstructions(pipe, photo_of(path))))
+        return pictures, (pictures[0], pictures[-1]), config.num_groups
+
+    def on_groups(pictures: list, groups: float | None):
+        if not pictures:
+            raise refusal(NO_PHOTO)
+        return (pictures[0], pictures[int(groups)]) if groups in range(1, len(pictures)) else gr.skip()
+
+    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, DAY)) as page:
+        gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
+        with gr.Tab("Draw"), gr.Row():
+            with gr.Column(scale=1):
+                names = pipe.classes or map(str, range(pipe.ar.config.num_classes))
+                choices = [(text, label) for label, text in enumerate(names)]
+                label = gr.Dropdown(choices, value=0, label="Class", elem_id="label")
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                guidance = gr.Slider(1, 10, value=3, step=0.25, label="Guidance")
+                with gr.Accordion("Layout from a photo", open=False):
+                    photo = photo_input(height=160, elem_id="photo")
+                    some = max(1, config.num_tokens // 16)
+                    prefix = gr.Slider(0, config.num_tokens - 1, value=some, step=1, label="Tokens to keep of it")
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Stop", elem_id="stop")
+            with gr.Column(scale=2):
+                shown = {"interactive": False, "format": "png"}
+                with gr.Row():
+                    picture = gr.Image(label="Picture", buttons=["download"], elem_id="picture", **shown)
+                    tokens = gr.HTML(tokens_html(pipe, []), elem_id="tokens")
+                strip = gr.HTML(elem_id="strip")
+                with gr.Accordion("Repeat it", open=False):
+                    command = gr.Code(language="shell", label="Command line", interactive=False, elem_id="command")
+                    python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
+            inputs, outputs = [label, seed, guidance, photo, prefix], [picture, strip, tokens, command, python]
+            drawing = start.click(on_draw, inputs, outputs, show_progress="minimal", api_name="draw")
+            stop.click(None, cancels=[drawing])
+        with gr.Tab("Reconstruct"):
+            with gr.Row():
+                given = photo_input(height=400, elem_id="given")
+                compared = gr.ImageSlider(label="Photo and reconstruction", elem_id="compared", **shown)
+            last = config.num_groups
+            groups = gr.Slider(1, last, value=last, step=1, label="Groups of tokens", elem_id="groups")
+            groups.preprocess = lambda number: number  # half of one while somebody types; gr.update undoes this
+            pictures = gr.State([])
+            results = [pictures, compared, groups]
+            given.change(on_photo, given, results, api_name="reconstruct", show_progress_on=compared)
+            # Not `release`, which keys and the number's box do not cause; of the places on the way, the last counts.
+            moved = {"trigger_mode": "always_last", "show_progress": "hidden"}
+            groups.input(on_groups, [pictures, groups], compared, api_name=False, **moved)
+    return page

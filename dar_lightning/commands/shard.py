@@ -3,10 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dar_lightning.data.prepare.run import SKIPPED, make_shards, open_source
-from dar_lightning.data.prepare.sources import choose_classes, with_safe_keys
-from dar_lightning.errors import UserError
+from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
+from dar_lightning.data.prepare.ilsvrc import VAL_NAME, first_names, train_archive, val_archive
+from dar_lightning.data.prepare.packing import SKIPPED, make_shards
+from dar_lightning.data.prepare.sources import Source, choose_classes, image_folder, shards, with_safe_keys
+from dar_lightning.data.remote import is_remote
+from dar_lightning.errors import UserError, check_range
+from dar_lightning.files import find_shipped
 
+HUB = "hf://"
 SHOWN = 10  # skipped images that are named on the screen; the file has all
 
 
@@ -52,15 +57,9 @@ def shard(
     Raises:
         UserError: The input is not as described, or `output` holds something else.
     """
-    for name, value in {"size": size, "max_per_shard": max_per_shard, "workers": workers}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: must be at least 1")
-    if not 1 <= quality <= 100:
-        raise UserError(f"quality is {quality}: must be from 1 to 100")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: must be from 0 to less than 1")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"max_bad_share is {max_bad_share}: must be from 0 to 1")
+    check_range(1, size=size, max_per_shard=max_per_shard, workers=workers)
+    check_range(1, 100, quality=quality)
+    check_range(0, 1, val_fraction=val_fraction, max_bad_share=max_bad_share)
     folder = Path(input).resolve()
     if folder.is_dir() and Path(output).resolve().is_relative_to(folder):  # it would be a part of its own input
         raise UserError(f"output: {output} is input or lies in it; choose a folder elsewhere")
@@ -74,18 +73,39 @@ def shard(
     print(f"{input}: {source.kind}, {total} images of {len(source.classes) or 'unnamed'} classes")
     if source.ignored:
         print(f"{len(source.ignored)} files are not named like images and left out: {source.ignored[0]!a}, ...")
-    options = {
-        "size": size,
-        "quality": None if size is None else quality,
-        "max_per_shard": max_per_shard,
-        "val_fraction": val_fraction,
-        "seed": seed,
-    }
+    options = {"size": size, "quality": None if size is None else quality, "max_per_shard": max_per_shard}
+    options |= {"val_fraction": val_fraction, "seed": seed}
     made = make_shards(source, Path(output), options, workers, max_bad_share)
-    skipped = [each for packed in made for each in packed.skipped]
-    size_in_mb = sum(packed.entry.bytes for packed in made) / 1e6
+    skipped = [each for _, bad in made for each in bad]
+    size_in_mb = sum(entry.bytes for entry, _ in made) / 1e6
     print(f"{output}: {total - len(skipped)} images in {len(made)} shards, {size_in_mb:.1f} MB")
     for each in skipped[:SHOWN]:
-        print(f"  skipped {each.shard}/{each.key}: {each.reason}")
+        print(f"  skipped {each['shard']}/{each['key']}: {each['reason']}")
     if skipped:
         print(f"{len(skipped)} of {total} images skipped; {SKIPPED} beside the index names all")
+
+
+def open_source(input: str, labels: str | None, split: str | None) -> Source:
+    """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
+    if is_remote(input) and not input.startswith(HUB):
+        raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
+    path = Path(find_shipped(input))
+    first = first_names(path) if path.is_file() and path.suffix == ".tar" else []
+    is_val = any(VAL_NAME.search(name) for name in first) and not any(name.endswith(".cls") for name in first)
+    is_hf = input.startswith(HUB) or is_saved(path)
+    if labels is not None and not is_val:
+        raise UserError(f"labels is {labels}: only ILSVRC2012_img_val.tar needs them, input is {input}")
+    if split is not None and not is_hf:
+        raise UserError(f"split is {split}: only Hugging Face data sets have splits, input is {input}")
+    if is_hf:
+        return hf_dataset(input.removeprefix(HUB), split)
+    if is_val:
+        return val_archive(path, labels)
+    if any(name.endswith(".tar") for name in first):
+        return train_archive(path)
+    if input.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar"))):
+        return shards(input)
+    if path.is_dir():
+        return image_folder(path)
+    what = "is a file of another kind" if path.exists() else "does not exist"
+    raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")

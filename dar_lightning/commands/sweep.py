@@ -8,9 +8,8 @@ from typing import Any, Literal
 from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 from dar_lightning.records.provenance import read_code
-from dar_lightning.sweeps.finished import is_of_others, is_outdated, read_done
-from dar_lightning.sweeps.plan import Cell, Stage, Sweep, shown
-from dar_lightning.sweeps.run import Runner
+from dar_lightning.sweeps.plan import Stage, Sweep
+from dar_lightning.sweeps.run import Runner, is_of_others, is_outdated, read_done
 
 SCRIPT = """#!/usr/bin/env bash
 # One task per cell and seed. What several cells need is made by one of them; the others wait for it.
@@ -77,6 +76,7 @@ def sweep(
     plan = Sweep(name, stages, grid, title, budget, seeds, x_axis, figures, paper)
     root = Path(output or f"runs/sweeps/{name}")
     runs = list(plan.runs())
+    labels = [f"{cell.name} seed {seed}" for cell, seed in runs]
     if not {*(only or ())} <= {*range(len(runs))}:
         raise UserError(f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
     works = [plan.work(*run) for run in runs]  # a mistake in any cell is found before the first one begins
@@ -84,56 +84,38 @@ def sweep(
     code = read_code()["sha256"]
     wanted = code if redo == "changed" else None
     if dry_run:
-        _print_commands(plan, root, chosen, wanted)
+        seen: set[str] = set()
+        for number in sorted({*chosen}):
+            print(f"# {number}: {labels[number]}")
+            for work in works[number].values():
+                done = read_done(work, root) is not None and not is_outdated(work, root, wanted)
+                command = shlex.join(["dar", *work.command(root)]) + ("  # done" if done else "")
+                print(f"# {work.stage}: as above, {work.folder}" if work.hash in seen else command)
+                seen.add(work.hash)
         return
-    others = [runs[i] for i in chosen if any(is_of_others(work, root, code) for work in works[i].values())]
-    if others:
-        names = "all" if len(others) == len(chosen) else ", ".join(f"{cell.name} seed {seed}" for cell, seed in others)
+    if others := [labels[i] for i in chosen if any(is_of_others(work, root, code) for work in works[i].values())]:
+        names = "all" if len(others) == len(chosen) else ", ".join(others)
         how = "they are made anew" if redo == "changed" else "--redo changed makes them anew"
         print(f"other code or data made {len(others)} of {len(chosen)} cells, {how}: {names}", flush=True)
     runner = Runner(plan, root, wanted)
     runner.prepare()
     if slurm:
-        _write_slurm(name, root, len(runs), redo)
+        path, whole = root / "sweep.sbatch", root.resolve()
+        places = {"path": whole / path.name, "cwd": Path.cwd(), "log": whole / "slurm-%A_%a.log", "root": whole}
+        places |= {"file": whole / "sweep.yaml", "python": sys.executable}
+        quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
+        write_text(path, SCRIPT.format(name=name, last=len(runs) - 1, redo=redo, **quoted))
+        print(f"{path}: an array of {len(runs)} tasks; sbatch {shlex.quote(str(path))}")
         return
     states = []
     for turn, number in enumerate(chosen, start=1):
-        cell, seed = runs[number]
-        print(f"[{turn}/{len(chosen)}] {cell.name} seed {seed}", flush=True)
-        states.append(runner.run(cell, seed))
-    _print_states([runs[number] for number in chosen], states)
-    if any(state["status"] == "failed" for state in states):
-        sys.exit(1)
-
-
-def _write_slurm(name: str, root: Path, tasks: int, redo: str) -> None:
-    path, whole = root / "sweep.sbatch", root.resolve()
-    places = {"path": whole / path.name, "cwd": Path.cwd(), "log": whole / "slurm-%A_%a.log", "root": whole}
-    places |= {"file": whole / "sweep.yaml", "python": sys.executable}
-    quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
-    write_text(path, SCRIPT.format(name=name, last=tasks - 1, redo=redo, **quoted))
-    print(f"{path}: an array of {tasks} tasks; sbatch {shlex.quote(str(path))}")
-
-
-def _print_commands(plan: Sweep, root: Path, chosen: list[int], wanted: str | None) -> None:
-    seen: set[str] = set()
-    for number, (cell, seed) in enumerate(plan.runs()):
-        if number not in chosen:
-            continue
-        print(f"# {number}: {cell.name} seed {seed}")
-        for work in plan.work(cell, seed).values():
-            if work.hash in seen:
-                print(f"# {work.stage}: as above, {work.folder}")
-            else:
-                done = read_done(work, root) is not None and not is_outdated(work, root, wanted)
-                print(shown(work.command(root)) + ("  # done" if done else ""))
-            seen.add(work.hash)
-
-
-def _print_states(runs: list[tuple[Cell, int]], states: list[dict[str, Any]]) -> None:
-    width = max(len(cell.name) for cell, _ in runs)
+        print(f"[{turn}/{len(chosen)}] {labels[number]}", flush=True)
+        states.append(runner.run(*runs[number]))
+    width = max(len(state["cell"]) for state in states)
     print(f"\n{'cell':<{width}}  seed  state   minutes")
-    for (cell, seed), state in zip(runs, states, strict=True):
+    for state in states:
         minutes = sum(stage["seconds"] or 0 for stage in state["stages"]) / 60
         failed = next((f"  {stage['name']}" for stage in state["stages"] if stage["status"] == "failed"), "")
-        print(f"{cell.name:<{width}}  {seed:<4}  {state['status']:<6}  {minutes:.1f}{failed}")
+        print(f"{state['cell']:<{width}}  {state['seed']:<4}  {state['status']:<6}  {minutes:.1f}{failed}")
+    if any(state["status"] == "failed" for state in states):
+        sys.exit(1)

@@ -13,7 +13,7 @@ from dar_lightning.ar import gumbel
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
@@ -106,13 +106,15 @@ def table(
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
         raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
     models = {model: _model(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
-    network = load_features(features, features_weights)
-    common = {"task": task, "features": features, "features_sha256": feature_protocol(features, network)["sha256"]}
-    common |= {"full": full} | ({"num_samples": num_samples} if task == "generate" else {})
+    sha256 = feature_protocol(features, load_features(features, features_weights))["sha256"]
+    common = {"task": task, "features": features, "features_sha256": sha256, "full": full}
+    common |= {"num_samples": num_samples} if task == "generate" else {}
     references = {
         size: _reference_hashes(reference, size, batch_size, full)
         for size in dict.fromkeys(config.image_size for config, *_ in models.values())
     }
+    measuring = {"reference": reference, "features": features, "features_weights": features_weights, "full": full}
+    measuring |= {"paired": task == "reconstruct", "batch_size": batch_size, "device": device}
     root, results = Path(output), []
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
@@ -124,31 +126,16 @@ def table(
             asked = common | {"settings": settings, "seed": seed} | hashes | references[config.image_size]
             found = _read(folder, json.loads(json.dumps(asked)))
             if found is None:
+                samples, out = str(folder / SAMPLES), str(folder / "evaluation.json")
                 if task == "generate":
-                    _generate(model, row, seed, num_samples, batch_size, place, folder / SAMPLES)
+                    _generate(model, row, seed, num_samples, batch_size, place, samples)
                 else:
                     _reconstruct(model, row, seed, reference, batch_size, place, folder / SAMPLES)
-                found = asked | evaluate(
-                    samples=str(folder / SAMPLES),
-                    reference=reference,
-                    features=features,
-                    features_weights=features_weights,
-                    full=full,
-                    output=str(folder / "evaluation.json"),
-                    paired=task == "reconstruct",
-                    image_size=config.image_size,
-                    batch_size=batch_size,
-                    device=device,
-                )
+                found = asked | evaluate(samples, output=out, image_size=config.image_size, **measuring)
                 write_text(folder / MEASURED, json.dumps(found, indent=2) + "\n")
             measured.append(found)
         results.append(_summary(row, model, config, num_groups, measured))
     _write(root, title, frechet_name(features), results, made)
-
-
-def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
-    part = Path(model) / SequentialDiffusionTokenizer.pipeline_part
-    return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
 
 
 def _model(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
@@ -158,8 +145,12 @@ def _model(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
     hashes = {"tokenizer_sha256": model_sha256(pipe.tokenizer), "ar_sha256": model_sha256(pipe.ar)}
-    hashes["token_draws"] = gumbel.METHOD
-    return pipe.tokenizer.config, pipe.num_groups, hashes
+    return pipe.tokenizer.config, pipe.num_groups, hashes | {"token_draws": gumbel.METHOD}
+
+
+def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
+    part = Path(model) / SequentialDiffusionTokenizer.pipeline_part
+    return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
 
 
 def _reference_hashes(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
@@ -180,7 +171,7 @@ def _read(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     path = folder / MEASURED
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     for name, value in asked.items():
         if found.get(name) != value:
             raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
@@ -189,16 +180,11 @@ def _read(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _generate(
-    model: str, row: Row, seed: int, num_samples: int, batch_size: int, place: torch.device, output: Path
+    model: str, row: Row, seed: int, num_samples: int, batch_size: int, place: torch.device, output: str
 ) -> None:
-    trainer = L.Trainer(
-        accelerator={"cuda": "gpu"}.get(place.type, place.type),
-        devices=1 if place.index is None else [place.index],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[SampleWriter(str(output))],
-    )
+    accelerator, devices = {"cuda": "gpu"}.get(place.type, place.type), 1 if place.index is None else [place.index]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator=accelerator, devices=devices, callbacks=[SampleWriter(output)], **quiet)
     options = {"solver": row.solver, "num_steps": row.num_steps, "guidance": row.guidance, "groups": row.groups}
     module = GenerationModule(model, seed, rows=batch_size, **options)
     trainer.predict(module, LabelsDataModule(num_samples, batch_size=batch_size, piece_size=4 * batch_size))
@@ -238,42 +224,34 @@ def _summary(
         if None not in values:  # an infinite PSNR
             std = stdev(values) if len(values) > 1 else None
             metrics[name] = {"mean": mean(values), "std": std, "values": values}
-    groups = row.groups or num_groups
     scales = row.guidance if isinstance(row.guidance, tuple | list) else [row.guidance]
-    return {
-        "settings": {
-            "pipeline": model,
-            "codebook": config.codebook_size,
-            "solver": row.solver,
-            "steps": row.num_steps or config.num_groups,
-            "guidance": "none" if row.guidance == 1 else " to ".join(f"{scale:g}" for scale in scales),
-            "tokens": f"{GroupSchedule.from_config(config).tokens_for_groups(groups)} of {config.num_tokens}",
-        },
-        "paper": row.paper,
-        "metrics": metrics,
-        "seeds": [one["seed"] for one in measured],
-        "models": {name: measured[0][name] for name in ("tokenizer_sha256", "ar_sha256") if name in measured[0]},
-        "protocol": measured[0]["protocol"],
+    tokens = GroupSchedule.from_config(config).tokens_for_groups(row.groups or num_groups)
+    settings = {
+        "pipeline": model,
+        "codebook": config.codebook_size,
+        "solver": row.solver,
+        "steps": row.num_steps or config.num_groups,
+        "guidance": "none" if row.guidance == 1 else " to ".join(f"{scale:g}" for scale in scales),
+        "tokens": f"{tokens} of {config.num_tokens}",
     }
-
-
-def _caveat(frechet: str, results: list[dict[str, Any]]) -> str:
-    protocol, seeds = results[0]["protocol"], results[0]["seeds"]
-    samples, reference = protocol["samples"]["n"], protocol["reference"]
-    real = "the reference's stored statistics" if "statistics" in reference else f"{reference['n']} of reference"
-    models = ", ".join(dict.fromkeys(row["settings"]["pipeline"] for row in results))
-    counted = f"{frechet} of {models}: {samples} images, {real}, seeds {', '.join(map(str, seeds))}"
-    if frechet == "FID" and samples == PAPER_COUNT:
-        return f"{counted}."
-    return f"Small scale: {counted}. This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
+    models = {name: measured[0][name] for name in ("tokenizer_sha256", "ar_sha256") if name in measured[0]}
+    summary = {"settings": settings, "paper": row.paper, "metrics": metrics}
+    summary |= {"seeds": [one["seed"] for one in measured], "models": models}
+    return summary | {"protocol": measured[0]["protocol"]}
 
 
 def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], made: dict[str, Any]) -> None:
     from dar_lightning.sweeps.plots import plot_table, save_plot  # matplotlib
 
-    varied = [name for name in results[0]["settings"] if len({row["settings"][name] for row in results}) > 1]
-    varied = varied or ["pipeline"]
-    caveat = _caveat(frechet, results)
+    names = results[0]["settings"]
+    varied = [name for name in names if len({row["settings"][name] for row in results}) > 1] or ["pipeline"]
+    protocol, seeds = results[0]["protocol"], ", ".join(map(str, results[0]["seeds"]))
+    samples, reference = protocol["samples"]["n"], protocol["reference"]
+    real = "the reference's stored statistics" if "statistics" in reference else f"{reference['n']} of reference"
+    models = ", ".join(dict.fromkeys(row["settings"]["pipeline"] for row in results))
+    caveat = f"{frechet} of {models}: {samples} images, {real}, seeds {seeds}."
+    if frechet != "FID" or samples != PAPER_COUNT:
+        caveat = f"Small scale: {caveat} This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
     summary = {"title": title, "caveat": caveat, "rows": results, "provenance": made}
     write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 

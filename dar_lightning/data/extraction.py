@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ class TokenCache:
     made_by: dict[str, Any]  # what the tokens depend on, beside their image shard
     unsaid: dict[str, Any]  # the same for token shards of versions that did not note all of it
 
-    def path(self, number: int) -> Path:
-        """The token shard of an image shard."""
-        return self.root / Path(self.index.shards[number].name).with_suffix(".safetensors").name
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The token shard of each image shard."""
+        return [self.root / Path(shard.name).with_suffix(".safetensors").name for shard in self.index.shards]
 
     def source(self, number: int) -> dict[str, Any]:
         """What identifies an image shard: its index entry, with the hash of its bytes."""
@@ -50,38 +52,31 @@ class TokenCache:
             shard = replace(shard, sha256=file_sha256(path))
         return asdict(shard)
 
-    def done(self) -> list[int]:
-        """The image shards whose tokens are there.
+    def done(self) -> dict[int, list[str]]:
+        """The image shards whose tokens are there -> the samples that were skipped in them.
 
-        Raises:
-            UserError: Some are of another tokenizer or source, or of other options.
+        UserError if some are of another tokenizer or source, or of other options.
         """
         if (self.root / INDEX).exists():
             found = CodesIndex.load(self.root, "output", complete=False)
-            if [shard.name for shard in found.shards] != [self.path(i).name for i in range(len(self.index.shards))]:
+            if [shard.name for shard in found.shards] != [path.name for path in self.paths]:
                 raise UserError(f"output: {self.root} holds tokens of other shards; choose another folder or delete it")
-        numbers = [number for number in range(len(self.index.shards)) if self.path(number).exists()]
-        for number in numbers:
-            there = self.unsaid | read_header(self.path(number))["made_by"]
+        headers = {number: read_header(path) for number, path in enumerate(self.paths) if path.exists()}
+        for number, header in headers.items():
+            there = self.unsaid | header["made_by"]
             for name, value in (self.made_by | {"source": self.source(number)}).items():
                 if there.get(name) != value:
                     raise UserError(
-                        f"output: {self.path(number)} was made with {name} {there.get(name)}, now it is {value}; "
+                        f"output: {self.paths[number]} was made with {name} {there.get(name)}, now it is {value}; "
                         "choose another folder or delete this one"
                     )
-        return numbers
-
-    def write(self, number: int, codes: np.ndarray, labels: list[int], keys: list[str], bad: list[str]) -> None:
-        """Write one token shard; see `write_codes`."""
-        made_by = self.made_by | {"tokenizer_config": self.config.to_dict(), "source": self.source(number)}
-        write_codes(self.path(number), codes, np.array(labels, np.int64), keys, made_by, bad)
+        return {number: header["skipped"] for number, header in headers.items()}
 
     def finish(self, max_bad_share: float) -> CodesIndex:
         """Write the index, if all ranks together have not skipped too much."""
         for part in self.root.glob(".*.part"):  # of processes that were killed
             part.unlink(missing_ok=True)
-        paths = [self.path(number) for number in range(len(self.index.shards))]
-        headers = [read_header(path) for path in paths]
+        headers = [read_header(path) for path in self.paths]
         bad = tuple(name for header in headers for name in header["skipped"])
         check_share("shards", bad, self.index.num_samples, max_bad_share)  # each rank has met a part of them only
         codes = CodesIndex(
@@ -91,7 +86,7 @@ class TokenCache:
             num_tokens=self.config.num_tokens,
             codebook_size=self.config.codebook_size,
             classes=self.index.classes,
-            shards=tuple(describe(path, header["samples"]) for path, header in zip(paths, headers, strict=True)),
+            shards=tuple(describe(path, header["samples"]) for path, header in zip(self.paths, headers, strict=True)),
             crop_names=tuple(self.made_by["crop_names"]),
             skipped=bad,
         )
@@ -100,20 +95,18 @@ class TokenCache:
 
 
 class Extractor(L.LightningModule):
-    """A tokenizer under Trainer.predict, and its data: the image shards of the missing numbers, dealt to the ranks."""
+    """A tokenizer under Trainer.predict, its data, the missing image shards dealt to the ranks, and what writes tokens.
+
+    The tokens of one shard are collected, then written; before the first one, what makes them is noted.
+    """
 
     def __init__(
-        self,
-        tokenizer: torch.nn.Module,
-        cache: TokenCache,
-        missing: list[int],
-        views: Views,
-        batch_size: int,
-        num_workers: int,
+        self, tokenizer, cache: TokenCache, missing: list[int], views: Views, skipped: Skipped, batch_size, num_workers
     ) -> None:
         super().__init__()
-        self.tokenizer, self.cache, self.missing, self.views = tokenizer, cache, missing, views
+        self.tokenizer, self.cache, self.missing, self.views, self.skipped = tokenizer, cache, missing, views, skipped
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
 
     def predict_dataloader(self) -> Loader:
@@ -129,37 +122,28 @@ class Extractor(L.LightningModule):
         codes = torch.cat([self.tokenizer.tokenize(transforms.to_float(part)) for part in parts])
         return codes.unflatten(0, views.shape[:2])
 
-
-class ShardWriter(L.Callback):
-    """Collects the tokens of one shard, then writes it; before the first one, notes what makes them."""
-
-    def __init__(self, cache: TokenCache, skipped: Skipped) -> None:
-        self.cache, self.skipped = cache, skipped
-        self.dtype = np.uint16 if cache.config.codebook_size <= 2**16 else np.uint32
-        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, stage: str) -> None:
         """Add to the list of what made the shards; a line says so if other code made those that are there."""
-        if not trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
-        root, count = self.cache.root, len(self.cache.index.shards)
-        path, done = root / FILE, count - len(pl_module.missing)
+        path, count = self.cache.root / FILE, len(self.cache.paths)
         listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        before = listed[-1]["code"] if listed else None
-        made = provenance(trainer.strategy.root_device, trainer.precision)
+        before, done = listed[-1]["code"] if listed else None, count - len(self.missing)
+        made = provenance(self.trainer.strategy.root_device, self.trainer.precision)
         if done and (before is None or before["sha256"] != made["code"]["sha256"]):
             names = f"{code_name(before)}, the others will be of {code_name(made['code'])}"
-            print(f"{root}: {done} of {count} token shards are of {names}", flush=True)
+            print(f"{self.cache.root}: {done} of {count} token shards are of {names}", flush=True)
         if made not in listed[-1:]:
             write_text(path, json.dumps([*listed, made], indent=2) + "\n")
 
-    def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch: dict, batch_idx, dataloader_idx=0):
+    def on_predict_batch_end(self, outputs: Tensor, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Called by Lightning with the tokens (B, V, N) of a batch."""
-        if trainer.received_sigterm:  # Lightning stops for it in training only
+        if self.trainer.received_sigterm:  # Lightning stops for it in training only
             raise SystemExit(128 + signal.SIGTERM)
-        if trainer.world_size > 1 and _get_default_store().check([STOP]):
+        if self.trainer.world_size > 1 and _get_default_store().check([STOP]):
             raise UserError(_get_default_store().get(STOP).decode())
-        codes = outputs.cpu().numpy().astype(self.dtype)
+        cache, number = self.cache, batch["shard"]
+        codes = outputs.cpu().numpy().astype(np.uint16 if cache.config.codebook_size <= 2**16 else np.uint32)
         for row, flaw in enumerate(map(Bad, *batch["flaw"])):
             if flaw.reason:
                 self.skipped.add([flaw])
@@ -170,18 +154,14 @@ class ShardWriter(L.Callback):
                 self.labels.append(int(batch["label"][row]))
                 self.keys.append(batch["key"][row])
         if batch["last"]:
-            codes = np.stack(self.codes) if self.codes else np.empty((0, *outputs.shape[1:]), self.dtype)
-            self.cache.write(batch["shard"], codes, self.labels, self.keys, self.bad)
+            made_by = cache.made_by | {"tokenizer_config": cache.config.to_dict(), "source": cache.source(number)}
+            codes = np.stack(self.codes) if self.codes else codes[:0]
+            write_codes(cache.paths[number], codes, np.array(self.labels, np.int64), self.keys, made_by, self.bad)
             self.codes, self.labels, self.keys, self.bad = [], [], [], []
 
 
-def predict_until_all_are_done(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Every rank's shards; the first rank with a UserError stops the others.
-
-    Raises:
-        UserError: On rank 0, whichever rank it was.
-        SystemExit: The same on the other ranks.
-    """
+def predict_until_all_are_done(trainer: L.Trainer, module: Extractor) -> None:
+    """Every rank's shards; the first rank with a UserError stops the others, and rank 0 raises it."""
     mistake = None
     try:
         trainer.predict(module, return_predictions=False)
@@ -199,7 +179,6 @@ def predict_until_all_are_done(trainer: L.Trainer, module: L.LightningModule) ->
         patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
         mistakes = [None] * trainer.world_size
         torch.distributed.all_gather_object(mistakes, mistake, group=patient)
-        mistake = next(filter(None, mistakes), None)
-        if mistake:
+        if mistake := next(filter(None, mistakes), None):
             # rank 0 reports it; Lightning kills it once another rank has left with an error
             raise UserError(mistake) if trainer.is_global_zero else SystemExit(0)

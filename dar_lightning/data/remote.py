@@ -13,7 +13,7 @@ import fsspec
 from filelock import FileLock
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, write_text
+from dar_lightning.files import atomic_path, file_sha256, users_path, write_text
 
 TRIES = 4
 WAIT = 0.5  # seconds before the second try; doubled after each
@@ -26,11 +26,7 @@ def is_remote(source: str) -> bool:
 
 
 def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
-    """Where the files of a remote folder are kept.
-
-    Raises:
-        UserError: No place is given.
-    """
+    """Where the files of a remote folder are kept."""
     if cache_dir is None:
         raise UserError(f"{option}: {url} is remote, set cache_dir to a folder that its shards are copied to")
     return Path(cache_dir) / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -39,15 +35,9 @@ def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
 def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None, renew: bool = False) -> None:
     """Copy a file from a server, unless it is here; of several processes that want it, one does it.
 
-    A copy that is not what it must be is fetched again, and kept if it is the same the second time: most of a shard may
-    be good. `PATH.differs` then says what is wrong, and nothing is fetched again until `forget_differing`.
-
-    Args:
-        url: Of any kind that fsspec knows.
-        path: The copy.
-        size: Bytes that it must have, where known.
-        sha256: What its content must hash to, where known.
-        renew: Copy it even if it is here.
+    A copy that is not what it must be, `size` bytes that hash to `sha256`, is fetched again, and kept if it is the same
+    the second time: most of a shard may be good. `PATH.differs` then says what is wrong, and nothing is fetched again
+    until `forget_differing`. With `renew`, it is copied even if it is here.
 
     Raises:
         FileNotFoundError: The server has no such file.
@@ -60,23 +50,23 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
 
     if is_here():
         return
-    try:
+    with users_path("cache_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
-    except OSError as error:
-        raise UserError(f"cache_dir: {path.parent} cannot be written ({error.strerror})") from error
     problems: list[str] = []
     with lock:
         while not is_here():
             try:
                 with atomic_path(path) as part:
                     _copy(url, part)
-                    difference = _difference(part, size, sha256)
-                    if difference and difference not in problems:
-                        raise ValueError(difference)
-                    if difference:  # noted before the copy has its name, so that none is taken for a whole one
-                        log.warning("%s: %s; what can be read of it is used", url, difference)
-                        write_text(note, difference + "\n")
+                    found, digest = part.stat().st_size, file_sha256(part) if sha256 else None
+                    said = f"the server gives {found} bytes with SHA-256 {digest}, the index says {size} and {sha256}"
+                    differs = size not in (None, found) or digest != sha256
+                    if differs and said not in problems:
+                        raise ValueError(said)
+                    if differs:  # noted before the copy has its name, so that none is taken for a whole one
+                        log.warning("%s: %s; what can be read of it is used", url, said)
+                        write_text(note, said + "\n")
                 return
             except (FileNotFoundError, UserError):
                 raise
@@ -104,24 +94,9 @@ def _copy(url: str, part: Path) -> None:
     system.get_file(place, str(part))
 
 
-def _difference(part: Path, size: int | None, sha256: str | None) -> str:
-    """What a copy has that the index does not say, or ""."""
-    found = part.stat().st_size
-    digest = file_sha256(part) if sha256 is not None else None
-    if size in (None, found) and digest == sha256:
-        return ""
-    return f"the server gives {found} bytes with SHA-256 {digest}, the index says {size} and {sha256}"
-
-
 def forget_differing(folder: Path) -> None:
-    """Drop the copies that were not what they must be: the server may have better ones by now.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    try:
+    """Drop the copies that were not what they must be: the server may have better ones by now."""
+    with users_path("cache_dir"):
         for note in folder.glob("*.differs"):
             note.with_suffix("").unlink(missing_ok=True)
             note.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir: {folder} cannot be written ({error.strerror})") from error

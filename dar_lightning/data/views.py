@@ -1,6 +1,5 @@
 """The dataset of `dar extract`: all crops of every image. Worker processes import it, so it does without Lightning."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,19 +44,16 @@ class Views:
 
     def of(self, image: Image.Image, sample: int) -> Tensor:
         """The views (V, 3, S, S) uint8 of an image, which is sample number `sample`."""
-        return torch.stack([transforms.to_tensor(view) for view in self._cut(image, sample)])
-
-    def _cut(self, image: Image.Image, sample: int) -> Iterator[transforms.Picture]:
         if self.crops == "ten_crop":
             square = transforms.ten_crop_square(image, self.size)  # scaled once for all ten
-            yield from (transforms.one_of_ten(square, self.size, number) for number in range(10))
+            views = [transforms.one_of_ten(square, self.size, number) for number in range(10)]
         elif self.crops == "random":
-            for number in range(self.random_crops):
-                generator = sample_generator(self.seed, number, sample)
-                yield transforms.random_flip(transforms.random_crop(image, self.size, generator), generator)
+            generators = [sample_generator(self.seed, number, sample) for number in range(self.random_crops)]
+            views = [transforms.random_flip(transforms.random_crop(image, self.size, g), g) for g in generators]
         else:
             middle = transforms.center_crop(image, self.size)
-            yield from (middle, transforms.flip(middle))[: len(self)]
+            views = [middle, transforms.flip(middle)][: len(self)]
+        return torch.stack([transforms.to_tensor(view) for view in views])
 
 
 class ViewBatches(Dataset):
@@ -71,20 +67,19 @@ class ViewBatches(Dataset):
     """
 
     def __init__(self, index: ShardIndex, numbers: list[int], views: Views, batch_size: int) -> None:
-        self.reader, self.views = ShardReader(index), views
-        self.num_classes = len(index.classes) or None
-        self.batches = []  # shard, numbers of its samples in this batch
+        self.reader, self.views, self.num_classes = ShardReader(index), views, len(index.classes) or None
+        self.batches = []  # shard, numbers of its samples in this batch, whether it is the last one
         for number in numbers:
             end = int(self.reader.ends[number])
             samples = range(end - index.shards[number].samples, end)
-            self.batches += [(number, samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+            parts = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+            self.batches += [(number, part, part.stop == end) for part in parts]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, position: int) -> dict:
-        shard, samples = self.batches[position]
-        last = samples.stop == int(self.reader.ends[shard])
+        shard, samples, last = self.batches[position]
         return default_collate([self._sample(number) for number in samples]) | {"shard": shard, "last": last}
 
     def _sample(self, number: int) -> dict:

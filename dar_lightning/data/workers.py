@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 SERVER = "DAR_WORKER_SERVER"  # an environment variable that only the server starts with
-STOPS = {signal.SIGTERM, signal.SIGUSR1}  # of clusters, to all processes of a job
+STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # of clusters and Ctrl+C, to all processes of a job
 
 # a process that was forked from a run can make no use of the run's server, and starts its own with its next loader
 os.register_at_fork(after_in_child=lambda: setattr(forkserver._forkserver, "_forkserver_pid", None))

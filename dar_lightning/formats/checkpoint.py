@@ -18,7 +18,6 @@ from dar_lightning.formats.pretrained import read_safetensors
 
 Weights = Literal["auto", "ema", "raw"]
 
-
 # Inert stand-ins, attributes only; torch matches them by name. The official config is a mapping in `_data`.
 PickledNamespace = type("Namespace", (), {"__module__": "argparse"})
 PickledConfig = type("Config", (), {"__module__": "config_util"})
@@ -36,66 +35,40 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return read_safetensors(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
+    admitted = torch.serialization.safe_globals([PickledNamespace, PickledConfig])
     try:
         # The unpickler remarks on unusual files; the error, if there is one, says it better.
-        with (
-            torch.serialization.safe_globals([PickledNamespace, PickledConfig]),
-            warnings.catch_warnings(action="ignore"),
-        ):
+        with admitted, warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise anything at all
-        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+        # Torch's message explains at length how to run the file's code after all.
+        reason = one_line(error)
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it names {refused[1]}, and only tensors and plain values are loaded"
+        elif found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
+            reason = f"not a plain checkpoint ({found[1].strip()})"
+        raise UserError(f"cannot read {path}: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
     return checkpoint
 
 
-def _reason(error: Exception) -> str:
-    # Torch's message explains at length how to run the file's code after all.
-    if refused := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"it names {refused[1]}, and only tensors and plain values are loaded"
-    if found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
-        return f"not a plain checkpoint ({found[1].strip()})"
-    return one_line(error)
-
-
-def pick_weights(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any) -> dict[str, Tensor]:
+def pick_weights(
+    checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool, origin: Any
+) -> tuple[dict[str, Tensor], bool | None]:
     """The state dict of a bare or a training checkpoint, without the prefixes of torch.compile and DDP.
 
-    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema".
-
-    Args:
-        checkpoint: from read_checkpoint.
-        weights: "ema", "raw", or "auto".
-        prefer_ema: what "auto" takes from a file that has both.
-        origin: file or words that an error message starts with.
-
-    Raises:
-        UserError: if the file has no such weights.
+    Training checkpoints have "model", "module" (DeepSpeed) or "state_dict", and may have "ema"; of both, `prefer_ema`
+    says what "auto" takes. Returned with it: whether these are EMA weights; None where the file does not tell what its
+    only weights are. UserError, which starts with `origin`, if the file has no such weights.
     """
-    raw, ema = _raw_key(checkpoint), isinstance(checkpoint.get("ema"), Mapping)
-    if weights == "ema" and not ema:
+    states = {name: state for name, state in checkpoint.items() if isinstance(state, Mapping)}
+    ema, raw = states.get("ema"), next((states[n] for n in ("model", "module", "state_dict") if n in states), None)
+    if weights == "ema" and ema is None:
         names = ", ".join(str(name) for name in checkpoint)[:200]
         raise UserError(f"{origin} holds no EMA weights: weights is 'ema', the file has {names}")
-    if weights == "raw" and ema and raw is None:
+    if weights == "raw" and ema is not None and raw is None:
         raise UserError(f"{origin} holds only EMA weights: weights is 'raw'")
-    if takes_ema(checkpoint, weights, prefer_ema):
-        state = checkpoint["ema"]
-    else:
-        state = checkpoint if raw is None else checkpoint[raw]
-    return {_plain_name(name): tensor for name, tensor in state.items()}
-
-
-def takes_ema(checkpoint: Mapping[str, Any], weights: Weights, prefer_ema: bool) -> bool | None:
-    """Whether pick_weights takes EMA weights; None where the file does not tell what its only weights are."""
-    if not isinstance(checkpoint.get("ema"), Mapping):
-        return None
-    return weights == "ema" or (weights == "auto" and (prefer_ema or _raw_key(checkpoint) is None))
-
-
-def _raw_key(checkpoint: Mapping[str, Any]) -> str | None:
-    return next((name for name in ("model", "module", "state_dict") if isinstance(checkpoint.get(name), Mapping)), None)
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
+    averaged = None if ema is None else weights == "ema" or (weights == "auto" and (prefer_ema or raw is None))
+    state = ema if averaged else checkpoint if raw is None else raw
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}, averaged

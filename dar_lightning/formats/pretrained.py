@@ -8,7 +8,6 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import torch
@@ -61,12 +60,8 @@ class PretrainedMixin(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
-        Args:
-            save_directory: the folder; older weights in it are replaced.
-            kwargs: those of huggingface_hub.ModelHubMixin (push_to_hub, repo_id, ...).
-
-        Raises:
-            UserError: if the folder cannot be written.
+        Older weights in it are replaced. `kwargs` are those of huggingface_hub.ModelHubMixin (push_to_hub, ...).
+        UserError if the folder cannot be written.
         """
         try:
             return super().save_pretrained(save_directory, **kwargs)
@@ -84,23 +79,13 @@ class PretrainedMixin(
         write_text(save_directory / CONFIG_NAME, json.dumps(header | self.config.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any):
         """Load the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
 
         Args:
             pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
                 repository name such as "someone/dar-l".
-            revision, cache_dir, force_download, local_files_only, token: of huggingface_hub.snapshot_download, for
-                repositories only.
+            hub_options: of huggingface_hub.snapshot_download (revision, cache_dir, local_files_only, token, ...).
 
         Returns:
             The model on the CPU, in evaluation mode, float32 unless all its weights are stored in one other dtype.
@@ -108,9 +93,7 @@ class PretrainedMixin(
         Raises:
             UserError: if the folder, its config or its weights are missing, broken, or of another model.
         """
-        options = dict(revision=revision, cache_dir=cache_dir, force_download=force_download)
-        options |= dict(local_files_only=local_files_only, token=token)
-        folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **options)
+        folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_options)
         if folder.parent == SHIPPED:
             folder = folder / cls.pipeline_part
         origin = folder / CONFIG_NAME
@@ -127,14 +110,10 @@ class PretrainedMixin(
         return model.eval()
 
 
-# ---- folders and files
-
-
 def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = None, **hub_options: Any) -> Path:
     """A local folder, a pipeline that comes with the package ("fruit64"), or files from the Hugging Face Hub.
 
-    Raises:
-        UserError: if there is neither such a folder nor such a repository.
+    UserError if there is neither such a folder nor such a repository.
     """
     path = Path(find_shipped(str(path_or_repo)))
     if path.is_dir():
@@ -148,18 +127,12 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         raise UserError(f"{path_or_repo} is not a folder: no such folder")
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
-    except HFValidationError as error:
-        raise UserError(f"{path_or_repo} is not a folder, and no name of a Hugging Face repository either") from error
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises:
-        UserError: if the file is missing, truncated, or not safetensors.
-    """
+    """All tensors of a safetensors file, on the CPU; UserError if it is missing, truncated, or not safetensors."""
     if not path.is_file():
         raise UserError(f"{path} is missing: need a safetensors file")
     try:
@@ -168,27 +141,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-# ---- checks
-
-
 def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
     """A config dataclass from plain values; a value that is absent keeps its default, so that old files stay readable.
 
-    Names that the dataclass lists as REMOVED are left out.
-
-    Raises:
-        UserError: for a name that the dataclass does not have, a value of another type, or an impossible one.
+    Names that the dataclass lists as REMOVED are left out. UserError for a name that it does not have, a value of
+    another type, or an impossible one.
     """
     hints = typing.get_type_hints(config_class)
     hints = {name: hints[name] for name in config_class.__dataclass_fields__}
     values = {name: value for name, value in values.items() if name not in getattr(config_class, "REMOVED", ())}
-    unknown = sorted(str(name) for name in values if name not in hints)
-    if unknown:
+    if unknown := sorted(str(name) for name in values if name not in hints):
         raise UserError(f"{origin}: {config_class.__name__} has no {', '.join(unknown)}")
     for name, value in values.items():
         if not _is_of(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", str(hints[name]))
-            raise UserError(f"{origin}: {name} is {value!r}, need {wanted}")
+            raise UserError(f"{origin}: {name} is {value!r}, need {getattr(hints[name], '__name__', hints[name])}")
     try:
         # 2 and 2.0 are one value: kept as one, since the config is part of a model's SHA-256.
         return config_class(**{n: float(value) if hints[n] is float else value for n, value in values.items()})
@@ -197,12 +163,10 @@ def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
+    if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if origin in (typing.Union, UnionType):
-        return any(_is_of(value, option) for option in typing.get_args(hint))
-    return type(value) in ((int, float) if hint is float else (hint,))
+    kinds = typing.get_args(hint) or (hint,)  # those of a union
+    return type(value) in kinds or (hint is float and type(value) is int)
 
 
 def build_model(
@@ -211,17 +175,8 @@ def build_model(
     """A model with every one of these weights: on the CPU, or on the meta device if the tensors are.
 
     It is built on the meta device: sizes that a config claims cost no memory before they are compared with the weights,
-    and no random numbers are drawn. If all weights share one floating dtype, the model takes it.
-
-    Args:
-        model_class: built from `config`.
-        config: its hyperparameters.
-        tensors: the weights, under the names of the file.
-        origin: file or words that an error message starts with.
-        names: from the name of a tensor in the model to its name in the file.
-
-    Raises:
-        UserError: for more layers than there are tensors, sizes that no computer can count, and as check_tensors.
+    and no random numbers are drawn. If all weights share one floating dtype, the model takes it. UserErrors start with
+    `origin`, and `names` gives the file's name for a tensor of the model.
     """
     for name, value in config.to_dict().items():
         if name.endswith("depth") and value > len(tensors):
@@ -237,52 +192,35 @@ def build_model(
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    if any(tensor.is_meta for tensor in tensors.values()):
-        return model
-    model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
-    with torch.device("cpu"):
-        for name, table in model.tables().items():
-            setattr(model, name, table)
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
+        with torch.device("cpu"):
+            for name, table in model.tables().items():
+                setattr(model, name, table)
     return model
 
 
 def check_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
 ) -> None:
-    """Refuse weights that do not fit a module exactly, or hold NaN or infinity. Arguments as of build_model.
-
-    Raises:
-        UserError: naming the tensors, as the file does.
-    """
+    """Refuse weights that do not fit a module exactly, or hold NaN or infinity; see build_model for the arguments."""
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
-    missing, unknown = [n for n in wanted if n not in tensors], [str(n) for n in tensors if n not in wanted]
-    problems = [f"missing {_some(missing)}"] if missing else []
-    problems += [f"unknown {_some(unknown)}"] if unknown else []
-    present = [name for name in wanted if name in tensors]
-    problems += [f"{name} {said}" for name in present if (said := _misfit(tensors[name], wanted[name]))]
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in wanted]
+    kinds = {name: (_kind(tensors[name]), _kind(tensor)) for name, tensor in wanted.items() if name in tensors}
+    problems += [f"{name} is {found}, need {needed}" for name, (found, needed) in kinds.items() if found != needed]
     # Values come after shapes: a file may claim a shape that no machine can hold.
     if not problems:
-        problems = [f"{name} holds NaN or infinity" for name in wanted if not _finite(tensors[name])]
+        values = [name for name in wanted if not tensors[name].is_meta and not tensors[name].isfinite().all()]
+        problems = [f"{name} holds NaN or infinity" for name in values]
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
         raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
 
 
-def _misfit(tensor: Any, wanted: Tensor) -> str | None:
+def _kind(tensor: Any) -> str:
+    """What must agree: the shape, and whether it holds floating-point numbers and is dense."""
     if not isinstance(tensor, Tensor):
-        return f"is a {type(tensor).__name__}, not a tensor"
-    if tensor.layout != torch.strided:
-        return f"is {tensor.layout}, need a dense tensor"
-    if tensor.shape != wanted.shape:
-        return f"is {tuple(tensor.shape)}, need {tuple(wanted.shape)}"
-    if tensor.is_floating_point() != wanted.is_floating_point():
-        return f"is {tensor.dtype}, need {wanted.dtype}"
-    return None
-
-
-def _finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(tensor.isfinite().all())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"a {type(tensor).__name__}"
+    kind = "" if tensor.is_floating_point() else " of whole numbers"
+    return f"{tuple(tensor.shape)}{kind}{'' if tensor.layout == torch.strided else f' {tensor.layout}'}"

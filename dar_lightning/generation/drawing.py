@@ -2,9 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +15,12 @@ from dar_lightning.generation.pipeline import DARPipeline
 ROWS = 32  # images per forward pass, unless somebody wants another number
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One image to draw: its class, which image of the class it is, and the tokens (m,) int64 that it starts with."""
 
     label: int
     number: int
-    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A drawn image on the CPU: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,) int64."""
-
-    previews: Tensor
-    codes: Tensor
+    kept: Tensor = torch.empty(0, dtype=torch.long)
 
 
 def image_seed(seed: int, label: int, number: int) -> int:
@@ -56,14 +46,8 @@ def draw_rows(
     """Images of (number, label) pairs in one forward pass, each a function of (seed, number, label), bit by bit.
 
     Matrix products round differently for batches of different sizes, in bfloat16 visibly. So the pass always has
-    `rows` rows, of which image i takes number i mod rows; the others repeat one of the images.
-
-    Args:
-        pipe: the pipeline.
-        members: at most one per row.
-        seed: with its number it seeds an image's generator.
-        rows: another number gives the same images up to rounding, and now and then another token.
-        options: of DARPipeline.generate.
+    `rows` rows, of which image i takes number i mod rows; the others repeat one of the images. Another number of rows
+    gives the same images up to rounding, and now and then another token. `options` are those of DARPipeline.generate.
 
     Returns:
         (n, 3, H, W) uint8, where the pipeline is.
@@ -79,15 +63,14 @@ def draw_rows(
 
 def draw_images(
     pipe: DARPipeline, jobs: Sequence[Job], seed: int, batch_size: int, options: dict[str, Any]
-) -> Iterator[Drawn]:
-    """Draw images in batches, with a progress bar; yield them in the order of the jobs.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw images in batches, with a progress bar; `options` are those of DARPipeline.stream.
 
-    Args:
-        pipe: the pipeline.
-        jobs: what to draw.
-        seed: an image is a function of (seed, class, number, kept tokens), up to rounding.
-        batch_size: images at a time; images that keep different numbers of tokens do not share a batch.
-        options: of DARPipeline.stream.
+    An image is a function of (seed, class, number, kept tokens), up to rounding. Those that keep different numbers of
+    tokens do not share a batch.
+
+    Yields:
+        Of each job, in order: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,); on the CPU.
     """
     num_tokens = pipe.ar.config.num_tokens
     with tqdm(total=sum(num_tokens - len(job.kept) for job in jobs), desc="sample", unit=" tokens") as bar:
@@ -106,5 +89,4 @@ def draw_images(
                     count = max(preview.codes.shape[1], kept)
                     bar.update(len(batch) * (count - written))
                     written = count
-                for previews, codes in zip(torch.stack(shown, dim=1), preview.codes.cpu(), strict=True):
-                    yield Drawn(previews, codes)  # (K, 3, H, W), (N,)
+                yield from zip(torch.stack(shown, dim=1), preview.codes.cpu(), strict=True)

@@ -12,18 +12,12 @@ from dar_lightning.generation.pipeline import DARPipeline
 
 
 def read_photo(path: str | Path, name: str = "the photo") -> Image.Image:
-    """Read an image file of any format that shards may hold, as RGB.
-
-    Args:
-        path: the file.
-        name: what the user calls it, for the error line.
-    """
+    """Read an image file of any format that shards may hold, as RGB; an error's line begins with `name`."""
     try:
         return decode_rgb(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from error
-    except BadSample as error:
-        raise UserError(f"{name} cannot be read: {error}") from error
+    except (OSError, BadSample) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name} cannot be read: {reason}") from error
 
 
 def middle(pipe: DARPipeline, photo: Image.Image) -> Tensor:
@@ -38,7 +32,7 @@ def tokenize(pipe: DARPipeline, photo: Image.Image) -> Tensor:
 
 def prefix_lengths(prefix: str | int | None, num_tokens: int, num_groups: int) -> list[int]:
     """Read how many tokens to keep: one number, or several with commas between; None is one group of tokens."""
-    words = [str(num_tokens // num_groups)] if prefix is None else str(prefix).split(",")
+    words = str(num_tokens // num_groups if prefix is None else prefix).split(",")
     lengths = [int(word) if word.strip().isdecimal() else 0 for word in words]
     for word, length in zip(words, lengths, strict=True):
         if not 1 <= length < num_tokens:

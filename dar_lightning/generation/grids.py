@@ -60,12 +60,9 @@ def mosaic(images: Tensor) -> Image.Image:
 
 def blend(images: Tensor, steps: int) -> Tensor:
     """Fade from each image to the next: (K, ...) uint8 -> ((K - 1) * steps + 1, ...), the K images among them."""
-    last = (len(images) - 1) * steps
-    places = torch.arange(last + 1, dtype=torch.float64).div(steps)  # 0 to K - 1
-    before = places.floor().long().clamp(max=max(len(images) - 2, 0))
-    share = (places - before).view(-1, *[1] * (images.ndim - 1)).float()
-    after = (before + 1).clamp(max=len(images) - 1)
-    return (images[before].float() * (1 - share) + images[after].float() * share).round().to(torch.uint8)
+    lines = images.flatten(1).T[None].float()  # (1, values of an image, K)
+    faded = F.interpolate(lines, size=(len(images) - 1) * steps + 1, mode="linear", align_corners=True)
+    return faded[0].T.round().to(torch.uint8).unflatten(1, images.shape[1:])
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """LabelsDataModule: class labels for `dar predict`, in fixed ranges of images per rank."""
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
 
 import lightning as L
 import torch
@@ -14,13 +15,11 @@ class PieceSampler(DistributedSampler):
 
     def __init__(self, dataset: Dataset, pieces: list[range]) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.numbers = [number for piece in pieces for number in piece]
+        self.numbers = list(chain(*pieces))
+        self.num_samples = len(self.numbers)  # what len() gives
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
 
 class LabelsDataModule(L.LightningDataModule):
@@ -59,23 +58,21 @@ class LabelsDataModule(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than pieces that are missing
 
     def setup(self, stage: str) -> None:
-        num_classes = getattr(self.trainer.lightning_module, "num_classes", None)
-        if num_classes is None:
-            name = type(self.trainer.lightning_module).__name__
-            raise UserError(f"model is {name}, which draws nothing: LabelsDataModule needs GenerationModule")
-        classes = list(range(num_classes)) if self.classes is None else self.classes
-        if not 0 <= min(classes) <= max(classes) < num_classes:
-            raise UserError(f"classes is {classes}: this pipeline has 0 to {num_classes - 1}")
+        model = self.trainer.lightning_module
+        if not hasattr(model, "num_classes"):
+            raise UserError(
+                f"model is {type(model).__name__}, which draws nothing: LabelsDataModule needs GenerationModule"
+            )
+        classes = list(range(model.num_classes)) if self.classes is None else self.classes
+        if not 0 <= min(classes) <= max(classes) < model.num_classes:
+            raise UserError(f"classes is {classes}: this pipeline has 0 to {model.num_classes - 1}")
         self.count = self.per_class * len(classes) if self.num_images is None else self.num_images
         self.labels = torch.tensor(classes).repeat(-(-self.count // len(classes)))[: self.count]  # image i: i mod m
-        self.pieces = [range(i, min(i + self.piece_size, self.count)) for i in range(0, self.count, self.piece_size)]
-        self.missing = self.pieces
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What the images are of, for JSON; after setup."""
-        of = "num_classes" if self.classes is None else f"{len(self.classes)} of {self.classes}"
-        return {"classes": f"balanced: image i is of class i mod {of}", "n": self.count}
+        self.missing = self.pieces = [
+            range(start, min(start + self.piece_size, self.count)) for start in range(0, self.count, self.piece_size)
+        ]
+        of = "num_classes" if self.classes is None else f"{len(classes)} of {classes}"
+        self.protocol = {"classes": f"balanced: image i is of class i mod {of}", "n": self.count}  # for JSON
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the missing pieces: {"index": (B,), "label": (B,)} int64."""

@@ -16,28 +16,24 @@ UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # 
 def write_npz(
     path: str | Path, pieces: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray | None = None
 ) -> str:
-    """Write `arr_0`, and `labels` where there are some, atomically; equal content gives equal bytes.
+    """Write `arr_0`, and `labels` (n,) where there are some, atomically; equal content gives equal bytes.
 
     Args:
         path: the .npz file.
         pieces: uint8 (m, H, W, 3) each, which together are the array; one at a time is in memory.
-        shape: (n, H, W, 3) of it all.
-        labels: (n,) integers.
+        shape: (n, H, W, 3) of it all; a ValueError if the pieces do not add up to it.
+        labels: integers.
 
     Returns:
-        What identifies the images, see `records.pixels.set_sha256`.
-
-    Raises:
-        ValueError: if the pieces do not add up to the shape.
+        The images' SHA-256, see `records.pixels.set_sha256`.
     """
     digests = []
     # not compressed, as np.savez writes and ADM's evaluator reads it; a ZipInfo of its own has a fixed date
     with atomic_path(path) as part, zipfile.ZipFile(part, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-            np.lib.format.write_array_header_1_0(member, header)
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for piece in pieces:
-                if piece.dtype != np.uint8 or piece.shape[1:] != tuple(shape[1:]):
+                if piece.dtype != np.uint8 or piece.shape[1:] != shape[1:]:
                     raise ValueError(f"a piece is {piece.dtype} {piece.shape}: need uint8 (m, {shape[1:]})")
                 member.write(np.ascontiguousarray(piece).data)
                 digests += image_digests(piece)

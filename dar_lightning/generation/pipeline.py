@@ -28,17 +28,11 @@ EXPORTED = "export.json"  # where `dar export` notes which weights these are
 
 @dataclass(frozen=True)
 class Preview:
-    """What `DARPipeline.stream` yields after each group of tokens.
+    """What `DARPipeline.stream` yields after each group of tokens."""
 
-    Attributes:
-        images: (B, 3, H, W), not clipped to [-1, 1]: the picture as the tokens so far foresee it.
-        codes: (B, m) int64, all tokens so far.
-        group: number of groups decoded, 1 to K; at K the images are final.
-    """
-
-    images: Tensor
-    codes: Tensor
-    group: int
+    images: Tensor  # (B, 3, H, W), not clipped to [-1, 1]: the picture as the tokens so far foresee it
+    codes: Tensor  # (B, m) int64, all tokens so far
+    group: int  # number of groups decoded, 1 to K; at K the images are final
 
 
 class DARPipeline:
@@ -106,10 +100,10 @@ class DARPipeline:
         """
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
-        codes: list[Tensor] = []
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
+        codes: list[Tensor] = []
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
             def read() -> Iterator[Tensor]:

@@ -56,28 +56,17 @@ class GenerationModule(LightningModule):
         if solver not in SOLVERS:
             raise UserError(f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
         self.path, self.seed, self.rows = pipeline, seed, rows
-        self.pipeline = DARPipeline.from_pretrained(pipeline)
-        self.tokenizer, self.ar = self.pipeline.tokenizer, self.pipeline.ar  # so that Lightning moves them
-        num_groups = self.tokenizer.config.num_groups
-        self.options = {
-            "guidance": guidance,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "solver": solver,
-            "num_steps": num_groups if num_steps is None else num_steps,
-            "groups": self.pipeline.num_groups if groups is None else groups,
-        }
-
-    @property
-    def num_classes(self) -> int:
-        """Labels are below this number."""
-        return self.ar.config.num_classes
+        self.pipeline = pipe = DARPipeline.from_pretrained(pipeline)
+        self.tokenizer, self.ar = pipe.tokenizer, pipe.ar  # so that Lightning moves them
+        self.num_classes = pipe.ar.config.num_classes
+        self.options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, solver=solver)
+        self.options["num_steps"] = pipe.tokenizer.config.num_groups if num_steps is None else num_steps
+        self.options["groups"] = pipe.num_groups if groups is None else groups
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What somebody needs to know to draw the same images, for JSON."""
-        guidance, dtypes = self.options["guidance"], self.pipeline.dtypes
+        dtypes = self.pipeline.dtypes
         return {
             "pipeline": self.path,
             "tokenizer_sha256": model_sha256(self.tokenizer),
@@ -87,7 +76,6 @@ class GenerationModule(LightningModule):
             "seed": self.seed,
             "token_draws": gumbel.METHOD,
             **self.options,
-            "guidance": list(guidance) if isinstance(guidance, tuple | list) else guidance,
             "num_tokens": self.tokenizer.schedule.tokens_for_groups(self.options["groups"]),
             "rows": self.rows,
             "dtype": dtypes["ar"] if len({*dtypes.values()}) == 1 else dtypes,
@@ -96,7 +84,5 @@ class GenerationModule(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """{"index": (B,), "label": (B,)} -> uint8 images (B, 3, H, W)."""
         members = zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
-        blocks = groupby(members, key=lambda member: member[0] // self.rows)
-        return torch.cat(
-            [draw_rows(self.pipeline, list(block), self.seed, self.rows, self.options) for _, block in blocks]
-        )
+        blocks = [list(block) for _, block in groupby(members, key=lambda member: member[0] // self.rows)]
+        return torch.cat([draw_rows(self.pipeline, block, self.seed, self.rows, self.options) for block in blocks])

@@ -16,15 +16,13 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, write_text
+from dar_lightning.files import atomic_path, read_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.provenance import provenance
 
-SETTINGS = "settings.json"
 FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that has moved, or that now says more
-RUNS = "drawn_by-*.json"  # in the folder of pieces: the provenance of each kind of process that drew some
 
 
 class SampleWriter(BasePredictionWriter):
@@ -44,7 +42,8 @@ class SampleWriter(BasePredictionWriter):
         self.path = Path(output)
         if self.path.suffix != ".npz":
             raise UserError(f"output is {output}: give the name of an .npz file")
-        self.parts, self.protocol_path = self.path.with_suffix(".parts"), self.path.with_suffix(".json")
+        self.protocol_path, self.parts = self.path.with_suffix(".json"), self.path.with_suffix(".parts")
+        self.settings_path = self.parts / "settings.json"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -52,19 +51,15 @@ class SampleWriter(BasePredictionWriter):
         if not isinstance(self.data, LabelsDataModule):
             raise UserError("SampleWriter writes what GenerationModule draws for a LabelsDataModule: give it as data")
         trainer.predict_loop.return_predictions = False  # Lightning would keep all images
-        self.settings = pl_module.protocol | self.data.protocol
-        self.size = self.settings["image_size"]
-        self.settings |= {
-            "piece_size": self.data.piece_size,
-            "device": trainer.strategy.root_device.type,
-            "precision": trainer.precision,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        }
-        self.open: dict[int, np.ndarray] = {}  # pieces that are being drawn, by their first number
+        settings = pl_module.protocol | self.data.protocol | {"piece_size": self.data.piece_size}
+        settings |= {"device": trainer.strategy.root_device.type, "precision": trainer.precision}
+        settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        self.settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
+        self.shape = (self.data.count, settings["image_size"], settings["image_size"], 3)
         mistake, missing = None, []
         if trainer.is_global_zero:
             try:
-                missing = self._missing()
+                missing = self._find_missing()
             except UserError as error:
                 mistake = error
         # Ranks that looked for themselves could see each other's first pieces.
@@ -73,83 +68,63 @@ class SampleWriter(BasePredictionWriter):
             # Lightning kills rank 0, which is to report it, once another rank has left with an error
             raise mistake if trainer.is_global_zero else SystemExit(0)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what draws, once the Trainer has cast the weights."""
-        dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
-        weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
-        self.made = provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")
-
-    def _missing(self) -> list[range]:
-        """The pieces to draw.
-
-        Raises:
-            UserError: what is there already was drawn with other settings.
-        """
-        if self._is_done():
-            self._compare(self.protocol_path)
-            return []
-        if (self.parts / SETTINGS).is_file():
-            self._compare(self.parts / SETTINGS)
-            return [piece for piece in self.data.pieces if not self._is_whole(piece)]
-        if self.path.exists():
-            raise UserError(f"output: {self.path} is there, without its {self.protocol_path.name}; delete it or rename")
-        return self.data.pieces
-
-    def _is_done(self) -> bool:
-        """The protocol is written last; pieces that lie there still were about to be deleted."""
-        return self.path.exists() and self.protocol_path.is_file()
-
-    def _compare(self, path: Path) -> None:
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"output: {path} is no JSON file; delete it and what it describes") from error
-        for name, ours in json.loads(json.dumps(self.settings)).items():
-            if name not in FREE and there.get(name) != ours:
+    def _find_missing(self) -> list[range]:
+        """The pieces to draw; UserError if what is there already was drawn with other settings."""
+        self.done = self.path.exists() and self.protocol_path.is_file()  # the protocol is written last
+        there = self.protocol_path if self.done else self.settings_path
+        if not there.is_file():
+            if self.path.exists():
+                name = self.protocol_path.name
+                raise UserError(f"output: {self.path} is there, without its {name}; delete it or rename")
+            return self.data.pieces
+        record = read_json(there)
+        for name, ours in self.settings.items():
+            if name not in FREE and record.get(name) != ours:
                 raise UserError(
-                    f"output: {path} tells of images with {name} {there.get(name)}, now it is {ours}; "
+                    f"output: {there} tells of images with {name} {record.get(name)}, now it is {ours}; "
                     "choose another output or delete it and what it describes"
                 )
+        return [] if self.done else [piece for piece in self.data.pieces if not self._is_whole(piece)]
 
     def _file(self, piece: range) -> Path:
         return self.parts / f"{piece.start:07d}.npy"
 
     def _is_whole(self, piece: range) -> bool:
         try:
-            return np.load(self._file(piece), mmap_mode="r").shape == (len(piece), self.size, self.size, 3)
+            return np.load(self._file(piece), mmap_mode="r").shape == (len(piece), *self.shape[1:])
         except (FileNotFoundError, ValueError, EOFError):  # missing, cut, empty
             return False
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what draws, once the Trainer has cast the weights."""
+        dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
+        weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
+        self.made = json.dumps(provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")) + "\n"
+
     def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Tensor,
-        batch_indices: list[int],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: list[int], *_: Any
     ) -> None:
-        """Called by Lightning with images (B, 3, H, W) and their numbers."""
+        """Called by Lightning with images (B, 3, H, W) and their numbers; a rank draws its numbers in order."""
         for number, image in zip(batch_indices, prediction.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             piece = self.data.pieces[number // self.data.piece_size]
-            images = self.open.setdefault(piece.start, np.empty((len(piece), *image.shape), np.uint8))
-            images[number - piece.start] = image
-            if number == piece[-1]:  # a rank draws its numbers in order
-                self._save(piece, self.open.pop(piece.start))
+            if number == piece.start:
+                self.images = np.empty((len(piece), *self.shape[1:]), np.uint8)
+            self.images[number - piece.start] = image
+            if number == piece[-1]:
+                self._save(piece)
         if trainer.received_sigterm:  # Lightning stops for it in training only
             raise SystemExit(128 + signal.SIGTERM)
 
-    def _save(self, piece: range, images: np.ndarray) -> None:
+    def _save(self, piece: range) -> None:
         # Not before: settings that no image can be drawn with would stand in the way of the right ones.
-        if not (self.parts / SETTINGS).is_file():
-            write_text(self.parts / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
-        text = json.dumps(self.made)
-        run = self.parts / RUNS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
-        if not run.is_file():  # a file for each kind, so that ranks need not agree who writes
-            write_text(run, text + "\n")
+        if not self.settings_path.is_file():
+            write_text(self.settings_path, json.dumps(self.settings, indent=2) + "\n")
+        # Provenance, a file for each kind of process, so that ranks need not agree who writes.
+        made = self.parts / f"drawn_by-{hashlib.sha256(self.made.encode()).hexdigest()[:12]}.json"
+        if not made.is_file():
+            write_text(made, self.made)
         with atomic_path(self._file(piece)) as part, open(part, "wb") as file:
-            np.save(file, images)
+            np.save(file, self.images)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the other ranks, which Lightning would leave running."""
@@ -164,22 +139,18 @@ class SampleWriter(BasePredictionWriter):
             torch.distributed.barrier(patient)
         if not trainer.is_global_zero:
             return
-        if not self._is_done():
+        if not self.done:
             missing = sum(not self._is_whole(piece) for piece in self.data.pieces)
             if missing:  # the Trainer was told to stop early
                 print(f"{self.path}: {missing} of {len(self.data.pieces)} pieces are missing; the same command goes on")
                 return
-            self._join()
+            for name in (self.path.name, self.protocol_path.name):
+                for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
+                    part.unlink()
+            pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
+            digest = write_npz(self.path, pieces, self.shape, self.data.labels.numpy())
+            runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob("drawn_by-*.json"))]
+            write_drawn(self.path, self.settings | {"provenance": runs}, digest)
         if self.parts.is_dir():
             shutil.rmtree(self.parts)
         print(f"{self.path}: {self.data.count} images; how they were drawn is in {self.protocol_path.name}")
-
-    def _join(self) -> None:
-        for name in (self.path.name, self.protocol_path.name):
-            for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
-                part.unlink()
-        pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-        shape = (self.data.count, self.size, self.size, 3)
-        digest = write_npz(self.path, pieces, shape, self.data.labels.numpy())
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob(RUNS))]
-        write_drawn(self.path, self.settings | {"provenance": runs}, digest)

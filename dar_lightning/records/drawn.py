@@ -17,18 +17,18 @@ def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
 
 def read_drawn(npz: Path) -> dict[str, Any] | None:
     """`NAME.json` beside `NAME.npz`, if it is such a record."""
-    path = npz.with_suffix(".json")
-    if npz.suffix != ".npz" or not path.is_file():
-        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON
+        record = json.loads(npz.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or no JSON
         return None
-    return record if isinstance(record, dict) and PIXELS in record else None
+    return record if npz.suffix == ".npz" and isinstance(record, dict) and PIXELS in record else None
 
 
-def drawn_facts(record: dict[str, Any], npz: Path, option: str, sha256: str) -> dict[str, Any]:
-    """What a record says of the images that were measured, for their protocol; UserError if it is of other images."""
+def drawn_facts(npz: Path, option: str, sha256: str) -> dict[str, Any]:
+    """What the record says of the images that were measured, for their protocol; UserError if it is of others."""
+    record = read_drawn(npz)
+    if record is None:
+        return {}
     if record[PIXELS] != sha256:
         raise UserError(
             f"{option}: {npz.with_suffix('.json')} tells of other images ({record[PIXELS][:12]}) than {npz} holds "

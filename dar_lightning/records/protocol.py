@@ -23,10 +23,8 @@ DEPENDS = {
     "psnr": (("reconstruction.images", "reconstruction.data_range", "reconstruction.psnr"), ("images",)),
     "ssim": (("reconstruction.images", "reconstruction.data_range", "reconstruction.ssim"), ("images",)),
     "lpips": (("reconstruction.images", "reconstruction.lpips", "reconstruction.lpips_sha256"), ("images",)),
-    "psnr_own_tokens": (("token_influence",), ()),  # names its images itself
-    "psnr_other_tokens": (("token_influence",), ()),
-    "psnr_same_tokens": (("token_influence",), ()),
-    "psnr_exchanged_from_group": (("token_influence",), ()),
+    "psnr_exchanged_from_group": (("token_influence",), ()),  # names its images itself
+    **{f"psnr_{whose}_tokens": (("token_influence",), ()) for whose in ("own", "other", "same")},
     "probe_accuracy_samples": (("features", "probe"), ()),
     "probe_accuracy_reference": (("features", "probe"), ("images",)),
 }
@@ -53,14 +51,11 @@ class Protocol:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Protocol":
-        """From the protocol of a JSON file, of any version."""
-        values = dict(values)
-        versions = values.pop("versions", None)  # before there was provenance
-        if "num_images" in values:  # as `dar reconstruct` had it, all in one level
-            values = _of_old_reconstruction(values)
-        fields = {name: values.pop(name, None) for name in ("samples", "reference", "image_size", "provenance")}
-        fields["provenance"] = fields["provenance"] or (versions and {"versions": versions})
-        return cls(**fields | {name: fields[name] or {} for name in ("samples", "reference")}, methods=values)
+        """From the protocol of a JSON file."""
+        rest = dict(values)
+        sets = {name: rest.pop(name, None) or {} for name in ("samples", "reference")}
+        others = {name: rest.pop(name, None) for name in ("image_size", "provenance")}
+        return cls(**sets, **others, methods=rest)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in files: the methods beside the rest."""
@@ -119,30 +114,13 @@ def write_metrics(path: str | Path, metrics: dict[str, float | None], protocol: 
 
 
 def read_metrics(path: str | Path) -> tuple[dict[str, float | None], Protocol]:
-    """The metrics and the protocol of a file, by whichever version it was written.
-
-    Raises:
-        UserError: the file is missing or something else.
-    """
+    """The metrics and the protocol of a file; UserError if it is missing or something else."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--files: {path} cannot be read ({error}); give files that dar evaluate wrote") from error
-    if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("metrics", "protocol")):
-        raise UserError(f"--files: {path} has no metrics and protocol; give files that dar evaluate wrote")
-    return result["metrics"], Protocol.from_json(result["protocol"])
-
-
-def _of_old_reconstruction(old: dict[str, Any]) -> dict[str, Any]:
-    """The protocol that `dar reconstruct` wrote at first, in today's form."""
-
-    def taken(*names: str) -> dict[str, Any]:
-        return {name: old.pop(name) for name in names if name in old}
-
-    n = {"n": old.pop("num_images")}
-    values = taken("token_influence", "provenance") | {"reference": taken("shards", "crop") | n}
-    values["reconstruction"] = taken("images", "data_range", "psnr", "ssim")
-    return values | {"samples": {"reconstructions": "of the reference"} | old | n}
+        return dict(result["metrics"]), Protocol.from_json(result["protocol"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{path} has no metrics and protocol ({error!r}); give files that dar evaluate wrote"
+        raise UserError(f"--files: {reason}") from error
 
 
 def _identity(reference: dict[str, Any], kind: str) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,21 +30,23 @@ def provenance(device: "torch.device", precision: str) -> dict[str, Any]:
     `precision` is the Trainer's, or the dtype of the weights. The code is looked at once a process: call this when the
     work begins, as files may be edited while it runs.
     """
-    return {
-        "code": _code_at_first_call(),
-        "versions": _versions(),
-        "device": device_name(device),
-        "precision": precision,
-        "command": _command(),
-    }
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # torch-fidelity is optional
+            versions[name] = version(name)
+    program, words = Path(sys.argv[0]), sys.orig_argv
+    if program.stem == "dar" or program.parent == PACKAGE:  # python -m dar_lightning
+        words = ["dar", *sys.argv[1:]]
+    made = {"code": _code_at_first_call(), "versions": versions, "device": device_name(device)}
+    return made | {"precision": precision, "command": shlex.join(words)}
 
 
 def read_code() -> dict[str, Any]:
     """The package as its files are now: `version`, `commit`, `changed`, `sha256`.
 
-    `commit` is of the repository that tracks the package, and `changed` says whether tracked files differ from it, or
-    the package has new modules. Both are None for an installed package, and where git does not answer. `sha256` is of
-    the package's own files: equal hashes are the same code, with or without a commit.
+    `commit` is of the repository that tracks the package; `changed` says whether tracked files differ from it, or the
+    package has new modules. Both are None for an installed package, and where git does not answer. Equal `sha256`, of
+    the package's own files, are the same code, with or without a commit.
     """
     commit = changed = None
     if _git("ls-files", "__init__.py"):  # not a repository in which installed packages merely lie
@@ -76,25 +79,6 @@ def device_name(device: "torch.device") -> str:
 _code_at_first_call = cache(read_code)
 
 
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # torch-fidelity is optional
-            continue
-    return found
-
-
-def _command() -> str:
-    """This process's command as one types it, `dar ...` where it is one."""
-    program = Path(sys.argv[0])
-    if program.stem == "dar" or program.parent == PACKAGE:  # python -m dar_lightning
-        return shlex.join(["dar", *sys.argv[1:]])
-    return shlex.join(sys.orig_argv)
-
-
 def _git(*words: str) -> str | None:
     """What git prints in the package's folder, None where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
@@ -110,10 +94,9 @@ def _package_sha256() -> str | None:
     digest = hashlib.sha256()
     try:
         for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in HASHED):
-            if path.is_relative_to(PACKAGE / "shipped" / "data"):  # a wheel has photos there
-                continue
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{path.relative_to(PACKAGE).as_posix()} {content}\n".encode())
+            if not path.is_relative_to(PACKAGE / "shipped" / "data"):  # a wheel has photos there
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(PACKAGE).as_posix()} {content}\n".encode())
     except OSError:  # a file went away meanwhile
         return None
     return digest.hexdigest()

@@ -28,12 +28,8 @@ def read_scalars(folder: str | Path) -> dict[str, Curve]:
         events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()  # 0: all of them
         for tag in events.Tags()["scalars"]:
             points.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
-    return {
-        tag: Curve(
-            np.array(sorted(found), dtype=np.int64), np.array([found[step] for step in sorted(found)], np.float64)
-        )
-        for tag, found in sorted(points.items())
-    }
+    curves = {tag: zip(*sorted(found.items()), strict=True) for tag, found in sorted(points.items())}
+    return {tag: Curve(*map(np.array, pair)) for tag, pair in curves.items()}
 
 
 def last_scalars(folder: Path, prefixes: tuple[str, ...]) -> dict[str, float]:

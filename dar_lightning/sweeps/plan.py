@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cache
+from itertools import compress, product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from dar_lightning.data.shards import INDEX
 from dar_lightning.errors import UserError
-from dar_lightning.files import find_shipped
+from dar_lightning.files import file_sha256, find_shipped
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
 OUTPUTS = {
@@ -73,11 +73,7 @@ class Work:
     def data(self) -> dict[str, str]:
         """Folders of shards that options or config files name -> SHA-256 of their index; none of earlier stages."""
         indices = {text: Path(find_shipped(text), INDEX) for text in sorted({*self.texts}) if text}
-        return {
-            text: hashlib.sha256(index.read_bytes()).hexdigest()
-            for text, index in indices.items()
-            if os.path.isfile(index)
-        }
+        return {text: file_sha256(index) for text, index in indices.items() if os.path.isfile(index)}
 
     def command(self, root: Path) -> list[str]:
         """Options of `dar`, with the verb first."""
@@ -134,15 +130,13 @@ class Sweep:
         if len(set(names)) < len(names):
             raise UserError(f"grid: two cells are called {next(n for n in names if names.count(n) > 1)}")
         for entry in self.paper:
-            for axis in self.grid:
-                if axis in entry and entry[axis] not in self.grid[axis]:
-                    raise UserError(f"paper: {axis} is {entry[axis]!r}, which the grid does not have")
+            if wrong := [axis for axis in self.grid if axis in entry and entry[axis] not in self.grid[axis]]:
+                raise UserError(f"paper: {wrong[0]} is {entry[wrong[0]]!r}, which the grid does not have")
         known = {*self.cells[0].variables, "seed"}
         for name, stage in self.stages.items():
-            for place in _places([stage.options, stage.config]):
-                if place not in known:
-                    what = "no axis, no name that it gives, and no earlier stage"
-                    raise UserError(f"stages: {name} has {{{place}}}, which is {what}")
+            if wrong := [place for place in _places([stage.options, stage.config]) if place not in known]:
+                what = "no axis, no name that it gives, and no earlier stage"
+                raise UserError(f"stages: {name} has {{{wrong[0]}}}, which is {what}")
             if name in known:
                 raise UserError(f"stages: {name} is the name of an axis too, or of what one gives")
             known.add(name)
@@ -152,9 +146,10 @@ class Sweep:
         """Every combination of the axes' values."""
         cells = []
         for values in product(*self.grid.values()):
-            chosen, variables = dict(zip(self.grid, values, strict=True)), {}
+            chosen = dict(zip(self.grid, values, strict=True))
+            variables = dict(chosen)
             for axis, value in chosen.items():
-                variables |= {axis: value} | (self.grid[axis][value] if isinstance(self.grid[axis], Mapping) else {})
+                variables |= self.grid[axis][value] if isinstance(self.grid[axis], Mapping) else {}
             name = ",".join(f"{axis}={value}" for axis, value in chosen.items())
             cells.append(Cell(re.sub(r"[^\w.=,+-]", "_", name), chosen, variables))
         return cells
@@ -180,32 +175,20 @@ class Sweep:
         """Every cell with every seed; all cells of the first seed come first."""
         yield from ((cell, seed) for seed in self.seeds for cell in self.cells)
 
-    def paper_of(self, cell: Cell) -> dict[str, float]:
-        """What the paper reports for a cell."""
-        for entry in self.paper:
-            if all(cell.values[axis] == entry[axis] for axis in self.grid if axis in entry):
-                return {name: value for name, value in entry.items() if name not in self.grid}
-        return {}
-
     def summary(self) -> dict[str, Any]:
         """sweep.json, for whoever reads the results."""
-        return {
-            "name": self.name,
-            "title": self.title or self.name,
-            "axes": {axis: list(values) for axis, values in self.grid.items()},
-            "x_axis": self.x_axis or next(iter(self.grid)),
-            "cells": [
-                {"name": cell.name, "values": cell.values, "seeds": self.seeds, "paper": self.paper_of(cell)}
-                for cell in self.cells
-            ],
-            "figures": self.figures,
-            "budget": self.budget,
-        }
-
-
-def shown(command: list[str]) -> str:
-    """A command as one types it."""
-    return shlex.join(["dar", *command])
+        cells = []
+        for cell in self.cells:
+            fits = (
+                all(cell.values[axis] == entry[axis] for axis in self.grid if axis in entry) for entry in self.paper
+            )
+            entry = next(compress(self.paper, fits), {})
+            paper = {name: value for name, value in entry.items() if name not in self.grid}
+            cells.append({"name": cell.name, "values": cell.values, "seeds": self.seeds, "paper": paper})
+        axes = {axis: list(values) for axis, values in self.grid.items()}
+        told = {"name": self.name, "title": self.title or self.name, "axes": axes}
+        told |= {"x_axis": self.x_axis or next(iter(axes)), "cells": cells}
+        return told | {"figures": self.figures, "budget": self.budget}
 
 
 def _texts(value: Any) -> list[str]:
@@ -239,9 +222,14 @@ def _text(value: Any) -> str:
 
 
 def _config_text(path: str) -> str:
-    """What a config file says; comments and layout do not count."""
+    """What a config file says, as JSON; comments and layout do not count."""
     try:
-        return json.dumps(yaml.safe_load(Path(find_shipped(path)).read_text(encoding="utf-8")), default=str)
+        return _yaml_as_json(Path(find_shipped(path)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is no YAML"
         raise UserError(f"stages: config {path} cannot be read: {reason}") from error
+
+
+@cache  # all cells have the same few files
+def _yaml_as_json(text: str) -> str:
+    return json.dumps(yaml.safe_load(text), default=str)

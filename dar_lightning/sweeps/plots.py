@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dar_lightning.files import atomic_path
-from dar_lightning.sweeps.results import SAMPLES, CellResult, StageResult, SweepResult
-from dar_lightning.sweeps.tables import CURVES, GROUPS, Row, remarks, shown_metrics, value_text
+from dar_lightning.sweeps.results import SAMPLES, CellResult, SweepResult
+from dar_lightning.sweeps.tables import CURVES, GROUPS, Row, is_number, remarks, shown_metrics, value_text
 
 PANEL = (3.6, 3.0)  # inches
 CORNER, COLUMNS = (660, 920), 5  # pixels of a cell's samples that are shown; cells in a row
@@ -22,63 +22,58 @@ CORNER, COLUMNS = (660, 920), 5  # pixels of a cell's samples that are shown; ce
 
 def cell_colors(sweep: SweepResult) -> dict[str, Any]:
     """A colour per cell: from a scale where the axis of the study counts, else apart from each other."""
-    count = len(sweep.cells)
-    if _counts(sweep.axes[sweep.x_axis]):
-        return {cell.name: colormaps["viridis"](0.9 * i / max(1, count - 1)) for i, cell in enumerate(sweep.cells)}
-    return {cell.name: f"C{i % 10}" for i, cell in enumerate(sweep.cells)}
+    scale, last = colormaps["viridis"], max(1, len(sweep.cells) - 1)
+    counts = all(map(is_number, sweep.axes[sweep.x_axis]))
+    return {cell.name: scale(0.9 * i / last) if counts else f"C{i % 10}" for i, cell in enumerate(sweep.cells)}
 
 
 def plot_metrics(sweep: SweepResult, rows: list[Row]) -> Figure | None:
     """A panel per measured metric, every run a dot beside its cell's mean ± std; below, the paper's numbers."""
     found = {(row.cell.name, row.source, row.metric): row for row in rows}
-    measured = [name for name in shown_metrics(sweep, rows) if any(key[1:] == ("measured", name) for key in found)]
-    if not measured:
+    measured = {row.metric for row in rows if row.source == "measured"}
+    panels = [("measured", name) for name in shown_metrics(sweep, rows) if name in measured]
+    if not panels:
         return None
-    papers = dict.fromkeys(row.metric for row in rows if row.source == "paper")
-    panels = [("measured", name) for name in measured] + [("paper", name) for name in papers]
+    panels += dict.fromkeys(("paper", row.metric) for row in rows if row.source == "paper")
     titles = [name if source == "measured" else f"paper: {name}" for source, name in panels]
-    figure, grid = _panels(sweep, titles, sweep.x_axis)
-    known = {value_text(row.cell.values[sweep.x_axis]) for row in rows if sweep.x_axis in row.cell.values}
-    shown = [text for value in sweep.axes[sweep.x_axis] if (text := value_text(value)) in known]  # pending cells wait
-    places = {text: place for place, text in enumerate(shown)}
-    line = "o-" if _counts(sweep.axes[sweep.x_axis]) else "o"
-    for axes, (source, name) in zip(grid, panels, strict=True):
-        for number, (label, cells) in enumerate(_series(sweep).items()):
-            drawn = {
-                places[value_text(cell.values[sweep.x_axis])]: row
-                for cell in cells
-                if (row := found.get((cell.name, source, name)))
-            }
-            for place, row in drawn.items():
+    figure, grid = _panels(sweep.title, remarks(sweep), titles, sweep.x_axis)
+    known = {value_text(row.cell.values[sweep.x_axis]) for row in rows}  # pending cells wait for their places
+    shown = [text for text in map(value_text, sweep.axes[sweep.x_axis]) if text in known]
+    series: dict[str, list[CellResult]] = {}  # of cells that differ in this axis alone, named for the others
+    for cell in sweep.cells:
+        others = [f"{axis} {value_text(value)}" for axis, value in cell.values.items() if axis != sweep.x_axis]
+        series.setdefault(", ".join(others), []).append(cell)
+    line = "o-" if all(map(is_number, sweep.axes[sweep.x_axis])) else "o"
+    turned = dict(rotation=20, ha="right") if max(map(len, shown)) > 12 else {}
+    turned = dict(rotation=90) if sum(map(len, shown)) > 60 else turned  # labels of a panel's width
+    for axes, panel in zip(grid, panels, strict=True):
+        for number, (label, cells) in enumerate(series.items()):
+            drawn = [found[cell.name, *panel] for cell in cells if (cell.name, *panel) in found]
+            places = [shown.index(value_text(row.cell.values[sweep.x_axis])) for row in drawn]
+            for place, row in zip(places, drawn, strict=True):
                 if len(row.values) > 1:
                     dots = [place + 0.12] * len(row.values)
                     axes.plot(dots, row.values, ".", color=f"C{number}", markersize=4, alpha=0.5)
             if drawn:
-                means, spread = zip(*((row.mean, row.std or 0.0) for row in drawn.values()), strict=True)
                 style = dict(fmt=line, capsize=4, linewidth=1, color=f"C{number}", label=label)
-                axes.errorbar(list(drawn), means, spread, **style)
-        turned = dict(rotation=20, ha="right") if max(map(len, places)) > 12 else {}
-        turned = dict(rotation=90) if sum(map(len, places)) > 60 else turned  # labels of a panel's width
-        axes.set_xticks(range(len(places)), places, fontsize=8, **turned)
-        axes.set_xlim(-0.5, len(places) - 0.5)
-        if source == "paper":
+                axes.errorbar(places, [row.mean for row in drawn], [row.std or 0.0 for row in drawn], **style)
+        axes.set_xticks(range(len(shown)), shown, fontsize=8, **turned)
+        axes.set_xlim(-0.5, len(shown) - 0.5)
+        if panel[0] == "paper":
             axes.set_facecolor("#f4f4f4")
-    if len(_series(sweep)) > 1:
+    if len(series) > 1:
         grid[0].legend(fontsize=8)
     return figure
 
 
 def plot_curves(sweep: SweepResult) -> Figure | None:
     """Validation losses over steps: a thin line per training, a thick one where their mean is."""
-    panels = [
-        (name, tag)
-        for name in sweep.varied_stages
-        for tag in CURVES
-        if any(tag in stage.scalars for stage in _stages(sweep, name))
-    ]
+    logged = _logged(sweep)
+    panels = [(name, tag) for name in sweep.varied_stages for tag in CURVES if (name, tag) in logged]
     if not panels:
         return None
-    figure, grid = _panels(sweep, [f"{name}: {tag}" for name, tag in panels], "step", width=1.5)
+    titles = [f"{name}: {tag}" for name, tag in panels]
+    figure, grid = _panels(sweep.title, remarks(sweep), titles, "step", width=1.5)
     colors = cell_colors(sweep)
     for axes, (name, tag) in zip(grid, panels, strict=True):
         for cell in sweep.cells:
@@ -87,7 +82,8 @@ def plot_curves(sweep: SweepResult) -> Figure | None:
             for curve in curves:
                 axes.plot(curve.steps, curve.values, color=color, linewidth=0.7, alpha=0.6)
             if curves:
-                steps, mean = _mean(curves)
+                steps = reduce(np.intersect1d, (curve.steps for curve in curves))
+                mean = np.mean([curve.values[np.isin(curve.steps, steps)] for curve in curves], axis=0)
                 label = f"{_label(cell)} (n = {len(curves)})"
                 axes.plot(steps, mean, "o-", markersize=4, color=color, linewidth=2, label=label)
         axes.legend(fontsize=8)
@@ -96,11 +92,11 @@ def plot_curves(sweep: SweepResult) -> Figure | None:
 
 def plot_groups(sweep: SweepResult) -> Figure | None:
     """What validation last said of each group of tokens: mean ± std per cell."""
-    tags = {(name, tag) for name in sweep.varied_stages for stage in _stages(sweep, name) for tag in stage.scalars}
-    panels = sorted({(name, match[1]) for name, tag in tags if (match := GROUPS.match(tag))})
+    panels = sorted({(name, match[1]) for name, tag in _logged(sweep) if (match := GROUPS.match(tag))})
     if not panels:
         return None
-    figure, grid = _panels(sweep, [f"{name}: {family}" for name, family in panels], "group of tokens", width=1.3)
+    titles = [f"{name}: {family}" for name, family in panels]
+    figure, grid = _panels(sweep.title, remarks(sweep), titles, "group of tokens", width=1.3)
     colors = cell_colors(sweep)
     for axes, (name, family) in zip(grid, panels, strict=True):
         for cell in sweep.cells:
@@ -126,23 +122,25 @@ def plot_samples(sweep: SweepResult) -> Figure | None:
 
     A corner of each grid is shown, since a whole one of some hundred images would be a carpet.
     """
-    shown = [(cell, run) for cell in sweep.cells for run in cell.having("done")[:1] if (run.folder / SAMPLES).is_file()]
-    if not shown:
+    corners = {}
+    for cell in sweep.cells:
+        for run in cell.having("done")[:1]:
+            if (run.folder / SAMPLES).is_file():
+                with Image.open(run.folder / SAMPLES) as image:
+                    corner = np.asarray(image.convert("RGB"))[: CORNER[1], : CORNER[0]]
+                corners[f"{_label(cell)}, seed {run.seed}"] = corner
+    if not corners:
         return None
-    columns = min(COLUMNS, len(shown))
-    corners = []
-    for _, run in shown:
-        with Image.open(run.folder / SAMPLES) as image:
-            corners.append(np.asarray(image.convert("RGB"))[: CORNER[1], : CORNER[0]])
-    width, height = (max(corner.shape[axis] for corner in corners) / 200 for axis in (1, 0))  # half size at 100 dpi
-    lines = math.ceil(len(shown) / columns)
+    columns = min(COLUMNS, len(corners))
+    lines = math.ceil(len(corners) / columns)
+    height, width = (max(corner.shape[axis] for corner in corners.values()) / 200 for axis in (0, 1))  # half size
     figure = Figure(figsize=(columns * (width + 0.1), lines * (height + 0.3)), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
-    for axes, (cell, run), corner in zip(grid, shown, corners, strict=False):
+    for axes, (title, corner) in zip(grid, corners.items(), strict=False):
         axes.imshow(corner)
-        axes.set_title(f"{_label(cell)}, seed {run.seed}", fontsize=9, loc="left")
+        axes.set_title(title, fontsize=9, loc="left")
     return figure
 
 
@@ -151,21 +149,13 @@ def plot_table(
 ) -> Figure:
     """A table's Frechet distance of each row, and the paper's FID, in two panels with the same rows."""
     ours, places = [row["metrics"][frechet] for row in results], range(len(results))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    spread = [one["std"] or 0.0 for one in ours]
-    left.errorbar(places, [one["mean"] for one in ours], spread, fmt="o", capsize=4, color="C0")
-    left.set_title(f"here: {frechet}", fontsize=10)
+    figure, (left, right) = _panels(title, [caveat], [f"here: {frechet}", "paper: FID"], axis, width=1.25)
+    left.errorbar(places, [one["mean"] for one in ours], [one["std"] or 0.0 for one in ours], fmt="o", capsize=4)
     right.plot(places, [row["paper"].get("FID", float("nan")) for row in results], "s", color="C1")
-    right.set_title("paper: FID", fontsize=10)
     for axes in (left, right):
         axes.set_xticks(places, labels, fontsize=8)
-        axes.set_xlabel(axis, fontsize=8)
         axes.set_xlim(-0.5, len(results) - 0.5)
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.grid(axis="y", alpha=0.3)
-    figure.suptitle(title, fontsize=11)
-    figure.supxlabel(textwrap.fill(caveat, 150), fontsize=7)
     return figure
 
 
@@ -175,11 +165,10 @@ def save_plot(figure: Figure, path: Path) -> None:
         figure.savefig(part, format=path.suffix.removeprefix("."), dpi=100)
 
 
-def _counts(values: Iterable) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-def _panels(sweep: SweepResult, titles: list[str], x_label: str, width: float = 1.0) -> tuple[Figure, list[Axes]]:
+def _panels(
+    title: str, notes: list[str], titles: list[str], x_label: str, width: float = 1.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of axes, one for each title, and notes below."""
     count = len(titles)
     columns = count if count <= 3 else math.ceil(math.sqrt(count))
     lines = math.ceil(count / columns)
@@ -192,33 +181,17 @@ def _panels(sweep: SweepResult, titles: list[str], x_label: str, width: float = 
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_label, fontsize=9)
         axes.grid(alpha=0.3)
-    figure.suptitle(sweep.title, fontsize=11)
+    figure.suptitle(title, fontsize=11)
     letters = int(20 * size[0])  # of a line
-    figure.supxlabel("\n".join(textwrap.fill(remark, letters) for remark in remarks(sweep)), fontsize=6)
+    figure.supxlabel("\n".join(textwrap.fill(note, letters) for note in notes), fontsize=6)
     return figure, grid[:count]
 
 
-def _series(sweep: SweepResult) -> dict[str, list[CellResult]]:
-    """Cells that differ in the axis of the study alone, named for the others."""
-    series: dict[str, list[CellResult]] = {}
-    for cell in sweep.cells:
-        if sweep.x_axis in cell.values:
-            others = [f"{axis} {value_text(value)}" for axis, value in cell.values.items() if axis != sweep.x_axis]
-            series.setdefault(", ".join(others), []).append(cell)
-    return series
-
-
 def _label(cell: CellResult) -> str:
-    return ", ".join(f"{axis} {value_text(value)}" for axis, value in cell.values.items()) or cell.name
+    return ", ".join(f"{axis} {value_text(value)}" for axis, value in cell.values.items())
 
 
-def _stages(sweep: SweepResult, name: str) -> list[StageResult]:
-    return [stage for cell in sweep.cells for stage in cell.stages(name)]
-
-
-def _mean(curves: list) -> tuple[np.ndarray, np.ndarray]:
-    """Over the steps that all curves have."""
-    steps = curves[0].steps
-    for curve in curves[1:]:
-        steps = np.intersect1d(steps, curve.steps)
-    return steps, np.mean([curve.values[np.isin(curve.steps, steps)] for curve in curves], axis=0)
+def _logged(sweep: SweepResult) -> set[tuple[str, str]]:
+    """(stage, tag) of every curve of the stages that vary."""
+    stages = [stage for name in sweep.varied_stages for cell in sweep.cells for stage in cell.stages(name)]
+    return {(stage.name, tag) for stage in stages for tag in stage.scalars}

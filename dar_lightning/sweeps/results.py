@@ -22,7 +22,6 @@ class StageResult:
     name: str
     folder: Path  # runs that share the work have the same
     status: str  # done, failed or pending
-    seconds: float | None
     code: dict[str, Any] | None = None  # that made it (`records.provenance.read_code`); None where it was not noted
 
     @cached_property
@@ -69,7 +68,6 @@ class SweepResult:
     """A grid of cells."""
 
     folder: Path
-    name: str
     title: str
     axes: dict[str, list[Any]]  # axis -> its values in order
     x_axis: str  # the axis that plots run over
@@ -110,17 +108,9 @@ def read_sweep(folder: str | Path) -> SweepResult:
         cells = []
         for cell in told["cells"]:
             runs = tuple(_run(folder, cell["name"], seed) for seed in cell["seeds"])
-            cells.append(CellResult(cell["name"], cell["values"], cell.get("paper") or {}, runs))
-        sweep = SweepResult(
-            folder=folder,
-            name=told["name"],
-            title=told.get("title") or told["name"],
-            axes=told["axes"],
-            x_axis=told["x_axis"],
-            metrics=tuple(told["figures"]),
-            budget=told.get("budget") or "",
-            cells=tuple(cells),
-        )
+            cells.append(CellResult(cell["name"], cell["values"], cell["paper"], runs))
+        fields = {name: told[name] for name in ("title", "axes", "x_axis", "budget")}
+        sweep = SweepResult(folder, **fields, metrics=tuple(told["figures"]), cells=tuple(cells))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is not what dar sweep writes: {error!r}") from error
     _check_protocols([run for run in sweep.runs if run.status == "done"])
@@ -129,23 +119,20 @@ def read_sweep(folder: str | Path) -> SweepResult:
 
 def _run(root: Path, cell: str, seed: int) -> RunResult:
     folder = run_folder(root, cell, seed)
-    if not (folder / RUN).is_file():
-        return RunResult(cell, seed, folder, "pending")
-    told = read_json(folder / RUN)
-    if told["status"] not in STATUSES:
-        raise UserError(f"{folder / RUN}: status is {told['status']!r}: it must be {', '.join(STATUSES)}")
+    told = read_json(folder / RUN) if (folder / RUN).is_file() else {"status": "pending", "stages": []}
     stages = tuple(
-        StageResult(stage["name"], root / stage["folder"], stage["status"], stage.get("seconds"), stage.get("code"))
+        StageResult(stage["name"], root / stage["folder"], stage["status"], stage.get("code"))
         for stage in told["stages"]
     )
-    if told["status"] != "done":
-        return RunResult(cell, seed, folder, told["status"], stages)
-    if not (folder / METRICS).is_file():
-        raise UserError(f"{folder / METRICS} is missing, but the run is done: start dar sweep again")
+    status = told["status"]
+    if status == "done" and not (folder / METRICS).is_file():
+        status = "pending"  # killed in between: the sweep, started again, writes them
+    if status != "done":
+        return RunResult(cell, seed, folder, status, stages)
     measured = read_json(folder / METRICS)
     metrics = {name: value for name, value in measured["figures"].items() if value is not None}  # None: infinite PSNR
     folders = {stage.name: stage.folder for stage in stages}
-    works = {metric: folders[stage] for metric, stage in measured.get("stages", {}).items()}
+    works = {metric: folders[stage] for metric, stage in measured["stages"].items()}
     protocols = {stage: Protocol.from_json(protocol) for stage, protocol in measured["protocol"].items()}
     return RunResult(cell, seed, folder, "done", stages, metrics, works, protocols)
 

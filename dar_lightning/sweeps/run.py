@@ -1,11 +1,15 @@
-"""The runs of a sweep: each stage once, whichever cells share it, with its results in the sweep's folder."""
+"""The runs of a sweep: each stage once, whichever cells share it, and anew where other code or data made it."""
 
+import hashlib
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,14 +20,14 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import read_json, users_path, write_text
 from dar_lightning.generation.grids import mosaic, save_png
 from dar_lightning.metrics.images import NpzImages
+from dar_lightning.records.provenance import FILE, read_code
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
-from dar_lightning.sweeps.finished import BEGUN, DONE, LOCK, code_hashes, is_outdated, made_from, put_aside, read_done
-from dar_lightning.sweeps.plan import Cell, Sweep, Work, shown
+from dar_lightning.sweeps.plan import Cell, Sweep, Work
 from dar_lightning.sweeps.results import METRICS, RUN, SAMPLES, SWEEP, run_folder
 
 PROGRAM = [sys.executable, "-m", "dar_lightning"]
-LOG = "log.txt"
+DONE, BEGUN, LOCK, LOG = "done.json", "begun.json", ".sweep.lock", "log.txt"
 SCALARS = ("val/", "groups/val_", "written/val_")  # what metrics.json takes from a training's logs
 REPORTS = {"evaluate": "evaluation.json", "reconstruct": "reconstruction.json"}
 PICTURES = {"sample": "samples.png", "reconstruct": "reconstructions.png"}
@@ -48,12 +52,10 @@ class Runner:
         if any(not path.name.startswith(".") for path in self.root.iterdir()) and not mark.exists():
             raise UserError(f"output: {self.root} holds other files, give a new folder")
         with FileLock(self.root / LOCK):
-            if mark.exists() and read_json(mark).get("name") != self.plan.name:
-                name = read_json(mark).get("name")
+            if mark.exists() and (name := read_json(mark).get("name")) != self.plan.name:
                 raise UserError(f"output: {self.root} is of the sweep {name}, give another folder")
             write_text(mark, json.dumps(self.plan.summary(), indent=2) + "\n")
-            settings = vars(self.plan) | {"stages": {name: vars(stage) for name, stage in self.plan.stages.items()}}
-            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+            text = yaml.safe_dump(asdict(self.plan), sort_keys=False, allow_unicode=True, width=120)
             write_text(self.root / "sweep.yaml", text)
             for cell, seed in self.plan.runs():
                 self._prepare_cell(cell, seed)
@@ -73,17 +75,13 @@ class Runner:
         folder, works = run_folder(self.root, cell.name, seed), self.plan.work(cell, seed)
         if (folder / RUN).exists():
             before = {stage["name"]: stage for stage in read_json(folder / RUN)["stages"]}
-            hashes = {name: work.hash for name, work in works.items()}
-            same = {name: stage["hash"] for name, stage in before.items()} == hashes
+            changed = [name for name in works if name not in before or before[name]["hash"] != works[name].hash]
+            same = not changed and before.keys() == works.keys()
             if same and not any(is_outdated(work, self.root, self.wanted) for work in works.values()):
                 return
-            changed = [
-                f"{name} has changed since it was done in {before[name]['folder']}"
-                for name in works
-                if name in before and before[name]["status"] == "done" and before[name]["hash"] != hashes[name]
-            ]
-            if changed:
-                print(f"  {changed[0]}: it is to be done again ({cell.name} seed {seed})", flush=True)
+            for name in [name for name in changed if before.get(name, {}).get("status") == "done"][:1]:
+                what = f"{name} has changed since it was done in {before[name]['folder']}"
+                print(f"  {what}: it is to be done again ({cell.name} seed {seed})", flush=True)
         for result in (METRICS, SAMPLES):  # metrics of another config would mislead
             (folder / result).unlink(missing_ok=True)
         self._record(cell, seed, {})
@@ -96,7 +94,7 @@ class Runner:
             for name, work in self.plan.work(cell, seed).items()
         ]
         found = {stage["status"] for stage in stages}
-        status = "failed" if "failed" in found else "pending" if "pending" in found else "done"
+        status = next(status for status in ("failed", "pending", "done") if status in found)
         state = {"cell": cell.name, "seed": seed, "values": cell.values, "status": status, "stages": stages}
         write_text(run_folder(self.root, cell.name, seed) / RUN, json.dumps(state, indent=2) + "\n")
         return state
@@ -117,21 +115,23 @@ class Runner:
         with held:
             done = read_done(work, self.root)
             again = work.hash not in self.tried and is_outdated(work, self.root, self.wanted)
-            if done is not None and not again:
-                print(f"  {work.stage}  done already: {folder}", flush=True)
-                return _state(done)
             if again:
-                print(f"  {work.stage}  is made anew; what it was: {put_aside(work, self.root)}", flush=True)
-            return self._execute(work, lock)
+                print(f"  {work.stage}  is made anew; what it was: {_put_aside(folder, self.root)}", flush=True)
+            if done is None or again:
+                return self._execute(work, lock)
+            print(f"  {work.stage}  done already: {folder}", flush=True)
+            return {"status": "done", "seconds": done["seconds"], "code": done["made"]["code"]}
 
     def _execute(self, work: Work, lock: FileLock) -> dict[str, Any]:
-        folder, command, made = self.root / work.folder, work.command(self.root), made_from(work, self.root)
+        folder, command = self.root / work.folder, work.command(self.root)
+        needs = {name: _mark(need, self.root) for name, need in work.needs.items()}
+        made = {"code": read_code(), "data": work.data(), "needs": needs}  # what decides its results, beside its hash
         write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
         if not (folder / BEGUN).exists():  # an interrupted training goes on from what it was begun from
             write_text(folder / BEGUN, json.dumps(made) + "\n")
         start = time.monotonic()
         with open(folder / LOG, "a", encoding="utf-8") as log:
-            print(f"$ {shown(command)}", file=log, flush=True)
+            print("$", shlex.join(["dar", *command]), file=log, flush=True)
             status, stopped = _call([*PROGRAM, *command], log, lock)
         seconds = round(time.monotonic() - start, 1)
         if status and not stopped:
@@ -143,18 +143,79 @@ class Runner:
             if (resolved := folder / "tensorboard/config.yaml").exists():  # Lightning's, every value that it used
                 shutil.copyfile(resolved, folder / "config.yaml")
             done = {"hash": work.hash, "command": command, "seconds": seconds}
-            done["made"] = made | {"codes": code_hashes(work, self.root)}
+            done["made"] = made | {"codes": sorted(_noted_codes(folder))}
             write_text(folder / DONE, json.dumps(done) + "\n")
             self.tried[work.hash] = "done"
             print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
         if stopped:
             print(f"  {work.stage}  {signal.Signals(stopped).name}: stopped; start again to go on", flush=True)
             sys.exit(128 + stopped)
-        return _state(done)
+        return {"status": "done", "seconds": seconds, "code": made["code"]}
 
 
-def _state(done: dict[str, Any]) -> dict[str, Any]:
-    return {"status": "done", "seconds": done["seconds"], "code": done.get("made", {}).get("code")}
+def read_done(work: Work, root: Path) -> dict[str, Any] | None:
+    """The record of a finished stage in a sweep's folder, None of another."""
+    path = root / work.folder / DONE
+    return read_json(path) if path.exists() else None
+
+
+def is_of_others(work: Work, root: Path, code: str) -> bool:
+    """Whether a stage is finished or begun, and other code than that of this hash, or other data, made it."""
+    made = _made(work, root)
+    if made is None:
+        return False
+    begun = read_done(work, root) is None
+    codes = _noted_codes(root / work.folder) if begun else {made["code"]["sha256"], *made["codes"]}
+    return bool(codes - {code}) or made["data"] != work.data()
+
+
+def is_outdated(work: Work, root: Path, wanted: str | None) -> bool:
+    """Whether a stage must begin anew: other code or data than wanted made it, or what it needs is or was made anew.
+
+    `wanted` is the hash of the code that it must be of, with today's data; None where any is as good.
+    """
+    if wanted is not None and is_of_others(work, root, wanted):
+        return True
+    made = _made(work, root)
+    return made is not None and any(
+        is_outdated(need, root, wanted) or _mark(need, root) not in (None, made["needs"][name])
+        for name, need in work.needs.items()
+    )
+
+
+def _made(work: Work, root: Path) -> dict[str, Any] | None:
+    """What a finished or begun stage was made from; None of another."""
+    done, begun = read_done(work, root), root / work.folder / BEGUN
+    if done is not None:
+        return done["made"]
+    return read_json(begun) if begun.exists() else None
+
+
+def _mark(work: Work, root: Path) -> str | None:
+    """What made a finished stage, as one hash."""
+    done = read_done(work, root)
+    if done is None:
+        return None
+    made = done["made"] | {"code": done["made"]["code"]["sha256"]}  # a commit that changes no code changes nothing
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def _noted_codes(folder: Path) -> set[str]:
+    """Hashes of the code that worked in a stage's folder, where the verb notes it: an interrupted stage has several."""
+    paths = [folder / place / FILE for place in ("", "tensorboard")]
+    made = [one for path in paths if path.is_file() for one in json.loads(path.read_text(encoding="utf-8"))]
+    return {str(one["code"]["sha256"]) for one in made}
+
+
+def _put_aside(folder: Path, root: Path) -> Path:
+    """Move a stage's results to a folder of `replaced`: a training would go on from its checkpoint."""
+    names = (root / "replaced" / f"{folder.name}-{n}" for n in count(1))
+    place = next(name for name in names if not name.exists())
+    place.mkdir(parents=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == DONE):  # killed before, it does so again
+        if path.name != LOCK:
+            path.rename(place / path.name)
+    return place
 
 
 def _call(words: list[str], log: IO[str], lock: FileLock) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from dar_lightning.files import write_text
 from dar_lightning.records.protocol import PAPER_COUNT, Protocol
 from dar_lightning.records.provenance import code_name
-from dar_lightning.sweeps.results import STATUSES, CellResult, RunResult, SweepResult
+from dar_lightning.sweeps.results import STATUSES, CellResult, SweepResult
 
 CURVES = ("val/loss", "val/flow")  # what the two kinds of training are judged by
 GROUPS = re.compile(r"(groups/val_\w+?|written/val_\w+?)_(\d+)$")  # a scalar per group of tokens, or per part written
@@ -37,9 +37,6 @@ class Row:
         """Of the values as a sample; None of a single one."""
         return stdev(self.values) if len(self.values) > 1 else None
 
-    def __str__(self) -> str:
-        return spread_text(self.mean, self.std)
-
 
 def summarize(sweep: SweepResult) -> list[Row]:
     """Every metric of every cell; cells without a finished run have the paper's only."""
@@ -47,7 +44,7 @@ def summarize(sweep: SweepResult) -> list[Row]:
     for cell in sweep.cells:
         done = cell.having("done")
         for metric in dict.fromkeys(name for run in done for name in run.metrics):
-            by_work = {run.works.get(metric, run.folder): run.metrics[metric] for run in done if metric in run.metrics}
+            by_work = {run.works[metric]: run.metrics[metric] for run in done if metric in run.metrics}
             rows.append(Row(cell, "measured", metric, tuple(by_work.values())))
         rows += [Row(cell, "paper", metric, (value,)) for metric, value in cell.paper.items()]
     return rows
@@ -58,16 +55,16 @@ def write_tables(sweep: SweepResult, rows: list[Row], output: Path) -> str:
     lines = [["cell", *sweep.axes, "source", "figure", "mean", "std", "n", "failed", "pending"]]
     for row in rows:
         counts = [len(row.values), len(row.cell.having("failed")), len(row.cell.having("pending"))]
-        numbers = [row.mean, "" if row.std is None else row.std, *(counts if row.source != "paper" else ["", "", ""])]
-        lines.append([row.cell.name, *_values(sweep, row.cell), row.source, row.metric, *numbers])
-    write_text(output / "table.csv", _csv(lines))
+        counts = counts if row.source == "measured" else ["", "", ""]
+        lines.append([row.cell.name, *_values(row.cell), row.source, row.metric, row.mean, row.std, *counts])
+    _write_csv(output / "table.csv", lines)
 
     lines = [["cell", *sweep.axes, "seed", "status", "figure", "value"]]
     for cell in sweep.cells:
         for run in cell.runs:
-            start = [cell.name, *_values(sweep, cell), run.seed, run.status]
-            lines += [[*start, name, value] for name, value in run.metrics.items()] or [[*start, "", ""]]
-    write_text(output / "runs.csv", _csv(lines))
+            found = run.metrics or {"": ""}
+            lines += [[cell.name, *_values(cell), run.seed, run.status, name, value] for name, value in found.items()]
+    _write_csv(output / "runs.csv", lines)
 
     text = markdown(sweep, rows)
     write_text(output / "table.md", text)
@@ -79,19 +76,22 @@ def markdown(sweep: SweepResult, rows: list[Row]) -> str:
     metrics = shown_metrics(sweep, rows)
     papers = list(dict.fromkeys(row.metric for row in rows if row.source == "paper"))
     columns = [("measured", name) for name in metrics] + [("paper", name) for name in papers]
-    found = {(row.cell.name, row.source, row.metric): str(row) for row in rows}
-    lines = [
-        [*_values(sweep, cell), runs_text(cell), *(found.get((cell.name, *column), "") for column in columns)]
-        for cell in sweep.cells
-    ]
+    found = {(row.cell.name, row.source, row.metric): spread_text(row.mean, row.std) for row in rows}
+    lines = []
+    for cell in sweep.cells:
+        missing = [f"{len(cell.having(status))} {status}" for status in STATUSES[1:] if cell.having(status)]
+        runs = f"{len(cell.having('done'))}" + (f" of {len(cell.runs)} ({', '.join(missing)})" if missing else "")
+        lines.append([*_values(cell), runs, *(found.get((cell.name, *column), "") for column in columns)])
+    notes = remarks(sweep)
+    for status in STATUSES[1:]:
+        names = []
+        for run in (run for run in sweep.runs if run.status == status):
+            stage = next((f" ({stage.name})" for stage in run.stages if stage.status == "failed"), "")
+            names.append(f"{run.cell} seed {run.seed}{stage}")
+        notes += [f"{status.capitalize()}: {', '.join(names)}"] if names else []
     header = [*sweep.axes, "runs", *metrics, *(f"paper: {name}" for name in papers)]
-    missing = [
-        f"{status.capitalize()}: {', '.join(map(_named, runs))}"
-        for status in ("failed", "pending")
-        if (runs := [run for run in sweep.runs if run.status == status])
-    ]
-    notes = (f"{text}  " for text in [*remarks(sweep), *missing])
-    return "\n".join([f"# {sweep.title}", "", *markdown_table(header, lines), "", *notes]) + "\n"
+    table = markdown_table(header, lines)
+    return "\n".join([f"# {sweep.title}", "", *table, "", *(f"{note}  " for note in notes)]) + "\n"
 
 
 def markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -110,13 +110,6 @@ def shown_metrics(sweep: SweepResult, rows: list[Row]) -> list[str]:
     return list(sweep.metrics or dict.fromkeys(row.metric for row in rows if row.source == "measured"))
 
 
-def runs_text(cell: CellResult) -> str:
-    """How many of a cell's runs are done: "3", or "1 of 3 (1 failed, 1 pending)"."""
-    missing = [f"{count} {status}" for status in ("failed", "pending") if (count := len(cell.having(status)))]
-    done = len(cell.having("done"))
-    return f"{done} of {len(cell.runs)} ({', '.join(missing)})" if missing else str(done)
-
-
 def remarks(sweep: SweepResult) -> list[str]:
     """What a reader has to know beside the metrics: how often, with what budget, how measured, how much is missing."""
     texts = ["Mean ± standard deviation over the runs of a cell, each of a seed; without ±, of one piece of work."]
@@ -125,15 +118,24 @@ def remarks(sweep: SweepResult) -> list[str]:
     if done := [run for run in sweep.runs if run.status == "done"]:
         protocols = done[0].protocols.values()
         texts += [f"Measured: {text}." for text in dict.fromkeys(map(_protocol_text, protocols)) if text]
-        if any(cell.paper for cell in sweep.cells) and not any(map(_is_paper_scale, protocols)):
+        paper_scale = any(
+            protocol.methods.get("features", {}).get("name") == "inception" and protocol.samples.get("n") == PAPER_COUNT
+            for protocol in protocols
+        )
+        if any(cell.paper for cell in sweep.cells) and not paper_scale:
             texts.append(f"Not comparable with the paper's numbers: FID of {PAPER_COUNT:,} ImageNet images.")
-    stages = [stage for run in sweep.runs for stage in run.stages if stage.status == "done"]
-    if any(stage.code for stage in stages):
-        texts.append(f"Made by {'; '.join(dict.fromkeys(code_name(stage.code) for stage in stages))}.")
+    codes = [stage.code for run in sweep.runs for stage in run.stages if stage.status == "done"]
+    if any(codes):
+        texts.append(f"Made by {'; '.join(dict.fromkeys(map(code_name, codes)))}.")
     counts = {status: sum(run.status == status for run in sweep.runs) for status in STATUSES}
     if counts["done"] < len(sweep.runs):
         texts.append(f"Runs: {', '.join(f'{count} {status}' for status, count in counts.items())}.")
     return texts
+
+
+def is_number(value: Any) -> bool:
+    """Whether an axis' value counts; true and false do not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def value_text(value: Any) -> str:
@@ -143,29 +145,20 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _named(run: RunResult) -> str:
-    stage = next((stage.name for stage in run.stages if stage.status == "failed"), None)
-    return f"{run.cell} seed {run.seed}" + (f" ({stage})" if stage else "")
-
-
 def _protocol_text(protocol: Protocol) -> str:
-    if "reconstructions" in protocol.samples:
-        facts = [("{} reconstructions", protocol.samples, "n")]
-    else:
-        facts = [("{} images", protocol.samples, "n"), ("{} of reference", protocol.reference, "n")]
+    what = "reconstructions" if "reconstructions" in protocol.samples else "images"
+    facts = [(f"{{}} {what}", protocol.samples, "n")]
+    if what == "images":
+        facts.append(("{} of reference", protocol.reference, "n"))
     facts.append(("features {}", protocol.methods.get("features", {}), "name"))
     return ", ".join(text.format(part[name]) for text, part, name in facts if name in part)
 
 
-def _is_paper_scale(protocol: Protocol) -> bool:
-    return protocol.methods.get("features", {}).get("name") == "inception" and protocol.samples.get("n") == PAPER_COUNT
+def _values(cell: CellResult) -> list[str]:
+    return [value_text(value) for value in cell.values.values()]
 
 
-def _values(sweep: SweepResult, cell: CellResult) -> list[str]:
-    return [value_text(cell.values[axis]) if axis in cell.values else "" for axis in sweep.axes]
-
-
-def _csv(lines: list[list]) -> str:
+def _write_csv(path: Path, lines: list[list]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    write_text(path, text.getvalue())

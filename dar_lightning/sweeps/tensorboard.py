@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from dar_lightning.sweeps.curves import EVENTS
 from dar_lightning.sweeps.results import SAMPLES, SweepResult
-from dar_lightning.sweeps.tables import CURVES, GROUPS, value_text
+from dar_lightning.sweeps.tables import CURVES, GROUPS, is_number, value_text
 
 FOLDER = "tensorboard"
 
@@ -32,9 +31,19 @@ def write_tensorboard(sweep: SweepResult) -> Path:
     for cell in sweep.cells:
         for run in cell.having("done"):
             place = part / cell.name / f"seed{run.seed}"
-            metrics = {name: run.metrics[name] for name in sweep.metrics or run.metrics if name in run.metrics}
-            settings = {axis: _setting(value) for axis, value in cell.values.items()}
-            _write_run(settings | {"seed": run.seed}, metrics, run.folder / SAMPLES, place)
+            shown = sweep.metrics or run.metrics
+            metrics = {f"measured/{name}": run.metrics[name] for name in shown if name in run.metrics}
+            # Numbers as such, by which the table sorts, all else as text.
+            settings = {axis: value if is_number(value) else value_text(value) for axis, value in cell.values.items()}
+            with SummaryWriter(str(place)) as writer:
+                # add_hparams puts them into a folder named for the time
+                for summary in hparams(settings | {"seed": run.seed}, metrics):
+                    writer.file_writer.add_summary(summary)
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, 0)
+                if (run.folder / SAMPLES).is_file():
+                    with Image.open(run.folder / SAMPLES) as image:
+                        writer.add_image("samples", np.asarray(image.convert("RGB")), dataformats="HWC")
             for stage in run.stages:
                 _copy_events(stage.folder, place / stage.name)
     with SummaryWriter(str(part)) as writer:
@@ -42,23 +51,6 @@ def write_tensorboard(sweep: SweepResult) -> Path:
     shutil.rmtree(root, ignore_errors=True)
     part.rename(root)
     return root
-
-
-def _setting(value: Any) -> Any:
-    """An axis' value for the table: numbers, which it sorts as such, or text; true and false would be 1 and 0."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else value_text(value)
-
-
-def _write_run(settings: dict[str, Any], metrics: dict[str, float], samples: Path, folder: Path) -> None:
-    metrics = {f"measured/{name}": value for name, value in metrics.items()}
-    with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(settings, metrics):  # add_hparams puts them into a folder named for the time
-            writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, 0)
-        if samples.is_file():
-            with Image.open(samples) as image:
-                writer.add_image("samples", np.asarray(image.convert("RGB")), dataformats="HWC")
 
 
 def _copy_events(source: Path, folder: Path) -> None:
@@ -69,11 +61,9 @@ def _copy_events(source: Path, folder: Path) -> None:
     writer = EventFileWriter(str(folder))
     for path in files:
         for event in LegacyEventFileLoader(str(path)).Load():
-            if event.HasField("summary"):
-                kept = [value for value in event.summary.value if value.metadata.plugin_data.plugin_name != PLUGIN_NAME]
-                if len(kept) < len(event.summary.value):
-                    del event.summary.value[:]
-                    event.summary.value.extend(kept)
+            for number in reversed(range(len(event.summary.value))):
+                if event.summary.value[number].metadata.plugin_data.plugin_name == PLUGIN_NAME:
+                    del event.summary.value[number]
             if not event.HasField("file_version"):  # the writer begins with one of its own
                 writer.add_event(event)
     writer.close()

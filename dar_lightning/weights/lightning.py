@@ -45,11 +45,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
 
 
 def load_model(source: str | Path, model_class: type[Model]) -> Model:
-    """Load a model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository.
-
-    Raises:
-        UserError: if it cannot be read, or is a model of another kind.
-    """
+    """Load a model from a checkpoint of `dar fit` (a file), a folder or a Hugging Face repository."""
     if not Path(source).is_file():
         return model_class.from_pretrained(source)
     model = load_lightning_checkpoint(source)
@@ -62,22 +58,17 @@ def has_average(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's "state_dict" is an EMA after its first update: before, it is the untrained model."""
     state = checkpoint.get("averaging_state")
     count = state.get("n_averaged") if isinstance(state, Mapping) else None
-    never = isinstance(count, Tensor) and count.numel() == 1 and count.item() == 0
-    return "current_model_state" in checkpoint and not never
+    return "current_model_state" in checkpoint and not (isinstance(count, Tensor) and count.eq(0).all())
 
 
 def split_model(checkpoint: Mapping[str, Any], key: str, origin: Any) -> tuple[str, dict[str, Tensor]]:
     """Which model a Lightning checkpoint holds, "tokenizer" or "ar", and its tensors, without those of loss networks.
 
-    Args:
-        checkpoint: from read_checkpoint.
-        key: where its state dict is.
-        origin: file or words that an error message starts with.
+    `key` is where its state dict is; a UserError starts with `origin`.
     """
     state = checkpoint.get(key)
-    names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+    state = {str(name): tensor for name, tensor in state.items()} if isinstance(state, Mapping) else {}
     for part in PARTS:
-        tensors = {name.removeprefix(f"{part}."): state[name] for name in names if name.startswith(f"{part}.")}
-        if tensors:
+        if tensors := {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}:
             return part, tensors
     raise UserError(f"{origin} is no checkpoint of a tokenizer or AR training run")

@@ -4,16 +4,14 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
-from dar_lightning.formats.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint, takes_ema
+from dar_lightning.formats.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint
 from dar_lightning.formats.pretrained import build_model
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.official_names import (
     AR_NAMES,
@@ -27,7 +25,6 @@ from dar_lightning.weights.official_names import (
 )
 
 Source = str | Path | Mapping[str, Any]
-Model = TypeVar("Model", SequentialDiffusionTokenizer, ARModel)
 
 
 def load_official_tokenizer(
@@ -42,23 +39,24 @@ def load_official_tokenizer(
 
     Raises:
         UserError: if the file cannot be read safely, if its config and `config` differ or are both absent, or if any
-            tensor is unknown, missing, misshapen or not finite. Only the REPA head, which training alone uses, may be
-            missing, with a warning.
+            tensor is unknown, missing, misshapen or not finite; the REPA head may be missing, with a warning.
     """
     checkpoint, origin = _read(source)
-    state = pick_weights(checkpoint, weights, prefer_ema=True, origin=origin)
-    carried = _carried_config(checkpoint)
-    if carried is None and config is None:
-        raise UserError(f"{origin} carries no config: pass config, the official YAML as a dict {{'model': {{...}}}}")
+    state, averaged = pick_weights(checkpoint, weights, prefer_ema=True, origin=origin)
     has_repa_head = any(name.startswith(REPA_PREFIX) for name in state)
-    ours = tokenizer_config(carried if config is None else config, has_repa_head)
-    if carried is not None and config is not None and tokenizer_config(carried, has_repa_head) != ours:
+    carried = checkpoint.get("config")
+    carried = getattr(carried, "_data", None) if isinstance(carried, PickledConfig) else carried
+    configs = [tokenizer_config(each, has_repa_head) for each in (config, carried) if each is not None]
+    if not configs:
+        raise UserError(f"{origin} carries no config: pass config, the official YAML as a dict {{'model': {{...}}}}")
+    if configs[0] != configs[-1]:
         raise UserError(f"{origin} carries a config that differs from the given one: pass none to use the file's")
     if not has_repa_head:
         warnings.warn(f"{origin} has no REPA head: the tokenizer is built without one", stacklevel=2)
-    model = _convert(SequentialDiffusionTokenizer, ours, state, TOKENIZER_NAMES, origin)
-    model.averaged = takes_ema(checkpoint, weights, prefer_ema=True)
-    return model
+    for name in LINEAR_CONVOLUTIONS:
+        if isinstance(state.get(name), Tensor) and state[name].shape[2:] == (1, 1):
+            state[name] = state[name][:, :, 0, 0]
+    return _build(SequentialDiffusionTokenizer, configs[0], state, TOKENIZER_NAMES, origin, averaged)
 
 
 def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, weights: Weights = "auto") -> ARModel:
@@ -74,26 +72,16 @@ def load_official_ar(source: Source, config: Mapping[str, Any] | None = None, we
             any tensor is unknown, missing, misshapen or not finite.
     """
     checkpoint, origin = _read(source)
-    state = pick_weights(checkpoint, weights, prefer_ema=False, origin=origin)
-    model = _convert(ARModel, ar_config(config, state), state, AR_NAMES, origin)
-    model.averaged = takes_ema(checkpoint, weights, prefer_ema=False)
-    return model
+    state, averaged = pick_weights(checkpoint, weights, prefer_ema=False, origin=origin)
+    return _build(ARModel, ar_config(config, state), state, AR_NAMES, origin, averaged)
 
 
 def _read(source: Source) -> tuple[Mapping[str, Any], str]:
-    if isinstance(source, Mapping):
-        return source, "state dict"
-    return read_checkpoint(source), str(source)
+    return (source, "state dict") if isinstance(source, Mapping) else (read_checkpoint(source), str(source))
 
 
-def _carried_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    config = checkpoint.get("config")
-    return getattr(config, "_data", None) if isinstance(config, PickledConfig) else config
-
-
-def _convert(model_class: type[Model], config: TokenizerConfig | ARConfig, state, rules, origin: str) -> Model:
+def _build(model_class, config, state: dict[str, Tensor], rules: list, origin: str, averaged: bool | None):
     tensors = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
-    for name in LINEAR_CONVOLUTIONS:
-        if isinstance(tensors.get(name), Tensor) and tensors[name].shape[2:] == (1, 1):
-            tensors[name] = tensors[name][:, :, 0, 0]
-    return build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).float().eval()
+    model = build_model(model_class, config, tensors, origin, partial(official_name, rules=rules)).float().eval()
+    model.averaged = averaged
+    return model

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,15 +62,11 @@ def official_name(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-# ---- hyperparameters
+# ---- hyperparameters: official -> ours
 
-
-def same(*names: str) -> dict[str, str]:
-    """Hyperparameters that have one name in both."""
-    return {name: name for name in names}
-
-
-TOKENIZER_KEYS = same("encoder_patch_size", "encoder_dim") | {
+TOKENIZER_KEYS = {
+    "encoder_patch_size": "encoder_patch_size",
+    "encoder_dim": "encoder_dim",
     "num_encoder_layers": "encoder_depth",
     "num_decoder_layers": "conditioner_depth",
     "decoder_dim": "conditioner_dim",
@@ -83,9 +79,10 @@ TOKENIZER_KEYS = same("encoder_patch_size", "encoder_dim") | {
     "sampling_resolution": "image_size",
 }
 DECODER_KEYS = {"dim": "decoder_dim", "patch_size": "decoder_patch_size", "depth": "decoder_depth"}
-DECODER_KEYS |= same("data_std", "time_shift", "repa_layer")
+DECODER_KEYS |= {name: name for name in ("data_std", "time_shift", "repa_layer")}
 TOKENIZER_OPTIONAL = {"query_low_rank", "queries_per_step", "sampling_resolution", "repa_layer"}
-AR_KEYS = same("vocab_size", "num_classes", "dim", "multiple_of", "rope_base", "norm_eps") | {
+AR_SAME = ("vocab_size", "num_classes", "dim", "multiple_of", "rope_base", "norm_eps")
+AR_KEYS = {name: name for name in AR_SAME} | {
     "block_size": "num_tokens",
     "n_layer": "depth",
     "n_head": "num_heads",
@@ -101,23 +98,20 @@ AR_IGNORED = {"initializer_range", "caption_dim", "max_batch_size", "max_seq_len
 def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> TokenizerConfig:
     """Our config from the official YAML as a dict, {"model": {...}}; without a REPA head in the weights, without one.
 
-    Raises:
-        UserError: for a key that is missing, unknown, or has a value that we do not build.
+    UserError for a key that is missing, unknown, or has a value that we do not build.
     """
     origin = "official tokenizer config"
-    model = dict(_section(config, "model", origin))
-    decoder = dict(_section(model, "diff_decoder", origin))
+    model = _section(config, "model", origin)
+    decoder = _section(model, "diff_decoder", origin)
     del model["diff_decoder"]
     steps = model.pop("num_denoising_steps", model.get("num_query_groups"))
     if steps != model.get("num_query_groups"):
-        warnings.warn(
-            f"{origin} samples with num_denoising_steps {steps}: pass num_steps={steps} to detokenize", stacklevel=3
-        )
-    _demand(model, {"vq_enable": True, "rope_base_len": 10000, "output_resolution": 0}, origin)
+        warnings.warn(f"{origin} samples in {steps} steps: pass num_steps={steps} to detokenize", stacklevel=3)
+    fixed = {"vq_enable": True, "rope_base_len": 10000, "output_resolution": 0}
+    values = _translate(model, TOKENIZER_KEYS, TOKENIZER_OPTIONAL, fixed, origin)
     fixed = {"in_dim": 3, "out_dim": 3, "cond_dim": model.get("decoder_dim"), "mlp_head": False}
-    _demand(decoder, fixed | {"share_time_encoding": False}, f"{origin}, diff_decoder")
-    values = _rename(model, TOKENIZER_KEYS, TOKENIZER_OPTIONAL, origin)
-    values |= _rename(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, f"{origin}, diff_decoder")
+    fixed |= {"share_time_encoding": False}
+    values |= _translate(decoder, DECODER_KEYS, TOKENIZER_OPTIONAL, fixed, f"{origin}, diff_decoder")
     if not has_repa_head:
         values["repa_layer"] = None
     result = build_config(TokenizerConfig, values, origin)
@@ -129,20 +123,24 @@ def tokenizer_config(config: Mapping[str, Any], has_repa_head: bool) -> Tokenize
 def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> ARConfig:
     """Our config from the official constructor's arguments, {"dim", "n_layer", ...}, and the weights' shapes.
 
-    Without arguments, the number of heads is that of the released model with the same width and depth.
-
-    Raises:
-        UserError: for an unknown argument, a value that we do not build, or weights that are no AR model of a known
-            size.
+    Without arguments, the number of heads is that of the released model with the same width and depth. UserError for an
+    unknown argument, a value that we do not build, or weights that are no AR model of a known size.
     """
     origin = "official AR config"
-    shapes = _shape_values(state)
+    needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
+    for name in needed:
+        if getattr(state.get(name), "ndim", 0) != 2:
+            raise UserError(f"weights have no matrix {name}: this is no official AR model")
+    (classes, _), (vocab_size, dim) = (state[name].shape for name in needed)
+    # A number that no model has so many layers for is left to stand out as an unknown name.
+    layers = [int(found[1]) for name in state if (found := re.match(r"layers\.([0-9]{1,4})\.", name))]
+    depth = max(layers, default=0) + 1
+    shapes = {"dim": dim, "vocab_size": vocab_size, "num_classes": classes - 1, "depth": depth}
     if config is None:
-        heads = [p["num_heads"] for p in PRESETS.values() if (p["dim"], p["depth"]) == (shapes["dim"], shapes["depth"])]
+        heads = [preset["num_heads"] for preset in PRESETS.values() if (preset["dim"], preset["depth"]) == (dim, depth)]
         if not heads:
             raise UserError(
-                f"width {shapes['dim']} and depth {shapes['depth']} are no released size, and n_head cannot be read "
-                "from weights: pass config, the official constructor's arguments"
+                f"width {dim}, depth {depth} are no released size: pass config, the constructor's arguments"
             )
         return ARConfig(**shapes, num_heads=heads[0])
     if not isinstance(config, Mapping):
@@ -150,52 +148,33 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
     arguments = {name: value for name, value in config.items() if name not in AR_IGNORED}
     hidden = arguments.pop("ffn_hidden", None)
     fixed = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None}
-    _demand(arguments, fixed, origin)
     for name in ("attn_dropout_p", "drop_path_rate"):
         if arguments.pop(name, 0):
             warnings.warn(f"{origin}: {name} acts in training only and is not built here", stacklevel=3)
-    values = shapes | _rename(arguments, AR_KEYS, set(AR_KEYS), origin)
-    result = build_config(ARConfig, values, origin)
+    result = build_config(ARConfig, shapes | _translate(arguments, AR_KEYS, AR_KEYS, fixed, origin), origin)
     if hidden not in (None, result.ffn_dim):
         raise UserError(f"{origin}: ffn_hidden is {hidden}, dim {result.dim} gives {result.ffn_dim}")
     return result
 
 
-def _shape_values(state: Mapping[str, Tensor]) -> dict[str, int]:
-    needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight")
-    for name in needed:
-        if getattr(state.get(name), "ndim", 0) != 2:
-            raise UserError(f"weights have no matrix {name}: this is no official AR model")
-    # A number that no model has so many layers for is left to stand out as an unknown name.
-    layers = [int(found[1]) for name in state if (found := re.match(r"layers\.([0-9]{1,4})\.", name))]
-    classes, tokens = (state[name].shape for name in needed)
-    return {
-        "dim": tokens[1],
-        "vocab_size": tokens[0],
-        "num_classes": classes[0] - 1,
-        "depth": max(layers, default=0) + 1,
-    }
-
-
-def _section(config: Mapping[str, Any], name: str, origin: str) -> Mapping[str, Any]:
-    if not isinstance(config, Mapping) or not isinstance(config.get(name), Mapping):
+def _section(config: Any, name: str, origin: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, Mapping) else None
+    if not isinstance(section, Mapping):
         raise UserError(f"{origin} has no section {name!r}")
-    if tensors := [str(key) for key, value in config[name].items() if isinstance(value, Tensor)]:
+    if tensors := [str(key) for key, value in section.items() if isinstance(value, Tensor)]:
         raise UserError(f"{origin}: {', '.join(tensors)} must be plain values, not tensors")
-    return config[name]
+    return dict(section)
 
 
-def _demand(values: dict[str, Any], fixed: Mapping[str, Any], origin: str) -> None:
-    """Take off the keys whose value can only be one here."""
+def _translate(
+    values: Mapping[str, Any], keys: Mapping[str, str], optional: Collection[str], fixed: Mapping[str, Any], origin: str
+) -> dict[str, Any]:
+    """Official hyperparameters under our names; those in `fixed` have none, since they can only have one value here."""
     for name, value in fixed.items():
-        given = values.pop(name, value)
-        if given != value:
+        if (given := values.get(name, value)) != value:
             raise UserError(f"{origin}: {name} is {given!r}, only {value!r} is built here")
-
-
-def _rename(values: Mapping[str, Any], keys: Mapping[str, str], optional: set[str], origin: str) -> dict[str, Any]:
-    if unknown := sorted(str(name) for name in values if name not in keys):
+    if unknown := sorted(str(name) for name in values if name not in {**keys, **fixed}):
         raise UserError(f"{origin} has unknown keys: {', '.join(unknown)}")
     if missing := sorted(name for name in keys if name not in values and name not in optional):
         raise UserError(f"{origin} lacks {', '.join(missing)}")
-    return {keys[name]: value for name, value in values.items()}
+    return {ours: values[name] for name, ours in keys.items() if name in values}

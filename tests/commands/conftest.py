@@ -1,5 +1,6 @@
 """What tests of several commands share."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from dar_lightning.cli import main
+from dar_lightning.records import provenance
 from dar_lightning.sweeps import run
 
 
@@ -14,6 +16,8 @@ from dar_lightning.sweeps import run
 def runs(tmp_path, monkeypatch):
     """Runs a sweep file; its commands do nothing, but for those that have a word in `broken`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(provenance, "_git", lambda *words: None)  # several calls a stage
+    monkeypatch.setattr(os, "fsync", lambda number: None)
     done, broken = [], []
 
     def call(words, log, lock):

@@ -7,38 +7,33 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dar_lightning import ARModel, SequentialDiffusionTokenizer
 from dar_lightning.commands.convert import convert
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights import load_official_tokenizer
 
 
-def test_an_official_tokenizer(tmp_path, capsys):
-    path = official.save_pt(
-        tmp_path / "x.pt", official.numbers("tokenizer_a", "config"), ema=official.state_dict("tokenizer_a")
-    )
-    convert(path, tmp_path / "out")
-    again = SequentialDiffusionTokenizer.from_pretrained(tmp_path / "out")
-    assert model_sha256(again) == model_sha256(load_official_tokenizer(path))
-    assert model_sha256(again)[:12] in capsys.readouterr().out
-
-
 @pytest.mark.filterwarnings("ignore:.*has no REPA head")
-@pytest.mark.parametrize("name", ["tokenizer_b", "ar_b"])
-def test_with_a_config_file(name, tmp_path):
-    config = official.numbers(name, "config")
-    config = config if name == "tokenizer_b" else config["model"]
-    (tmp_path / "official.yaml").write_text(json.dumps(config))  # JSON is YAML
-    source = official.GOLDENS / name / "state_dict.safetensors"
-    convert(source, tmp_path / "out", official_config=tmp_path / "official.yaml")
-    assert (tmp_path / "out" / "config.json").is_file()
+def test_official_models(tmp_path, capsys):
+    """With the config that the file carries, and with one in a file beside it."""
+    state, config = official.state_dict("tokenizer_a"), official.numbers("tokenizer_a", "config")
+    path = official.save_pt(tmp_path / "x.pt", config, ema=state)
+    convert(path, tmp_path / "out")
+    again = model_sha256(SequentialDiffusionTokenizer.from_pretrained(tmp_path / "out"))
+    assert again == model_sha256(load_official_tokenizer(path))
+    assert again[:12] in capsys.readouterr().out
+    for name, kind in (("tokenizer_b", SequentialDiffusionTokenizer), ("ar_b", ARModel)):
+        config = official.numbers(name, "config")
+        (tmp_path / "x.yaml").write_text(json.dumps(config if name == "tokenizer_b" else config["model"]))  # or JSON
+        source = official.GOLDENS / name / "state_dict.safetensors"
+        convert(source, tmp_path / name, official_config=tmp_path / "x.yaml")
+        kind.from_pretrained(tmp_path / name)
 
 
 def test_what_is_neither(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="neither an official tokenizer nor"):
-        convert(tmp_path / "x.safetensors", tmp_path / "out")
-    with pytest.raises(UserError, match="is missing"):
-        convert(tmp_path / "absent.pt", tmp_path / "out")
+    for name, message in (("x.safetensors", "neither an official tokenizer nor"), ("absent.pt", "is missing")):
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()

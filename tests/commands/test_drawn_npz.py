@@ -14,15 +14,16 @@ from dar_lightning.commands.table import Row, table
 from dar_lightning.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
+EMA = {"tokenizer": True, "ar": False}
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory) -> str:
     """A pipeline that says whether its parts are averages."""
     folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer, ar = make_tokenizer(), make_ar()
-    tokenizer.averaged, ar.averaged = True, False
-    DARPipeline(tokenizer, ar).save_pretrained(folder)
+    pipe = DARPipeline(make_tokenizer(), make_ar())
+    pipe.tokenizer.averaged, pipe.ar.averaged = EMA.values()
+    pipe.save_pretrained(folder)
     return str(folder)
 
 
@@ -38,20 +39,17 @@ def facts(samples, reference, output, **options) -> dict:
 def test_what_dar_sample_draws(averaged, reference, tmp_path):
     sample(str(tmp_path), averaged, per_class=2, seed=3, guidance=(1.0, 2.0), solver="euler", device="cpu")
     path, output = tmp_path / "samples.npz", tmp_path / "o.json"
-    found = facts(path, reference, output)
-    expected = {"npz": str(path), "n": 8, "seed": 3, "guidance": [1.0, 2.0], "solver": "euler", "steps": 4}
-    assert (expected | {"ema": {"tokenizer": True, "ar": False}}).items() <= found.items()
+    expected = {"npz": str(path), "n": 8, "seed": 3, "guidance": [1.0, 2.0], "solver": "euler", "steps": 4, "ema": EMA}
+    assert expected.items() <= facts(path, reference, output).items()
 
     with np.load(path) as arrays:
         images = arrays["arr_0"].copy()
     images[0, 0, 0, 0] ^= 1
     npz(path, images)
     output.unlink()
-    with pytest.raises(
-        UserError, match=r"^--samples: .*samples\.json tells of other images \([0-9a-f]{12}\) than"
-    ) as e:
+    message = r"^--samples: .*samples\.json tells of other images \([0-9a-f]{12}\) than[^\n]*$"
+    with pytest.raises(UserError, match=message):
         facts(path, reference, output)
-    assert "\n" not in str(e.value)
     assert not output.exists()
 
 
@@ -69,7 +67,7 @@ def test_what_dar_predict_draws_and_what_the_pipeline_draws_itself(averaged, ref
     assert drawn["provenance"][0]["versions"]
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[1]", "no JSON", json.dumps({"metrics": {}, "protocol": {}})])
+@pytest.mark.parametrize("content", [None, "{}", "[1]", "no JSON"])
 def test_another_json_beside_says_nothing(reference, tmp_path, content):
     npz(tmp_path / "x.npz", pixels(5, 1, SIZE))
     if content is not None:
@@ -78,14 +76,11 @@ def test_another_json_beside_says_nothing(reference, tmp_path, content):
 
 
 def test_the_weights_say_whether_they_are_an_average(averaged, tmp_path):
-    again = DARPipeline.from_pretrained(averaged)
-    assert again.averaged == {"tokenizer": True, "ar": False}
-    again.save_pretrained(tmp_path / "copy")
-    assert DARPipeline.from_pretrained(tmp_path / "copy").averaged == {"tokenizer": True, "ar": False}
+    pipe = DARPipeline.from_pretrained(averaged)
+    pipe.save_pretrained(tmp_path)
+    assert pipe.averaged == DARPipeline.from_pretrained(tmp_path).averaged == EMA
     assert DARPipeline.from_pretrained("fruit64").averaged == {"tokenizer": True, "ar": True}
-    make_ar().save_pretrained(tmp_path / "unknown")
-    assert "ema" not in json.loads((tmp_path / "unknown/config.json").read_text())
-    config = tmp_path / "copy/ar/config.json"
+    config = tmp_path / "ar/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"ema": "yes"}))
     with pytest.raises(UserError, match=r"config\.json: ema is 'yes', need true or false"):
-        DARPipeline.from_pretrained(tmp_path / "copy")
+        DARPipeline.from_pretrained(tmp_path)

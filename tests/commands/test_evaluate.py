@@ -1,7 +1,6 @@
 """`dar evaluate`: real files in, a JSON with its protocol out, and one line for each mistake."""
 
 import json
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from PIL import Image
 from tiny_models import CLASSES, SIZE
 
 from dar_lightning import DARPipeline
-from dar_lightning.cli import main
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.errors import UserError
@@ -26,54 +24,25 @@ RED_GREEN = NETWORK.replace("FirstPixels", "RedGreen")
 
 
 @pytest.mark.parametrize(("kind", "batch_size"), [(npz, 7), (folder, 7), (shards, 64)])
-def test_distance_from_every_source(tmp_path, kind, batch_size):
+def test_distance_from_every_source(tmp_path, kind, batch_size, capsys):
     samples, reference = pixels(31, 0), pixels(26, 1)
-    source = kind(tmp_path / ("set.npz" if kind is npz else "set"), samples)
-    output = tmp_path / "out" / "metrics.json"
-    result = evaluate(
-        source, npz(tmp_path / "ref.npz", reference), NETWORK, str(output), batch_size=batch_size, device="cpu"
-    )
+    source, output = kind(tmp_path / ("set.npz" if kind is npz else "set"), samples), tmp_path / "out/metrics.json"
+    real = shards(tmp_path / "real", reference)
+    result = evaluate(source, real, NETWORK, str(output), batch_size=batch_size, device="cpu")
     of_reference = first_pixels(reference)
     expected = frechet(first_pixels(samples), of_reference.mean(0), np.cov(of_reference, rowvar=False))
     assert result["metrics"] == {f"FD-{NETWORK}": pytest.approx(expected, rel=1e-6)}
     assert json.loads(output.read_text()) == result
     assert [path.name for path in output.parent.iterdir()] == ["metrics.json"]
-
-
-def test_protocol_says_what_was_measured(tmp_path, capsys):
-    samples = npz(tmp_path / "a.npz", pixels(12, 0))
-    reference = shards(tmp_path / "shards", pixels(14, 1))
-    protocol = evaluate(samples, reference, "color_edges", str(tmp_path / "o.json"))["protocol"]
-    assert protocol["samples"] == {"npz": samples, "n": 12, "sha256": set_sha256(image_digests(pixels(12, 0)))}
-    hashed = {"n": 14, "sha256": set_sha256(image_digests(pixels(14, 1)))}
-    assert protocol["reference"] == {"shards": reference, "crop": "none"} | hashed
+    protocol, cropped = result["protocol"], {} if kind is npz else {"crop": "none"}
+    hashed = [{"n": len(images), "sha256": set_sha256(image_digests(images))} for images in (samples, reference)]
+    assert protocol["samples"] == {kind.__name__: source} | cropped | hashed[0]
+    assert protocol["reference"] == {"shards": real, "crop": "none"} | hashed[1]
     assert protocol["image_size"] == [16, 16]
-    assert len(protocol["features"].pop("sha256")) == 64
-    assert protocol["features"] == {"name": "color_edges", "dim": 180, "resize": "area to 32x32"}
-    shown = capsys.readouterr().out
-    assert "FD-color_edges" in shown
-    assert "12 samples, 14 reference images, 16x16" in shown
-
-
-def test_probe_and_reconstruction(tmp_path):
-    train, real = shards(tmp_path / "train", pixels(40, 0)), shards(tmp_path / "val", pixels(20, 1))
-    images, wrong = pixels(20, 2), np.arange(20) % 2
-    wrong[:5] = 1 - wrong[:5]  # a quarter of the labels do not fit their picture
-    samples = npz(tmp_path / "s.npz", images, labels=wrong)
-    metrics = evaluate(samples, real, "color_edges", str(tmp_path / "o.json"), paired=True, probe_train=train)[
-        "metrics"
-    ]
-    assert (metrics["probe_accuracy_reference"], metrics["probe_accuracy_samples"]) == (1.0, 0.75)
-    errors = (images.astype(float) - pixels(20, 1)) ** 2
-    assert metrics["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors.mean((1, 2, 3)))), rel=1e-5)
-    assert 0 < metrics["ssim"] < 1
-
-
-def test_identical_pairs_leave_valid_json(tmp_path):
-    same = npz(tmp_path / "a.npz", pixels(12, 0))
-    evaluate(same, same, NETWORK, str(tmp_path / "o.json"), paired=True)
-    metrics = json.loads((tmp_path / "o.json").read_text(), parse_constant=pytest.fail)["metrics"]
-    assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6), "psnr": None, "ssim": pytest.approx(1)}
+    network = {"name": NETWORK, "sha256": network_sha256(FirstPixels()), "dim": 6}
+    assert protocol["features"] == network | {"resize": "whatever the class does"}
+    assert f"FD-{NETWORK}" in (shown := capsys.readouterr().out)
+    assert "31 samples, 26 reference images, 16x16" in shown
 
 
 class Distance(torch.nn.Module):
@@ -83,24 +52,28 @@ class Distance(torch.nn.Module):
         return (one - two).abs().mean((1, 2, 3))
 
 
-def test_lpips_is_the_mean_over_pairs(tmp_path, monkeypatch):
+def test_probe_and_reconstruction(tmp_path, monkeypatch):
     monkeypatch.setattr("dar_lightning.commands.evaluate.lpips_network", lambda path: FrozenNetwork(Distance()))
-    first, second = pixels(5, 0), pixels(5, 1)
-    sets = npz(tmp_path / "a.npz", first), npz(tmp_path / "b.npz", second)
-    result = evaluate(*sets, NETWORK, str(tmp_path / "o.json"), paired=True, lpips="vgg.pth", batch_size=2)
-    assert result["metrics"]["lpips"] == pytest.approx(np.abs(first / 127.5 - second / 127.5).mean(), rel=1e-5)
+    train, real = shards(tmp_path / "train", pixels(40, 0)), shards(tmp_path / "val", pixels(20, 1))
+    images, wrong = pixels(20, 2), np.arange(20) % 2
+    wrong[:5] = 1 - wrong[:5]  # a quarter of the labels do not fit their picture
+    samples = npz(tmp_path / "s.npz", images, labels=wrong)
+    options = {"paired": True, "probe_train": train, "lpips": "vgg.pth", "batch_size": 3}
+    result = evaluate(samples, real, "color_edges", str(tmp_path / "o.json"), **options)
+    metrics = result["metrics"]
+    assert (metrics["probe_accuracy_reference"], metrics["probe_accuracy_samples"]) == (1.0, 0.75)
+    errors = images.astype(float) - pixels(20, 1)
+    assert metrics["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / (errors**2).mean((1, 2, 3)))), rel=1e-5)
+    assert 0 < metrics["ssim"] < 1
+    assert metrics["lpips"] == pytest.approx(np.abs(errors / 127.5).mean(), rel=1e-5)
     assert result["protocol"]["reconstruction"]["lpips_sha256"] == network_sha256(Distance())
 
 
-def test_centre_crop_brings_photographs_to_one_size(tmp_path):
-    (tmp_path / "mixed").mkdir()
-    for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
-        Image.new("RGB", size, (200, 80 * number, 0)).save(tmp_path / f"mixed/{number}.jpg")
-    mixed, reference = str(tmp_path / "mixed"), npz(tmp_path / "r.npz", pixels(8, 0))
-    with pytest.raises(UserError, match=r"--samples: images of different sizes, 30x40 and 64x64.*--image_size"):
-        evaluate(mixed, npz(tmp_path / "r2.npz", pixels(8, 0, 30)[:, :, :30]), NETWORK, str(tmp_path / "o.json"))
-    protocol = evaluate(mixed, reference, NETWORK, str(tmp_path / "o.json"), image_size=16)["protocol"]
-    assert protocol["samples"]["crop"] == "ADM centre crop to 16"
+def test_identical_pairs_leave_valid_json(tmp_path):
+    same = npz(tmp_path / "a.npz", pixels(12, 0))
+    evaluate(same, same, NETWORK, str(tmp_path / "o.json"), paired=True)
+    metrics = json.loads((tmp_path / "o.json").read_text(), parse_constant=pytest.fail)["metrics"]
+    assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6), "psnr": None, "ssim": pytest.approx(1)}
 
 
 def test_memory_does_not_grow_with_the_npz(tmp_path):
@@ -118,6 +91,7 @@ def test_memory_does_not_grow_with_the_npz(tmp_path):
 
 
 def test_a_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
+    """What `dar evaluate` measures of them: tests/commands/test_drawn_npz.py."""
     drawn = {}
     for batch_size, seed in ((2, 7), (5, 7), (5, 8)):
         images = DrawnImages(DARPipeline.from_pretrained(pipeline), 6, seed, guidance=(1.0, 3.0))
@@ -130,16 +104,9 @@ def test_a_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     assert (same[0].int() - same[len(CLASSES)].int()).abs().float().mean() > 1, "same class, but another image"
     assert (drawn[5, 8].int() - same.int()).abs().float().mean() > 1, "another seed"
 
-    reference, output = npz(tmp_path / "r.npz", pixels(8, 0, SIZE)), str(tmp_path / "o.json")
-    options = {"num_samples": 6, "seed": 7, "guidance": (1.0, 3.0), "batch_size": 5}
-    result = evaluate(pipeline, reference, NETWORK, output, device="cpu", **options)
-    saved = npz(tmp_path / "s.npz", same.permute(0, 2, 3, 1).numpy())
-    assert evaluate(saved, reference, NETWORK, str(tmp_path / "o2.json"))["metrics"] == result["metrics"]
-    samples = json.loads(Path(output).read_text())["protocol"]["samples"]
-    assert (samples["n"], samples["seed"], samples["guidance"], samples["steps"]) == (6, 7, [1.0, 3.0], 4)
-    assert samples["ema"] == {"tokenizer": None, "ar": None}, "saved by hand, nobody noted it"
+    reference = npz(tmp_path / "r.npz", pixels(8, 0, SIZE))
     with pytest.raises(UserError, match=r"--paired: .* is a pipeline"):
-        evaluate(pipeline, reference, NETWORK, output, paired=True)
+        evaluate(pipeline, reference, NETWORK, str(tmp_path / "o.json"), paired=True)
 
 
 def test_the_shipped_pipeline_is_known_by_its_name(tmp_path):
@@ -196,52 +163,39 @@ def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
 # ---- mistakes: one line each, and nothing written
 
 ZEROS = np.zeros((4, 16, 16, 3), np.uint8)
-WRONG_NPZ = {
-    "holds no images": {"arr_0": ZEROS[:0]},
-    r"1 image\(s\)": {"arr_0": ZEROS[:1]},
-    "must be uint8 .* is float32": {"arr_0": ZEROS.astype(np.float32)},
-    r"must be uint8 \(n, H, W, 3\)": {"arr_0": ZEROS.transpose(0, 3, 1, 2)},
-    r"must be uint8 \(n, H, W, 3\); is|values": {"arr_0": ZEROS[..., 0]},
-    "images of 32x32, those of --reference have 16x16": {"arr_0": np.zeros((4, 32, 32, 3), np.uint8)},
-    "labels of .* must be 4 integers": {"arr_0": ZEROS, "labels": np.zeros(3, int)},
-    "holds no arr_0": {"images": ZEROS},
-    "mu and sigma of .* must be a mean": {"mu": np.zeros(3), "sigma": np.zeros((3, 2))},
-    "finite and symmetric": {"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)},
-}
-
-
-@pytest.mark.parametrize("says", WRONG_NPZ)
-def test_a_wrong_npz_is_one_line(tmp_path, says):
-    np.savez(tmp_path / "bad.npz", **WRONG_NPZ[says])
-    good, output = npz(tmp_path / "good.npz", pixels(8, 0)), tmp_path / "o.json"
-    option = "reference" if "mu" in WRONG_NPZ[says] else "samples"
-    with pytest.raises(UserError, match=f"^--{option}: .*{says}|^--{option}: {says}") as caught:
-        evaluate(
-            **{"samples": good, "reference": good, option: str(tmp_path / "bad.npz")},
-            features=NETWORK,
-            output=str(output),
-        )
-    assert "\n" not in str(caught.value)
-    assert not output.exists()
-
-
+WRONG_NPZ = [  # its arrays, and what the line says
+    ({"arr_0": ZEROS[:0]}, "holds no images"),
+    ({"arr_0": ZEROS[:1]}, r"1 image\(s\)"),
+    ({"arr_0": ZEROS.astype(np.float32)}, "must be uint8 .* is float32"),
+    ({"arr_0": ZEROS.transpose(0, 3, 1, 2)}, r"must be uint8 \(n, H, W, 3\)"),
+    ({"arr_0": ZEROS[..., 0]}, r"must be uint8 \(n, H, W, 3\)"),
+    ({"arr_0": np.zeros((4, 32, 32, 3), np.uint8)}, "images of 32x32, those of --reference have 16x16"),
+    ({"arr_0": ZEROS, "labels": np.zeros(3, int)}, "labels of .* must be 4 integers"),
+    ({"images": ZEROS}, "holds no arr_0"),
+    ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, "mu and sigma of .* must be a mean"),
+    ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite and symmetric"),
+]
 MISTAKES = [
+    *(
+        ({"reference" if "mu" in arrays else "samples": f"wrong{number}.npz"}, f"^--(samples|reference): .*{says}")
+        for number, (arrays, says) in enumerate(WRONG_NPZ)
+    ),
+    ({"samples": "damaged.npz"}, "^--samples: arr_0 of .* is damaged"),  # a wrong checksum
+    ({"samples": "inflated.npz"}, "^--samples: arr_0 of .* is damaged"),  # and a stream that cannot be inflated
     ({"samples": "none"}, "^--samples: .* does not exist"),
     ({"reference": "empty"}, "^--reference: .* holds no images"),
     ({"reference": "broken.npz"}, "^--reference: .* not a readable npz"),
     ({"reference": "half.npz"}, "^--reference: .* not a readable npz"),
     ({"samples": "five.npz", "paired": True}, "^--paired: .* has 5 images"),
-    ({"samples": "five.npz", "num_samples": 50}, r"^--num_samples 50: .* has 5 images"),
-    ({"samples": "twice.npz"}, r"^--samples: has an image twice, numbers 4 and 7; "),
-    ({"samples": "dark.npz"}, r"^--samples: no value is above 1; "),
-    (
-        {"probe_train": "good.npz", "samples": "labelled.npz", "features": "not.even.loaded"},
-        "^--probe_train has no labels",
-    ),
+    ({"samples": "five.npz", "num_samples": 50}, "^--num_samples 50: .* has 5 images"),
+    ({"samples": "twice.npz"}, "^--samples: has an image twice, numbers 4 and 7; "),
+    ({"samples": "dark.npz"}, "^--samples: no value is above 1; "),
+    ({"samples": "sizes"}, "^--samples: images of different sizes, 30x40 and 64x64.*--image_size"),
+    ({"probe_train": "good.npz", "samples": "labelled.npz", "features": "not.loaded"}, "^--probe_train has no labels"),
     ({"probe_train": "labelled.npz", "features": "not.even.loaded"}, "^--samples has no labels"),
     ({"probe_train": "labelled.npz", "samples": "beyond.npz"}, "^--samples: has labels outside"),
-    ({"lpips": "vgg.pth"}, r"^--lpips vgg.pth: compares pairs; add --paired"),
-    ({"features_weights": "w.pth"}, r"^--features_weights w.pth: .* is a class"),
+    ({"lpips": "vgg.pth"}, "^--lpips vgg.pth: compares pairs; add --paired"),
+    ({"features_weights": "w.pth"}, "^--features_weights w.pth: .* is a class"),
     ({"features": "no_such_network"}, "^--features no_such_network: not inception"),
     ({"features": NETWORK.replace("FirstPixels", "Images")}, "must give .* features, gave"),
     ({"output": "file/o.json"}, "^--output .* not a folder"),
@@ -263,6 +217,16 @@ def files(tmp_path_factory) -> Path:
     (root / "file").write_text("in the way")
     (root / "broken.npz").write_bytes(b"PK not a zip")
     (root / "half.npz").write_bytes((root / "good.npz").read_bytes()[:500])
+    for number, (arrays, _) in enumerate(WRONG_NPZ):
+        np.savez(root / f"wrong{number}.npz", **arrays)
+    for name, save in (("damaged", np.savez), ("inflated", np.savez_compressed)):
+        save(root / f"{name}.npz", arr_0=pixels(64, 0))
+        content = bytearray((root / f"{name}.npz").read_bytes())
+        content[5000:5400] = bytes(400)
+        (root / f"{name}.npz").write_bytes(content)
+    (root / "sizes").mkdir()
+    for number, size in enumerate([(40, 30), (64, 64), (33, 90)]):
+        Image.new("RGB", size, (200, 80 * number, 0)).save(root / f"sizes/{number}.jpg")
     return root
 
 
@@ -277,34 +241,8 @@ def test_mistakes_are_one_line(change, says, files, monkeypatch):
     assert sorted(files.iterdir()) == before
 
 
-def test_duplicates_are_taken_where_that_is_wanted(files, tmp_path):
-    options = {"allow_duplicates": True, "num_samples": 8, "output": str(tmp_path / "o.json")}
-    evaluate(f"{files}/twice.npz", f"{files}/good.npz", NETWORK, **options)
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damage_inside_an_npz_is_one_line(save, tmp_path):
-    """A wrong checksum, and a stream that cannot be inflated."""
-    save(tmp_path / "x.npz", arr_0=pixels(64, 0))
-    content = bytearray((tmp_path / "x.npz").read_bytes())
-    content[5000:5400] = bytes(400)
-    (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"--samples: arr_0 of .* is damaged") as caught:
-        evaluate(str(tmp_path / "x.npz"), npz(tmp_path / "g.npz", pixels(64, 0)), NETWORK, str(tmp_path / "o.json"))
-    assert "\n" not in str(caught.value)
-
-
-def test_the_command_itself(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    npz(tmp_path / "a.npz", pixels(8, 0)), npz(tmp_path / "b.npz", pixels(9, 1, 32))
-    words = ["evaluate", "--samples", "a.npz", "--features", NETWORK, "--output", "out/o.json", "--reference"]
-    with pytest.raises(SystemExit, match="2"):
-        main([*words, "b.npz"])
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "dar evaluate: --samples: images of 16x16, those of --reference have 32x32; bring them to one size"
-    )
-    assert not Path("out").exists()
-    main([*words, "a.npz"])
-    metrics = json.loads(Path("out/o.json").read_text())["metrics"]
-    assert metrics == {f"FD-{NETWORK}": pytest.approx(0, abs=1e-6)}
+def test_images_are_taken_as_they_are_wanted(files, tmp_path):
+    good, output = f"{files}/good.npz", str(tmp_path / "o.json")
+    evaluate(f"{files}/twice.npz", good, NETWORK, output, allow_duplicates=True, num_samples=8)
+    protocol = evaluate(f"{files}/sizes", good, NETWORK, output, image_size=16)["protocol"]
+    assert protocol["samples"]["crop"] == "ADM centre crop to 16"

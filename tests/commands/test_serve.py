@@ -1,20 +1,19 @@
 """The page itself, with a small model that can be made to wait: over Gradio's client, and in a browser."""
 
 import io
+import shutil
 import struct
-import threading
 import time
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from browser import chromium
 from PIL import Image
-from served import wait_for
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
-from dar_lightning.commands.serve import CSS, NO_PHOTO, build_page, serve
-from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions
+from dar_lightning.commands.serve import serve
+from dar_lightning.commands.serve_page import CSS, NO_PHOTO, Work, build_page, draw_previews, reconstructions
 from dar_lightning.data.decode import MAX_PIXELS
 from dar_lightning.errors import UserError
 from dar_lightning.generation.editing import read_photo, tokenize
@@ -24,27 +23,45 @@ client = pytest.importorskip("gradio_client")
 
 INPUTS = {"label": 1, "seed": 3, "guidance": 2, "path": None, "prefix": 2}
 MANY_PIXELS = f"the photo cannot be read: more than {MAX_PIXELS} pixels"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# It runs as root in containers, and should ask nobody for anything.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+# Note each picture that is shown.
+WATCH = """() => {
+    window.sources = [];
+    const look = () => {
+        const source = document.querySelector('#picture img')?.src;
+        if (source && source !== window.sources.at(-1)) window.sources.push(source);
+    };
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.02)
 
 
 class Page:
     """A page that is being served, and how many tokens its model has written."""
 
     def __init__(self):
-        self.pipe, self.steps, self.pause = make_pipeline(), [], threading.Event()
-        self.pause.set()
+        self.pipe, self.steps, self.delay = make_pipeline(), [], 0.0
         original = self.pipe.ar.step
 
         def step(*args):
-            self.pause.wait(20)
+            time.sleep(self.delay)
             self.steps.append(1)
             return original(*args)
 
         self.pipe.ar.step = step
-        page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=Work())
-        page.queue(max_size=2, default_concurrency_limit=1)
+        self.page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=Work())
+        self.page.queue(max_size=2, default_concurrency_limit=1)
         # a port that is free, so that the tests can run beside a page
         options = {"server_name": "127.0.0.1", "prevent_thread_lock": True, "quiet": True, "css": CSS}
-        self.page, self.url = page, page.launch(**options, max_file_size=2**20)[1]
+        self.url = self.page.launch(**options, max_file_size=2**20)[1]
 
     def client(self):
         return client.Client(self.url, verbose=False, download_files=False)
@@ -57,30 +74,27 @@ def page():
     served.page.close()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG of so many pixels, of which none has been written."""
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(b""), b"IEND": b""}
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> dict[str, str]:
+    """What is wrong with it, or "good" -> a file."""
+    folder = tmp_path_factory.mktemp("photos")
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b""), b"IEND": b""}  # of its pixels, none has been written
     parts = [
         struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
         for name, content in chunks.items()
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-@pytest.fixture
-def photos(tmp_path) -> dict[str, str]:
-    """What is wrong with it, or "good" -> a file."""
-    picture(2).resize((60, 40)).save(tmp_path / "good.png")
-    contents = {"text": b"no picture", "pixels": png_header(20_000, 20_000), "large": bytes(1_040_000)}
-    for name, content in (contents | {"far above": bytes(1_200_000)}).items():
-        (tmp_path / f"{name}.png").write_bytes(content)
-    return {name: str(tmp_path / f"{name}.png") for name in ("good", "far above", *contents)}
+    contents = {"text": b"no picture", "pixels": b"\x89PNG\r\n\x1a\n" + b"".join(parts)}
+    contents |= {"large": bytes(1_040_000), "far above": bytes(1_200_000)}
+    for name, content in contents.items():
+        (folder / f"{name}.png").write_bytes(content)
+    picture(2).resize((60, 40)).save(folder / "good.png")
+    return {path.stem: str(path) for path in folder.iterdir()}
 
 
 @pytest.mark.slow
 def test_previews_arrive_one_by_one(page):
     states = list(page.client().submit(**INPUTS, api_name="/draw"))
-    assert len(states) == GROUPS
     assert [strip.count("<img") for _, strip, *_ in states] == [1, 2, 3, 4]
     tokens = [html.count("written") for _, _, html, *_ in states]
     assert tokens == [TOKENS // GROUPS * group for group in (1, 2, 3, 4)]
@@ -90,39 +104,32 @@ def test_previews_arrive_one_by_one(page):
 
 @pytest.mark.slow
 def test_bad_input_gets_one_message(page, photos):
+    visitor = page.client()
     for change, message in (
         ({"seed": -1}, "the seed is -1: give a whole number from 0 to 2147483647"),
         ({"seed": None}, "the seed is None: give a whole number from 0 to 2147483647"),
         ({"path": client.handle_file(photos["text"])}, "the photo cannot be read: not an image of a known format"),
         ({"path": client.handle_file(photos["large"])}, "the photo has 1.0 MB: at most 1 MB are read"),
-        ({"path": client.handle_file(photos["pixels"])}, MANY_PIXELS),
     ):
         with pytest.raises(client.exceptions.AppError) as raised:
-            page.client().predict(**INPUTS | change, api_name="/draw")
+            visitor.predict(**INPUTS | change, api_name="/draw")
         assert str(raised.value) == message
     with pytest.raises(client.exceptions.AppError, match=MANY_PIXELS):
-        page.client().predict(client.handle_file(photos["pixels"]), api_name="/reconstruct")
-
-
-@pytest.mark.slow
-def test_a_photo_is_reconstructed(page, photos):
-    compared, _ = page.client().predict(client.handle_file(photos["good"]), api_name="/reconstruct")
+        visitor.predict(client.handle_file(photos["pixels"]), api_name="/reconstruct")
+    compared, _ = visitor.predict(client.handle_file(photos["good"]), api_name="/reconstruct")
     assert len(compared) == 2
 
 
 @pytest.mark.slow
-def test_stop_stops_the_work_and_the_queue_has_an_end(page):
-    page.pause.clear()
+def test_a_visitor_who_stops_ends_the_work(page, monkeypatch):
     page.steps.clear()
-    jobs = [page.client().submit(**INPUTS, api_name="/draw") for _ in range(5)]
-    wait_for(lambda: sum(job.done() and job.exception() is not None for job in jobs) >= 1)
-    refused = [job for job in jobs if job.done()]
-    assert all("queue" in str(job.exception()).lower() for job in refused)
-    for job in jobs:
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "delay", 0.2)
+        job = page.client().submit(**INPUTS, api_name="/draw")
+        wait_for(lambda: page.steps)
         job.cancel()
-    page.pause.set()
-    time.sleep(1)
-    assert len(page.steps) < 2 * (TOKENS - 1), "five drawings were asked for"
+        time.sleep(0.2 * TOKENS)  # in which the drawing would end
+    assert len(page.steps) < TOKENS - 1
     assert len(list(page.client().submit(**INPUTS, api_name="/draw"))) == GROUPS, "the next visitor is served"
 
 
@@ -131,35 +138,23 @@ def test_stop_stops_the_work_and_the_queue_has_an_end(page):
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as browser:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[dev]'")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=path, args=FLAGS) as browser:
         yield browser
 
 
 @pytest.fixture
 def tab(browser, page):
-    """The page, just opened; it notes each picture that is shown."""
+    """The page, just opened."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.goto(page.url)
     tab.wait_for_selector("#draw", timeout=60_000)
-    tab.evaluate("""() => {
-        window.sources = [];
-        const look = () => {
-            const source = document.querySelector('#picture img')?.src;
-            if (source && source !== window.sources.at(-1)) window.sources.push(source);
-        };
-        new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
-    }""")
+    tab.evaluate(WATCH)
     yield tab
     tab.close()
-
-
-@pytest.fixture
-def slow(page):
-    """Tokens that take a tenth of a second."""
-    original = page.pipe.ar.step
-    page.pipe.ar.step = lambda *args: time.sleep(0.1) or original(*args)
-    yield
-    page.pipe.ar.step = original
 
 
 def difference(tab, source: str, expected: Image.Image) -> int:
@@ -168,7 +163,8 @@ def difference(tab, source: str, expected: Image.Image) -> int:
 
 
 @pytest.mark.slow
-def test_previews_and_a_layout_in_a_browser(page, tab, photos, slow):
+def test_previews_and_a_layout_in_a_browser(page, tab, photos, monkeypatch):
+    monkeypatch.setattr(page, "delay", 0.1)
     tab.get_by_text("Layout from a photo").click()
     tab.set_input_files("#photo input[type=file]", photos["good"])
     tab.wait_for_selector("#photo img")
@@ -179,15 +175,16 @@ def test_previews_and_a_layout_in_a_browser(page, tab, photos, slow):
     sources = tab.evaluate("window.sources")
     kept = max(1, TOKENS // 16)  # unless told otherwise
     photo = read_photo(photos["good"])
-    expected = [state.picture for state in draw_previews(page.pipe, 0, 5, 3.0, photo, kept)]
+    expected = [picture for picture, *_ in draw_previews(page.pipe, 0, 5, 3.0, photo, kept)]
     assert len(sources) == len(set(sources)) == GROUPS
     assert max(difference(tab, *pair) for pair in zip(sources, expected, strict=True)) <= 1
     assert tab.locator("#picture img").evaluate("image => image.complete && image.naturalWidth") == expected[-1].width
     loaded = "[...document.querySelectorAll('#strip img')].filter(image => image.naturalWidth > 0).length"
     wait_for(lambda: tab.evaluate(loaded) == GROUPS)
-    cells = tab.locator("#tokens .token").all_inner_texts()
-    assert cells[:kept] == [str(code) for code in tokenize(page.pipe, photo)[0, :kept].tolist()]
-    assert tab.locator("#tokens .token[style*=outline]").count() == kept
+    cells = tab.locator("#tokens .token.kept").all_inner_texts()
+    assert cells == [str(code) for code in tokenize(page.pipe, photo)[0, :kept].tolist()]
+    outline = tab.locator("#tokens .token.kept").first.evaluate("cell => getComputedStyle(cell).outlineWidth")
+    assert outline == "2px"
     tab.get_by_text("Repeat it").click()
     wait_for(lambda: f"--seed 5 --guidance 3 --layout good.png --prefix {kept}" in tab.inner_text("#command"))
 
@@ -195,7 +192,7 @@ def test_previews_and_a_layout_in_a_browser(page, tab, photos, slow):
     tab.click("#draw")
     wait_for(lambda: page.steps)
     tab.click("#stop")
-    time.sleep(3 * 0.1 * TOKENS)  # in which a drawing would end
+    time.sleep(2 * page.delay * TOKENS)  # in which a drawing would end
     assert len(page.steps) < TOKENS - 1
 
 
@@ -216,10 +213,7 @@ def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, phot
         slider.press("Home" if groups == 1 else "ArrowRight")
         wait_for(lambda: reconstruction() not in ("", *sources.values()))
         sources[groups] = reconstruction()
-    slider.press("End")
-    wait_for(lambda: reconstruction() == sources[GROUPS])
-    for groups, source in sources.items():
-        assert difference(tab, source, expected[groups - 1]) <= 1
+    assert max(difference(tab, source, expected[groups - 1]) for groups, source in sources.items()) <= 1
 
     box = slider.bounding_box()
     tab.mouse.click(box["x"] + 1, box["y"] + box["height"] / 2)

@@ -11,10 +11,9 @@ from PIL import Image
 from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
-from dar_lightning.commands.serve_page import Work, draw_previews, enlarge, reconstructions, repeat, tokens_html
+from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions, repeat, tokens_html
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.devices import torch_dtype
-from dar_lightning.errors import UserError
 from dar_lightning.generation.editing import read_photo
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -38,28 +37,28 @@ def small(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, "bfloat16")])
 def test_the_page_draws_what_the_commands_that_it_offers_draw(pipeline, photo, tmp_path, prefix, dtype):
     pipe = DARPipeline.from_pretrained(pipeline).to(dtype=torch_dtype(dtype))
-    shown = list(draw_previews(pipe, 2, 7, 3.0, read_photo(photo), prefix))
-    assert [state.strip.count("<img") for state in shown] == [1, 2, 3, 4]
-    assert len({state.picture.tobytes() for state in shown}) == GROUPS
+    pictures, strips, _ = zip(*draw_previews(pipe, 2, 7, 3.0, read_photo(photo), prefix), strict=True)
+    assert [strip.count("<img") for strip in strips] == [1, 2, 3, 4]
+    assert len({picture.tobytes() for picture in pictures}) == GROUPS
     command, python = repeat(pipeline, 2, 7, 3.0, photo, prefix, dtype)
 
     words = shlex.split(command)
     assert words[:2] == ["dar", "sample"]
     main([*words[1:-1], str(tmp_path / "drawn")])
     drawn = np.asarray(Image.open(tmp_path / "drawn/images/002-0.png")).astype(int)
-    assert np.abs(small(shown[-1].picture) - drawn).max() <= 1
+    assert np.abs(small(pictures[-1]) - drawn).max() <= 1
 
     names: dict = {}
     exec(python, names)
     again = to_uint8(names["image"])[0].permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(small(shown[-1].picture) - again).max() <= 1
+    assert np.abs(small(pictures[-1]) - again).max() <= 1
     kept = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))[0, :prefix].tolist()
     assert names["preview"].codes[0, :prefix].tolist() == kept
 
 
 def test_reconstructions_begin_with_the_photo_and_end_with_all_tokens(pipe, photo):
     pictures = list(reconstructions(pipe, read_photo(photo)))
-    assert len(pictures) == 1 + GROUPS
+    assert [picture.size for picture in pictures] == [(384, 384)] * (1 + GROUPS)
     assert np.array_equal(small(pictures[0]), np.asarray(picture(5)))
     codes = pipe.tokenizer.tokenize(to_float(to_tensor(picture(5))[None]))
     for groups in (1, GROUPS):
@@ -70,41 +69,11 @@ def test_reconstructions_begin_with_the_photo_and_end_with_all_tokens(pipe, phot
 
 
 def test_tokens_fill_in_from_the_first(pipe):
-    page = tokens_html([4, 0, 31], num_tokens=TOKENS, num_groups=GROUPS, kept=2)
-    texts = re.findall(r'class="token[^>]*>([^<]*)<', page)
-    assert texts == ["4", "0", "31", *["·"] * (TOKENS - 3)]
-    assert page.count("written") == 3
+    page = tokens_html(pipe, [4, 0, 31], kept=2)
+    cells = re.findall(r'class="(token[^"]*)"[^>]*>([^<]*)<', page)
+    written = [("token written kept", "4"), ("token written kept", "0"), ("token written", "31")]
+    assert cells == [*written, *[("token", "·")] * (TOKENS - 3)]
     assert page.count('class="group"') == GROUPS
-    assert page.count("outline") == 2
-    assert "outline" not in tokens_html([], TOKENS, GROUPS, kept=2)
-
-
-def test_a_closed_drawing_stops(pipe, monkeypatch):
-    steps = []
-    original = type(pipe.ar).step
-    monkeypatch.setattr(type(pipe.ar), "step", lambda self, *args: steps.append(1) or original(self, *args))
-    drawing = draw_previews(pipe, 0, 0, 2.0)
-    next(drawing)
-    drawing.close()
-    assert len(steps) == TOKENS // GROUPS - 1
-    assert not pipe.ar.training
-
-
-def test_photos_that_are_refused(tmp_path):
-    picture(0).save(tmp_path / "cut.png")
-    content = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.png").write_text("no picture")
-    for name, reason in {"text": "not an image of a known format", "cut": "damaged", "no": "No such file"}.items():
-        with pytest.raises(UserError, match=f"^the photo cannot be read: {reason}"):
-            read_photo(tmp_path / f"{name}.png")
-
-
-def test_enlarging_keeps_pixels():
-    image = enlarge(picture(0), 100)
-    assert image.size == (128, 128)
-    assert np.array_equal(np.asarray(image)[::4, ::4], np.asarray(picture(0)))
-    assert enlarge(picture(0), 1).size == (SIZE, SIZE)
 
 
 def test_work_that_is_stopped_begins_no_step():

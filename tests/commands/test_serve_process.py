@@ -1,69 +1,90 @@
 """`dar serve` as a person starts it: on this machine only, uploads have a limit, and it ends when asked to."""
 
+import os
 import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from served import Served, served
 from tiny_models import picture
 
 pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
-pytestmark = pytest.mark.slow
-
 MAX_QUEUE = 8
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """In the end, Ctrl-C ends it."""
-    with served(tmp_path_factory.mktemp("served")) as page:
-        yield page
-        ends(page, signal.SIGINT)
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=20).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
-def ends(page: Served, number: int) -> None:
-    page.process.send_signal(number)
-    assert page.process.wait(30) == 0
-    assert "Traceback" not in page.log.read_text()
-    assert not [path for path in page.files.rglob("*") if path.is_file()], "what visitors gave is gone"
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.05)
 
 
-def test_it_listens_on_this_machine_only(page):
-    assert "D-AR: fruit64" in httpx.get(page.url).text
-    with socket.socket() as other:
-        assert other.connect_ex(("127.0.0.2", page.port)) != 0, "0.0.0.0 would answer on this address, too"
+def upload(url: str, path: Path) -> httpx.Response:
+    with path.open("rb") as content:
+        return httpx.post(f"{url}/gradio_api/upload", files={"files": content}, timeout=60)
 
 
-def test_an_upload_above_the_limit_is_cut_off(page, tmp_path):
-    (tmp_path / "far above.png").write_bytes(bytes(11_000_000))
-    with (tmp_path / "far above.png").open("rb") as content:
-        answer = httpx.post(f"{page.url}/gradio_api/upload", files={"files": content}, timeout=60)
-    assert answer.status_code == 413
-    assert answer.text == f"File size exceeded maximum allowed size of {10 * 2**20} bytes."
-    assert not list(page.files.rglob("*far above*"))
-
-
-def test_a_service_manager_ends_it_although_drawings_wait(tmp_path):
-    with served(tmp_path) as page:
-        picture(0).save(tmp_path / "photo.png")
-        with Path(tmp_path / "photo.png").open("rb") as content:
-            httpx.post(f"{page.url}/gradio_api/upload", files={"files": content}).raise_for_status()
-        assert list(page.files.rglob("photo.png"))
-        answers = ask_for_drawings(page, 20)
-        accepted = sum(answer.status_code == 200 for answer in answers)
-        assert MAX_QUEUE <= accepted <= MAX_QUEUE + 4, "those that wait, and the few that have been drawn meanwhile"
-        refused = [answer for answer in answers if answer.status_code != 200]
-        assert all(answer.status_code == 503 and "queue is full" in answer.text.lower() for answer in refused)
-        ends(page, signal.SIGTERM)
-
-
-def ask_for_drawings(page: Served, visitors: int) -> list[httpx.Response]:
-    functions = httpx.get(f"{page.url}/config").json()["dependencies"]
+def ask_for_drawings(url: str, visitors: int) -> list[httpx.Response]:
+    functions = httpx.get(f"{url}/config").json()["dependencies"]
     (number,) = [function["id"] for function in functions if function["api_name"] == "draw"]
     requests = [
         {"fn_index": number, "session_hash": f"visitor{seed}", "data": [1, seed, 3, None, 0]}
         for seed in range(visitors)
     ]
-    return [httpx.post(f"{page.url}/gradio_api/queue/join", json=request, timeout=60) for request in requests]
+    return [httpx.post(f"{url}/gradio_api/queue/join", json=request, timeout=60) for request in requests]
+
+
+@pytest.mark.slow
+def test_its_limits_and_that_a_service_manager_ends_it_although_drawings_wait(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, log, files = f"http://127.0.0.1:{port}", tmp_path / "log", tmp_path / "files"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dar_lightning", "serve", f"--port={port}"],
+            env=os.environ | {"GRADIO_TEMP_DIR": str(files), "PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(lambda: process.poll() is not None or answers(url))
+        assert process.poll() is None, log.read_text()
+        assert "D-AR: fruit64" in httpx.get(url).text
+        with socket.socket() as other:
+            assert other.connect_ex(("127.0.0.2", port)) != 0, "0.0.0.0 would answer on this address, too"
+
+        (tmp_path / "far above.png").write_bytes(bytes(11_000_000))
+        answer = upload(url, tmp_path / "far above.png")
+        assert answer.status_code == 413
+        assert answer.text == f"File size exceeded maximum allowed size of {10 * 2**20} bytes."
+        assert not list(files.rglob("*far above*"))
+        picture(0).save(tmp_path / "photo.png")
+        upload(url, tmp_path / "photo.png").raise_for_status()
+        assert list(files.rglob("photo.png"))
+
+        requests = ask_for_drawings(url, 20)
+        refused = [answer for answer in requests if answer.status_code != 200]
+        # those that wait, and the few that have been drawn meanwhile
+        assert MAX_QUEUE <= len(requests) - len(refused) <= MAX_QUEUE + 4
+        assert all(answer.status_code == 503 and "queue is full" in answer.text.lower() for answer in refused)
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "Traceback" not in log.read_text()
+        assert not [path for path in files.rglob("*") if path.is_file()], "what visitors gave is gone"
+    finally:
+        process.kill()
+        process.wait()

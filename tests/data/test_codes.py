@@ -17,7 +17,7 @@ from tiny_shards import CLASSES, SIZES, module, picture, sample, write_set
 from dar_lightning.commands.extract import extract
 from dar_lightning.data import transforms
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.data.extraction import ShardWriter
+from dar_lightning.data.extraction import Extractor
 from dar_lightning.data.sampler import Ticket
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, read_header
@@ -99,7 +99,7 @@ def test_ten_crop_is_what_the_tokenizer_says(ten):
 def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monkeypatch):
     """No forward pass has more crops than asked, although an image has ten; and no more than a shard is held."""
     passes, held = [], []
-    tokenize, write = SequentialDiffusionTokenizer.tokenize, ShardWriter.on_predict_batch_end
+    tokenize, write = SequentialDiffusionTokenizer.tokenize, Extractor.on_predict_batch_end
 
     def counted(self, images):
         passes.append(len(images))
@@ -110,7 +110,7 @@ def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monk
         held.append(len(self.codes))
 
     monkeypatch.setattr(SequentialDiffusionTokenizer, "tokenize", counted)
-    monkeypatch.setattr(ShardWriter, "on_predict_batch_end", watched)
+    monkeypatch.setattr(Extractor, "on_predict_batch_end", watched)
     run(tokenizers, shards, tmp_path, batch_size=4)
     assert max(passes) == 4
     assert held == [number % size for size in SIZES for number in range(1, size + 1)]
@@ -164,8 +164,8 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
         ("0", f"{shards}/000000.tar", ten, {}, "holds tokens of other shards"),
         ("0", shards, shards, {}, "another kind of index"),
         ("0", shards, tmp_path / "file" / "codes", {}, r"output: .*codes: Not a directory"),
-        ("0", shards, tmp_path / "out", {"num_workers": -1}, "^num_workers: -1 is "),
-        ("0", shards, tmp_path / "out", {"image_size": 0}, "^image_size: 0 is "),
+        ("0", shards, tmp_path / "out", {"num_workers": -1}, "^num_workers is -1: must be at least 0$"),
+        ("0", shards, tmp_path / "out", {"image_size": 0}, "^image_size is 0: must be at least 1$"),
     ):
         with pytest.raises(UserError, match=message):
             extract(str(tokenizers / name), str(source), str(output), accelerator="cpu", devices=1, **options)

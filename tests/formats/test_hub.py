@@ -12,16 +12,13 @@ from dar_lightning import ARModel, DARPipeline, SequentialDiffusionTokenizer
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import SHIPPED
 
-LABELS = torch.tensor([0, 3, 1])
-
 
 def draw(pipe: DARPipeline) -> torch.Tensor:
-    return pipe.generate(LABELS, guidance=2.0, generator=torch.Generator().manual_seed(0))
+    return pipe.generate(torch.tensor([0, 3, 1]), guidance=2.0, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def asked(pipeline, tmp_path, monkeypatch) -> list[tuple[str, dict]]:
-    """What was asked of the Hub, which has someone/pipeline, someone/tokenizer and someone/ar."""
+def test_repositories(pipeline, tmp_path, monkeypatch):
+    """The Hub has someone/pipeline, someone/tokenizer and someone/ar."""
     asked = []
 
     def download(repo: str, **options) -> str:
@@ -30,13 +27,10 @@ def asked(pipeline, tmp_path, monkeypatch) -> list[tuple[str, dict]]:
 
     monkeypatch.setattr("dar_lightning.formats.pretrained.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    return asked
-
-
-def test_a_pipeline_out_of_a_repository(asked, pipeline):
     pipe = DARPipeline.from_pretrained("someone/pipeline")
     assert pipe.classes == CLASSES
-    assert torch.equal(draw(pipe), draw(DARPipeline.from_pretrained(pipeline)))
+    images = draw(DARPipeline.from_pretrained(pipeline))
+    assert torch.equal(draw(pipe), images)
     ((repo, options),) = asked
     assert repo == "someone/pipeline"
     # as patterns match: every file of the three folders that is read, and no other
@@ -46,26 +40,15 @@ def test_a_pipeline_out_of_a_repository(asked, pipeline):
         "config.json",
         *(f"{part}/{name}" for part in ("tokenizer", "ar") for name in ("config.json", "model.safetensors")),
     }
-
-
-def test_models_out_of_repositories(asked, pipeline):
     wanted = dict(revision="v2", cache_dir="cache", force_download=True, local_files_only=False, token="secret")
     ar = ARModel.from_pretrained("someone/ar", **wanted)
     assert model_sha256(ar) == model_sha256(ARModel.from_pretrained(Path(pipeline) / "ar"))
     assert asked.pop() == ("someone/ar", {"allow_patterns": ["config.json", "model.safetensors"], **wanted})
-    parts = DARPipeline.from_parts("someone/tokenizer", "someone/ar")
-    assert torch.equal(draw(parts), draw(DARPipeline.from_pretrained(pipeline)))
-    assert [(repo, options["revision"]) for repo, options in asked] == [
-        ("someone/tokenizer", None),
-        ("someone/ar", None),
-    ]
+    assert torch.equal(draw(DARPipeline.from_parts("someone/tokenizer", "someone/ar")), images)
+    assert [repo for repo, _ in asked[1:]] == ["someone/tokenizer", "someone/ar"]
 
 
-def test_the_shipped_pipeline_is_small():
-    assert sum(path.stat().st_size for path in (SHIPPED / "fruit64").rglob("*") if path.is_file()) <= 12_000_000
-
-
-def test_the_shipped_pipeline_needs_no_network(monkeypatch):
+def test_the_shipped_pipeline_is_small_and_needs_no_network(monkeypatch):
     def refuse(*_):
         raise OSError("the network is blocked")
 
@@ -79,5 +62,7 @@ def test_the_shipped_pipeline_needs_no_network(monkeypatch):
     assert images.shape == (3, 3, 64, 64)
     assert images.isfinite().all()
     assert len(pipe.classes) == 14
-    for part in (SequentialDiffusionTokenizer, ARModel):
-        part.from_pretrained("fruit64")
+    ARModel.from_pretrained("fruit64")
+    # as it stands in stored protocols
+    assert model_sha256(SequentialDiffusionTokenizer.from_pretrained("fruit64")).startswith("169cc7fb518a")
+    assert sum(path.stat().st_size for path in (SHIPPED / "fruit64").rglob("*") if path.is_file()) <= 12_000_000

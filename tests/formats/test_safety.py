@@ -85,16 +85,11 @@ def attacks(marker: Path) -> dict:
     }
 
 
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "code_ran"
-
-
 @pytest.mark.parametrize("name", list(attacks(Path("unused"))))
-def test_malicious_pickles_run_nothing(name, tmp_path, marker, monkeypatch):
+def test_malicious_pickles_run_nothing(name, tmp_path, monkeypatch):
     # Nor does the environment open a way around.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    file = tmp_path / "attack.pt"
+    file, marker = tmp_path / "attack.pt", tmp_path / "code_ran"
     attacks(marker)[name](file)
     for read in (read_checkpoint, lambda f: convert(f, tmp_path / "out"), lambda f: export(f, tmp_path / "out")):
         with pytest.raises(UserError) as refusal:
@@ -106,14 +101,10 @@ def test_malicious_pickles_run_nothing(name, tmp_path, marker, monkeypatch):
         assert name != "builtins_eval" or "eval" in message, "what the file wanted"
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["os_system", "builtins_eval", "builtins_exec_deep_in_the_optimizer", "storage_type"])
-def test_the_attacks_are_real(name, tmp_path, marker):
-    attacks(marker)[name](tmp_path / "attack.pt")
-    with contextlib.suppress(Exception):
-        torch.load(tmp_path / "attack.pt", weights_only=False)
-    assert marker.exists()
+    if name in ("os_system", "builtins_eval", "builtins_exec_deep_in_the_optimizer", "storage_type"):
+        with contextlib.suppress(Exception):
+            torch.load(file, weights_only=False)
+        assert marker.exists(), "the attack is real"
 
 
 def test_admitted_names_are_stand_ins_and_admitted_for_one_load_only(tmp_path):
@@ -138,25 +129,24 @@ def entry(shape, offsets, dtype="F32") -> bytes:
     return json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
 
 
-BROKEN_SAFETENSORS = {
-    "empty": b"",
-    "oversized_header": header(b"{}", 2**62),
-    "header_longer_than_the_file": header(b"{}", 50),
-    "header_not_json": header(b"not json"),
-    "offsets_beyond_the_end": header(entry([1000], [0, 4000])) + b"\0" * 8,
-    "shape_of_another_size": header(entry([10**9, 10**9], [0, 8])) + b"\0" * 8,
-    "negative_shape": header(entry([-1], [0, 8])) + b"\0" * 8,
-    "unknown_dtype": header(entry([2], [0, 8], "X99")) + b"\0" * 8,
-    "pickle": pickle.dumps(Reduced(os.system, "true")),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_SAFETENSORS)
-def test_broken_safetensors(name, tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(BROKEN_SAFETENSORS[name])
-    with pytest.raises(UserError, match=r"x\.safetensors") as refusal:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        header(b"{}", 2**62),
+        header(b"{}", 50),
+        header(b"not json"),
+        header(entry([1000], [0, 4000])) + b"\0" * 8,
+        header(entry([10**9, 10**9], [0, 8])) + b"\0" * 8,
+        header(entry([-1], [0, 8])) + b"\0" * 8,
+        header(entry([2], [0, 8], "X99")) + b"\0" * 8,
+        pickle.dumps(Reduced(os.system, "true")),
+    ],
+)
+def test_broken_safetensors(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"^.*x\.safetensors.*$"):
         read_checkpoint(tmp_path / "x.safetensors")
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.999])
@@ -166,42 +156,33 @@ def test_truncated_files(keep, name, tmp_path):
     (torch.save if name == "x.pt" else save_file)({"x": torch.zeros(1000)}, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(UserError, match=name) as refusal:
+    with pytest.raises(UserError, match=f"^.*{name}.*$"):
         read_checkpoint(path)
-    assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_weights_that_are_no_numbers(value, tmp_path):
+def test_contents_that_are_no_weights(tmp_path):
+    """No numbers; no dictionary; a view of stride 0 that claims a petabyte, which nothing may touch."""
     ar = make_ar()
-    ar.norm.weight.data[7] = value
-    ar.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"norm\.weight holds NaN or infinity"):
-        ARModel.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), None])
-def test_files_without_a_dictionary(content, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="need a dictionary"):
-        read_checkpoint(tmp_path / "x.pt")
-
-
-def test_tensors_that_claim_more_than_the_file_holds(tmp_path):
-    """A view of stride 0 claims a petabyte; nothing may touch its values before its shape is refused."""
+    for value in (torch.nan, -torch.inf):
+        ar.norm.weight.data[7] = value
+        ar.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"norm\.weight holds NaN or infinity"):
+            ARModel.from_pretrained(tmp_path)
+    for content in ([1, 2], torch.zeros(3), None):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match="need a dictionary"):
+            read_checkpoint(tmp_path / "x.pt")
     state = {"cls_embedding.embedding_table.weight": torch.zeros(1, 1).expand(10**7, 10**8)}
     torch.save(state | {"tok_embeddings.weight": torch.zeros(64, 768)}, tmp_path / "x.pt")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no released size"):
         convert(tmp_path / "x.pt", tmp_path / "out")
 
 
-def test_through_the_command_line(tmp_path, marker, capsys):
-    attacks(marker)["os_system"](tmp_path / "attack.pt")
+def test_through_the_command_line(tmp_path, capsys):
+    attacks(tmp_path / "code_ran")["os_system"](tmp_path / "attack.pt")
     with pytest.raises(SystemExit) as stop:
         main(["convert", "--input", str(tmp_path / "attack.pt"), "--output", str(tmp_path / "out")])
     assert stop.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    assert "system" in printed
-    assert not marker.exists()
-    assert not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "system" in line
+    assert not (tmp_path / "code_ran").exists()

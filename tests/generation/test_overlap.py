@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -16,46 +17,12 @@ from dar_lightning.generation.overlap import Worker, run_ahead
 
 LABELS = torch.tensor([0, 3, 1])
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return make_pipeline()
-
-
-def numbers(made: list, count: int, stop: threading.Event | None = None):
-    try:
-        for number in range(count):
-            if stop is not None:
-                stop.wait(5)
-            made.append(number)
-            yield torch.tensor(number)
-    finally:
-        made.append("closed")
-
-
-def test_it_runs_ahead_of_its_reader():
-    made = []
-    reader = run_ahead(numbers(made, 5), CPU)
-    assert int(next(reader)) == 0
-    for _ in range(500):
-        if made[-1] == "closed":
-            break
-        time.sleep(0.01)
-    assert made == [0, 1, 2, 3, 4, "closed"], "nobody has asked for the second one yet"
-    assert [int(number) for number in reader] == [1, 2, 3, 4]
-
-
-def test_closing_stops_the_work():
-    made, stop = [], threading.Event()
-    reader = run_ahead(numbers(made, 10**6, stop), CPU)
-    stop.set()
-    next(reader)
-    reader.close()
-    count = len(made)
-    assert made[-1] == "closed"
-    assert count < 10**6
-    assert Worker.idle[CPU], "its thread waits for other work"
 
 
 class Stand:
@@ -76,7 +43,7 @@ class Stand:
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> torch.device:
+def cuda(monkeypatch) -> Iterator[torch.device]:
     """A device of which run_ahead asks for streams, and gets stand-ins."""
     monkeypatch.setattr(Stand, "made", 0)
     monkeypatch.setattr(torch.cuda, "Stream", Stand)
@@ -88,14 +55,19 @@ def cuda(monkeypatch) -> torch.device:
     del Worker.idle[device]
 
 
-def threads(used: set, count: int = 3):
-    """Yields tensors, and notes the thread that makes them."""
-    for _ in range(count):
-        used.add(threading.current_thread())
-        yield object.__new__(Stand)
+def items(made: list, count: int, error: Exception | None = None):
+    """Yields tensors, or what stands for them; notes the thread that makes each, and the end."""
+    try:
+        for _ in range(count):
+            made.append(threading.current_thread())
+            yield object.__new__(Stand)
+    finally:
+        made.append("closed")
+        if error is not None:
+            raise error
 
 
-def within(seconds: float, work) -> None:
+def within(seconds: float, work: Callable[[], object]) -> None:
     """A deadlock is a failure, not a test without an end."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -103,31 +75,51 @@ def within(seconds: float, work) -> None:
     assert not thread.is_alive(), "deadlock"
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_it_runs_ahead_of_its_reader():
+    made = []
+    reader = run_ahead(items(made, 5), CPU)
+    next(reader)
+    for _ in range(500):
+        if made[-1] == "closed":
+            break
+        time.sleep(0.01)
+    assert len(made) == 6, "nobody has asked for the second one yet"
+    assert len(list(reader)) == 4
+
+
+def test_closing_stops_the_work():
+    made = []
+    reader = run_ahead(items(made, 10**6), CPU)
+    next(reader)
+    reader.close()
+    assert made[-1] == "closed"
+    assert len(made) < 10**6
+    assert Worker.idle[CPU], "its thread waits for other work"
+
+
 def test_one_stream_and_one_thread_serve_all_calls(cuda):
-    used = set()
+    made = []
     for count in (3, 1, 3, 0, 3):
-        for _ in run_ahead(threads(used, count), cuda):
+        for _ in run_ahead(items(made, count), cuda):
             break  # closed half way
-        list(run_ahead(threads(used, count), cuda))
-    assert (Stand.made, len(used)) == (1, 1)
+        list(run_ahead(items(made, count), cuda))
+    assert (Stand.made, len({*made} - {"closed"})) == (1, 1)
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_readers_beside_and_inside_each_other_do_not_wait(cuda):
-    used, left = set(), []
+    left = []
 
     def nested(outer):
         for tensor in outer:
-            yield from run_ahead(threads(used, 2), cuda)
+            yield from run_ahead(items([], 2), cuda)
             yield tensor
 
     def work():
-        one, other = (run_ahead(threads(used), cuda) for _ in range(2))
+        one, other = (run_ahead(items([], 3), cuda) for _ in range(2))
         left.extend([one, other])
         next(one), next(other), next(one)  # both stay open, as two visitors' who have gone
-        assert len(list(run_ahead(nested(threads(used)), cuda))) == 9
-        list(run_ahead(threads(used), cuda))
+        assert len(list(run_ahead(nested(items([], 3)), cuda))) == 9
+        list(run_ahead(items([], 3), cuda))
 
     within(60, work)
     assert len(left) == 2
@@ -136,24 +128,21 @@ def test_readers_beside_and_inside_each_other_do_not_wait(cuda):
 
 def test_a_failed_call_gives_its_thread_back():
     """One that fails while it is closed, too."""
-
-    def failing():
-        try:
-            yield from threads(used, 1)
-        finally:
-            raise UserError("no more")
+    made, failed = [], []
 
     def work():
         for _ in range(3):
-            with pytest.raises(UserError, match="no more"):
-                list(run_ahead(failing(), CPU))
-            reader = run_ahead(failing(), CPU)
+            try:
+                list(run_ahead(items(made, 1, UserError("no more")), CPU))
+            except UserError as error:
+                failed.append(str(error))
+            reader = run_ahead(items(made, 1, UserError("no more")), CPU)
             next(reader)
             reader.close()
 
-    used = set()
     within(60, work)
-    assert len(used) == 1
+    assert failed == ["no more"] * 3
+    assert len({*made} - {"closed"}) == 1
 
 
 def test_what_is_done_is_forgotten():
@@ -174,7 +163,7 @@ def test_what_is_done_is_forgotten():
 
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_process_has_threads_of_its_own():
-    list(run_ahead(iter([torch.zeros(1)]), CPU))
+    list(run_ahead(items([], 1), CPU))
     assert Worker.idle[CPU]
     child = os.fork()
     if not child:
@@ -182,24 +171,17 @@ def test_a_forked_process_has_threads_of_its_own():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_overlapping_changes_no_bit(pipe):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_overlapping_changes_no_bit(pipe, autocast):
     def draw(overlap: bool) -> list:
         generator = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        return list(pipe.stream(LABELS, guidance=(1.0, 4.0), generator=generator, overlap=overlap))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return list(pipe.stream(LABELS, guidance=(1.0, 4.0), generator=generator, overlap=overlap))
 
-    serial, overlapped = draw(False), draw(True)
-    assert [preview.group for preview in overlapped] == [1, 2, 3, 4]
-    for one, other in zip(serial, overlapped, strict=True):
+    for group, (one, other) in enumerate(zip(draw(False), draw(True), strict=True), start=1):
+        assert group == one.group == other.group
         assert torch.equal(one.codes, other.codes)
         assert torch.equal(one.images, other.images)
-
-
-def test_autocast_reaches_the_thread(pipe):
-    def draw(overlap: bool) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return pipe.generate(LABELS, generator=torch.Generator().manual_seed(0), overlap=overlap, top_k=1)
-
-    assert torch.equal(draw(True), draw(False))
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -1,7 +1,6 @@
 """Provenance: what git, the libraries and the process themselves say, in every kind of result."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -13,28 +12,11 @@ import pytest
 import torch
 from tiny_models import fit_ar, make_tokenizer, write_images
 
+from dar_lightning import __version__
 from dar_lightning.cli import main
 from dar_lightning.records import provenance
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
-MODULE = Path(provenance.__file__)
-MAIN = """
-import json
-from types import SimpleNamespace
-from dar_lightning.records.provenance import provenance
-print(json.dumps(provenance(SimpleNamespace(type="cpu"), "bf16-mixed")))
-"""
-
-
-def package(root: Path) -> Path:
-    """A package of this name that has the module at hand and nothing else."""
-    folder = root / "dar_lightning"
-    (folder / "records").mkdir(parents=True)
-    shutil.copy(MODULE, folder / "records")
-    (folder / "records" / "__init__.py").touch()
-    (folder / "__init__.py").write_text('__version__ = "9.8"\n')
-    (folder / "__main__.py").write_text(MAIN)
-    return folder
 
 
 def git(folder: Path, *words: str) -> str:
@@ -52,87 +34,66 @@ def repository(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def ask(package: Path, cwd: Path, *words: str, **environment: str) -> dict:
-    """What `python -m dar_lightning` says of itself, in a process of its own."""
-    variables = os.environ | {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    command = [sys.executable, "-m", "dar_lightning", *words]
-    return json.loads(subprocess.check_output(command, cwd=cwd, env=variables, text=True))
-
-
 @pytest.fixture
-def checkout(tmp_path) -> tuple[Path, str]:
-    folder = package(tmp_path / "checkout")
-    return folder, repository(folder.parent)
+def package(tmp_path, monkeypatch) -> Path:
+    """A package in the place of this one, with a file."""
+    folder = tmp_path / "venv/site-packages/dar_lightning"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("first = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", folder)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("path", "changed"),
-    {
-        None: False,
-        "notes.txt": False,
-        "README.md": True,
-        "dar_lightning/__init__.py": True,
-        "dar_lightning/new.py": True,
-    }.items(),
-)
-def test_a_checkout_is_asked_wherever_the_command_runs(checkout, path, changed, tmp_path):
-    folder, commit = checkout
-    other = tmp_path / "other"
+@pytest.mark.parametrize("path", [None, "notes.txt", "README.md", "dar_lightning/new.py", "dar_lightning/__init__.py"])
+def test_a_checkout_is_asked_wherever_the_command_runs(package, path, tmp_path, monkeypatch):
+    """It has changed with what git tracks, and with new modules."""
+    commit, other = repository(package.parent), tmp_path / "other"
     assert repository(other) != commit
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))  # as git's hooks have it
+    monkeypatch.chdir(other)
     if path is not None:
-        with (folder.parent / path).open("a") as file:
+        with (package.parent / path).open("a") as file:
             file.write("# more\n")
-    found = ask(folder, other, "fit", "--name=a b", GIT_DIR=str(other / ".git"))  # as git's hooks have it
-    code = found.pop("code")
-    assert [code[name] for name in ("version", "commit", "changed")] == ["9.8", commit, changed]
-    assert found["command"] == "dar fit '--name=a b'"
-    assert (found["precision"], found["device"][:5]) == ("bf16-mixed", "cpu (")
+    code = provenance.read_code()
+    assert (code["commit"], code["changed"]) == (commit, path not in (None, "notes.txt"))
 
 
 @pytest.mark.parametrize("case", ["no git", "a git that hangs", "no repository", "installed inside of one"])
-def test_without_a_commit_there_is_none(case, tmp_path):
-    folder = package(tmp_path / "venv" / "site-packages")
-    path = os.environ["PATH"]
+def test_without_a_commit_there_is_none(case, package, tmp_path, monkeypatch):
     if case == "installed inside of one":
         (tmp_path / ".gitignore").write_text("venv/\n")
         repository(tmp_path)
     if case.endswith(("git", "hangs")):
-        path = str(tmp_path / "bin")
         (tmp_path / "bin").mkdir()
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if case == "a git that hangs":
-        (tmp_path / "bin" / "git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
-        (tmp_path / "bin" / "git").chmod(0o755)
-        module = folder / "records" / MODULE.name
-        module.write_text(module.read_text().replace("GIT_SECONDS = 5", "GIT_SECONDS = 0.2"))
-    found = ask(folder, tmp_path, PATH=path)["code"]
-    assert (found["version"], found["commit"], found["changed"]) == ("9.8", None, None)
-    assert len(found["sha256"]) == 64
+        (tmp_path / "bin/git").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+        (tmp_path / "bin/git").chmod(0o755)
+        monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
+    code = provenance.read_code()
+    assert (code["version"], code["commit"], code["changed"]) == (__version__, None, None)
+    assert len(code["sha256"]) == 64
 
 
-def test_the_hash_is_of_what_decides_results(tmp_path, monkeypatch):
-    folder = package(tmp_path)
-    monkeypatch.setattr(provenance, "PACKAGE", folder)
+def test_the_hash_is_of_what_decides_results(package, tmp_path, monkeypatch):
     hashes = [provenance.read_code()["sha256"]]
     for path, text in (("README.md", "words"), ("config.json", "{}"), ("config.json", '{"a": 1}')):
-        (folder / path).write_text(text)
+        (package / path).write_text(text)
         hashes.append(provenance.read_code()["sha256"])
-    (folder / "config.json").rename(folder / "other.json")
+    (package / "config.json").rename(package / "other.json")
     hashes.append(provenance.read_code()["sha256"])
-    folder.rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "elsewhere")
+    monkeypatch.setattr(provenance, "PACKAGE", package.rename(tmp_path / "elsewhere"))
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
     assert provenance.read_code()["sha256"] == hashes[-1]
 
 
-def test_names():
-    code = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": True, "sha256": "fedcba9876543210"}
-    names = [provenance.code_name(one) for one in (code, code | {"commit": None, "changed": None}, None)]
-    assert names == [
-        "dar_lightning 0.1.0, commit 0123456789ab with changes (package fedcba98)",
-        "dar_lightning 0.1.0 (package fedcba98)",
-        "code that was not noted",
-    ]
+@pytest.mark.parametrize("program", ["/bin/dar", str(provenance.PACKAGE / "__main__.py")])
+def test_the_command_is_as_one_types_it(program, monkeypatch):
+    """`python -m dar_lightning` has the file of its module as its name."""
+    monkeypatch.setattr(sys, "argv", [program, "fit", "--name=a b"])
+    made = provenance.provenance(torch.device("cpu"), "bf16-mixed")
+    assert (made["command"], made["precision"], made["device"][:5]) == ("dar fit '--name=a b'", "bf16-mixed", "cpu (")
 
 
 # ---- every verb's record
@@ -154,13 +115,10 @@ def made(tmp_path_factory, pipeline) -> Path:
     codes = str(root / "codes")
     extract = ["extract", "--tokenizer", tokenizer, "--shards", images, "--output", codes, "--crops=center"]
     rows = ["--title=t", "--task=reconstruct", '--rows=[{"solver": "euler"}]', "--pipeline", tokenizer]
-    draw = [
-        "predict",
-        "--model=dar_lightning.generation.predict.GenerationModule",
-        f"--model.init_args.pipeline={pipeline}",
-    ]
-    draw += ["--data=dar_lightning.generation.labels.LabelsDataModule", "--data.init_args.num_images=4"]
-    draw += ["--trainer.callbacks+=SampleWriter", f"--trainer.callbacks.output={root}/drawn.npz"]
+    draw = ["predict", "--model=dar_lightning.generation.predict.GenerationModule"]
+    draw += [f"--model.init_args.pipeline={pipeline}", "--data=dar_lightning.generation.labels.LabelsDataModule"]
+    draw += ["--data.init_args.num_images=4", "--trainer.callbacks+=SampleWriter"]
+    draw += [f"--trainer.callbacks.output={root}/drawn.npz", "--trainer.accelerator=cpu"]
     for words in (
         [*extract, "--accelerator=cpu", "--devices=1"],
         [*fit_ar(codes, codes, root / "run", max_steps=1, val_check_interval=1), f"--config={root}/layer.yaml"],
@@ -168,7 +126,7 @@ def made(tmp_path_factory, pipeline) -> Path:
         ["sample", "--pipeline", pipeline, "--per_class=1", "--output", root / "out", "--device=cpu"],
         ["evaluate", "--samples", root / "out/samples.npz", *measure, "--output", root / "out/evaluation.json"],
         ["table", *rows, *measure, "--output", root / "table"],
-        [*draw, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={root}"],
+        [*draw, f"--trainer.default_root_dir={root}"],
     ):
         main([str(word) for word in words])
     return root
@@ -204,11 +162,11 @@ def test_every_result_says_what_made_it(file, made):
     assert found["versions"]["lightning"] == lightning.__version__
     assert found["device"].startswith("cpu")
     assert found["precision"] == precision
-    assert shlex.split(found["command"]) == sys.orig_argv, "the tests' own; `python -m dar_lightning` is above"
+    assert shlex.split(found["command"]) == sys.orig_argv, "the tests' own"
 
 
 def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
-    """The second part is of other code, the third one of the same; a checkpoint of before has no list."""
+    """The second part is of other code, the third one of the same."""
     codes, first = str(made / "codes"), made / "run/checkpoints/last.ckpt"
     monkeypatch.setattr(provenance, "_code_at_first_call", lambda: {"sha256": "other"})
     for steps, start in ((2, first), (3, "last")):
@@ -220,17 +178,9 @@ def test_a_resumed_run_lists_what_made_which_steps(made, tmp_path, monkeypatch):
     assert listed[1]["code"] == {"sha256": "other"}
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt")["provenance"] == listed
 
-    checkpoint = torch.load(first)
-    assert checkpoint.pop("provenance") == listed[:1]
-    torch.save(checkpoint, tmp_path / "before.ckpt")
-    words = fit_ar(codes, codes, tmp_path / "old", max_steps=2, limit_val_batches=0)
-    main([*map(str, words), f"--config={made}/layer.yaml", f"--ckpt_path={tmp_path}/before.ckpt"])
-    assert [one["from_step"] for one in read(tmp_path / "old/logs/provenance.json")] == [1]
 
-
-@pytest.mark.parametrize("noted", [True, False])
-def test_other_code_goes_on_with_an_extraction(noted, made, tmp_path, monkeypatch, capsys):
-    """Of two shards, one is made by the code at hand, or a version before, and the other by other code."""
+def test_other_code_goes_on_with_an_extraction(made, tmp_path, monkeypatch, capsys):
+    """Of two shards, one is made by the code at hand, and the other by other code."""
     source, output = tmp_path / "images", tmp_path / "codes"
     shutil.copytree(made / "images", source)
     (source / "index.json").unlink()
@@ -241,14 +191,12 @@ def test_other_code_goes_on_with_an_extraction(noted, made, tmp_path, monkeypatc
     (output / "index.json").unlink()
     (output / "000001.safetensors").unlink()
     (mine,) = read(output / "provenance.json")
-    if not noted:
-        (output / "provenance.json").unlink()
     other = mine["code"] | {"version": "9.8", "sha256": "0" * 64}
     monkeypatch.setattr(provenance, "_code_at_first_call", lambda: other)
     capsys.readouterr()
     main(words)
-    before = provenance.code_name(mine["code"]) if noted else "code that was not noted"
+    before = provenance.code_name(mine["code"])
     line = f"{output}: 1 of 2 token shards are of {before}, the others will be of {provenance.code_name(other)}\n"
     assert capsys.readouterr().out.count(line) == 1
-    assert read(output / "provenance.json") == [*[mine] * noted, mine | {"code": other}]
+    assert read(output / "provenance.json") == [mine, mine | {"code": other}]
     assert read(output / "index.json")["samples"] == 16

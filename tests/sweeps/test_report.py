@@ -1,20 +1,29 @@
 """`dar report`: means and spreads are the library's, what is missing is named, nothing unlike is put together."""
 
 import csv
+import io
 import json
+import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 from PIL import Image
-from tiny_sweep import GROUPS, ORDERS, PROTOCOL, RECONSTRUCTED, STEPS, measured, write_json, write_sweep
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+from tiny_sweep import GROUPS, MEASURED, ORDERS, RECONSTRUCTED, STEPS, measured, write_json, write_sweep
+from torch.utils.tensorboard import SummaryWriter
 
 from dar_lightning.cli import main
+from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import read_scalars
 from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples
 from dar_lightning.sweeps.results import read_sweep
 from dar_lightning.sweeps.tables import markdown, summarize
+from dar_lightning.sweeps.tensorboard import write_tensorboard
 
-CODE = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": False, "sha256": "f" * 64}
+CODE = {"version": "0.1.0", "commit": "0123456789abcdef", "changed": True, "sha256": "f" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +36,11 @@ def reported(sweep, tmp_path_factory):
     output = tmp_path_factory.mktemp("report")
     main(["report", str(sweep), "--output", str(output)])
     return output
+
+
+@pytest.fixture
+def copy(sweep, tmp_path):
+    return shutil.copytree(sweep, tmp_path / "copy")
 
 
 def lines(path) -> list[dict]:
@@ -50,13 +64,10 @@ def test_mean_and_spread_over_seeds(reported):
     assert (line["failed"], line["pending"]) == ("1", "1")
     assert found["reversed", "gFID"]["source"] == "paper"
     assert not any(line["figure"] == "psnr" for line in found.values()), "infinite"
-
-
-def test_every_run_has_a_line(reported):
-    found = [(line["cell"], line["seed"], line["status"], line["value"]) for line in lines(reported / "runs.csv")]
-    assert len(found) == 2 * 7 + 2
+    runs = [(line["cell"], line["seed"], line["status"], line["value"]) for line in lines(reported / "runs.csv")]
+    assert len(runs) == 2 * 7 + 2
     expected = {("reversed", "2", "done", str(measured("reversed", 2))), ("random", "1", "failed", "")}
-    assert expected | {("random", "2", "pending", "")} <= {*found}
+    assert expected | {("random", "2", "pending", "")} <= {*runs}
 
 
 def test_the_table_has_the_paper_beside_it_and_names_what_is_missing(reported):
@@ -75,32 +86,39 @@ def test_the_table_has_the_paper_beside_it_and_names_what_is_missing(reported):
         assert part in text
 
 
-def test_shared_work_counts_once_and_code_is_named(tmp_path):
-    write_sweep(tmp_path)
+def test_shared_work_counts_once_and_code_is_named(copy):
     for seed, changes in enumerate(({}, {"commit": None, "changed": None}, None)):
-        folder = tmp_path / "cells" / "coarse" / f"seed{seed}"
+        folder = copy / f"cells/coarse/seed{seed}"
         told = json.loads((folder / "metrics.json").read_text())
-        figures = told["figures"] | {"psnr": 12.5, "rFD": 1.5}
-        edit(folder / "metrics.json", figures=figures, stages={"psnr": "tokenizer", "rFD": "ar", "val/loss": "ar"})
+        figures, stages = told["figures"] | {"psnr": 12.5, "rFD": 1.5}, told["stages"] | {"psnr": "tokenizer"}
+        edit(folder / "metrics.json", figures=figures, stages=stages | {"rFD": "ar"})
         stages = json.loads((folder / "cell.json").read_text())["stages"]
-        if changes is not None:
-            stages[0]["code"] = CODE | changes
+        stages[0] |= {} if changes is None else {"code": CODE | changes}
         edit(folder / "cell.json", stages=stages)
-    sweep = read_sweep(tmp_path)
-    found = {row.metric: row for row in summarize(sweep) if row.cell.name == "coarse"}
-    assert (str(found["psnr"]), found["psnr"].std, len(found["psnr"].values)) == ("12.5", None, 1), "one tokenizer"
-    assert str(found["rFD"]) == "1.5 ± 0", "three trainings, which agree"
-    assert len(found["val/loss"].values) == 3
-    one, other = "dar_lightning 0.1.0, commit 0123456789ab (package ffffffff)", "dar_lightning 0.1.0 (package ffffffff)"
-    assert f"Made by {one}; code that was not noted; {other}.  \n" in markdown(sweep, [])
+    sweep = read_sweep(copy)
+    rows = summarize(sweep)
+    found = {row.metric: row for row in rows if row.cell.name == "coarse"}
+    assert (found["psnr"].values, found["psnr"].std) == ((12.5,), None), "one tokenizer"
+    assert (found["rFD"].values, found["rFD"].std) == (3 * (1.5,), 0), "three trainings, which agree"
+    one = "dar_lightning 0.1.0, commit 0123456789ab with changes (package ffffffff)"
+    other = "dar_lightning 0.1.0 (package ffffffff)"
+    text = markdown(replace(sweep, metrics=("psnr", "rFD")), rows)
+    assert f"Made by {one}; code that was not noted; {other}.  \n" in text
+    assert "| coarse | 3 | 12.5 | 1.5 ± 0 |" in text
 
 
 def test_plots_show_the_numbers(sweep, reported):
     found = read_sweep(sweep)
-    here, paper = plot_metrics(found, summarize(found)).axes
+    rows = summarize(found)
+    here, paper = plot_metrics(found, rows).axes
     means = [bars.lines[0].get_ydata()[i] for bars in here.containers for i in range(3)]
     assert means == pytest.approx([0.11, 0.16, 0.12])
     assert paper.containers[0].lines[0].get_ydata() == pytest.approx([2.44, 4.17])
+    axes = plot_metrics(found, [row for row in rows if row.cell.name != "coarse"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["reversed", "random"], (
+        "no place for what is unknown"
+    )
+    assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 1]
     [curves] = plot_curves(found).axes
     thick = {line.get_label(): line for line in curves.lines if line.get_linewidth() == 2}
     assert list(thick) == ["order coarse (n = 3)", "order reversed (n = 3)", "order random (n = 1)"]
@@ -112,70 +130,53 @@ def test_plots_show_the_numbers(sweep, reported):
     assert groups.containers[0].lines[0].get_ydata() == pytest.approx([1.1 - k / 10 for k in range(GROUPS)])
     samples = plot_samples(found).axes
     assert [axes.get_title(loc="left") for axes in samples] == [f"order {order}, seed 0" for order in ORDERS]
-    assert [axes.images[0].get_array()[0, 0].tolist() for axes in samples] == [[60 * i, 0, 200] for i in range(3)]
+    arrays = [axes.images[0].get_array() for axes in samples]
+    assert [array[0, 0].tolist() for array in arrays] == [[60 * i, 0, 200] for i in range(3)]
+    assert arrays[2].shape == (920, 660, 3), "of a large grid, the first images"
     for name in ("figures.png", "curves.png", "groups.png", "samples.jpg"):
         with Image.open(reported / name) as image:
             assert min(image.size) > 90
 
 
-def test_a_plot_has_no_place_for_cells_of_which_nothing_is_known(sweep):
-    found = read_sweep(sweep)
-    axes = plot_metrics(found, [row for row in summarize(found) if row.cell.name != "coarse"]).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["reversed", "random"]
-    assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 1]
-
-
-def test_of_a_large_grid_the_first_images_are_shown(tmp_path):
-    write_sweep(tmp_path)
-    Image.new("RGB", (2000, 2000)).save(tmp_path / "cells/coarse/seed0/samples.png")
-    assert plot_samples(read_sweep(tmp_path)).axes[0].images[0].get_array().shape == (920, 660, 3)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"measure": PROTOCOL | {"reference": {"n": 50}}}, "measure's protocols differ in reference.n: 207, 50"),
-        ({"measure": PROTOCOL | {"samples": {"n": 27}}}, "measure's protocols differ in samples.n: 28, 27"),
-        ({"reconstruct": {"num_images": 207}}, "reconstruct's protocols differ in reference.crop: centre 64, None"),
-        ({"reconstruct": RECONSTRUCTED | {"psnr": "x"}}, "differ in reconstruction.psnr: None, x"),
+        ({"measure": MEASURED | {"reference": {"n": 50}}}, "measure's protocols differ in reference.n: 207, 50"),
+        ({"measure": MEASURED | {"samples": {"n": 27}}}, "measure's protocols differ in samples.n: 28, 27"),
+        ({"reconstruct": RECONSTRUCTED | {"reconstruction": {"psnr": "x"}}}, "differ in reconstruction.psnr: mean, x"),
     ],
 )
-def test_unlike_protocols_are_refused(change, message, tmp_path, capsys):
-    path = write_sweep(tmp_path) / "cells" / "reversed" / "seed1" / "metrics.json"
-    edit(path, protocol=json.loads(path.read_text())["protocol"] | change)
-    assert message in mistake(tmp_path, capsys)
-    assert not (tmp_path / "report").exists()
+def test_unlike_protocols_are_refused(change, message, copy):
+    path = copy / "cells/reversed/seed1/metrics.json"
+    protocol = json.loads(path.read_text())["protocol"]
+    edit(path, protocol=protocol | {stage: protocol[stage] | values for stage, values in change.items()})
+    with pytest.raises(UserError, match=message):
+        read_sweep(copy)
 
 
-def mistake(folder, capsys) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        main(["report", str(folder)])
-    [line] = capsys.readouterr().err.splitlines()
-    return line
+def test_mistakes_are_one_line(tmp_path, capsys):
+    write_json(tmp_path / "other/sweep.json", {"name": "x", "cells": []})
+    for folder, says in (
+        (tmp_path, "has no sweep.json: give a folder that dar sweep wrote"),
+        (tmp_path / "other", "is not what dar sweep writes: KeyError('title')"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(folder)])
+        [line] = capsys.readouterr().err.splitlines()
+        assert says in line
 
 
-def test_other_mistakes(tmp_path, capsys):
-    assert "has no sweep.json: give a folder that dar sweep wrote" in mistake(tmp_path, capsys)
-    write_sweep(tmp_path)
-    (tmp_path / "cells" / "coarse" / "seed0" / "metrics.json").unlink()
-    assert "metrics.json is missing, but the run is done" in mistake(tmp_path, capsys)
-    write_json(tmp_path / "cells" / "coarse" / "seed0" / "cell.json", {"status": "lost", "stages": []})
-    assert "status is 'lost': it must be done, failed, pending" in mistake(tmp_path, capsys)
-    write_json(tmp_path / "sweep.json", {"name": "x", "cells": []})
-    assert "is not what dar sweep writes: KeyError('axes')" in mistake(tmp_path, capsys)
-
-
-def test_nothing_done_yet(tmp_path, capsys):
-    for path in (write_sweep(tmp_path) / "cells").rglob("cell.json"):
+def test_nothing_done_yet(copy, capsys):
+    (copy / "cells/coarse/seed0/metrics.json").unlink()
+    assert [run.status for run in read_sweep(copy).cells[0].runs] == ["pending", "done", "done"], "killed in between"
+    for path in (copy / "cells").rglob("cell.json"):
         path.unlink()
-    main(["report", str(tmp_path)])
+    main(["report", str(copy)])
     assert "| coarse | 0 of 3 (3 pending) |  | 2.44 |" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"table.csv", "table.md", "runs.csv"}
+    assert {path.name for path in (copy / "report").iterdir()} == {"table.csv", "table.md", "runs.csv"}
 
 
 def test_a_resumed_runs_curve_is_one_curve(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
     for start, offset in ((0, 0.0), (2, 10.0)):
         with SummaryWriter(str(tmp_path), filename_suffix=f".{start}") as writer:
             for step in range(start, start + 3):
@@ -183,3 +184,61 @@ def test_a_resumed_runs_curve_is_one_curve(tmp_path):
     curve = read_scalars(tmp_path)["x"]
     assert curve.steps.tolist() == [0, 1, 2, 3, 4]
     assert curve.values.tolist() == [0, 1, 12, 13, 14]
+
+
+# ---- what TensorBoard's own readers find
+
+
+def loaded(folder) -> EventMultiplexer:
+    return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+
+
+def hyperparameters(tags: dict) -> dict:
+    return metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG]).hparams
+
+
+@pytest.fixture(scope="module")
+def board(sweep, reported):
+    return loaded(write_tensorboard(read_sweep(sweep)))  # a second report takes the first one's place
+
+
+def test_runs_bear_the_names_of_their_cells(board):
+    names = {name for name in board.Runs() if name.startswith("random")}
+    assert names == {"random/seed0", "random/seed0/ar", "random/seed0/tokenizer"}
+    events = board.Scalars("reversed/seed1/ar", "val/loss")
+    assert [(event.step, round(event.value, 5)) for event in events] == [(10, 3.6), (20, 2.6), (30, 1.6)]
+    [event] = board.Images("reversed/seed1", "samples")
+    assert Image.open(io.BytesIO(event.encoded_image_string)).getpixel((5, 5)) == (60, 40, 200)
+
+
+def test_each_run_is_one_row_of_the_table(board, sweep, tmp_path):
+    started = board.PluginRunToTagToContent("hparams")
+    done = {f"{cell}/seed{seed}" for cell in ("coarse", "reversed") for seed in range(3)} | {"random/seed0"}
+    assert set(started) == done, "and none for what Lightning logs of a training"
+    tags = started["reversed/seed1"]
+    found = hyperparameters(tags)
+    assert (found["order"].string_value, found["seed"].number_value) == ("reversed", 1)
+    experiment = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG])
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["measured/FD-color_edges"]
+    [event] = board.Scalars("reversed/seed1", "measured/FD-color_edges")
+    assert event.value == pytest.approx(measured("reversed", 1))
+
+    values = {"K": 16, "beta": 0.5, "low_rank": True, "quantizer": "vq", "guidance": [1.1, 8.0]}
+    cell = replace(read_sweep(sweep).cells[0], values=values)
+    only = replace(read_sweep(sweep), folder=tmp_path, cells=(cell,))
+    found = hyperparameters(loaded(write_tensorboard(only)).PluginRunToTagToContent("hparams")[f"{cell.name}/seed0"])
+    assert (found["K"].number_value, found["beta"].number_value) == (16, 0.5), "numbers are sorted as such"
+    texts = [found[axis].string_value for axis in ("low_rank", "quantizer", "guidance")]
+    assert texts == ["True", "vq", "1.1, 8"]
+
+
+def test_the_layout_puts_curves_of_all_cells_into_one_chart(board):
+    [event] = board.Tensors(".", "custom_scalars__config__")
+    found = {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    }
+    groups = [f"groups/val_loss_{k}" for k in range(GROUPS)]
+    written = [f"written/val_loss_{k}" for k in range(GROUPS)]
+    expected = {"Does order matter?": ["val/loss", "val/flow", *groups], "written/val_loss": written}
+    assert found == {title: {name: [f"^{name}$"] for name in names} for title, names in expected.items()}

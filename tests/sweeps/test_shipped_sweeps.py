@@ -17,12 +17,18 @@ from dar_lightning.sweeps.plan import Stage, Sweep
 
 ROOT = Path(__file__).parents[2]
 FILES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "experiments/sweeps").rglob("*.yaml"))}
+CONFIG = "model.init_args.config"
 NARROW = {
     "TokenizerModule": dict(encoder_dim=32, encoder_depth=1, conditioner_dim=32, conditioner_depth=1, decoder_dim=32)
     | dict(decoder_depth=1, head_dim=16, image_size=64),
     "AblationModule": dict(dim=48, depth=1, num_heads=3, multiple_of=32),
 }
-PARSED = set()  # (verb, names of options) of the measuring verbs: one command of a kind is enough
+ONE_STEP = """
+    --trainer.max_steps=1 --trainer.val_check_interval=1 --trainer.check_val_every_n_epoch=null
+    --trainer.limit_val_batches=1 --trainer.accelerator=cpu --trainer.devices=1 --trainer.strategy=auto
+    --trainer.enable_progress_bar=false --global_batch=null --data.init_args.batch_size=2
+"""
+PARSED = {}  # verb, config files and names of options -> what --print_config says: one command of a kind is enough
 
 pytestmark = [
     pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
@@ -36,13 +42,25 @@ def read(name: str) -> Sweep:
 
 
 def resolved(command: list[str], capsys) -> dict:
-    """What `--print_config` says of it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*command, "--print_config"])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 0, err
-    return yaml.safe_load(out)
+    """What `--print_config` says of it, or of one of its kind."""
+    kind = tuple(word if word.startswith(("--config=", "--model=")) else word.partition("=")[0] for word in command)
+    if kind not in PARSED:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--print_config"])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0, err
+        PARSED[kind] = yaml.safe_load(out)
+    return PARSED[kind]
+
+
+def model(command: list[str], capsys) -> tuple[str, dict]:
+    """The class that a training has, and its config."""
+    found = resolved(command, capsys)["model"]
+    options = dict(word.removeprefix("--").split("=", 1) for word in command[1:])
+    own = {key: yaml.safe_load(value) for key, value in options.items() if key.startswith(f"{CONFIG}.")}
+    values = found["init_args"]["config"] | {key.removeprefix(f"{CONFIG}."): value for key, value in own.items()}
+    return found["class_path"].rpartition(".")[2], values
 
 
 def test_every_sweep_has_a_small_one():
@@ -63,28 +81,23 @@ def test_models_of_fewer_tokens_have_the_guidance_of_the_first_of_all():
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_command_parses(name, tmp_path, capsys):
-    """Those of the first and of the last cell, as the dry run prints them."""
+    """The dry run prints those of all cells, each once; every model's config is one."""
     plan = read(name)
     runs = list(plan.runs())
     main(["sweep", name, "--output", str(tmp_path / "out"), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert FILES[name].stem == plan.name
-    assert sum(line.startswith("# ") and ": as above" not in line for line in lines) == len(runs)
-    hashes = {work.hash for cell, seed in runs for work in plan.work(cell, seed).values()}
+    heads = [line for line in lines if line.startswith("# ") and ": as above" not in line]
+    assert heads == [f"# {number}: {cell.name} seed {seed}" for number, (cell, seed) in enumerate(runs)]
+    works = {work.hash: work for cell, seed in runs for work in plan.work(cell, seed).values()}
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("dar ")]
-    assert len(commands) == len(hashes)
+    assert commands == [work.command(tmp_path / "out") for work in works.values()]
     assert not (tmp_path / "out").exists()
-    both = [work for cell in (plan.cells[0], plan.cells[-1]) for work in plan.work(cell, plan.seeds[0]).values()]
-    for work in {work.hash: work for work in both}.values():
-        command = work.command(tmp_path / "out")
-        assert command in commands
-        kind = (work.verb, *(word.partition("=")[0] for word in command))
-        if work.verb == "fit":
-            model = resolved(command, capsys)["model"]
-            config = TokenizerConfig if "TokenizerModule" in model["class_path"] else ARConfig
-            config(**model["init_args"]["config"])
-        elif kind not in PARSED:
-            PARSED.add(kind)
+    for command in commands:
+        if command[0] == "fit":
+            kind, config = model(command, capsys)
+            (TokenizerConfig if kind == "TokenizerModule" else ARConfig)(**config)
+        else:
             resolved(command, capsys)
 
 
@@ -96,14 +109,8 @@ def test_the_first_step_of_the_last_cell(name, tmp_path, capsys):
         pytest.skip("needs vector-quantize-pytorch")
     for number, work in enumerate(fits):
         command = work.command(tmp_path / "out")
-        model = resolved(command, capsys)["model"]
-        kind, config = model["class_path"].rpartition(".")[2], model["init_args"]["config"]
-        words = [f"--model.init_args.config.{key}={value}" for key, value in NARROW[kind].items()]
-        words += ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.check_val_every_n_epoch=null"]
-        words += ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu", "--trainer.devices=1"]
-        words += ["--trainer.strategy=auto"]  # DDP would leave its port in the environment of tests that come later
-        words += ["--trainer.enable_progress_bar=false", "--global_batch=null", "--data.init_args.batch_size=2"]
-        words += ["--data.init_args.num_workers=0"]
+        kind, config = model(command, capsys)
+        words = [f"--{CONFIG}.{key}={value}" for key, value in NARROW[kind].items()] + ONE_STEP.split()
         if kind == "AblationModule":
             tokens = max(64, config["num_tokens"])  # those that the data has
             data = write_tokens(tmp_path / f"tokens{number}", 4, num_tokens=tokens, codebook_size=config["vocab_size"])
@@ -115,4 +122,4 @@ def test_the_first_step_of_the_last_cell(name, tmp_path, capsys):
         log = tmp_path / "out" / work.folder / "tensorboard"
         assert list(log.glob("events.out.*"))
         assert (log / "config.yaml").is_file()
-    assert "MASTER_PORT" not in os.environ
+    assert "MASTER_PORT" not in os.environ, "DDP would leave it to the tests that come later"

@@ -13,7 +13,6 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.commands.export import export
 from dar_lightning.errors import UserError
-from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.optim import OptimizerConfig
@@ -37,17 +36,15 @@ class SaveAtStep(EMAWeightAveraging):
         trainer.save_checkpoint(self.path)
 
 
-def module(config: ARConfig = CONFIG) -> ARModule:
+def module(**changes) -> ARModule:
     torch.manual_seed(0)
-    return ARModule(config, OptimizerConfig(lr=0.01))
+    return ARModule(ARConfig(**CONFIG.to_dict() | changes), OptimizerConfig(lr=0.01))
 
 
-def train(module: ARModule, folder, steps: int, ema: SaveAtStep | None) -> Trainer:
-    torch.manual_seed(0)
-    data = [{"label": torch.tensor(i % 4), "codes": torch.randint(16, (8,))} for i in range(12)]
-    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    callbacks = [ema] if ema else []
-    trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=callbacks, default_root_dir=folder, **options)
+def train(module: ARModule, steps: int, *callbacks: SaveAtStep) -> Trainer:
+    data = [{"label": torch.tensor(i % 4), "codes": torch.arange(8) * i % 16} for i in range(12)]
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=list(callbacks), **quiet)
     trainer.fit(module, DataLoader(data, batch_size=4))
     return trainer
 
@@ -55,9 +52,8 @@ def train(module: ARModule, folder, steps: int, ema: SaveAtStep | None) -> Train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A checkpoint of three steps with EMA, and the two sets of weights that it should hold."""
-    folder = tmp_path_factory.mktemp("run")
-    ema = SaveAtStep(folder / "x.ckpt")
-    train(module(), folder, 3, ema)
+    ema = SaveAtStep(tmp_path_factory.mktemp("run") / "x.ckpt")
+    train(module(), 3, ema)
     return ema.path, ema
 
 
@@ -85,26 +81,20 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
-def test_without_ema(tmp_path):
-    trained = module()
-    train(trained, tmp_path, 1, None).save_checkpoint(tmp_path / "x.ckpt")
-    for weights in ("auto", "raw"):
-        assert model_sha256(load_lightning_checkpoint(tmp_path / "x.ckpt", weights)) == model_sha256(trained.ar)
-    with pytest.raises(UserError, match="no EMA weights"):
-        export(tmp_path / "x.ckpt", tmp_path / "out", "ema")
-
-
-def test_an_average_that_has_not_begun_is_not_taken(tmp_path):
-    """It still holds the weights that training started from."""
-    trained = module()
+@pytest.mark.parametrize("late", [False, True])
+def test_without_an_average(tmp_path, late):
+    """Without EMA; or with one that has not begun, and still holds the weights that training started from."""
+    trained, ema = module(), SaveAtStep(tmp_path / "late.ckpt", update_starting_at_step=100)
     start = trained.ar.head.weight.clone()
-    ema = SaveAtStep(tmp_path / "x.ckpt", update_starting_at_step=100)
-    train(trained, tmp_path, 2, ema)
-    assert not torch.equal(ema.raw["head.weight"], start)
+    train(trained, 2, *[ema] * late).save_checkpoint(tmp_path / "end.ckpt")
+    expected = ema.raw if late else trained.ar.state_dict()
+    path = tmp_path / ("late.ckpt" if late else "end.ckpt")
+    assert not torch.equal(expected["head.weight"], start)
     for weights in ("auto", "raw"):
-        assert torch.equal(load_lightning_checkpoint(ema.path, weights).head.weight, ema.raw["head.weight"])
+        found = load_lightning_checkpoint(path, weights).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     with pytest.raises(UserError, match=r"no EMA weights \(yet\)"):
-        load_lightning_checkpoint(ema.path, "ema")
+        export(path, tmp_path / "out", "ema")
 
 
 def test_hyperparameters_are_plain(run):
@@ -117,20 +107,16 @@ def test_hyperparameters_are_plain(run):
 # ---- what a run does not resume from
 
 
-def test_another_model_and_its_tensors_are_named(run):
-    deeper = module(ARConfig(**(CONFIG.to_dict() | {"depth": 2})))
+def test_another_model_and_weights_that_are_no_numbers(run, edited):
     with pytest.raises(UserError, match=r"missing blocks\.1"):
-        SafeCheckpointIO(deeper).load_checkpoint(run[0])
+        SafeCheckpointIO(module(depth=2)).load_checkpoint(run[0])
     with pytest.raises(UserError, match="is of the ar part"):
         SafeCheckpointIO(TokenizerModule(preset="tiny")).load_checkpoint(run[0])
-
-
-@pytest.mark.parametrize("key", ["state_dict", "current_model_state"])
-def test_weights_that_are_no_numbers(run, edited, key):
-    weights = torch.load(run[0])[key]
-    weights["ar.norm.weight"][0] = torch.nan
-    with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
-        SafeCheckpointIO(module()).load_checkpoint(edited(**{key: weights}))
+    for key in ("state_dict", "current_model_state"):
+        weights = torch.load(run[0])[key]
+        weights["ar.norm.weight"][0] = torch.nan
+        with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
+            SafeCheckpointIO(module()).load_checkpoint(edited(**{key: weights}))
 
 
 class Attack:

@@ -2,43 +2,42 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 def hf_dataset(name: str, split: str | None) -> Source:
     """Rows of a data set with one `Image` and one `ClassLabel` column.
 
-    Args:
-        name: A folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
-        split: Which split; needed where there are several.
+    `name` is a folder written by `save_to_disk`, or what `load_dataset` takes: a name on the Hub or a local folder.
     """
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"input: {name} needs Hugging Face datasets: pip install 'dar-lightning[datasets]'") from error
     try:
-        on_disk = is_saved(Path(name))
-        table = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name)
+        table = datasets.load_from_disk(name) if is_saved(Path(name)) else datasets.load_dataset(name)
     except Exception as error:  # its readers and the Hub's client raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"input: {name} cannot be loaded: {reason}") from error
     if split is not None and isinstance(table, datasets.Dataset):
         raise UserError(f"split: {name} holds one table and no splits; leave it out")
     if isinstance(table, datasets.DatasetDict):
-        if split is None and len(table) > 1:
+        if split not in table and (split is not None or len(table) > 1):
             raise UserError(f"split: {name} has {', '.join(table)}; choose one")
-        if split is not None and split not in table:
-            raise UserError(f"split: {name} has no {split!r}, only {', '.join(table)}")
         table = table[split or next(iter(table))]
-    image = _only(table, datasets.Image, name)
-    label = _only(table, datasets.ClassLabel, name)
+    columns = []
+    for kind in (datasets.Image, datasets.ClassLabel):
+        found = [column for column, feature in table.features.items() if isinstance(feature, kind)]
+        if len(found) != 1:
+            raise UserError(
+                f"input: {name} has {len(found)} columns of type {kind.__name__} among {', '.join(table.features)}; "
+                "exactly one is needed (select_columns or cast_column of `datasets` make it so)"
+            )
+        columns += found
+    image, label = columns
     classes = tuple(table.features[label].names)
     samples = []
     for row, value in enumerate(table[label]):
@@ -54,17 +53,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _only(table: "Dataset", kind: type, name: str) -> str:
-    columns = [column for column, feature in table.features.items() if isinstance(feature, kind)]
-    if len(columns) != 1:
-        raise UserError(
-            f"input: {name} has {len(columns)} columns of type {kind.__name__} among {', '.join(table.features)}; "
-            "exactly one is needed (select_columns or cast_column of `datasets` make it so)"
-        )
-    return columns[0]
-
-
-def _read_row(table: "Dataset", row: int) -> tuple[bytes, dict[str, bytes]]:
+def _read_row(table, row: int) -> tuple[bytes, dict[str, bytes]]:
     """The encoded image of a row; the table's files are mapped into memory, so its copies in workers are cheap."""
     (value,) = table[row].values()
     if value is None:

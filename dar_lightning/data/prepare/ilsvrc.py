@@ -18,9 +18,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import users_path
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-META = "meta.mat"
-WNID = re.compile(r"n\d{8}")
+TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 
@@ -33,28 +31,21 @@ def first_names(path: Path, count: int = 10) -> list[str]:
 
 def train_archive(path: Path) -> Source:
     """ILSVRC2012_img_train.tar: a tar of one tar of images per class, named by its WordNet ID."""
-    tars = {}
-    for member in _members(path):
-        name = Path(member.name)
-        if name.suffix != ".tar":
-            raise UserError(f"input: {path} holds {member.name} among its class tars; give the archive as distributed")
-        tars[name.stem] = member
-    classes = tuple(sorted(tars))
+    tars = {Path(member.name).stem: member for member in _members(path)}
     samples = []
-    for label, wnid in enumerate(classes):
-        outer = tars[wnid]
+    for label, (wnid, outer) in enumerate(sorted(tars.items())):
+        if not outer.name.endswith(".tar"):
+            raise UserError(f"input: {path} holds {outer.name} among its class tars; give the archive as distributed")
         for image in _members(path, outer.offset_data, outer.offset_data + outer.size):
             samples.append(_sample(path, image, f"{wnid}/{Path(image.name).name}", label))
-    return Source("ILSVRC training archive", classes, samples)
+    return Source("ILSVRC training archive", tuple(sorted(tars)), samples)
 
 
 def val_archive(path: Path, labels: str | None) -> Source:
-    """ILSVRC2012_img_val.tar: images numbered from 1, whose classes are in the devkit.
+    """ILSVRC2012_img_val.tar: images numbered from 1, whose classes are in the devkit (its .tar.gz or its folder).
 
-    Args:
-        path: The archive.
-        labels: The devkit (its .tar.gz, or the folder it was unpacked to), its ground truth beside a `meta.mat`, or a
-            text file with a WordNet ID per image. Left out, the devkit's archive is looked for beside the images'.
+    `labels` may also be its ground truth beside a `meta.mat`, or a text file with a WordNet ID per image. Left out, the
+    devkit's archive is looked for beside the images'.
     """
     truth_file = Path(labels) if labels is not None else path.with_name(DEVKIT)
     if not truth_file.exists():
@@ -66,29 +57,31 @@ def val_archive(path: Path, labels: str | None) -> Source:
         raise UserError(f"labels: {truth_file} has {len(truth)} labels, {path} holds {len(images)} images")
     samples = []
     for image in images:
-        name = Path(image.name).name
-        number = re.search(r"_(\d+)\.", name)
+        number = re.search(r"_(\d+)\.", Path(image.name).name)
         if number is None or not 1 <= int(number[1]) <= len(truth):
             raise UserError(f"input: {path} holds {image.name}, which is no ILSVRC2012_val_00000001.JPEG or the like")
-        samples.append(_sample(path, image, name, position[truth[int(number[1]) - 1]]))
+        samples.append(_sample(path, image, Path(image.name).name, position[truth[int(number[1]) - 1]]))
     return Source("ILSVRC validation archive", classes, samples)
 
 
 def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
     """Read the labels that `val_archive` takes: the WordNet ID of each validation image, and all of them, sorted."""
-    with users_path("labels"):
-        if path.is_dir():
-            files = {each.name: each for each in path.rglob("*") if each.name in (TRUTH, META)}
-            contents = {name: each.read_bytes() for name, each in files.items()}
-        elif path.name.endswith((".tar.gz", ".tgz")):
-            contents = _devkit_files(path)
+    try:
+        if path.name.endswith((".tar.gz", ".tgz")):
+            with tarfile.open(path, "r:gz") as tar:
+                files = [member for member in tar if member.isreg() and Path(member.name).name in (TRUTH, META)]
+                contents = {Path(file.name).name: tar.extractfile(file).read() for file in files}
+        elif path.is_dir():
+            contents = {file.name: file.read_bytes() for file in path.rglob("*") if file.name in (TRUTH, META)}
         else:
             meta = path.with_name(META)
             contents = {TRUTH: path.read_bytes()} | ({META: meta.read_bytes()} if meta.is_file() else {})
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"labels: {path} is not the devkit's archive, or cannot be read ({error})") from error
     if TRUTH not in contents:
         raise UserError(f"labels: {path} has no {TRUTH}")
     words = contents[TRUTH].decode(errors="replace").split()
-    if words and all(WNID.fullmatch(word) for word in words):
+    if words and all(re.fullmatch(r"n\d{8}", word) for word in words):
         return words, tuple(sorted(set(words)))
     if META not in contents:
         raise UserError(f"labels: {path} has no WordNet IDs, and {META} of the devkit, which has them, is not with it")
@@ -113,15 +106,6 @@ def read_meta(content: bytes, path: Path) -> dict[str, str]:
         raise UserError(f"labels: the {META} of {path} is not the devkit's") from error
 
 
-def _devkit_files(path: Path) -> dict[str, bytes]:
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            wanted = [member for member in tar if member.isreg() and Path(member.name).name in (TRUTH, META)]
-            return {Path(member.name).name: tar.extractfile(member).read() for member in wanted}
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"labels: {path} is not the devkit's archive ({error})") from error
-
-
 def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
     """The files of the tar that lies at `start` of a file; their `offset_data` counts from the file's beginning."""
     end = path.stat().st_size if end is None else end
@@ -135,14 +119,13 @@ def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tar
                         raise UserError(f"input: {path} is cut short in {member.name}; download it again")
                     if member.isreg():
                         yield member
-                # tarfile takes a header that is missing or broken for the end, which really is a block of zeros
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise UserError(f"input: {path} is cut short at byte {tar.offset}; download it again")
+            # tarfile takes a header that is missing or broken for the end, which really is a block of zeros
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise UserError(f"input: {path} is cut short at byte {tar.offset}; download it again")
     except tarfile.TarError as error:
         raise UserError(f"input: {path} is not a readable tar file ({error}); download it again") from error
 
 
 def _sample(path: Path, image: tarfile.TarInfo, name: str, label: int) -> Sample:
-    place = (str(path), (("", image.offset_data, image.size),))
-    return Sample(Path(name).stem, name, label, image.size, place)
+    return Sample(Path(name).stem, name, label, image.size, (str(path), (("", image.offset_data, image.size),)))

@@ -6,13 +6,14 @@ An image in a folder, in a tar or in a tar inside a tar is the same thing: a spa
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dar_lightning.data import tar
 from dar_lightning.data.decode import BadSample
+from dar_lightning.data.image_dataset import read_label
 from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex
 from dar_lightning.errors import UserError
 from dar_lightning.files import users_path
@@ -20,6 +21,7 @@ from dar_lightning.files import users_path
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_KEY = 80  # a tar header has room for 100 bytes, extension included; longer names take a header of their own
+Span = tuple[str, tuple[tuple[str, int, int], ...]]  # file, ((extension, offset, size), ...): the image comes first
 
 
 class Sample(NamedTuple):
@@ -33,9 +35,6 @@ class Sample(NamedTuple):
     flaw: str = ""  # why it cannot be used, where the listing shows that
 
 
-Span = tuple[str, tuple[tuple[str, int, int], ...]]  # file, ((extension, offset, size), ...): the image comes first
-
-
 def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
     """Read an encoded image, and the sample's other members by extension; BadSample if the file has changed."""
     path, members = span
@@ -46,8 +45,7 @@ def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
         raise BadSample(f"cannot be read: {error.strerror}") from error
     if any(len(content) < size for content, (_, _, size) in zip(contents, members, strict=True)):
         raise BadSample("the file has become shorter")
-    others = {extension: content for (extension, _, _), content in zip(members[1:], contents[1:], strict=True)}
-    return contents[0], others
+    return contents[0], {members[i][0]: contents[i] for i in range(1, len(members))}
 
 
 @dataclass(frozen=True)
@@ -78,33 +76,24 @@ def image_folder(path: Path) -> Source:
                 continue
             # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
             key = file.stem if file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
-            size, flaw = _size(file)
-            place = (str(file), (("", 0, size),))
-            samples.append(Sample(key, relative.as_posix(), label, size, place, flaw))
+            try:
+                status = file.stat()
+                size, flaw = status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a file"
+            except OSError as error:  # a link to nowhere
+                size, flaw = 0, f"cannot be read: {error.strerror}"
+            samples.append(Sample(key, relative.as_posix(), label, size, (str(file), (("", 0, size),)), flaw))
     return Source("image folder", tuple(folders), samples, ignored=tuple(ignored))
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    """Files that are not hidden, sorted; links to folders are followed, but not to a folder that they lie in."""
-    above: dict[str, frozenset[str]] = {}  # folder -> where it and those above it really lie
+def _files(folder: Path) -> Iterator[Path]:
+    """Files that are not hidden, sorted; a folder that links lead to several times is read once."""
+    seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        passed = above.pop(parent, frozenset())
-        if real in passed:
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        above |= {os.path.join(parent, name): passed | {real} for name in folders}
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _size(file: Path) -> tuple[int, str]:
-    """Bytes of a file, and why it cannot be read, or ""."""
-    try:
-        status = file.stat()
-    except OSError as error:  # a link to nowhere
-        return 0, f"cannot be read: {error.strerror}"
-    return status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a file"
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        names = [] if real in seen else sorted(name for name in names if not name.startswith("."))
+        seen.add(real)
+        yield from (Path(parent, name) for name in names)
 
 
 def shards(path: str) -> Source:
@@ -112,44 +101,35 @@ def shards(path: str) -> Source:
     index = ShardIndex.load(path, "input")
     samples = []
     for shard in index.shards:
-        file = index.root / shard.name
-        contents = tar.read_headers(file)
+        contents = tar.read_headers(index.root / shard.name)
         for position in range(max(len(contents.samples), shard.samples)):
-            name = f"{shard.name}/{contents.name(position)}"
-            if flaw := contents.flaw(position):
-                samples.append(Sample(contents.name(position), name, -1, 0, None, flaw))
-            else:
-                samples.append(_shard_sample(str(file), name, contents.samples[position], len(index.classes)))
+            label, size, place, flaw = -1, 0, None, contents.flaw(position)
+            try:
+                if not flaw:
+                    file, members = str(index.root / shard.name), contents.samples[position].members
+                    label, size, place = _locate(file, members, len(index.classes) or None)
+            except BadSample as bad:
+                flaw = str(bad)
+            key = contents.name(position)
+            samples.append(Sample(key, f"{shard.name}/{key}", label, size, place, flaw))
     return Source("shards", index.classes, samples)
 
 
-def _shard_sample(file: str, name: str, found: tar.Sample, num_classes: int) -> Sample:
-    members = found.members
-    label, flaw = -1, "no .cls member"
-    if "cls" in members:
-        text, _ = read_span((file, (("cls", *members["cls"]),)))
-        label, flaw = _label(text.decode(errors="replace").strip(), num_classes)
+def _locate(file: str, members: dict[str, tuple[int, int]], num_classes: int | None) -> tuple[int, int, Span]:
+    """The label of a sample in a tar, its image's bytes, and its place; BadSample if it lacks one of them."""
+    text = {"cls": read_span((file, (("cls", *members["cls"]),)))[0]} if "cls" in members else {}
+    label = read_label(text, num_classes)
     image = next((extension for extension in IMAGE_TYPES if extension in members), None)
     if image is None:
-        return Sample(found.key, name, label, 0, None, flaw or "no image")
+        raise BadSample("no image")
     names = [image, *sorted(set(members) - {image, "cls", ""})]
-    place = (file, tuple((extension, *members[extension]) for extension in names))
-    return Sample(found.key, name, label, members[image][1], place, flaw)
-
-
-def _label(text: str, num_classes: int) -> tuple[int, str]:
-    # int() refuses more than a few thousand digits, and int64 has fewer than 20
-    if not (text.isascii() and text.isdigit() and len(text) < 10) or (num_classes and int(text) >= num_classes):
-        return -1, f"label {text[:20]!r}"
-    return int(text), ""
+    return label, members[image][1], (file, tuple((extension, *members[extension]) for extension in names))
 
 
 def choose_classes(source: Source, wanted: str) -> Source:
     """Keep some classes, in a given order, which is that of the labels.
 
-    Args:
-        source: What to choose from.
-        wanted: Names separated by commas, or a text file with a name per line.
+    `wanted` has their names separated by commas, or is a text file with a name per line.
     """
     is_file = os.path.isfile(wanted)  # Path.is_file raises on a list longer than a file name may be
     try:
@@ -159,21 +139,15 @@ def choose_classes(source: Source, wanted: str) -> Source:
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f"classes: {wanted!r} names no class")
-    if not source.classes:
-        raise UserError("classes: the shards have no index.json with class names to choose from")
-    for number, name in enumerate(names):
-        if name not in source.classes:
-            known = f"{', '.join(source.classes[:3])}, ... ({len(source.classes)})"
-            raise UserError(f"classes: {name!r} is neither a file nor one of the classes, which are {known}")
-        if name in names[:number]:
-            raise UserError(f"classes: {name!r} is there twice")
+    known = f"{', '.join(source.classes[:3])}, ... ({len(source.classes)})" if source.classes else "not named anywhere"
+    if unknown := next((name for name in names if name not in source.classes), None):
+        raise UserError(f"classes: {unknown!r} is neither a file nor one of the classes, which are {known}")
+    if len(set(names)) < len(names):
+        raise UserError(f"classes: {max(names, key=names.count)!r} is there twice")
     labels = {source.classes.index(name): new for new, name in enumerate(names)}
     # a sample without a usable label could be of any class: it stays, to be reported
-    samples = [
-        sample if sample.flaw else sample._replace(label=labels[sample.label])
-        for sample in source.samples
-        if sample.flaw or sample.label in labels
-    ]
+    chosen = (sample for sample in source.samples if sample.flaw or sample.label in labels)
+    samples = [sample if sample.flaw else sample._replace(label=labels[sample.label]) for sample in chosen]
     return replace(source, classes=tuple(names), samples=samples)
 
 
