@@ -5,7 +5,6 @@ pairs: a busy machine slows both sides. Where matrix products or memory leave li
 of both sides alone, in the same pairs: its ratio is what the machine allows.
 """
 
-import argparse
 import copy
 import json
 import re
@@ -13,6 +12,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,16 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import counting, plain
-from benchmarks.machine import CPU, describe, in_turns, limits, ratio, store
+from benchmarks.machine import RESULTS, in_turns, options, ratio, record
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.onednn import PackedLinear, packed
 from dar_lightning.ar.sampling import generate
 from dar_lightning.layers import compile_blocks
-from dar_lightning.tokenizer.quantizers.vector import BLOCK, VectorQuantizer
-from dar_lightning.tokenizer.quantizers.vector import CPU_TILE as QUANTIZER_TILE
+from dar_lightning.tokenizer.quantizers.vector import BLOCK, CPU_TILE, VectorQuantizer
 
 LEAST_PAIRS, MOST_PAIRS = 3, 31
-ROW_KEYS = {"what", "goal", "at_most", "ratio", "bare_ratio", "pairs", "milliseconds", "gflops", "share_of_limit"}
+ROW_KEYS = {
+    "row",
+    "what",
+    "goal",
+    "at_most",
+    "ratio",
+    "bare_ratio",
+    "pairs",
+    "milliseconds",
+    "gflops",
+    "share_of_limit",
+}
 MARKERS = "<!-- clock: python -m benchmarks table -->", "<!-- /clock -->"
 
 
@@ -44,18 +54,6 @@ class Sides(NamedTuple):
     facts: dict | None = None  # what else to store: whether the sides agree, FLOPs
 
 
-class Comparison(NamedTuple):
-    """A row of the table: words, what builds its sides (tiny or not), and the ratio to reach.
-
-    Where `inverse`, the ratio is ours over plain, and the goal is not to be exceeded.
-    """
-
-    what: str
-    build: Callable[[bool], Sides]
-    goal: float | None = None
-    inverse: bool = False
-
-
 def filled(model: nn.Module) -> nn.Module:
     """The model with small random numbers where it starts with zeros, so that every part matters."""
     with torch.no_grad():
@@ -65,26 +63,26 @@ def filled(model: nn.Module) -> nn.Module:
     return model
 
 
-def sampler(config: ARConfig, dtype: torch.dtype = torch.float32) -> ARModel:
+def sampler(size: str, dtype: torch.dtype = torch.float32) -> ARModel:
     """A random AR model for drawing."""
     torch.manual_seed(0)
-    return filled(ARModel(config)).to(dtype).eval().requires_grad_(False)
+    return filled(ARModel(ARConfig.preset(size))).to(dtype).eval().requires_grad_(False)
 
 
-def tokenizer(config: TokenizerConfig, batch: int) -> tuple[SequentialDiffusionTokenizer, Tensor]:
+def tokenizer(size: str, batch: int, **changes) -> tuple[SequentialDiffusionTokenizer, Tensor]:
     """A random tokenizer, and images."""
     torch.manual_seed(0)
-    model = filled(SequentialDiffusionTokenizer(config))
-    return model, torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1
+    model = filled(SequentialDiffusionTokenizer(replace(TokenizerConfig.preset(size), **changes)))
+    return model, torch.rand(batch, 3, model.config.image_size, model.config.image_size) * 2 - 1
 
 
-def quantizer(tiny: bool, **form: bool) -> Sides:
+def quantizer(size: str, **form: bool) -> Sides:
     """Forward and backward pass of one image's tokens."""
     torch.manual_seed(0)
-    size = 512 if tiny else 16384
-    module, latents = VectorQuantizer(size, 8), torch.randn(1, 256, 8, requires_grad=True)
+    count = 512 if size == "tiny" else 16384
+    module, latents = VectorQuantizer(count, 8), torch.randn(1, 256, 8, requires_grad=True)
     with torch.no_grad():
-        module.codebook.copy_(F.normalize(torch.randn(size, 8), dim=-1))
+        module.codebook.copy_(F.normalize(torch.randn(count, 8), dim=-1))
 
     def ours() -> Tensor:
         quantized, indices, vq, commit = module(latents)
@@ -97,20 +95,9 @@ def quantizer(tiny: bool, **form: bool) -> Sides:
         return indices
 
     z, codes = F.normalize(latents.detach(), dim=-1)[0], module.codebook.detach()
-    tiles = codes.split(BLOCK * QUANTIZER_TILE[1])
+    tiles = codes.split(BLOCK * CPU_TILE[1])
     bare = lambda: [z @ tile.T for tile in tiles], lambda: z @ codes.T
     return Sides(ours, theirs, *bare, facts={"indices_identical": bool((ours() == theirs()).all())})
-
-
-def cached_generation(tiny: bool) -> Sides:
-    """Tokens of 8 images."""
-    ar, labels = sampler(ARConfig.preset("tiny" if tiny else "B")), torch.arange(8)
-    sides = Sides(
-        lambda: generate(ar, labels, generator=torch.Generator().manual_seed(0)),
-        lambda: plain.generate(ar, labels, torch.Generator().manual_seed(0)),
-        *(token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)),
-    )
-    return sides._replace(facts={"tokens_equal": round((sides.ours() == sides.plain()).float().mean().item(), 4)})
 
 
 def token_products(ar: ARModel, batch: int, count: int) -> Callable[[], object]:
@@ -120,19 +107,28 @@ def token_products(ar: ARModel, batch: int, count: int) -> Callable[[], object]:
     return lambda: [layer(x) for _ in range(count) for layer, x in zip(layers, inputs, strict=True)]
 
 
-def bfloat16_weights(tiny: bool) -> Sides:
+def cached_generation(size: str) -> Sides:
+    """Tokens of 8 images."""
+    ar, labels = sampler(size), torch.arange(8)
+    works = [
+        lambda draw=draw: draw(ar, labels, generator=torch.Generator().manual_seed(0))
+        for draw in (generate, plain.generate)
+    ]
+    bare = [token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)]
+    equal = (works[0]() == works[1]()).float().mean().item()
+    return Sides(*works, *bare, facts={"tokens_equal": round(equal, 4)})
+
+
+def bfloat16_weights(size: str) -> Sides:
     """64 tokens (tiny: 8) of one image."""
-    config = ARConfig.preset("tiny" if tiny else "L")
-    full, half = sampler(config), sampler(config, torch.bfloat16)
-    labels, count = torch.zeros(1, dtype=torch.long), 8 if tiny else 64
-    works = [lambda ar=ar: generate(ar, labels, top_k=1, num_tokens=count) for ar in (half, full)]
-    padded = F.pad(works[1](), (0, config.num_tokens - count))
-    rounded, exact = (ar(labels, padded)[:, :count].float() for ar in (half, full))
-    facts = {
-        "relative_error_of_logits": error(rounded, exact),
-        "likeliest_token_agrees": round((rounded.argmax(-1) == exact.argmax(-1)).float().mean().item(), 3),
-    }
-    return Sides(*works, *(token_products(ar, 1, count) for ar in (half, full)), facts=facts)
+    models, labels = (sampler(size, torch.bfloat16), sampler(size)), torch.zeros(1, dtype=torch.long)
+    count, total = 8 if size == "tiny" else 64, models[0].config.num_tokens
+    works = [partial(generate, ar, labels, top_k=1, num_tokens=count) for ar in models]
+    padded = F.pad(works[1](), (0, total - count))
+    rounded, exact = (ar(labels, padded)[:, :count].float() for ar in models)
+    facts = {"relative_error_of_logits": error(rounded, exact)}
+    facts["likeliest_token_agrees"] = round((rounded.argmax(-1) == exact.argmax(-1)).float().mean().item(), 3)
+    return Sides(*works, *(token_products(ar, 1, count) for ar in models), facts=facts)
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -140,10 +136,9 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float(f"{(found - exact).norm() / exact.norm():.2g}")
 
 
-def training_step(tiny: bool) -> Sides:
+def training_step(size: str) -> Sides:
     """Forward and backward pass of one image."""
-    config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    model, images = tokenizer(config, 1)
+    model, images = tokenizer(size, 1)
 
     def step(recompute: bool) -> None:
         model.decoder.recompute = recompute
@@ -154,101 +149,113 @@ def training_step(tiny: bool) -> Sides:
             loss = loss + 0 * entropy
         loss.backward()
 
-    once, twice = counting.tokenizer_step(config), counting.tokenizer_step(config, recompute=("decoder",))
+    once, twice = (counting.tokenizer_step(model.config, recompute) for recompute in (False, True))
     facts = {"ratio_of_flops": round(twice / once, 3)}
-    return Sides(lambda: step(False), lambda: step(True), gflop=once / 1e9, facts=facts)
+    return Sides(partial(step, False), partial(step, True), gflop=once / 1e9, facts=facts)
 
 
-def encoding(tiny: bool) -> Sides:
+def encoding(size: str) -> Sides:
     """Tokens of 2 images."""
-    config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    model, images = tokenizer(config, 2)
+    model, images = tokenizer(size, 2)
 
     def theirs() -> Tensor:
         with plain.attention_maps():
             return model.tokenize(images)
 
     facts = {"codes_identical": bool((model.tokenize(images) == theirs()).all())}
-    return Sides(lambda: model.tokenize(images), theirs, gflop=2 * counting.encode(config) / 1e9, facts=facts)
+    return Sides(partial(model.tokenize, images), theirs, gflop=2 * counting.encode(model.config) / 1e9, facts=facts)
 
 
-def previews(tiny: bool) -> Sides:
+def previews(size: str) -> Sides:
     """All K previews against the last one alone."""
-    config = TokenizerConfig.preset("tiny" if tiny else "light")
-    model, _ = tokenizer(config, 1)
-    codes, noise = torch.randint(config.codebook_size, (1, config.num_tokens)), model.draw_noise(1)
-    sides = Sides(lambda: model.previews(codes, noise), lambda: model.detokenize(codes, noise))
-    same = bool(torch.equal(sides.ours()[:, -1], sides.plain()))
-    return sides._replace(gflop=counting.decode(config) / 1e9, facts={"last_identical": same})
+    model, _ = tokenizer(size, 1)
+    codes, noise = torch.randint(model.config.codebook_size, (1, model.config.num_tokens)), model.draw_noise(1)
+    ours, plain = (partial(method, codes, noise) for method in (model.previews, model.detokenize))
+    facts = {"last_identical": bool(torch.equal(ours()[:, -1], plain()))}
+    return Sides(ours, plain, gflop=counting.decode(model.config) / 1e9, facts=facts)
 
 
-def diffusion_step(tiny: bool, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Sides:
+def diffusion_step(size: str, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Sides:
     """One call of the pixel decoder on one image, against the float32, uncompiled one."""
-    config = TokenizerConfig.preset("tiny" if tiny else "v1")
-    model, x = tokenizer(replace(config, repa_layer=None), 1)
+    model, x = tokenizer(size, 1, repa_layer=None)
     exact = model.decoder.requires_grad_(False)
     other = copy.deepcopy(exact).to(dtype)
     if compiled:
         compile_blocks(other)
-    t, cond = torch.full((1,), 0.5), torch.randn(1, config.window, config.conditioner_dim)
-    sides = Sides(lambda: other(x.to(dtype), t, cond.to(dtype)), lambda: exact(x, t, cond))
-    gflop = counting.diffusion_step(config) / 1e9 if dtype == torch.float32 else None
-    return sides._replace(gflop=gflop, facts={"relative_error": error(sides.ours().float(), sides.plain())})
+    t, cond = torch.full((1,), 0.5), torch.randn(1, model.config.window, model.config.conditioner_dim)
+    works = partial(other, x.to(dtype), t, cond.to(dtype)), partial(exact, x, t, cond)
+    gflop = counting.diffusion_step(model.config) / 1e9 if dtype == torch.float32 else None
+    return Sides(*works, gflop=gflop, facts={"relative_error": error(works[0]().float(), works[1]())})
 
 
+looked_up, compiled_step = partial(quantizer, one_hot=False), partial(diffusion_step, compiled=True)
+with_entropy, half_step = partial(looked_up, entropy=True), partial(diffusion_step, dtype=torch.bfloat16)
+# row: what is compared, what builds its sides of a size, the size, and the ratio to reach: plain over ours.
 COMPARISONS = {
-    "quantizer": Comparison("quantizer, 16384x8, forward and backward: one-hot distance matrix", quantizer, 10.0),
-    "quantizer_lookup": Comparison(
-        "the same: distance matrix, codes looked up", lambda tiny: quantizer(tiny, one_hot=False), 10.0
-    ),
-    "quantizer_entropy": Comparison(
-        "the same: with an entropy loss of weight zero", lambda tiny: quantizer(tiny, one_hot=False, entropy=True)
-    ),
-    "generation": Comparison("generation, B, batch 8: masked attention to a static cache", cached_generation, 1.3),
-    "bfloat16": Comparison("generation, L, batch 1, bfloat16 weights: float32", bfloat16_weights, 2.0),
-    "training": Comparison("training step, v1: decoder recomputed, entropy loss", training_step),
-    "encoding": Comparison("encoding, v1: attention maps built too", encoding, 1.08),
-    "previews": Comparison("all previews, light: one decode (theirs is the unit)", previews, 1.1, inverse=True),
-    "compile": Comparison(
-        "diffusion step, v1, compiled: not compiled", lambda tiny: diffusion_step(tiny, compiled=True), 1.1
-    ),
-    "step_bfloat16": Comparison(
-        "diffusion step, v1, in bfloat16: float32", lambda tiny: diffusion_step(tiny, torch.bfloat16)
-    ),
+    "quantizer": ("quantizer, 16384x8, forward and backward: one-hot distance matrix", quantizer, "v1", 10.0),
+    "quantizer_lookup": ("the same: distance matrix, codes looked up", looked_up, "v1", 10.0),
+    "quantizer_entropy": ("the same: with an entropy loss of weight zero", with_entropy, "v1", None),
+    "generation": ("generation, B, batch 8: masked attention to a static cache", cached_generation, "B", 1.3),
+    "bfloat16": ("generation, L, batch 1, bfloat16 weights: float32", bfloat16_weights, "L", 2.0),
+    "training": ("training step, v1: decoder recomputed, entropy loss", training_step, "v1", None),
+    "encoding": ("encoding, v1: attention maps built too", encoding, "v1", 1.08),
+    "previews": ("all previews, light: one decode (theirs is the unit)", previews, "light", 1.1),
+    "compile": ("diffusion step, v1, compiled: not compiled", compiled_step, "v1", 1.1),
+    "step_bfloat16": ("diffusion step, v1, in bfloat16: float32", half_step, "v1", None),
 }
-NEED_COMPILER = ("compile",)
+INVERSE = ("previews",)  # the ratio is ours over plain, and the goal is not to be exceeded
 
 
-def run(arguments: argparse.Namespace) -> dict:
-    """Measure all that `arguments.only` names; print and store each as it is done."""
-    torch.set_num_threads(arguments.threads)
-    result = {"what": "ratios: plain over ours, medians of interleaved pairs", "machine": describe(CPU)}
-    result["limits"] = {name: round(value, 1) for name, value in limits(CPU).items()}
-    result["rows"] = {}
-    for name in arguments.only:
-        if name in NEED_COMPILER and shutil.which("g++") is None:
-            result["rows"][name] = {"what": COMPARISONS[name].what, "skipped": "torch.compile on a CPU needs g++"}
-        else:
-            result["rows"][name] = compare(COMPARISONS[name], arguments.tiny, arguments.budget, result["limits"])
-        print(json.dumps({name: result["rows"][name]}), flush=True)
-        store(arguments.output, result)
-    return result
+def limits() -> dict[str, float]:
+    """What bare products and reads reach on this CPU: the medians of a second or so each.
+
+    Returns:
+        "float32_gflops" and "bfloat16_gflops" of a product as large as an MLP of v1's decoder; "read_gb_per_s" of
+        matrix-vector products over one gigabyte of float32 weights, more than any cache holds.
+    """
+    x, weight = torch.randn(1024, 768), torch.randn(3072, 768)
+    half, half_weight = x.bfloat16(), weight.bfloat16()
+    large, vector = torch.randn(2**28 // 1024, 1024), torch.randn(1024)
+    amount = 2 * 1024 * 768 * 3072 / 1e9
+    works = {
+        "float32_gflops": (lambda: F.linear(x, weight), amount),
+        "bfloat16_gflops": (lambda: F.linear(half, half_weight), amount),
+        "read_gb_per_s": (lambda: large @ vector, large.nbytes / 1e9),
+    }
+    return {
+        name: round(amount / statistics.median(in_turns({name: work}, budget=1.0)[name]), 1)
+        for name, (work, amount) in works.items()
+    }
 
 
-def compare(comparison: Comparison, tiny: bool, budget: float, machine: dict[str, float]) -> dict:
+def run(argv: list[str]) -> None:
+    """Measure all that --only names."""
+    defaults = {"threads": 2, "budget": 45.0, "only": [*COMPARISONS], "tiny": False, "output": RESULTS / "clock.json"}
+    given = options(__doc__, argv, **defaults)
+    torch.set_num_threads(given.threads)
+    most = limits()
+    rows = (compare(name, given.tiny, given.budget, most["float32_gflops"]) for name in given.only)
+    record(given.output, "ratios: plain over ours, medians of interleaved pairs", rows, limits=most)
+
+
+def compare(name: str, tiny: bool, budget: float, limit: float) -> dict:
     """One row: pairs for `budget` seconds, but at least LEAST_PAIRS and at most MOST_PAIRS."""
-    sides = comparison.build(tiny)
-    works = {name: work for name, work in zip(Sides._fields[:4], sides[:4], strict=True) if work}
+    what, build, size, goal = COMPARISONS[name]
+    row = {"row": name, "what": what}
+    if name == "compile" and shutil.which("g++") is None:
+        return row | {"skipped": "torch.compile on a CPU needs g++"}
+    sides, inverse = build("tiny" if tiny else size), name in INVERSE
+    works = {side: work for side, work in zip(Sides._fields[:4], sides[:4], strict=True) if work}
     seconds = in_turns(works, budget=budget, least=LEAST_PAIRS, most=MOST_PAIRS)
-    row = {"what": comparison.what, "goal": comparison.goal, "at_most": comparison.inverse}
-    row["ratio"] = ratio(seconds, *(("ours", "plain") if comparison.inverse else ("plain", "ours")))
+    row |= {"goal": goal, "at_most": inverse}
+    row["ratio"] = ratio(seconds, *(("ours", "plain") if inverse else ("plain", "ours")))
     if sides.bare_ours:
         row["bare_ratio"] = ratio(seconds, "bare_plain", "bare_ours")
     row["pairs"] = len(seconds["ours"])
-    row["milliseconds"] = {name: round(1000 * statistics.median(taken), 3) for name, taken in seconds.items()}
+    row["milliseconds"] = {side: round(1000 * statistics.median(taken), 3) for side, taken in seconds.items()}
     if sides.gflop:
         speed = sides.gflop / statistics.median(seconds["ours"])
-        row |= {"gflops": round(speed, 1), "share_of_limit": round(speed / machine["float32_gflops"], 3)}
+        row |= {"gflops": round(speed, 1), "share_of_limit": round(speed / limit, 3)}
     return row | (sides.facts or {})
 
 
@@ -257,7 +264,7 @@ def table(result: dict) -> str:
     heads = ("ours: the plain version", "ratio", "goal", "ours, ms", "plain, ms")
     heads += ("products alone, ms and ratio", "of the product limit", "else")
     cells = [heads, ("---",) * len(heads)]
-    for row in result["rows"].values():
+    for row in result["rows"]:
         if "skipped" in row:
             cells.append((row["what"], row["skipped"], *[""] * 6))
             continue
@@ -269,11 +276,10 @@ def table(result: dict) -> str:
         cells.append((row["what"], f"{row['ratio']:.2f}", goal, ms["ours"], ms["plain"], bare, share, facts))
     machine, most = result["machine"], result["limits"]
     lines = ["|" + "|".join(f" {cell} " if cell != "---" else cell for cell in row) + "|" for row in cells]
-    lines += ["", f"{machine['processor']}, threads: {machine['threads']}, load before the start "]
-    lines[-1] += f"{machine['other_load']:.1f}; torch {machine['torch']}, {machine['date']}, revision "
-    lines[-1] += f"{machine['revision']}. Limits measured before: {most['float32_gflops']:.0f} GFLOP/s in float32, "
-    lines[-1] += f"{most['bfloat16_gflops']:.0f} in bfloat16, {most['read_gb_per_s']:.1f} GB/s read."
-    return "\n".join(lines)
+    end = f"{machine['processor']}, threads: {machine['threads']}, load before the start {machine['other_load']:.1f}; "
+    end += f"torch {machine['torch']}, {machine['date']}, revision {machine['revision']}. Limits measured before: "
+    end += f"{most['float32_gflops']:.0f} GFLOP/s in float32, {most['bfloat16_gflops']:.0f} in bfloat16, "
+    return "\n".join([*lines, "", f"{end}{most['read_gb_per_s']:.1f} GB/s read."])
 
 
 def inserted(page: str, text: str) -> str:

@@ -9,12 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.model import ARModel
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.tokenizer.conditioner import Conditioner
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 REPA_GRID = (16, 16)  # of DINOv2 ViT-B/14 at 224 pixels
 
@@ -39,14 +36,12 @@ def counted(make: Callable[..., Callable[[], object]]) -> Callable[..., int]:
     return count
 
 
-def causal_half(config: ARConfig, passes: int = 3) -> int:
-    """Of an AR model's operations over one sequence, those above the causal diagonal, which fused attention skips.
+def causal_half(config: ARConfig) -> int:
+    """Of an AR model's operations in a training step of one sequence, those above the causal diagonal.
 
-    Args:
-        config: the model's.
-        passes: 3 for a training step, whose backward pass is two; 1 for the forward pass alone.
+    Fused attention skips them, in the forward pass and in the backward pass, which is two.
     """
-    return passes * config.depth * 2 * config.num_tokens**2 * config.dim
+    return 3 * config.depth * 2 * config.num_tokens**2 * config.dim
 
 
 def empty_image(config: TokenizerConfig) -> Tensor:
@@ -92,16 +87,10 @@ def tokenizer_loss(model: SequentialDiffusionTokenizer, images: Tensor) -> Tenso
 
 
 @counted
-def tokenizer_step(config: TokenizerConfig, recompute: tuple[str, ...] = ()):
-    """Forward and backward pass of one image.
-
-    Args:
-        config: the tokenizer's.
-        recompute: parts with activation checkpointing, of which torch does not recompute what nothing needs.
-    """
+def tokenizer_step(config: TokenizerConfig, recompute: bool = False):
+    """Forward and backward pass of one image, perhaps with activation checkpointing in the pixel decoder."""
     model, image = SequentialDiffusionTokenizer(config), empty_image(config)
-    for part in recompute:
-        model.get_submodule(part).recompute = True
+    model.decoder.recompute = recompute
     return lambda: tokenizer_loss(model, image).backward()
 
 

@@ -1,13 +1,7 @@
-"""How fast one core makes training pictures, against ADM's recipe written with Pillow.
+"""How fast one core makes training pictures of JPEGs, against ADM's recipe written with Pillow; the same crops.
 
-Both take encoded JPEGs and give what a loader's worker hands over, one picture after the other in one thread:
-
-- `plain` is the recipe of ADM's `image_datasets.py`: decode, box halvings of the whole image while it is at least twice
-  too large, bicubic of the whole image, crop, flip, float32 in [-1, 1].
-- `ours` is what ImageNetDataModule does with `crop: adm`: draft decoding, then the same steps, as uint8.
-
-The crops are the same ones. The pictures are photographs of fruit64, laid over each other at all scales with a little
-noise, so that the JPEGs have about as many bytes as those of cameras; these decide how long decoding takes.
+The JPEGs are photographs of fruit64, laid over each other at all scales with a little noise, so that they have about as
+many bytes as those of cameras, which decide how long decoding takes.
 
     python benchmarks/data.py [--repetitions 15] [--output benchmarks/results/data.json]
 """
@@ -23,7 +17,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, ROOT, describe, in_turns, options, store
+from benchmarks.machine import RESULTS, ROOT, in_turns, options, record
 from dar_lightning.data import transforms
 from dar_lightning.data.decode import decode_rgb
 from dar_lightning.data.shard_reader import ShardReader
@@ -34,14 +28,8 @@ SIZE = 256
 CASES = [(500, 375, 95, 24, 1.7), (2000, 1500, 80, 6, 4.0), (2000, 1500, 90, 6, None), (2000, 1500, 95, 6, None)]
 
 
-def photographs() -> list[Image.Image]:
-    """Pictures of fruit64."""
-    reader = ShardReader(ShardIndex.load(ROOT / "data/fruit64/train"))
-    return [decode_rgb(reader[number][2]["jpg"]) for number in range(256)]
-
-
-def scene(photos: list[Image.Image], width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """Photographs at all scales over each other, the smaller the weaker, as in nature; and a sensor's noise."""
+def scene(photos: list[Image.Image], width: int, height: int, quality: int, generator: np.random.Generator) -> bytes:
+    """A JPEG of photographs at all scales over each other, the smaller the weaker, as in nature; and sensor noise."""
     total, largest = np.zeros((height, width, 3), dtype=np.float32), max(width, height)
     side, strength = largest, 0.8
 
@@ -55,18 +43,13 @@ def scene(photos: list[Image.Image], width: int, height: int, generator: np.rand
         total += strength * (layer if side == largest else layer - layer.mean(axis=(0, 1)))
         side, strength = side // 2, strength / 2
     total += generator.normal(0, 3, (height, width, 1))
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image, quality: int) -> bytes:
-    """Encoded with Pillow's defaults: 4:2:0, baseline."""
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=quality)
+    Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=quality)
     return content.getvalue()
 
 
 def plain(content: bytes, generator: np.random.Generator) -> np.ndarray:
-    """ADM's recipe: (3, S, S) float32 in [-1, 1]."""
+    """ADM's recipe, `image_datasets.py`: (3, S, S) float32 in [-1, 1]."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     side = int(generator.integers(SIZE, math.ceil(SIZE / 0.8) + 1))
     while min(image.size) >= 2 * side:
@@ -81,7 +64,7 @@ def plain(content: bytes, generator: np.random.Generator) -> np.ndarray:
 
 
 def ours(content: bytes, generator: np.random.Generator) -> Tensor:
-    """What ImageNetDataModule does in training: (3, S, S) uint8."""
+    """What ImageNetDataModule does with `crop: adm`, draft decoding before the same steps: (3, S, S) uint8."""
     image = decode_rgb(content, draft_size=transforms.max_short_side(SIZE))
     return transforms.random_flip(transforms.random_crop(image, SIZE, generator), generator)
 
@@ -95,7 +78,7 @@ def measure(photos: list[Image.Image], case: tuple, repetitions: int) -> dict:
     """One row of the table."""
     width, height, quality, count, goal = case
     generator = np.random.default_rng(0)
-    contents = [jpeg(scene(photos, width, height, generator), quality) for _ in range(count)]
+    contents = [scene(photos, width, height, quality, generator) for _ in range(count)]
     error = np.abs(all_of(ours, contents) - (all_of(plain, contents) + 1) * 127.5)  # in levels of 255
     works = {"plain": lambda: all_of(plain, contents), "ours": lambda: all_of(ours, contents)}
     seconds = in_turns(works, least=repetitions)
@@ -117,10 +100,9 @@ def measure(photos: list[Image.Image], case: tuple, repetitions: int) -> dict:
 if __name__ == "__main__":
     given = options(__doc__, repetitions=15, output=RESULTS / "data.json")
     torch.set_num_threads(1)
-    result = {"what": f"training pictures of {SIZE} pixels per second and core", "machine": describe()}
-    result |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "pillow": PIL.__version__}
-    result |= {"libjpeg_turbo": features.version_feature("libjpeg_turbo"), "repetitions": given.repetitions}
-    photos = photographs()
-    result["rows"] = [measure(photos, case, given.repetitions) for case in CASES]
-    store(given.output, result)
-    print(*result["rows"], sep="\n")
+    reader = ShardReader(ShardIndex.load(ROOT / "data/fruit64/train"))
+    photos = [decode_rgb(reader[number][2]["jpg"]) for number in range(256)]
+    rows = (measure(photos, case, given.repetitions) for case in CASES)
+    facts = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "pillow": PIL.__version__}
+    facts |= {"libjpeg_turbo": features.version_feature("libjpeg_turbo"), "repetitions": given.repetitions}
+    record(given.output, f"training pictures of {SIZE} pixels per second and core", rows, **facts)

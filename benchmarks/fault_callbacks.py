@@ -6,21 +6,16 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 
-from dar_lightning.training import checkpoint_io
-
 
 class Diary(Callback):
-    """Writes a line after every batch: its number, the loss bit by bit, and a checksum of every sample.
-
-    Args:
-        path: the file; the rank is appended to its name.
-    """
+    """Writes a line after every batch to path.RANK: its number, the loss bit by bit, and a checksum of every sample."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -33,72 +28,62 @@ class Diary(Callback):
             print(json.dumps(line), file=file)
 
 
-HOOKS = {
-    "backward": "on_before_backward",
-    "step": "on_before_optimizer_step",
-    "validation": "on_validation_batch_end",
-    "epoch_end": "on_train_epoch_end",
-    "epoch_start": "on_train_epoch_start",
+torch_save = torch.save
+
+
+def save_by_halves(what, file) -> None:
+    """torch.save that puts the first half of a file on the disk before the second."""
+    content = io.BytesIO()
+    torch_save(what, content)
+    half = len(content.getvalue()) // 2
+    file.write(content.getvalue()[:half])
+    file.flush()
+    write_the_rest(file, content.getvalue()[half:])
+
+
+def write_the_rest(file, content: bytes) -> None:
+    """A point to be killed at."""
+    file.write(content)
+
+
+# Before which function's call: a hook of the callback itself, or one that saving a checkpoint calls.
+POINTS = {
+    "half_written": (sys.modules[__name__], "write_the_rest"),
+    "validation": (Callback, "on_validation_batch_end"),
+    "epoch_end": (Callback, "on_train_epoch_end"),
+    "backward": (Callback, "on_before_backward"),
+    "renaming": (os, "replace"),
+    "step": (Callback, "on_before_optimizer_step"),
+    "written": (os, "fsync"),
+    "epoch_start": (Callback, "on_train_epoch_start"),
+    "renamed": (Path, "unlink"),  # of the temporary name
 }
 
 
 class SignalAt(Callback):
-    """The process sends itself a signal, at an exact point of the run.
-
-    Args:
-        point: backward, step (before the optimizer), validation (after a batch of it), epoch_end, epoch_start, or
-            inside of saving a checkpoint: half_written, written, renaming, renamed.
-        step: optimizer steps done by then; the first such point at or after them.
-        name: the signal's.
-        rank: only there.
-    """
+    """The process of one rank sends itself a signal, at the first point of that kind after so many optimizer steps."""
 
     def __init__(self, point: str, step: int, name: str = "SIGKILL", rank: int = 0) -> None:
         self.point, self.step, self.name, self.rank = point, step, name, rank
-        self.sent = False
-
-    def _now(self, trainer, point: str) -> None:
-        here = point == self.point and trainer.global_step >= self.step and trainer.global_rank == self.rank
-        if here and not self.sent and not trainer.sanity_checking:
-            self.sent = True
-            os.kill(os.getpid(), signal.Signals[self.name])
 
     def setup(self, trainer, pl_module, stage) -> None:
-        if self.point in HOOKS:
-            setattr(self, HOOKS[self.point], lambda trainer, *_: self._now(trainer, self.point))
+        owner, function = POINTS[self.point]
+        owner = self if owner is Callback else owner
+        before = getattr(owner, function)
 
-    def on_train_start(self, trainer, pl_module) -> None:
-        real_save, real_fsync, real_replace = torch.save, os.fsync, os.replace
+        def deadly(*arguments, **options):
+            due = trainer.global_step >= self.step and trainer.global_rank == self.rank
+            if due and self.name and not trainer.sanity_checking:
+                name, self.name = self.name, ""
+                os.kill(os.getpid(), signal.Signals[name])
+            return before(*arguments, **options)
 
-        def save(what, file) -> None:
-            content = io.BytesIO()
-            real_save(what, content)
-            half = len(content.getvalue()) // 2
-            file.write(content.getvalue()[:half])
-            file.flush()
-            self._now(trainer, "half_written")
-            file.write(content.getvalue()[half:])
-
-        def fsync(number) -> None:
-            self._now(trainer, "written")
-            real_fsync(number)
-
-        def replace(source, target) -> None:
-            self._now(trainer, "renaming")
-            real_replace(source, target)
-            self._now(trainer, "renamed")
-
-        if self.point in ("half_written", "written", "renaming", "renamed"):
-            checkpoint_io.torch.save, os.fsync, os.replace = save, fsync, replace
+        setattr(owner, function, deadly)
+        torch.save = save_by_halves if self.point == "half_written" else torch_save
 
 
 class Poison(Callback):
-    """Gradients become NaN on one rank, after they were averaged: only that rank can see it.
-
-    Args:
-        batches: numbers of the batches.
-        rank: the one.
-    """
+    """Gradients of some batches become NaN on one rank, after they were averaged: only that rank can see it."""
 
     def __init__(self, batches: list[int], rank: int = 0) -> None:
         self.batches, self.rank = batches, rank
@@ -109,28 +94,18 @@ class Poison(Callback):
 
 
 class Disk(Callback):
-    """The disk of the run breaks at one step and is mended at another.
-
-    Args:
-        folder: where a small file system is mounted.
-        how: full or read_only.
-        breaks: optimizer steps done when it breaks.
-        mended: optimizer steps done when it is mended; 0 for never.
-    """
+    """The small file system of a folder becomes full or read_only at one step, and is mended at another; 0 is never."""
 
     def __init__(self, folder: str, how: str, breaks: int, mended: int = 0) -> None:
-        self.folder, self.how, self.breaks, self.mended = Path(folder), how, breaks, mended
-        self.broken = False
+        self.folder, self.how = Path(folder), how
+        self.changes = {breaks: True} | ({mended: False} if mended else {})  # steps -> whether it is broken then
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == self.breaks and not self.broken:
-            self.set(broken=True)
-        elif trainer.global_step == self.mended and self.broken:
-            self.set(broken=False)
+        if trainer.global_step in self.changes:
+            self.set(self.changes.pop(trainer.global_step))
 
     def set(self, broken: bool) -> None:
         """Break or mend it."""
-        self.broken = broken
         ballast = self.folder / "ballast"
         if self.how == "read_only":
             subprocess.run(["mount", "-o", f"remount,{'ro' if broken else 'rw'}", self.folder], check=True)

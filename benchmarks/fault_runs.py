@@ -14,68 +14,61 @@ import torch
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
 from benchmarks.machine import child_environment
-from benchmarks.tiny import fit_ar, fit_tokenizer, write_images, write_tokens
+from benchmarks.tiny import callback, fit_ar, fit_tokenizer, write_images, write_tokens
 from dar_lightning.cli import main as dar
 
 SAVE_EVERY, VALIDATE_EVERY = 3, 2  # optimizer steps of two batches; each validation saves, too
 LIMIT = 400  # seconds after which a run counts as hanging
 STATES = ("global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
+OURS = "dar_lightning.training.callbacks"
 context = multiprocessing.get_context("forkserver")
-modules = ["benchmarks.fault_callbacks", "benchmarks.fault_runs", "dar_lightning.commands.fit"]
-context.set_forkserver_preload(modules)
 
 
-def callback(name: str, /, **options) -> list[str]:
-    """Words that add a callback; without a dot in its name, one of fault_callbacks."""
-    name = name if "." in name else f"benchmarks.fault_callbacks.{name}"
-    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={options[key]}" for key in options)]
+def accident(name: str, **options) -> list[str]:
+    """Words that add a callback of fault_callbacks."""
+    return callback(name, "benchmarks.fault_callbacks", **options)
 
 
 class Run:
-    """A training of the smallest model, with EMA, validation and gradient accumulation.
+    """A training of the smallest tokenizer or ar, with EMA, validation and gradient accumulation.
 
-    Args:
-        model: "tokenizer" or "ar".
-        home: its diaries and logs.
-        folder: its checkpoints.
-        steps: of the optimizer.
-        trainer: other options of the Trainer.
+    Its diaries and logs are in `home`, its checkpoints in `folder`.
     """
 
     def __init__(self, model: str, home: Path, folder: Path, steps: int, **trainer) -> None:
-        self.model, self.home, self.folder, self.steps = model, home, folder, steps
+        self.home, self.folder, self.steps = home, folder, steps
+        self.checkpoint = folder / "checkpoints" / "last.ckpt"
         self.diaries: list[Path] = []
         home.mkdir(parents=True, exist_ok=True)
-        data = home.parent / "data" / model
+        data, is_tokenizer = home.parent / "data" / model, model == "tokenizer"
         if not data.exists():  # 5 and a half batches to train on
-            write = write_images if model == "tokenizer" else write_tokens
+            write = write_images if is_tokenizer else write_tokens
             write(data / "train", 22)
             write(data / "val", 7)
-        fit = fit_tokenizer if model == "tokenizer" else fit_ar
         options = {"max_steps": steps, "accumulate_grad_batches": 2, "val_check_interval": 2 * VALIDATE_EVERY}
         options |= {"check_val_every_n_epoch": "null", "gradient_clip_val": 1.0} | trainer
+        fit = fit_tokenizer if is_tokenizer else fit_ar
         words = [*fit(str(data / "train"), str(data / "val"), folder, **options), "--ckpt_path=last"]
-        words += [f"--data.init_args.num_workers={int(model == 'tokenizer' or 'devices' in trainer)}"]
+        words += [f"--data.init_args.num_workers={int(is_tokenizer or 'devices' in trainer)}"]
         words += ["--model.init_args.optimizer.lr=0.01", "--model.init_args.optimizer.warmup_steps=5"]
-        ours = "dar_lightning.training.callbacks"
-        words += callback(f"{ours}.LastStepCheckpoint", every_n_train_steps=SAVE_EVERY, save_top_k=0)
-        words += callback(f"{ours}.EMA", decay=0.9) + callback(f"{ours}.SkipBadSteps", max_in_a_row=3)
-        if model == "tokenizer":
+        words += callback("LastStepCheckpoint", OURS, every_n_train_steps=SAVE_EVERY, save_top_k=0)
+        words += callback("EMA", OURS, decay=0.9) + callback("SkipBadSteps", OURS, max_in_a_row=3)
+        if is_tokenizer:
             warmup = dict(warmup_steps=6, collect_steps=4, revive_every=4, revive_until=20)
-            words += callback(f"{ours}.CodebookWarmup", **warmup)
-        self.words = [str(word) for word in words]
+            words += callback("CodebookWarmup", OURS, **warmup)
+        self.words = words
 
-    def start(self, accident: list[str] = (), temp: Path | None = None) -> multiprocessing.Process:
+    def start(self, accidents: list[str] = (), temp: Path | None = None) -> multiprocessing.Process:
         """`dar fit` in a process forked from one that has done the imports."""
         self.diaries.append(self.home / f"diary{len(self.diaries)}")
-        words = [*self.words, *callback("Diary", path=self.diaries[-1]), *accident]
+        words = [*self.words, *accident("Diary", path=self.diaries[-1]), *accidents]
         process = context.Process(target=_dar, args=(words, f"{self.diaries[-1]}.log", temp and str(temp)))
         process.start()
         return process
 
-    def live(self, accident: list[str] = (), code: int = 0, **options) -> str:
+    def live(self, accidents: list[str] = (), code: int = 0, **options) -> str:
         """Run it until it ends with this exit code, negative for a signal; what it said."""
-        return self.end(self.start(accident, **options), code)
+        return self.end(self.start(accidents, **options), code)
 
     def end(self, process: multiprocessing.Process, code: int) -> str:
         """Wait for it."""
@@ -85,15 +78,15 @@ class Run:
         assert process.exitcode == code, f"exit code {process.exitcode}, not {code}: {self.said()[-600:]}"
         return self.said()
 
-    def two_ranks(self, launcher: str, accident: list[str], rank: int) -> tuple[int, float]:
+    def two_ranks(self, launcher: str, accidents: list[str], rank: int) -> tuple[int, float]:
         """Two real ranks, one with an accident: exit code, and seconds that anything lived on after it."""
         diary = self.home / "diary"
-        words = [*self.words, *callback("Diary", path=diary), *accident, "--data.init_args.batch_size=2"]
+        self.diaries.append(diary)
+        words = [*self.words, *accident("Diary", path=diary), *accidents, "--data.init_args.batch_size=2"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (launcher == "torchrun")
         command = [sys.executable, *torchrun, "-m", "dar_lightning", *words]
         with open(f"{diary}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment())
-        self.diaries.append(diary)
         seen, silent, until = 0, time.monotonic(), time.monotonic() + LIMIT
         while process.poll() is None or alive(self.folder):
             if time.monotonic() > until:
@@ -110,13 +103,8 @@ class Run:
         """Its last life."""
         return Path(f"{self.diaries[-1]}.log").read_text()
 
-    @property
-    def checkpoint(self) -> Path:
-        """The newest one; there is none but complete ones."""
-        return self.folder / "checkpoints" / "last.ckpt"
-
     def saved(self) -> dict:
-        """What is in it."""
+        """What is in the newest checkpoint; there is none but complete ones."""
         return torch.load(self.checkpoint, weights_only=True)
 
     def step(self) -> int:
@@ -137,10 +125,11 @@ class Run:
         wrong = [line[0] for line in seen if line != batches[line[0]]]
         assert not wrong, f"other losses or samples in batches {wrong}"
         assert {line[0] for line in seen} == set(batches), "batches are missing"
-        end, expected = self.saved(), whole.saved()
-        assert end["global_step"] == self.steps
-        places = different(*({key: checkpoint[key] for key in STATES} for checkpoint in (expected, end)))
-        assert not places, f"other than the unbroken run: {places}"
+        ends = [{key: run.saved()[key] for key in STATES} for run in (whole, self)]
+        assert ends[1]["global_step"] == self.steps
+        one, other = (dict(tree_leaves_with_path(end)) for end in ends)
+        places = [keystr(path) for path in one.keys() | other.keys() if not _same(one.get(path), other.get(path))]
+        assert not places, f"other than the unbroken run: {sorted(places)}"
         names = [path.name for path in self.checkpoint.parent.iterdir()]
         assert names == [self.checkpoint.name], f"left behind: {names}"
 
@@ -167,13 +156,6 @@ def lines(diary: Path, rank: int = 0) -> list[list]:
     """Of a diary; the last one may have been cut by the kill."""
     path = Path(f"{diary}.{rank}")
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def different(one, other) -> list[str]:
-    """Places where two nested structures are not the same, tensors bit by bit."""
-    leaves = [dict(tree_leaves_with_path(value)) for value in (one, other)]
-    places = [path for path in leaves[0].keys() | leaves[1].keys() if not _same(*(each.get(path) for each in leaves))]
-    return sorted(map(keystr, places))
 
 
 def _same(one, other) -> bool:

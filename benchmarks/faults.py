@@ -9,37 +9,30 @@ small file systems; without root these rows are skipped.
 Each row is in the file as soon as it is finished. With --only, the other faults' rows in the file stay.
 """
 
-import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import lightning
 
-from benchmarks.fault_callbacks import Disk
-from benchmarks.fault_runs import LIMIT, SAVE_EVERY, VALIDATE_EVERY, Run, callback, lines
-from benchmarks.machine import RESULTS, describe, options, store
+from benchmarks.fault_callbacks import POINTS, Disk
+from benchmarks.fault_runs import LIMIT, SAVE_EVERY, VALIDATE_EVERY, Run, accident, context, lines
+from benchmarks.machine import RESULTS, options, record
 
 RANKS_LIMIT = 60  # seconds that a rank may outlive another
-# Where a process kills itself; then the parent does, at any time.
-POINTS = ("half_written", "validation", "epoch_end", "backward", "renaming")
-POINTS += ("step", "written", "epoch_start", "renamed", "any time")
 
 
 class Bench:
-    """The folder of all runs, the unbroken ones, and the table."""
+    """The folder of all runs, and the unbroken ones."""
 
-    def __init__(self, root: Path, steps: int, only: list[str], output: Path) -> None:
-        self.root, self.steps, self.only, self.output = root, steps, only, output
-        self.before = json.loads(output.read_text())["rows"] if output.exists() else []
-        self.rows: list[dict] = []
+    def __init__(self, root: Path, steps: int) -> None:
+        self.root, self.steps = root, steps
         self.whole: dict[str, Run] = {}
         self.count = 0
 
@@ -56,35 +49,29 @@ class Bench:
             self.whole[model].live()
         return self.whole[model]
 
-    def row(self, fault: str, times: int, test: Callable[[], str]) -> None:
-        """Run one fault, if it was asked for, and add its row."""
-        if not any(word in fault for word in self.only):
-            return
+
+def outcomes(bench: Bench | None, faults: dict[str, tuple], kills: int) -> Iterator[dict]:
+    """A row for each fault: whether the run survived it, and how."""
+    for fault, (test, *case) in faults.items():
         load, begin = round(os.getloadavg()[0], 1), time.perf_counter()
         try:
-            outcome, passed = test(), True
+            outcome, passed = test(bench, *case), True
         except Exception as error:  # a broken run can break its inspection anywhere, and the other rows go on
             outcome, passed = f"FAILED: {error!r}", False
-        seconds = round(time.perf_counter() - begin, 1)
-        row = {"fault": fault, "times": times, "outcome": outcome, "passed": passed, "seconds": seconds, "load": load}
-        self.rows.append(row)
-        print(f"{'ok' if passed else 'FAILED':6} {fault:52} x{times:<3} {seconds:6.1f} s  {outcome}", flush=True)
-        done = {row["fault"] for row in self.rows}
-        result = {"what": "faults in training runs of the smallest models, and what became of the runs"}
-        result |= {"machine": describe(), "lightning": lightning.__version__}
-        store(self.output, result | {"rows": [row for row in self.before if row["fault"] not in done] + self.rows})
+        row = {"fault": fault, "times": kills if test is killed else 1, "outcome": outcome, "passed": passed}
+        yield row | {"seconds": round(time.perf_counter() - begin, 1), "load": load}
 
 
 # ---- one process
 
 
-def kills(bench: Bench, model: str, times: int) -> str:
+def killed(bench: Bench, model: str, times: int) -> str:
     """SIGKILL again and again, at all points in turn."""
-    run, generator = bench.run(model), random.Random(model)
+    run, generator, points = bench.run(model), random.Random(model), (*POINTS, "any time")
     batches = [line[0] for line in lines(bench.unbroken(model).diaries[0])]
     for life in range(times):
-        saved, point = run.step(), POINTS[life % len(POINTS)]
-        if point == "any time":
+        saved, point = run.step(), points[life % len(points)]
+        if point == "any time":  # the parent kills it
             process, until = run.start(), time.monotonic() + LIMIT
             while len(lines(run.diaries[-1])) < generator.randint(1, 4) and time.monotonic() < until:
                 time.sleep(0.001)
@@ -93,20 +80,20 @@ def kills(bench: Bench, model: str, times: int) -> str:
             run.end(process, -9)
         else:
             step = min(saved + generator.randint(1, 4), bench.steps - 1)
-            run.live(callback("SignalAt", point=point, step=step), -9)
+            run.live(accident("SignalAt", point=point, step=step), -9)
         if seen := lines(run.diaries[-1]):  # two batches a step; an epoch's remainder is left out
             first = next(batch for batch in batches if batch // 2 >= saved)
             assert seen[0][0] == first, f"life {life} began with batch {seen[0][0]}, not {first}"
     run.live()
     run.check_same(bench.unbroken(model))
-    kinds = min(times, len(POINTS))
+    kinds = min(times, len(points))
     return f"{kinds} kinds of points; every life went on at the last complete checkpoint; bits of the unbroken run"
 
 
 def stopped(bench: Bench, model: str, name: str, point: str, code: int) -> str:
     """A signal, and the same command again."""
     run = bench.run(model)
-    run.live(callback("SignalAt", point=point, step=7, name=name), code)
+    run.live(accident("SignalAt", point=point, step=7, name=name), code)
     saved = run.step()
     assert 7 <= saved <= 8, f"step {saved} is saved"
     run.live()
@@ -117,7 +104,7 @@ def stopped(bench: Bench, model: str, name: str, point: str, code: int) -> str:
 def truncated(bench: Bench) -> str:
     """A file system loses the second half of last.ckpt."""
     run = bench.run("ar")
-    run.live(callback("SignalAt", point="backward", step=SAVE_EVERY), -9)
+    run.live(accident("SignalAt", point="backward", step=SAVE_EVERY), -9)
     os.truncate(run.checkpoint, run.checkpoint.stat().st_size // 2)
     said = run.live(code=2).splitlines()[-1]
     assert f"cannot read {run.checkpoint}" in said, said
@@ -128,10 +115,10 @@ def truncated(bench: Bench) -> str:
 def poisoned(bench: Bench) -> str:
     """One bad step, then three in a row."""
     run = bench.run("tokenizer")
-    run.live(callback("Poison", batches=[4]))
+    run.live(accident("Poison", batches=[4]))
     assert (run.step(), run.skipped()) == (bench.steps, 1)
     run = bench.run("tokenizer")
-    said = run.live(callback("Poison", batches=[13, 15, 17, 19]), 2)  # steps 7, 8, 9 and 10: the third ends it
+    said = run.live(accident("Poison", batches=[13, 15, 17, 19]), 2)  # steps 7, 8, 9 and 10: the third ends it
     assert "in 3 steps in a row" in said, said
     run.skipped()
     return "1 step skipped and counted, the run went on; 3 in a row: exit code 2 and a line; weights, EMA, AdamW finite"
@@ -164,7 +151,7 @@ def broken_disk(bench: Bench, how: str, mended: int) -> str:
     """The disk with checkpoints and logs breaks after 4 steps."""
     with small_disk(bench.root / f"{how}{mended}") as disk:
         run = bench.run("ar", disk)
-        said = run.live(callback("Disk", folder=disk, how=how, breaks=4, mended=mended), 0 if mended else 2)
+        said = run.live(accident("Disk", folder=disk, how=how, breaks=4, mended=mended), 0 if mended else 2)
         told = [line for line in said.splitlines() if "cannot write" in line]
         assert any("last.ckpt" in line for line in told), said[-600:]
         if mended:
@@ -205,8 +192,8 @@ def full_temp(bench: Bench) -> str:
 def signalled_rank(bench: Bench, launcher: str, rank: int, name: str) -> str:
     """A signal for one of two ranks."""
     run = bench.run("ar", steps=12, devices=2, strategy="ddp")
-    accident = callback("SignalAt", point="backward", step=4, name=name, rank=rank)
-    code, seconds = run.two_ranks(launcher, accident, rank)
+    words = accident("SignalAt", point="backward", step=4, name=name, rank=rank)
+    code, seconds = run.two_ranks(launcher, words, rank)
     if name == "SIGKILL":
         assert code != 0, f"exit code 0: {run.said()[-600:]}"
         assert seconds < RANKS_LIMIT, f"the last process ended after {seconds:.0f} seconds"
@@ -219,27 +206,23 @@ def signalled_rank(bench: Bench, launcher: str, rank: int, name: str) -> str:
 def poisoned_rank(bench: Bench) -> str:
     """NaN that only rank 1 can see."""
     run = bench.run("ar", steps=12, devices=2, strategy="ddp")
-    code, _ = run.two_ranks("lightning", callback("Poison", batches=[4], rank=1), 0)
+    code, _ = run.two_ranks("lightning", accident("Poison", batches=[4], rank=1), 0)
     assert (code, run.skipped()) == (0, 1), run.said()[-600:]
     return "rank 0 skipped the step too: 1 counted there, weights, EMA and AdamW finite"
 
 
-ONE = {
+FAULTS = {
     "SIGTERM in backward, tokenizer": (stopped, "tokenizer", "SIGTERM", "backward", 143),
     "SIGTERM in backward, ar": (stopped, "ar", "SIGTERM", "backward", 143),
     "SIGTERM in validation, tokenizer": (stopped, "tokenizer", "SIGTERM", "validation", 143),
     "SIGINT in step, ar": (stopped, "ar", "SIGINT", "step", 130),
     "last.ckpt cut by the file system": (truncated,),
     "NaN in one step, and in three in a row": (poisoned,),
-}
-DISKS = {
     "disk full, mended later": (broken_disk, "full", 10),
     "disk read_only, mended later": (broken_disk, "read_only", 10),
     "disk full until the end": (broken_disk, "full", 0),
     "folder read-only at the start": (read_only_start,),
     "temporary folder full": (full_temp,),
-}
-TWO = {
     "NaN on rank 1 of 2": (poisoned_rank,),
     "kill -9 of rank 0 of 2, lightning": (signalled_rank, "lightning", 0, "SIGKILL"),
     "kill -9 of rank 1 of 2, lightning": (signalled_rank, "lightning", 1, "SIGKILL"),
@@ -247,18 +230,22 @@ TWO = {
     "SIGTERM to rank 0 of 2, lightning": (signalled_rank, "lightning", 0, "SIGTERM"),
     "SIGTERM to rank 1 of 2, lightning": (signalled_rank, "lightning", 1, "SIGTERM"),
 }
+ON_DISKS = (broken_disk, read_only_start, full_temp)
 
 
 if __name__ == "__main__":  # exits with status 1 if a fault was not survived
+    context.set_forkserver_preload(
+        ["benchmarks.fault_callbacks", "benchmarks.fault_runs", "dar_lightning.commands.fit"]
+    )
     given = options(__doc__, kills=20, only=[""], output=RESULTS / "faults.json")
     steps = max(20, 2 * given.kills + 10)  # a kill goes at least one step further than the one before
+    faults = {f"kill -9, {model}": (killed, model, given.kills) for model in ("tokenizer", "ar")} | FAULTS
+    if not may_mount():
+        print("disks that are full or read-only: skipped, mounting needs root")
+        faults = {fault: test for fault, test in faults.items() if test[0] not in ON_DISKS}
+    chosen = {fault: test for fault, test in faults.items() if any(word in fault for word in given.only)}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), steps, given.only, given.output)
-        for model in ("tokenizer", "ar"):
-            bench.row(f"kill -9, {model}", given.kills, partial(kills, bench, model, given.kills))
-        disks = DISKS if may_mount() else {}
-        if not disks:
-            print("disks that are full or read-only: skipped, mounting needs root")
-        for fault, (test, *case) in (ONE | disks | TWO).items():
-            bench.row(fault, 1, partial(test, bench, *case))
-    sys.exit(0 if all(row["passed"] for row in bench.rows) else 1)
+        rows = outcomes(Bench(Path(folder), steps), chosen, given.kills)
+        what = "faults in training runs of the smallest models, and what became of the runs"
+        rows = record(given.output, what, rows, key="fault", lightning=lightning.__version__)
+    sys.exit(0 if all(row["passed"] for row in rows if row["fault"] in chosen) else 1)

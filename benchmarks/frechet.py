@@ -12,7 +12,7 @@ import statistics
 import scipy.linalg
 import torch
 
-from benchmarks.machine import RESULTS, describe, in_turns, options, ratio, store
+from benchmarks.machine import RESULTS, in_turns, options, ratio, record
 from dar_lightning.metrics.frechet import Gaussian, root_trace
 
 
@@ -48,7 +48,5 @@ if __name__ == "__main__":
     given = options(__doc__, dim=2048, repetitions=3, output=RESULTS / "frechet.json")
     torch.set_num_threads(1)
     what = "tr (S1 S2)^(1/2) against the trace of scipy.linalg.sqrtm(S1 @ S2), one thread"
-    result = {"what": what, "machine": describe(), "scipy": scipy.__version__, "repetitions": given.repetitions}
-    result["rows"] = [measure(count, given.dim, given.repetitions) for count in (10_000, 1_000)]
-    store(given.output, result)
-    print(*result["rows"], sep="\n")
+    rows = (measure(count, given.dim, given.repetitions) for count in (10_000, 1_000))
+    record(given.output, what, rows, scipy=scipy.__version__, repetitions=given.repetitions)

@@ -1,37 +1,52 @@
-"""What all benchmarks share: machine and versions beside a result, timing in turns, options, JSON."""
+"""What all benchmarks share: options, results as JSON with machine and versions beside them, timing in turns."""
 
 import argparse
 import json
 import os
 import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from dar_lightning.files import write_text
+from dar_lightning.records.provenance import read_code
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")
 
 
-def options(description: str, **defaults) -> argparse.Namespace:
-    """The command line of a benchmark: --NAME of its default's type, one or more where the default is a list."""
+def options(description: str, argv: Sequence[str] | None = None, **defaults) -> argparse.Namespace:
+    """The command line of a benchmark: --NAME of its default's type; several where that is a list, a flag for False."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, default in defaults.items():
-        several = isinstance(default, list)
-        kind = {"nargs": "+", "type": type(default[0])} if several else {"type": type(default)}
-        parser.add_argument(f"--{name}", default=default, help=f"default: {default}", **kind)
-    return parser.parse_args()
+        if default is False:
+            kind = {"action": "store_true"}
+        elif isinstance(default, list):
+            kind = {"nargs": "+", "type": type(default[0]), "help": f"default: {' '.join(map(str, default))}"}
+        else:
+            kind = {"type": type(default), "help": f"default: {default}"}
+        parser.add_argument(f"--{name}", default=default, **kind)
+    return parser.parse_args(argv)
 
 
-def store(output: Path, result: dict) -> None:
-    """Write a result as JSON."""
-    write_text(output, json.dumps(result, indent=2) + "\n")
+def record(
+    output: Path, what: str, rows: Iterable[dict], device: torch.device = CPU, key: str | None = None, **facts
+) -> list[dict]:
+    """Print rows as they are done, and store them as JSON with the machine, so that a cut loses none that is finished.
+
+    With a key, rows that the file has from before stay, but for those whose value of this key is measured again.
+    """
+    before = json.loads(output.read_text())["rows"] if key and output.exists() else []
+    result = {"what": what, "machine": describe(device), **facts, "rows": before}
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        result["rows"] = [old for old in result["rows"] if not key or old[key] != row[key]] + [row]
+        write_text(output, json.dumps(result, indent=2) + "\n")
+    return result["rows"]
 
 
 def child_environment(root: Path = ROOT) -> dict[str, str]:
@@ -41,35 +56,24 @@ def child_environment(root: Path = ROOT) -> dict[str, str]:
 
 
 def describe(device: torch.device = CPU) -> dict:
-    """Machine, versions, precision and commit, for a result's JSON."""
+    """Machine, versions, precision and commit, with a plus if files differ from it, for a result's JSON."""
+    info, code, cuda = Path("/proc/cpuinfo"), read_code(), device.type == "cuda"
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": processor(),
+        "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "other_load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes running before this
         "threads": torch.get_num_threads(),
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if cuda else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "revision": revision(),
+        "revision": code["commit"] and code["commit"][:7] + ("+" if code["changed"] else ""),
     }
-
-
-def processor() -> str:
-    """Its name, where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def revision() -> str | None:
-    """The commit, with a plus if files differ from it; None outside of a checkout."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--short", "-uno"], capture_output=True, text=True, check=False)
-    return None if commit.returncode else commit.stdout.strip() + ("+" if changed.stdout else "")
 
 
 def in_turns(
@@ -82,13 +86,8 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each work by name, all called in turn, so that a busy machine slows all alike.
 
-    Args:
-        works: what is compared. The order changes from round to round.
-        device: whose work is waited for.
-        budget: seconds for all rounds.
-        least: rounds, whatever the budget.
-        most: rounds.
-        warm: each has been called before; otherwise a first call is not counted.
+    The order changes from round to round. There are `least` rounds, and `most` within `budget` seconds. The first call
+    of a work that is not `warm` is not counted.
     """
     for work in works.values() if not warm else ():
         work()
@@ -114,25 +113,3 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def limits(device: torch.device) -> dict[str, float]:
-    """What bare products and reads reach here: the medians of a second or so each.
-
-    Returns:
-        "float32_gflops" and "bfloat16_gflops" of a product as large as an MLP of v1's decoder; "read_gb_per_s" of
-        matrix-vector products over one gigabyte of float32 weights, more than any cache holds.
-    """
-    x, weight = torch.randn(1024, 768, device=device), torch.randn(3072, 768, device=device)
-    half, half_weight = x.bfloat16(), weight.bfloat16()
-    large, vector = torch.randn(2**28 // 1024, 1024, device=device), torch.randn(1024, device=device)
-    product, amount = torch.nn.functional.linear, 2 * 1024 * 768 * 3072 / 1e9
-    works = {
-        "float32_gflops": (lambda: product(x, weight), amount),
-        "bfloat16_gflops": (lambda: product(half, half_weight), amount),
-        "read_gb_per_s": (lambda: large @ vector, large.nbytes / 1e9),
-    }
-    return {
-        name: amount / statistics.median(in_turns({name: work}, device, budget=1.0)[name])
-        for name, (work, amount) in works.items()
-    }

@@ -6,7 +6,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +15,8 @@ from benchmarks.machine import ROOT, in_turns, ratio, synchronize
 from benchmarks.rows import ROWS, Setting
 from dar_lightning.devices import dtype_name
 
+SAME = ("row", "size", "batch", "dtype", "compile")
+
 
 def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> dict:
     """One row of the result, of at least three calls that go on for some seconds.
@@ -23,8 +24,9 @@ def measure(name: str, setting: Setting, seconds: float, max_tflop: float) -> di
     Larger calls than max_tflop are not made.
     """
     row = ROWS[name]
-    result = {"row": name, "size": setting.size, "batch": setting.batch}
-    result |= {"dtype": dtype_name(setting.dtype), "compile": setting.compile}
+    result = dict(
+        zip(SAME, (name, setting.size, setting.batch, dtype_name(setting.dtype), setting.compile), strict=True)
+    )
     images, flops = row.images(setting), row.flops(setting)
     if flops is not None:
         result["gflop_per_image"] = round(flops / 1e9, 3)
@@ -66,44 +68,37 @@ def peak_memory(device: torch.device) -> float | None:
     return next((round(int(line.split()[1]) * 1.024e-3, 1) for line in lines if line.startswith("VmHWM")), None)
 
 
-def against(revision: str, options: list[str], pairs: int, report: Callable[[str], None]) -> list[dict]:
+def against(revision: str, words: list[str], pairs: int) -> list[dict]:
     """This checkout against a revision of it: each row by processes in turn, ours first in every other pair.
 
-    Both sides run the benchmarks of this checkout; of the revision comes the package.
-
-    Args:
-        revision: for git.
-        options: of `python -m benchmarks rows`, which rows and how.
-        pairs: of processes.
-        report: told what is going on.
+    Both sides run the benchmarks of this checkout, with these words; of the revision comes the package.
 
     Returns:
-        Rows as of `measure` without their times; with the latencies of each side, and "speedup": the median of theirs
-        over ours.
+        Rows with the latencies of each side, and "speedup": the median of theirs over ours.
     """
     with TemporaryDirectory(prefix="revision-") as folder:
         other, output = Path(folder) / "checkout", Path(folder) / "rows.json"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(other), revision], check=True)
-        command = [sys.executable, "-m", "benchmarks", "rows", *options, "--output", str(output)]
+        command = [sys.executable, "-m", "benchmarks", "rows", *words, "--output", str(output)]
         try:
             shutil.rmtree(other / "benchmarks", ignore_errors=True)
             shutil.copytree(ROOT / "benchmarks", other / "benchmarks", ignore=shutil.ignore_patterns("results"))
             found: dict[Path, list[list[dict]]] = {ROOT: [], other: []}
             for pair in range(pairs):
                 for checkout in (ROOT, other) if pair % 2 == 0 else (other, ROOT):
-                    report(f"pair {pair + 1} of {pairs}: {revision if checkout == other else 'this checkout'}")
+                    print(f"pair {pair + 1} of {pairs}: {revision if checkout == other else 'this'}", file=sys.stderr)
                     subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
                     found[checkout].append(json.loads(output.read_text())["rows"])
         finally:
             subprocess.run([*git, "remove", "--force", str(other)], check=True)
-    ours, theirs = (zip(*side, strict=True) for side in found.values())
-    return [_compare(*rows) for rows in zip(ours, theirs, strict=True)]
+    sides = [zip(*side, strict=True) for side in found.values()]
+    return [_compare(*rows) for rows in zip(*sides, strict=True)]
 
 
 def _compare(ours: tuple[dict, ...], theirs: tuple[dict, ...]) -> dict:
     """One row of all pairs."""
-    row = {key: ours[0][key] for key in ("row", "size", "batch", "dtype", "compile")}
+    row = {key: ours[0][key] for key in SAME}
     if "skipped" in ours[0]:
         return row | {"skipped": ours[0]["skipped"]}
     seconds = {"seconds": [one["latency_seconds"] for one in ours]}

@@ -8,6 +8,7 @@ the batch. Not counted: LPIPS and DINOv2, temporary buffers, fragmentation, the 
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,27 +21,24 @@ from dar_lightning.training import ARModule, TokenizerModule
 
 PARTS = ["encoder", "conditioner", "decoder"]
 MODELS: dict[str, Callable[[], LightningModule]] = {
-    "light": lambda: TokenizerModule(preset="light"),
-    "v1": lambda: TokenizerModule(preset="v1"),
-    "v1, decoder checkpointed": lambda: TokenizerModule(preset="v1", activation_checkpointing=["decoder"]),
-    "v1, all checkpointed": lambda: TokenizerModule(preset="v1", activation_checkpointing=PARTS),
-    **{f"AR {size}": lambda size=size: ARModule(preset=size) for size in ("B", "L", "XL", "XXL")},
-    "AR XXL, checkpointed": lambda: ARModule(preset="XXL", activation_checkpointing=True),
+    "light": partial(TokenizerModule, preset="light"),
+    "v1": partial(TokenizerModule, preset="v1"),
+    "v1, decoder checkpointed": partial(TokenizerModule, preset="v1", activation_checkpointing=["decoder"]),
+    "v1, all checkpointed": partial(TokenizerModule, preset="v1", activation_checkpointing=PARTS),
+    **{f"AR {size}": partial(ARModule, preset=size) for size in ("B", "L", "XL", "XXL")},
+    "AR XXL, checkpointed": partial(ARModule, preset="XXL", activation_checkpointing=True),
 }
-
-
-def make_batch(module: LightningModule, batch_size: int) -> dict[str, Tensor]:
-    """A training batch without content."""
-    if isinstance(module, TokenizerModule):
-        side = module.tokenizer.config.image_size
-        return {"image": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)}
-    shape = (batch_size, module.ar.config.num_tokens)
-    return {"codes": torch.zeros(shape, dtype=torch.int64), "label": torch.zeros(batch_size, dtype=torch.int64)}
 
 
 def forward(module: LightningModule, batch_size: int) -> tuple[int, int]:
     """Bytes that a forward pass in bf16-mixed keeps for the backward pass, and its FLOPs."""
     device = next(module.parameters()).device.type
+    if isinstance(module, TokenizerModule):
+        side = module.tokenizer.config.image_size
+        batch = {"image": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)}
+    else:
+        codes = torch.zeros(batch_size, module.ar.config.num_tokens, dtype=torch.int64)
+        batch = {"codes": codes, "label": codes[:, 0].clone()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -53,7 +51,7 @@ def forward(module: LightningModule, batch_size: int) -> tuple[int, int]:
     torch.set_autocast_enabled(device, True)
     try:
         with FlopCounterMode(display=False) as flops, saved_tensors_hooks(keep, lambda tensor: tensor):
-            module.training_step(make_batch(module, batch_size), 0)
+            module.training_step(batch, 0)
     finally:
         torch.set_autocast_enabled(device, False)
         torch.clear_autocast_cache()

@@ -18,11 +18,8 @@ from dar_lightning.tokenizer.quantizers.vector import COMMITMENT_WEIGHT
 def quantize(latents: Tensor, codebook: Tensor, one_hot: bool = True, entropy: bool = False) -> tuple[Tensor, Tensor]:
     """Nearest codes by the matrix of all squared distances: (..., dim), (size, dim) -> loss, indices (...).
 
-    Args:
-        latents: any length; on the unit sphere after normalisation, as the codes.
-        codebook: (size, dim).
-        one_hot: fetch the codes by a product with one-hot rows, as VQ-VAEs first did; False looks them up.
-        entropy: compute VQGAN's entropy loss of the distances and give it a weight of zero.
+    Codes come by a product with one-hot rows, as VQ-VAEs first did, or are looked up; `entropy` computes VQGAN's
+    entropy loss of the distances and gives it a weight of zero.
     """
     z, codes = F.normalize(latents, dim=-1), F.normalize(codebook, dim=-1)
     flat = z.flatten(0, -2)
@@ -33,8 +30,7 @@ def quantize(latents: Tensor, codebook: Tensor, one_hot: bool = True, entropy: b
     vq, commit = (found - z.detach()).square().mean(), (found.detach() - z).square().mean()
     loss = (z + (found - z).detach()).sum() + vq + COMMITMENT_WEIGHT * commit
     if entropy:
-        share = (-distances / 0.01).softmax(dim=-1)
-        logs = (-distances / 0.01).log_softmax(dim=-1)
+        share, logs = (-distances / 0.01).softmax(dim=-1), (-distances / 0.01).log_softmax(dim=-1)
         mean = share.mean(dim=0)
         loss = loss + 0.0 * ((mean * (mean + 1e-5).log()).sum() - (share * logs).sum(dim=-1).mean())
     return loss, indices.view(latents.shape[:-1])
@@ -42,10 +38,6 @@ def quantize(latents: Tensor, codebook: Tensor, one_hot: bool = True, entropy: b
 
 class StaticCache(KVCache):
     """Gives attention the whole buffer at every step, copied for its heads, whatever is filled."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.buffer.zero_()
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         super().extend(layer, keys, values)
@@ -59,6 +51,7 @@ def generate(ar: ARModel, labels: Tensor, generator: torch.Generator) -> Tensor:
     config, weight = ar.config, ar.head.weight
     head_dim = config.dim // config.num_heads
     cache = StaticCache((config.depth, len(labels), config.kv_heads, config.num_tokens, head_dim), weight)
+    cache.buffer.zero_()
     mask = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool, device=weight.device).tril()
     x, codes = ar.class_embedding(labels)[:, None], []
     draws = draw_keys(len(labels), config.num_tokens, generator, weight.device)

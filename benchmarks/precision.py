@@ -8,7 +8,7 @@ nearly does.
 """
 
 import copy
-import json
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.clock import filled
-from benchmarks.machine import RESULTS, ROOT, describe, options, store
+from benchmarks.machine import RESULTS, ROOT, options, record
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.transforms import to_float, to_uint8
 from dar_lightning.devices import dtype_name
@@ -47,14 +47,10 @@ class TF32(TorchFunctionMode):
 @torch.no_grad()
 def outputs(pipe: DARPipeline, images: Tensor, codes: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
     """Codes (B, N) of images, logits (B, N, V) after given codes, pixels (B, 3, H, W) of given codes; batches of 16."""
-    found = [
-        (
-            pipe.tokenizer.tokenize(images[some]),
-            pipe.ar(labels[some], codes[some]),
-            pipe.tokenizer.detokenize(codes[some], noise[some]),
-        )
-        for some in torch.arange(len(images)).split(16)
-    ]
+    found = []
+    for some in torch.arange(len(images)).split(16):
+        pixels = pipe.tokenizer.detokenize(codes[some], noise[some])
+        found.append((pipe.tokenizer.tokenize(images[some]), pipe.ar(labels[some], codes[some]), pixels))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -86,25 +82,22 @@ def compare(pipe: DARPipeline, images: Tensor, labels: Tensor) -> dict:
     return found | {"tf32": differences(rounded, exact), "bfloat16": differences(outputs(half, *given), exact)}
 
 
-def random_pipeline(tokenizer: str, ar: str) -> DARPipeline:
-    """Two presets."""
+def rows(pipelines: list[str], presets: list[str], images: Tensor, labels: Tensor) -> Iterator[dict]:
+    """Of trained pipelines, and of two presets with random weights, which are slow: of fewer images, enlarged."""
+    for name in pipelines:
+        yield {"models": name} | compare(DARPipeline.from_pretrained(name), images, labels)
     torch.manual_seed(0)
-    first = filled(SequentialDiffusionTokenizer(TokenizerConfig.preset(tokenizer)))
-    return DARPipeline(first.eval(), filled(ARModel(ARConfig.preset(ar))).eval())
+    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig.preset(presets[0]))
+    pipe = DARPipeline(*(filled(model).eval() for model in (tokenizer, ARModel(ARConfig.preset(presets[1])))))
+    few = max(1, len(images) // 16)
+    large = F.interpolate(images[:few], size=tokenizer.config.image_size, mode="bicubic").clamp(-1, 1)
+    name = f"{' and '.join(presets)}, random weights, enlarged photos"
+    yield {"models": name} | compare(pipe, large, labels[:few])
 
 
 if __name__ == "__main__":
     given = options(__doc__, pipelines=["fruit64"], presets=["v1", "B"], images=64, output=RESULTS / "precision.json")
-    result = {"what": "lower precision against float32", "machine": describe()}
-    result |= {"data": "data/fruit64/val", "noise_seed": 0, "rows": {}}
-    pixels, labels = next(ShardImages(str(ROOT / result["data"]), "val", 64).batches(given.images))
-    images = to_float(pixels)
-    for name in given.pipelines:
-        result["rows"][name] = compare(DARPipeline.from_pretrained(name), images, labels)
-    few = max(1, given.images // 16)  # the presets have random weights, and are slow
-    random = random_pipeline(*given.presets)
-    large = F.interpolate(images[:few], size=random.tokenizer.config.image_size, mode="bicubic").clamp(-1, 1)
-    name = f"{' and '.join(given.presets)}, random weights, enlarged photos"
-    result["rows"][name] = compare(random, large, labels[:few])
-    print(json.dumps(result["rows"], indent=2))
-    store(given.output, result)
+    data = "data/fruit64/val"
+    pixels, labels = next(ShardImages(str(ROOT / data), "val", 64).batches(given.images))
+    found = rows(given.pipelines, given.presets, to_float(pixels), labels)
+    record(given.output, "lower precision against float32", found, data=data, noise_seed=0)

@@ -17,31 +17,38 @@ from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTok
 from dar_lightning.commands.extract import extract
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import ShardIndex
-from dar_lightning.layers import compile_blocks, compile_graphs
+from dar_lightning.layers import compile_blocks
 from dar_lightning.metrics.frechet import frechet_distance
 
 TOKENIZERS, AR_MODELS = ("tiny", "light", "v1"), ("tiny", "B", "L", "XL")
 SHARDS = ROOT / "data" / "fruit64" / "val"
+PHOTOS = ShardIndex.load(SHARDS).num_samples
 GUIDANCE = 4.0
+
+
+def compile_graphs(*parts: nn.Module) -> None:
+    """Compile modules that return a tensor, each as one CUDA graph, in place, to be called without gradients.
+
+    The next graph overwrites a CUDA graph's outputs, so they are copied.
+    """
+
+    def copying(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *inputs, **options: function(*inputs, **options).clone()
+
+    for part in parts:
+        part.compile(mode="reduce-overhead")
+        part._compiled_call_impl = copying(part._compiled_call_impl)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How rows are measured.
+    """How rows are measured."""
 
-    Args:
-        size: preset of the model; of a pipeline, that of its AR model.
-        device: where.
-        dtype: of the weights in sampling, of autocast in training.
-        batch: images per call.
-        compile: "none", "default", or "reduce-overhead", which is default in training, else CUDA graphs.
-    """
-
-    size: str
+    size: str  # preset of the model; of a pipeline, that of its AR model
     device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
-    batch: int = 1
-    compile: str = "none"
+    dtype: torch.dtype = torch.float32  # of the weights in sampling, of autocast in training
+    batch: int = 1  # images per call
+    compile: str = "none"  # or "default", or "reduce-overhead", which is default in training, else CUDA graphs
 
     def prepare(self, model: nn.Module, training: bool = False) -> nn.Module:
         """Put a new model where and as it is measured."""
@@ -133,21 +140,17 @@ def train_ar(setting: Setting):
     return training_call(setting, model, lambda: loss(model(labels, codes).flatten(0, 1), codes.flatten()))
 
 
-def tokenizer_size(setting: Setting) -> str:
-    """Of a pipeline: v1, but tiny with tiny."""
-    return "tiny" if setting.size == "tiny" else "v1"
-
-
 def generate(setting: Setting, **options):
-    """Of the two models, the tokenizer alone is compiled."""
+    """Of the two models, the tokenizer alone is compiled: v1, but tiny with tiny."""
     ar = replace(setting, compile="none").prepare(ARModel(ARConfig.preset(setting.size)))
-    pipe = DARPipeline(replace(setting, size=tokenizer_size(setting)).tokenizer(), ar)
-    return partial(pipe.generate, torch.arange(setting.batch) % ar.config.num_classes, **options)
+    tokenizer = replace(setting, size="tiny" if setting.size == "tiny" else "v1").tokenizer()
+    labels = torch.arange(setting.batch) % ar.config.num_classes
+    return partial(DARPipeline(tokenizer, ar).generate, labels, **options)
 
 
 def generation_flops(setting: Setting, guided: bool = True, groups: int | None = None) -> float:
     """AR tokens and diffusion steps of one image."""
-    config = TokenizerConfig.preset(tokenizer_size(setting))
+    config = TokenizerConfig.preset("tiny" if setting.size == "tiny" else "v1")
     groups = groups or config.num_groups
     tokens = config.num_tokens // config.num_groups * groups
     shown = counting.condition(config) * groups / config.num_groups + groups * counting.diffusion_step(config)
@@ -178,49 +181,41 @@ def of_tokenizer(flops: Callable[[TokenizerConfig], float]) -> Callable[[Setting
     return lambda setting: flops(TokenizerConfig.preset(setting.size))
 
 
-def photos(setting: Setting) -> int:
-    """Embedded validation photos."""
-    return ShardIndex.load(SHARDS).num_samples
+def search_flops(config: TokenizerConfig) -> int:
+    """Of the products with all codes."""
+    return 2 * config.num_tokens * config.codebook_size * config.codebook_dim
 
 
+def ar_step_flops(setting: Setting) -> int:
+    config = ARConfig.preset(setting.size)
+    return counting.ar_step(config) - counting.causal_half(config)
+
+
+def unknown(setting: Setting) -> None:
+    """Not operations are what takes time."""
+
+
+FIXED = {"compiles": False, "lowers": False}
+FIRST, ALL = partial(generation_flops, groups=1), (1, 8, 64)
 ROWS = {
     "encode": Row(encode, of_tokenizer(counting.encode), TOKENIZERS),
     "decode": Row(decode, of_tokenizer(counting.decode), TOKENIZERS),
     "tokenizer_step": Row(train_tokenizer, of_tokenizer(counting.tokenizer_step), TOKENIZERS),
-    "quantizer": Row(
-        quantize,
-        of_tokenizer(lambda config: 2 * config.num_tokens * config.codebook_size * config.codebook_dim),
-        TOKENIZERS,
-        compiles=False,
-        lowers=False,
+    "quantizer": Row(quantize, of_tokenizer(search_flops), TOKENIZERS, **FIXED),
+    "ar_step": Row(train_ar, ar_step_flops, AR_MODELS),
+    "generate": Row(generate, partial(generation_flops, guided=False), AR_MODELS, ALL),
+    "generate_guided": Row(partial(generate, guidance=GUIDANCE), generation_flops, AR_MODELS, ALL),
+    "first_preview": Row(partial(generate, guidance=GUIDANCE, groups=1), FIRST, AR_MODELS),
+    "extraction": Row(
+        extraction, of_tokenizer(counting.encode), TOKENIZERS, (64,), compiles=False, images=lambda s: PHOTOS
     ),
-    "ar_step": Row(
-        train_ar,
-        lambda s: counting.ar_step(ARConfig.preset(s.size)) - counting.causal_half(ARConfig.preset(s.size)),
-        AR_MODELS,
-    ),
-    "generate": Row(generate, partial(generation_flops, guided=False), AR_MODELS, (1, 8, 64)),
-    "generate_guided": Row(partial(generate, guidance=GUIDANCE), generation_flops, AR_MODELS, (1, 8, 64)),
-    "first_preview": Row(
-        partial(generate, guidance=GUIDANCE, groups=1), partial(generation_flops, groups=1), AR_MODELS
-    ),
-    "extraction": Row(extraction, of_tokenizer(counting.encode), TOKENIZERS, (64,), compiles=False, images=photos),
-    "loading": Row(
-        loading,
-        lambda s: None,
-        ("fruit64",),
-        (64,),
-        compiles=False,
-        lowers=False,
-        images=lambda s: photos(s) // s.batch * s.batch,
-    ),
+    "loading": Row(loading, unknown, ("fruit64",), (64,), images=lambda s: PHOTOS // s.batch * s.batch, **FIXED),
     "frechet": Row(
         lambda s: partial(frechet_distance, gaussian(3000, 2048, 1), gaussian(3000, 2048, 2)),
-        lambda s: None,
+        unknown,
         ("2048",),
         (1,),
-        compiles=False,
-        lowers=False,
         images=lambda s: 0,
+        **FIXED,
     ),
 }

@@ -1,11 +1,7 @@
 """Does a long run leak? Tokenizer and AR training at tiny size, with all that a run has, watched for 10,000 steps.
 
-Each case is a `dar fit` of its own from a quickstart config, so with its callbacks, its logger, validation and a
-checkpoint every 500 steps: tokenizer and AR, without worker processes and with two. Every 50 steps the resident memory,
-file descriptors, threads and processes of the run and its workers are noted. They are flat where
-
-- memory: the least-squares line through the second half rises by less than 1% of its mean from end to end,
-- the others: their largest number in the second half is not above the largest in the first.
+Each case is a `dar fit` from a quickstart config, so with its callbacks, its logger, validation and a checkpoint every
+500 steps. README.md says what is called flat.
 
     python benchmarks/soak.py [--steps 10000] [--cases tokenizer-0 ...] [--output benchmarks/results/soak.json]
 """
@@ -22,8 +18,8 @@ import lightning
 import numpy as np
 from lightning.pytorch import Callback
 
-from benchmarks.machine import RESULTS, ROOT, child_environment, describe, options, store
-from benchmarks.tiny import AR, TOKENIZER, make_tokenizer, write_tokens
+from benchmarks.machine import RESULTS, ROOT, child_environment, options, record
+from benchmarks.tiny import AR, TOKENIZER, callback, make_tokenizer, option_words, write_tokens
 
 EVERY = 50  # steps between two notes
 CLASSES = [f"class {number}" for number in range(14)]
@@ -31,11 +27,7 @@ CASES = ["tokenizer-0", "ar-0", "tokenizer-2", "ar-2"]  # what is trained, and t
 
 
 class Resources(Callback):
-    """Writes what the run and its workers hold, a line of JSON every 50 steps.
-
-    Args:
-        file: where to.
-    """
+    """Writes what the run and its workers hold, a line of JSON every 50 steps."""
 
     def __init__(self, file: str):
         self.file = file
@@ -64,24 +56,22 @@ def held(pid: int) -> dict[str, float]:
 def command(case: str, steps: int, folder: Path) -> list[str]:
     """`dar fit` of a case."""
     kind, workers = case.split("-")
-    model, words = TOKENIZER, ["--data.init_args.image_size", TOKENIZER["image_size"]]
+    model, words = TOKENIZER, [f"--data.init_args.image_size={TOKENIZER['image_size']}"]
     if kind == "ar":
         model, tokens = AR | {"num_classes": len(CLASSES)}, write_tokens(folder / "tokens", 500, CLASSES)
         make_tokenizer().save_pretrained(folder / "tokenizer")
-        words = ["--data.init_args.train", tokens, "--data.init_args.val", tokens]
-        words += ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples"]
-        words += ["--trainer.callbacks.tokenizer", folder / "tokenizer"]
-    words += ["--model.init_args.config", json.dumps(model), "--data.init_args.num_workers", workers]
-    words += ["--data.init_args.batch_size", 4, "--trainer.max_steps", steps, "--trainer.val_check_interval", 500]
-    words += ["--trainer.default_root_dir", folder / "run", "--trainer.accelerator", "cpu"]
-    words += ["--trainer.enable_progress_bar", "false"]
-    words += ["--trainer.callbacks+=benchmarks.soak.Resources", "--trainer.callbacks.file", folder / "notes"]
-    dar = [sys.executable, "-m", "dar_lightning", "fit", "--config", f"experiments/quickstart/{kind}.yaml"]
-    return [*dar, *map(str, words)]
+        words = [*option_words("data.init_args", {"train": tokens, "val": tokens})]
+        words += callback("Samples", "dar_lightning.training.callbacks", tokenizer=folder / "tokenizer")
+    trainer = {"max_steps": steps, "val_check_interval": 500, "default_root_dir": folder / "run", "accelerator": "cpu"}
+    words += option_words("trainer", trainer | {"enable_progress_bar": "false"})
+    words += option_words("data.init_args", {"num_workers": workers, "batch_size": 4})
+    words += [f"--model.init_args.config={json.dumps(model)}"]
+    words += callback("Resources", "benchmarks.soak", file=folder / "notes")
+    return [sys.executable, "-m", "dar_lightning", "fit", "--config", f"experiments/quickstart/{kind}.yaml", *words]
 
 
 def verdict(notes: list[dict]) -> dict:
-    """Of a run's notes: what grew, and whether all is flat."""
+    """Of a run's notes: what grew in the second half, and whether all is flat: memory by less than 1%."""
     half = len(notes) // 2
     series = {name: np.array([note[name] for note in notes]) for name in notes[0]}
     steps, memory = series.pop("step")[half:], series.pop("memory_mb")[half:]
@@ -110,9 +100,6 @@ def soak(case: str, steps: int) -> dict:
 if __name__ == "__main__":  # exits with status 1 if something grows
     given = options(__doc__, steps=10_000, cases=CASES, output=RESULTS / "soak.json")
     what = f"memory, file descriptors, threads and processes over {given.steps} steps, second half"
-    result = {"what": what, "machine": describe(), "lightning": lightning.__version__, "cases": []}
-    for case in given.cases:
-        result["cases"].append(soak(case, given.steps))
-        print({name: value for name, value in result["cases"][-1].items() if name != "notes"}, flush=True)
-    store(given.output, result)
-    sys.exit(not all(row["flat"] for row in result["cases"]))
+    rows = (soak(case, given.steps) for case in given.cases)
+    rows = record(given.output, what, rows, lightning=lightning.__version__)
+    sys.exit(not all(row["flat"] for row in rows))

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from torch import distributed
+
+from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 from dar_lightning.files import DISK, find_shipped
 
@@ -58,23 +61,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(importlib.import_module("dar_lightning").__version__)
         else:
             raise UserError(f"unknown verb {verb!r}: choose from {', '.join((*TRAINER_VERBS, *VERBS))}")
-        leave_the_process_group()
+        # As Lightning does for NCCL only. Where Python ends with Gloo's connections, their threads may abort it.
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        return
     except ValueError as error:
-        mistake = find_user_error(error)
-        if mistake is None:
+        code, said = 2, find_user_error(error)
+        if said is None:
             raise
-        print(f"dar {verb}: {mistake}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print(f"dar {verb}: stopped", file=sys.stderr)
-        sys.exit(130)
+        code, said = 130, "stopped"
     except OSError as error:
         # Where the user's files are opened, OSErrors become UserErrors. A full disk can be met anywhere.
         if error.errno not in DISK:
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"dar {verb}: {where}{error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        code, said = 2, error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    print(f"dar {verb}: {said}", file=sys.stderr)
+    sys.exit(code)
 
 
 def shipped_file(word: str) -> str:
@@ -84,23 +87,12 @@ def shipped_file(word: str) -> str:
     return f"{option}{equals}{found}" if os.path.isfile(found) else word
 
 
-def leave_the_process_group() -> None:
-    """Close a finished run's connections to other ranks, as Lightning does for NCCL only.
-
-    Where Python ends with Gloo's still open, their threads now and then abort the process.
-    """
-    distributed = sys.modules.get("torch.distributed")  # importing it takes longer than some verbs
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 def run_function(verb: str, options: list[str]) -> None:
     """Call a verb's function with options from the command line and --config files."""
     from jsonargparse import ArgumentParser, auto_cli
 
     function = getattr(importlib.import_module(f"dar_lightning.commands.{verb}"), verb)
-    if "torch" in sys.modules:  # importing it takes longer than some verbs
-        importlib.import_module("dar_lightning.devices").round_convolutions_as_products()
+    round_convolutions_as_products()
     parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
     if verb in POSITIONAL and options and not options[0].startswith("-"):
         options = [f"--{POSITIONAL[verb]}={options[0]}", *options[1:]]

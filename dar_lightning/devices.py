@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 
 Dtype = Literal["float32", "bfloat16"]  # of weights, by torch's name
 
@@ -33,19 +33,19 @@ def round_convolutions_as_products() -> None:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """float32 matrix products without TF32 or bfloat16: a setting of the process, for one thread at a time."""
-    parts: tuple = ()
+    newer = []
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch 2.9 and newer, where somebody has set fp32_precision of these two
-        parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        before = [part.fp32_precision for part in parts]
+        parts = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        newer = [(part, part.fp32_precision) for part in parts]
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        if not parts:
+        if not newer:
             torch.set_float32_matmul_precision(before)
-        for part, precision in zip(parts, before if parts else (), strict=True):
+        for part, precision in newer:
             part.fp32_precision = precision
 
 
@@ -81,18 +81,17 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: the name is none of these, or this machine has no such device.
     """
-    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-    if name in ("auto", "gpu"):
-        if name == "gpu" and gpu is None:
-            raise UserError("device: gpu, but torch finds no GPU here; use cpu or auto")
-        return torch.device("cpu" if gpu is None or (name, gpu) == ("auto", "mps") else gpu)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        name = "cuda" if count["cuda"] else "cpu"
+    elif name == "gpu":
+        require(count["cuda"] or count["mps"], "device: gpu, but torch finds no GPU here; use cpu or auto")
+        name = "cuda" if count["cuda"] else "mps"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        there = count[device.type]
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"device: {name} is none; give auto, cpu, cuda, cuda:N or mps") from error
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if device.type not in count:
-        raise UserError(f"device: {name} is none; give auto, cpu, cuda, cuda:N or mps")
-    if (device.index or 0) >= count[device.type]:
-        raise UserError(f"device: {name}, but torch finds {count[device.type]} {device.type} device(s) here; use auto")
+    found = f"torch finds {there} {device.type} device(s) here"
+    require((device.index or 0) < there, f"device: {name}, but {found}; use auto")
     return device

@@ -27,6 +27,12 @@ class OneLineErrors:
         raise find_user_error(ex) or UserError(" ".join(str(message).split()))
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
     """The UserError at the root of an exception: jsonargparse wraps what constructors raise, several times over."""
     found, seen = None, set()

@@ -11,11 +11,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, one_line, require
 
 # The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-LOCK = ".lock"
 SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and data/fruit64/
 TREES = ("experiments", "data/fruit64", "dar_lightning/shipped")
 
@@ -53,10 +52,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         part.chmod(mode)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(part)
         os.replace(part, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)  # until its folder is on the disk too, a power cut can undo the renaming
     except Exception as error:
         # torch's zip writer raises a RuntimeError of its own while it handles the disk's error
         reason = error if isinstance(error, OSError) else error.__context__
@@ -67,9 +65,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Until its folder is on the disk too, a power cut can undo the renaming."""
-    number = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
@@ -97,7 +94,7 @@ def locked(folder: str | Path, option: str) -> Iterator[None]:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder) / LOCK).acquire(blocking=False)
+        lock = FileLock(Path(folder) / ".lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"{option}: another process is writing to {folder}; wait for it or choose another") from error
     except OSError as error:
@@ -112,8 +109,7 @@ def find_shipped(path: str) -> str:
     `experiments/ar/B.yaml` and `data/fruit64/val` are found from any folder, whether the package is a clone or a wheel.
     What the working directory has comes first.
     """
-    names = [name for name in TREES if Path(path).is_relative_to(name)]
-    if not names or Path(path).exists():
+    if not any(Path(path).is_relative_to(name) for name in TREES) or Path(path).exists():
         return path
     places = [root / path for root in (SHIPPED, SHIPPED.parents[1])]
     return next((str(place) for place in places if place.exists()), path)
@@ -131,6 +127,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: the folder holds no complete model") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: need an object of hyperparameters")
+    kind = type(values).__name__
+    require(isinstance(values, dict), f"{path} holds a {kind}: need an object of hyperparameters")
     return values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 
 Generators = torch.Generator | list[torch.Generator] | None  # one for the batch, one per sample, or torch's global one
 
@@ -19,10 +19,6 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     In float32 for any x of fewer bits: bfloat16 angles would be off by up to 0.002. Complex multiplication is faster on
     a CPU, and fewer kernels on a GPU, than even and odd channels apart, which are for Apple's mps and for the compiler,
     which knows no complex numbers.
-
-    Args:
-        x: queries or keys.
-        rotary: cosine and sine of each pair's angle.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs, rotary = x.to(wide).unflatten(-1, (-1, 2)), rotary.to(wide)
@@ -74,42 +70,24 @@ def compile_blocks(*parts: nn.Module) -> None:
             block.compile()
 
 
-def compile_graphs(*parts: nn.Module) -> None:
-    """Compile modules that return a tensor, each as one CUDA graph, in place, to be called without gradients.
-
-    The next graph overwrites a CUDA graph's outputs, so they are copied.
-    """
-    for part in parts:
-        part.compile(mode="reduce-overhead")
-        part._compiled_call_impl = _copying(part._compiled_call_impl)
-
-
-def _copying(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *inputs, **options: function(*inputs, **options).clone()
-
-
 def check_compiler(device: torch.device) -> None:
     """Raise a UserError if torch.compile has no C++ compiler for a CPU, which torch says only when the code runs."""
     compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
+    found = device.type != "cpu" or shutil.which(compiler)
+    require(found, f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
 
 
-def draw_per_sample(draw: Callable[..., Tensor], batch: int, generator: Generators, device: torch.device) -> Tensor:
-    """Random numbers of a batch, on a device; with a list of generators a sample's do not depend on its batch.
+def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Generators, device: torch.device) -> Tensor:
+    """Random numbers (samples, ...) on a device; with a list of generators a sample's do not depend on its batch.
 
-    Args:
-        draw: called with a number of samples, a generator, and its device: a CPU generator draws the same numbers for
-            every device.
-        batch: number of samples.
-        generator: one, a list with one per sample, or None for torch's global one of the device.
-        device: where the numbers go.
+    `draw`, torch.randn or its like, is called for the generator's device, so that a CPU generator draws the same for
+    every device.
 
     Raises:
         UserError: for a list of another length.
     """
     if isinstance(generator, list):
-        if len(generator) != batch:
-            raise UserError(f"generator is a list of {len(generator)}: {batch} samples need {batch}")
-        return torch.cat([draw_per_sample(draw, 1, one, device) for one in generator])
-    return draw(batch, generator, device if generator is None else generator.device).to(device)
+        count = len(generator)
+        require(count == shape[0], f"generator is a list of {count}: {shape[0]} samples need {shape[0]}")
+        return torch.cat([draw_per_sample(draw, (1, *shape[1:]), one, device) for one in generator])
+    return draw(shape, generator=generator, device=device if generator is None else generator.device).to(device)

@@ -31,23 +31,27 @@ class Pair:
     """
 
     def __init__(self) -> None:
-        self.processes: list = []
-        self.pipes: list[Connection] = []
+        self.ranks: dict[Connection, Any] = {}  # pipe -> process
 
     def __call__(self, function: Callable, *args: Any) -> list:
         """What an importable function returns on each rank; in the place of an exception a Failure."""
-        if not self.processes:
-            self._start()
-        for pipe in self.pipes:
+        if not self.ranks:
+            self.folder = tempfile.TemporaryDirectory()
+            self.ranks = dict(_start(rank, self.folder.name) for rank in range(2))
+        for pipe in self.ranks:
             pipe.send((function, args))
         answers: dict[Connection, Any] = {}
-        while left := [pipe for pipe in self.pipes if pipe not in answers]:
+        while left := [pipe for pipe in self.ranks if pipe not in answers]:
             # after an error the other rank may wait for this one for ever
             failed = any(isinstance(answer, Failure) for answer in answers.values())
             if not (ready := wait(left, 20 if failed else SECONDS)):
                 answers |= dict.fromkeys(left, Failure("no answer"))
-            answers |= {pipe: _answer(pipe) for pipe in ready}
-        found = [answers[pipe] for pipe in self.pipes]
+            for pipe in ready:
+                try:
+                    answers[pipe] = pipe.recv()
+                except EOFError:
+                    answers[pipe] = Failure("a rank has died")
+        found = [answers[pipe] for pipe in self.ranks]
         if {"no answer", "a rank has died"} & {answer for answer in found if isinstance(answer, Failure)}:
             self.stop()
         return found
@@ -61,28 +65,19 @@ class Pair:
             raise AssertionError("\n".join([*printed, *traces]))
         return found
 
-    def _start(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        for rank in range(2):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.folder.name))
-            process.start()
-            there.close()  # so that a rank that dies is noticed
-            self.processes.append(process)
-            self.pipes.append(here)
-
     def stop(self) -> None:
-        for process in self.processes:
+        for process in self.ranks.values():
             process.kill()
             process.join()
-        self.processes, self.pipes = [], []
+        self.ranks = {}
 
 
-def _answer(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return Failure("a rank has died")
+def _start(rank: int, folder: str) -> tuple[Connection, Any]:
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, rank, folder))
+    process.start()
+    there.close()  # so that a rank that dies is noticed
+    return here, process
 
 
 def _serve(pipe: Connection, rank: int, folder: str) -> None:

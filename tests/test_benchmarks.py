@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_models import AR, TOKENIZER
 
-from benchmarks import clock, measure, memory, plain, soak
+from benchmarks import clock, faults, measure, memory, mutants, plain, soak
 from benchmarks.__main__ import main
-from benchmarks.faults import Bench
+from benchmarks.machine import record
 from benchmarks.rows import ROWS, Setting
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
@@ -24,26 +24,23 @@ from dar_lightning.training import ARModule, TokenizerModule
 ROOT = Path(__file__).parents[1]
 
 
-def measured(path: Path, *words) -> list | dict:
+def measured(path: Path, key: str, *words) -> dict:
     """The rows that a command has written."""
     before = torch.get_num_threads()
-    main([*map(str, words), "--output", str(path)])
+    main([*map(str, words), "--threads", "1", "--output", str(path)])
     torch.set_num_threads(before)
-    return json.loads(path.read_text())["rows"]
+    result = json.loads(path.read_text())
+    assert result["machine"]["threads"] == 1
+    return {row[key]: row for row in result["rows"]}
 
 
 def test_rows_are_chosen_and_large_ones_left_out(tmp_path):
-    options = ["--sizes", "tiny", "B", "--batches", 1, "--max_tflop", 1e-3, "--seconds", 0, "--threads", 1]
-    chosen = ["rows", "--rows", "encode", "ar_step", "first_preview", *options]
-    rows = {(row["row"], row["size"]): row for row in measured(tmp_path / "rows.json", *chosen)}
-    tiny = [("encode", "tiny"), ("ar_step", "tiny"), ("first_preview", "tiny")]
-    assert [key for key, row in rows.items() if "skipped" not in row] == tiny
-    assert "max_tflop 0.001" in rows["ar_step", "B"]["skipped"]
-    assert all(rows[key]["gflops"] > 0 and rows[key]["calls"] == 3 for key in tiny)
-    assert json.loads((tmp_path / "rows.json").read_text())["machine"]["threads"] == 1
-
-
-def test_a_size_that_no_row_has():
+    options = ["--sizes", "tiny", "B", "--batches", 1, "--max_tflop", 1e-3, "--seconds", 0]
+    rows = measured(tmp_path / "rows.json", "size", "rows", "--rows", "ar_step", *options)
+    assert [size for size, row in rows.items() if "skipped" not in row] == ["tiny"]
+    assert "max_tflop 0.001" in rows["B"]["skipped"]
+    assert rows["tiny"]["gflops"] > 0
+    assert rows["tiny"]["calls"] == 3
     with pytest.raises(UserError, match=r"^sizes XL: encode have none of them$"):
         main(["--rows", "encode", "--sizes", "XL"])
 
@@ -56,33 +53,43 @@ def test_every_row_runs_in_bfloat16(name):
 
 
 def test_another_revision(tmp_path, monkeypatch):
-    """A repository of its own, so that the test changes nothing here; its two revisions are the same code."""
-    copy, left_out = tmp_path / "copy", shutil.ignore_patterns("__pycache__", "results", "shipped", "goldens")
-    for folder in ("benchmarks", "dar_lightning", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=left_out)
+    """A repository of its own, whose package is a number: how long a call takes."""
+    copy = tmp_path / "copy"
+    for folder in ("dar_lightning", "benchmarks"):
+        (copy / folder).mkdir(parents=True)
+    row = dict.fromkeys(measure.SAME, "x") | {"latency_seconds": 0}
+    program = (
+        f"import json, sys, pathlib\nrow = {row}\nrow['latency_seconds'] = float(open('dar_lightning/x').read())\n"
+    )
+    (copy / "dar_lightning/x").write_text("3")
+    (copy / "benchmarks/__main__.py").write_text("raise SystemExit('not of the revision')")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z"]
     for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "one"]):
         subprocess.run([*git, *words], cwd=copy, check=True)
+    (copy / "dar_lightning/x").write_text("2")
+    (copy / "benchmarks/__main__.py").write_text(program + "json.dump({'rows': [row]}, open(sys.argv[-1], 'w'))")
     monkeypatch.setattr(measure, "ROOT", copy)
-    (row,) = measure.against("HEAD", ["--rows", "quantizer", "--batches", "1", "--seconds=0"], 1, print)
-    assert len(row["seconds"]) == len(row["revision_seconds"]) == 1
-    assert row["speedup"] > 0
+    (found,) = measure.against("HEAD", ["--rows", "quantizer"], 2)
+    assert (found["seconds"], found["revision_seconds"], found["speedup"]) == ([2, 2], [3, 3], 1.5)
     assert not subprocess.run([*git, "worktree", "prune", "-v"], cwd=copy, capture_output=True, check=True).stdout
 
 
 @pytest.mark.slow
-def test_every_ratio(tmp_path):
-    rows = measured(tmp_path / "clock.json", "clock", "--tiny", "--budget", 0, "--threads", 1)
+def test_every_ratio(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "limits", lambda: {"float32_gflops": 100.0})
+    monkeypatch.setattr(clock, "LEAST_PAIRS", 1)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
+    rows = measured(tmp_path / "clock.json", "row", "clock", "--tiny", "--budget", 0)
     assert [*rows] == [*clock.COMPARISONS]
-    for name in ("quantizer", "quantizer_lookup", "quantizer_entropy"):
-        assert rows[name]["indices_identical"]
+    assert [name for name, row in rows.items() if "skipped" in row] == ["compile"]
+    assert all(rows[f"quantizer{form}"]["indices_identical"] for form in ("", "_lookup", "_entropy"))
     assert rows["generation"]["tokens_equal"] == 1
     assert rows["encoding"]["codes_identical"]
     assert rows["previews"]["last_identical"]
 
 
 def test_the_static_cache_draws_the_same_tokens():
-    ar, labels = clock.sampler(ARConfig.preset("tiny")), torch.arange(3)
+    ar, labels = clock.sampler("tiny"), torch.arange(3)
     theirs = plain.generate(ar, labels, torch.Generator().manual_seed(1))
     assert torch.equal(generate(ar, labels, generator=torch.Generator().manual_seed(1)), theirs)
     assert len(theirs.unique()) > 10
@@ -92,11 +99,8 @@ def test_the_page_shows_the_stored_ratios():
     result = json.loads((ROOT / "benchmarks/results/clock.json").read_text())
     page = (ROOT / "docs/performance.md").read_text()
     assert clock.inserted(page, clock.table(result)) == page, "python -m benchmarks table --write docs/performance.md"
-    other = {**result, "rows": {"encoding": {"what": "x", "skipped": "why"}}}
+    other = {**result, "rows": [{"what": "x", "skipped": "why"}]}
     assert "| x | why |" in clock.inserted(page, clock.table(other))
-
-
-# ---- memory
 
 
 MODULES = {
@@ -107,7 +111,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_counted_is_what_a_real_step_keeps(name):
+def test_counted_memory_is_what_a_real_step_keeps(name):
     counted = memory.count(MODULES[name], device="cpu")
     for batch_size in (3, 5):
         kept, flops = memory.forward(MODULES[name](), batch_size)
@@ -116,28 +120,23 @@ def test_counted_is_what_a_real_step_keeps(name):
         assert flops == pytest.approx(batch_size * 1e9 * counted["forward_gflop_per_sample"], rel=0.01)
 
 
-def test_a_gpu_is_not_needed():
+def test_counting_memory_needs_no_gpu():
     assert memory.count(lambda: ARModule(preset="B"))["parameters"] == 110_888_448
     assert not torch.is_autocast_enabled("cuda")
-
-
-# ---- soak: what is called flat, on runs whose truth is known
 
 
 @pytest.mark.parametrize(
     ("leak", "late", "flat"),
     [(0, {}, True), (4000, {}, False), *((0, {name: 12}, False) for name in ("file_descriptors", "threads"))],
 )
-def test_flat(leak, late, flat):
+def test_what_a_soak_calls_flat(leak, late, flat):
     """Of 10,000 steps: memory rises at the start, is noisy, and leaks so many bytes a step."""
     generator, constant = np.random.default_rng(0), {"file_descriptors": 11, "threads": 2, "processes": 1}
-    memory = {step: 900 - 100 * np.exp(-step / 500) + generator.normal() for step in range(50, 10_001, 50)}
-    found = soak.verdict(
-        [
-            {"step": step, "memory_mb": value + leak * step / 1e6} | constant | (late if step > 8000 else {})
-            for step, value in memory.items()
-        ]
-    )
+    notes = []
+    for step in range(50, 10_001, 50):
+        used = 900 - 100 * np.exp(-step / 500) + generator.normal() + leak * step / 1e6
+        notes.append({"step": step, "memory_mb": used} | constant | (late if step > 8000 else {}))
+    found = soak.verdict(notes)
     assert found["flat"] == flat
     assert found["memory_bytes_per_step"] == pytest.approx(leak, rel=0.1, abs=200)
 
@@ -154,35 +153,36 @@ def test_what_a_process_and_its_children_hold(tmp_path):
     assert during["memory_mb"] > before["memory_mb"] + 3
 
 
-# ---- faults
-
-
 def test_a_benchmark_that_is_cut_keeps_its_finished_rows(tmp_path, capsys):
-    output = tmp_path / "faults.json"
-    first = Bench(tmp_path / "one", 20, [""], output)
-    first.row("survived", 1, lambda: "well")
-    first.row("broken", 1, lambda: {}["nothing"])
-    assert "KeyError" in capsys.readouterr().out
-    second = Bench(tmp_path / "two", 20, [""], output)
-    second.row("broken", 1, lambda: "mended")
-
-    def interrupted() -> None:
+    def interrupted(bench) -> None:
         raise KeyboardInterrupt
 
+    def run(**tests) -> None:
+        rows = faults.outcomes(None, {name: (test,) for name, test in tests.items()}, 1)
+        record(tmp_path / "faults.json", "faults", rows, key="fault")
+
+    run(survived=lambda bench: "well", broken=lambda bench: {}["nothing"])
+    assert "KeyError" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
-        second.row("cut", 1, interrupted)
-    rows = json.loads(output.read_text())["rows"]
+        run(broken=lambda bench: "mended", cut=interrupted)
+    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
     assert [(row["fault"], row["passed"]) for row in rows] == [("survived", True), ("broken", True)]
 
 
 @pytest.mark.slow
-def test_a_part_of_the_faults(tmp_path):
-    """A kill while a checkpoint is half written, a disk that breaks; the tests of resuming have more."""
-    words = ["--kills", "1", "--only", "kill -9, ar", "disk full, mended", "--output", tmp_path / "faults.json"]
-    command = [sys.executable, ROOT / "benchmarks/faults.py", *words]
-    paths = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, env=paths, timeout=600, check=False)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
-    disks = ["disk full, mended later"] if "skipped" not in run.stdout else []
-    assert [row["fault"] for row in rows if row["passed"]] == ["kill -9, ar", *disks]
+def test_a_kill_while_a_checkpoint_is_half_written(tmp_path):
+    """One of the faults; the tests of resuming have more."""
+    (row,) = faults.outcomes(faults.Bench(tmp_path, 6), {"kill": (faults.killed, "ar", 1)}, 1)
+    assert row["passed"], row["outcome"]
+
+
+def test_mutants_are_killed_by_tests_that_pass_without_them(tmp_path):
+    (tmp_path / "thing.py").write_text("one = 1\ntwo = 2\n")
+    (tmp_path / "test_x.py").write_text("from thing import one\n\n\ndef test():\n    assert one == 1\n")
+    told = {"one = 1": "one =", "two = 2": "two = 3", " = ": ""}  # no Python; nothing looks at it; there twice
+    found = [{"file": "thing.py", "old": old, "new": new, "tests": "test_x.py"} for old, new in told.items()]
+    chosen = [mutant for mutant in found if mutants.applies(tmp_path, mutant)]
+    assert len(chosen) == 2
+    assert mutants.pytest(tmp_path, "test_x.py", 60) == 0
+    assert [row["outcome"] for row in mutants.outcomes(tmp_path, chosen, 60)] == ["killed", "survived"]
+    assert (tmp_path / "thing.py").read_text() == "one = 1\ntwo = 2\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import GROUPS, SIZE, make_tokenizer, random_codes
 
-from dar_lightning.layers import compile_graphs
+from benchmarks.rows import compile_graphs
 from dar_lightning.training import TokenizerModule
 
 

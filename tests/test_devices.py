@@ -1,4 +1,4 @@
-"""Devices by name, on machines that have them and on those that do not."""
+"""Devices by name, on machines that have them and on those that do not; precision settings."""
 
 from types import SimpleNamespace
 
@@ -52,8 +52,7 @@ def test_convolutions_are_as_exact_as_products(monkeypatch, products, convolutio
 @pytest.mark.parametrize("newer", [False, True])
 def test_products_are_exact_for_a_while(monkeypatch, newer):
     """Whichever of torch's two settings the process uses; the older one cannot be read once the newer is used."""
-    told = ["high"]
-    parts = [SimpleNamespace(matmul=SimpleNamespace(fp32_precision=value)) for value in ("tf32", "bf16")]
+    told, parts = ["high"], [SimpleNamespace(fp32_precision=value) for value in ("tf32", "bf16")]
 
     def read() -> str:
         if newer:
@@ -63,14 +62,13 @@ def test_products_are_exact_for_a_while(monkeypatch, newer):
     def write(value: str) -> None:
         told.append(value)
         for part in parts:
-            part.matmul.fp32_precision = "ieee"
+            part.fp32_precision = "ieee"
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", read)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", write)
     for name, part in zip(("cuda", "mkldnn"), parts, strict=True):
-        monkeypatch.setattr(torch.backends, name, part)
+        monkeypatch.setattr(torch.backends, name, SimpleNamespace(matmul=part))
     with pytest.raises(ZeroDivisionError), exact_products():
         1 / (told[-1] != "highest")
     assert told == (["high", "highest"] if newer else ["high", "highest", "high"])
-    if newer:
-        assert [part.matmul.fp32_precision for part in parts] == ["tf32", "bf16"]
+    assert [part.fp32_precision for part in parts] == (["tf32", "bf16"] if newer else ["ieee", "ieee"])

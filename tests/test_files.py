@@ -42,22 +42,21 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 def lock(folder: Path) -> None:
     with locked(folder, "output"):
-        pass
+        os._exit(7)
 
 
 def test_one_process_at_a_time_has_a_folder(tmp_path):
-    context = multiprocessing.get_context("fork")
-    for held, code in ((True, 1), (False, 0)):
-        other = context.Process(target=lock, args=(tmp_path,))
-        if held:
-            with locked(tmp_path, "output"):
-                other.start()
-                other.join(60)
-        else:
-            other.start()
-            other.join(60)
-        assert other.exitcode == code
+    def exit_code() -> int:
+        other = multiprocessing.get_context("fork").Process(target=lock, args=(tmp_path,))
+        other.start()
+        other.join(60)
         other.kill()
+        return other.exitcode
+
+    with locked(tmp_path, "output"):
+        assert exit_code() == 1
+    assert exit_code() == 7, "it had the folder, and its end gave it back"
+    assert exit_code() == 7
 
 
 @pytest.mark.parametrize(("text", "says"), [("[]", "holds a list"), ("{", "cannot read"), (None, "is missing")])
@@ -68,15 +67,11 @@ def test_json_that_is_no_object(text, says, tmp_path):
         read_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("name", ["experiments/ar/B.yaml", "data/fruit64/val", "dar_lightning/shipped/fruit64/ar"])
-def test_what_comes_with_the_package_is_found_from_any_folder(name, tmp_path, monkeypatch):
+def test_what_comes_with_the_package_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Path(find_shipped(name)) == ROOT / name
-    (tmp_path / name).mkdir(parents=True)
-    assert find_shipped(name) == name, "the user's own comes first"
-
-
-@pytest.mark.parametrize("name", ["README.md", "data/README.md", "experiments/none.yaml", str(ROOT / "tests")])
-def test_nothing_else_is(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_shipped(name) == name
+    for name in ("experiments/ar/B.yaml", "data/fruit64/val", "dar_lightning/shipped/fruit64/ar"):
+        assert Path(find_shipped(name)) == ROOT / name
+        (tmp_path / name).mkdir(parents=True)
+        assert find_shipped(name) == name, "the user's own comes first"
+    for name in ("README.md", "data/README.md", "experiments/none.yaml", str(ROOT / "tests")):
+        assert find_shipped(name) == name, "nothing else is"

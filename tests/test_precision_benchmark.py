@@ -42,41 +42,29 @@ def test_factors_are_rounded_and_what_is_added_is_not(product):
     expected = product(*rounded, *(each.double() for each in bias)).float()
     with TF32():
         found = product(x, weight, *bias)
+        torch.set_float32_matmul_precision("highest")
+        unchanged = product(x, weight, *bias)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
-    assert (found - product(x, weight, *bias)).abs().max() > 1e-4, "rounding shows"
+    assert (found - unchanged).abs().max() > 1e-4, "rounding shows"
+    assert torch.equal(unchanged, product(x, weight, *bias)), "without permission nothing is rounded"
 
 
 @pytest.mark.usefixtures("allowed")
-def test_a_layer_is_caught_and_attention_left_exact():
+def test_a_layer_is_caught_and_attention_and_the_search_for_codes_left_exact():
     torch.manual_seed(0)
     layer, x, (q, k, v) = nn.Linear(16, 8), torch.randn(4, 16), torch.randn(3, 2, 4, 5, 8)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    quantizer, latents = VectorQuantizer(1024, 8), torch.randn(32, 256, 8)
+    quantizer.codebook.data = F.normalize(torch.randn(1024, 8), dim=-1)
+    products = F.normalize(latents.double(), dim=-1) @ quantizer.codebook.double().T
     with TF32(), torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
-    assert not torch.equal(layer(x), F.linear(round_to_tf32(x), round_to_tf32(layer.weight), layer.bias))
-
-
-@pytest.mark.usefixtures("allowed")
-def test_the_search_for_the_nearest_code_is_left_exact():
-    generator = torch.Generator().manual_seed(0)
-    quantizer, latents = VectorQuantizer(1024, 8), torch.randn(32, 256, 8, generator=generator)
-    with torch.no_grad():
-        quantizer.codebook.copy_(F.normalize(torch.randn(1024, 8, generator=generator), dim=-1))
-    products = F.normalize(latents.double(), dim=-1) @ quantizer.codebook.double().T
-    nearest = products.argmax(dim=-1)
-    with TF32():
-        assert ((F.normalize(latents, dim=-1) @ quantizer.codebook.T).argmax(dim=-1) != nearest).sum() > 10
+        rounded = (F.normalize(latents, dim=-1) @ quantizer.codebook.T).argmax(dim=-1)
         found = quantizer.nearest(latents)
-    assert (found != nearest).sum() <= 1, "float32 and float64 may differ where two codes are equally near"
-    assert torch.get_float32_matmul_precision() == "high"
-
-
-def test_without_permission_nothing_is_rounded():
-    x, weight = torch.randn(2, 4, 4)
-    with TF32():
-        assert torch.equal(x @ weight, torch.matmul(x, weight))
-        assert not torch.equal(x @ weight, round_to_tf32(x) @ round_to_tf32(weight))
+    assert not torch.equal(layer(x), F.linear(round_to_tf32(x), round_to_tf32(layer.weight), layer.bias))
+    assert (rounded != products.argmax(dim=-1)).sum() > 10
+    assert (found != products.argmax(dim=-1)).sum() <= 1, "two codes may be equally near"
 
 
 def test_figures():

@@ -24,16 +24,17 @@ def commands(text: str) -> list[list[str]]:
 
 
 def shown() -> dict[str, list[str]]:
-    """Where, and the command."""
-    places = {}
-    for page in PAGES:
-        blocks = re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), flags=re.DOTALL)
-        places[str(page.relative_to(ROOT))] = commands("\n".join(blocks))
+    """The commands that differ, by where one is first and what it is."""
+    texts = {page: "\n".join(re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), flags=re.DOTALL)) for page in PAGES}
     for path in (ROOT / "experiments").rglob("*.yaml"):
-        comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        places[str(path.relative_to(ROOT))] = commands("\n".join(comments))
+        texts[path] = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    places = {str(path.relative_to(ROOT)): commands(text) for path, text in texts.items()}
     places["dar --help"] = [shlex.split(command) for command in re.findall(r": dar (fit .*)", USAGE)]
-    return {f"{place}: dar {' '.join(words)}": words for place, many in places.items() for words in many}
+    first: dict[str, str] = {}
+    for place, many in places.items():
+        for words in many:
+            first.setdefault(shlex.join(words), place)
+    return {f"{place}: dar {command}": shlex.split(command) for command, place in first.items()}
 
 
 SHOWN = shown()
@@ -43,6 +44,7 @@ def test_the_reader_finds_commands():
     text = "$ dar fit --config a.yaml \\\n   --x 1  # why\nnot dar fit\n# Run: dar sample --y 2\n"
     text += ".venv/bin/dar export | cat\n"
     assert commands(text) == [["fit", "--config", "a.yaml", "--x", "1"], ["sample", "--y", "2"], ["export"]]
+    assert len(SHOWN) > 90
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of options

@@ -12,27 +12,14 @@ from PIL import Image
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
+from dar_lightning.tokenizer.config import PARTS
 from dar_lightning.tokenizer.init import TokenizerInit
 
 SIZE, TOKENS, GROUPS, CODES = 32, 8, 4, 32
 CLASSES = ("red", "green", "blue", "grey")
-TOKENIZER = dict(
-    image_size=SIZE,
-    encoder_patch_size=8,
-    encoder_dim=32,
-    encoder_depth=1,
-    conditioner_dim=32,
-    conditioner_depth=1,
-    codebook_size=CODES,
-    codebook_dim=4,
-    num_tokens=TOKENS,
-    num_groups=GROUPS,
-    decoder_dim=32,
-    decoder_depth=1,
-    decoder_patch_size=8,
-    head_dim=16,
-    repa_layer=None,
-)
+TOKENIZER = {f"{part}_{what}": n for part in PARTS for what, n in (("dim", 32), ("depth", 1))}
+TOKENIZER |= dict(image_size=SIZE, encoder_patch_size=8, decoder_patch_size=8, head_dim=16, repa_layer=None)
+TOKENIZER |= dict(num_tokens=TOKENS, num_groups=GROUPS, codebook_size=CODES, codebook_dim=4)
 INIT = dict(modulation_std=0.1)  # so that the first steps of training already do something
 AR = dict(vocab_size=CODES, num_tokens=TOKENS, num_classes=len(CLASSES), dim=32, depth=2, num_heads=2, multiple_of=32)
 
@@ -58,6 +45,11 @@ def make_ar(seed: int = 0, **changes) -> ARModel:
     for parameter in ar.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return ar
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    """One generator for each sample."""
+    return [torch.Generator().manual_seed(number) for number in numbers]
 
 
 def make_pipeline() -> DARPipeline:
@@ -110,41 +102,25 @@ def options(prefix: str, values: dict) -> list[str]:
 
 def fit_tokenizer(train: str, val: str, folder: Path, **trainer) -> list[str]:
     """Arguments of `dar` that train the tiny tokenizer."""
-    return _fit(
-        [
-            "--model=dar_lightning.training.TokenizerModule",
-            f"--model.init_args.config={json.dumps(TOKENIZER)}",
-            f"--model.init_args.init={json.dumps(INIT)}",
-        ],
-        ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.image_size={SIZE}"],
-        (train, val, folder),
-        trainer,
-    )
+    model = {"config": json.dumps(TOKENIZER), "init": json.dumps(INIT)}
+    data = ["--data=dar_lightning.data.imagenet.ImageNetDataModule", f"--data.init_args.image_size={SIZE}"]
+    return _fit("TokenizerModule", model, data, (train, val, folder), trainer)
 
 
 def fit_ar(train: str, val: str, folder: Path, **trainer) -> list[str]:
     """Arguments of `dar` that train the tiny AR model."""
-    return _fit(
-        ["--model=dar_lightning.training.ARModule", f"--model.init_args.config={json.dumps(AR)}"],
-        ["--data=dar_lightning.data.codes.CodesDataModule"],
-        (train, val, folder),
-        trainer,
-    )
+    data = ["--data=dar_lightning.data.codes.CodesDataModule"]
+    return _fit("ARModule", {"config": json.dumps(AR)}, data, (train, val, folder), trainer)
 
 
-def _fit(model: list[str], data: list[str], paths: tuple[str, str, Path], trainer: dict) -> list[str]:
+def _fit(module: str, model: dict, data: list[str], paths: tuple[str, str, Path], trainer: dict) -> list[str]:
     train, val, folder = paths
-    common = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "enable_progress_bar": "false",
-        "enable_model_summary": "false",
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-    }
-    data = [*data, *options("data.init_args", {"train": train, "val": val, "batch_size": 4})]
-    return ["fit", "--seed_everything=1", *model, *data, *options("trainer", common | trainer)]
+    common = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    common |= {"enable_progress_bar": "false", "enable_model_summary": "false", "default_root_dir": folder}
+    words = ["fit", "--seed_everything=1", f"--model=dar_lightning.training.{module}"]
+    words += [*options("model.init_args", model), *data]
+    words += options("data.init_args", {"train": train, "val": val, "batch_size": 4})
+    return words + options("trainer", common | trainer)
 
 
 def write_vgg(path: Path) -> Path:

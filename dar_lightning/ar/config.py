@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dar_lightning.ar.order import ORDERS, OrderName
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
@@ -57,26 +57,21 @@ class ARConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.num_tokens > MAX_TOKENS:
-            raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {MAX_TOKENS}")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("rope_base", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be positive and finite")
-        if self.dim % (2 * self.num_heads):
-            raise UserError(f"dim {self.dim} does not give num_heads {self.num_heads} an even number of channels each")
-        if self.num_heads % self.kv_heads:
-            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}: it must be positive and finite")
         for name in ("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        if self.order not in ORDERS:
-            raise UserError(f"order is {self.order!r}: choose from {', '.join(ORDERS)}")
-        if self.order_groups < 1 or (self.order == "interleaved" and self.num_tokens % self.order_groups):
-            raise UserError(f"order_groups is {self.order_groups}: it must divide num_tokens, {self.num_tokens}")
-        if not 0 <= self.order_seed < 2**31:
-            raise UserError(f"order_seed is {self.order_seed}: it must be from 0 to {2**31 - 1}")
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        dim, heads, kv_heads, tokens = self.dim, self.num_heads, self.kv_heads, self.num_tokens
+        require(tokens <= MAX_TOKENS, f"num_tokens is {tokens}: it must be at most {MAX_TOKENS}")
+        require(dim % (2 * heads) == 0, f"dim {dim} does not give num_heads {heads} an even number of channels each")
+        require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        require(self.order in ORDERS, f"order is {self.order!r}: choose from {', '.join(ORDERS)}")
+        groups, seed = self.order_groups, self.order_seed
+        divides = groups >= 1 and (self.order != "interleaved" or tokens % groups == 0)
+        require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
+        require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
 
     @property
     def kv_heads(self) -> int:
@@ -92,8 +87,7 @@ class ARConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ARConfig":
         """One of the paper's sizes by name ("B", "L", "XL", "XXL", ...); keyword arguments replace single values."""
-        if name not in PRESETS:
-            raise UserError(f"unknown AR preset {name!r}: choose from {', '.join(PRESETS)}")
+        require(name in PRESETS, f"unknown AR preset {name!r}: choose from {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | overrides))
 
     def to_dict(self) -> dict[str, Any]:

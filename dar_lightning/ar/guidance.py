@@ -20,11 +20,7 @@ def guidance_schedule(guidance: Guidance, num_tokens: int) -> list[float]:
 
 
 def read_guidance(guidance: Guidance | str) -> Guidance:
-    """Guidance from a number, a pair, or the text "a,b" of a command line.
-
-    Raises:
-        UserError: the text is neither one number nor two.
-    """
+    """Guidance from a number, a pair, or the text "a,b" of a command line, of which all else is a UserError."""
     if not isinstance(guidance, str):
         return guidance
     try:

@@ -4,6 +4,8 @@ A row does not depend on its batch; hashed in integers, devices differ by roundi
 no token waits for the host.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,8 @@ METHOD = "races of lowbias32"  # its name in stored protocols: with another meth
 
 def draw_keys(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
     """A key of 64 bits per sequence and position: (count, num_tokens, 2) int32."""
-
-    def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        shape = (rows, num_tokens, 2)
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, device=device, dtype=torch.int32)
-
-    return draw_per_sample(draw, count, generator, device)
+    draw = partial(torch.randint, -(2**31), 2**31, dtype=torch.int32)
+    return draw_per_sample(draw, (count, num_tokens, 2), generator, device)
 
 
 def exponentials(keys: Tensor, num_codes: int) -> Tensor:

@@ -5,18 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.order import fixed_order, random_orders
+from dar_lightning.ar.order import fixed_order
 from dar_lightning.devices import no_cudnn_attention
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, KVCache, rotate, run_block
-
-
-def rotary_table(length: int, head_dim: int, base: float, device=None) -> Tensor:
-    """Cosine and sine of 1-D RoPE at positions 0..length-1: (length, head_dim / 2, 2)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(length, device=device)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+from dar_lightning.layers import Generators, KVCache, draw_per_sample, rotate, run_block
 
 
 class Attention(nn.Module):
@@ -72,11 +65,7 @@ class Block(nn.Module):
 
 
 class ARModel(nn.Module, PretrainedMixin):
-    """Class-conditional Llama over the token sequence (paper, section 3.2).
-
-    Args:
-        config: hyperparameters.
-    """
+    """Class-conditional Llama over the token sequence (paper, section 3.2)."""
 
     config_class = ARConfig
     pipeline_part = "ar"
@@ -101,9 +90,11 @@ class ARModel(nn.Module, PretrainedMixin):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """The RoPE of all positions, and the order of a model that has one order (N,)."""
-        config = self.config
-        tables = {"rotary": rotary_table(config.num_tokens, config.dim // config.num_heads, config.rope_base)}
+        """Cosine and sine of RoPE (N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
+        config, head_dim = self.config, self.config.dim // self.config.num_heads
+        frequencies = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.arange(config.num_tokens)[:, None] * frequencies
+        tables = {"rotary": torch.stack([angles.cos(), angles.sin()], dim=-1)}
         if config.order != "random_per_sample":
             tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
         return tables
@@ -125,7 +116,8 @@ class ARModel(nn.Module, PretrainedMixin):
         """The order in which each sample's tokens are written (`ar.order`), as their places: (batch, N) int64."""
         if self.place_embedding is None:
             return self.order.expand(batch, -1)
-        return random_orders(batch, self.config.num_tokens, generator, self.head.weight.device)
+        shape = batch, self.config.num_tokens
+        return draw_per_sample(torch.rand, shape, generator, self.head.weight.device).argsort(dim=1, stable=True)
 
     def forward(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits of tokens 1..N under teacher forcing.
@@ -141,8 +133,8 @@ class ARModel(nn.Module, PretrainedMixin):
             (B, N, vocab_size) float32, whatever the weights are: CUDA's autocast would leave the loss of bfloat16
             logits in bfloat16, and guidance multiplies their rounding.
         """
-        if codes.shape[1] > self.config.num_tokens:
-            raise UserError(f"codes hold {codes.shape[1]} tokens: this model has at most {self.config.num_tokens}")
+        count, most = codes.shape[1], self.config.num_tokens
+        require(count <= most, f"codes hold {count} tokens: this model has at most {most}")
         if self.training and self.config.class_dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
             labels = torch.where(dropped, self.null_class, labels)
@@ -151,12 +143,7 @@ class ARModel(nn.Module, PretrainedMixin):
 
     @no_cudnn_attention()
     def start(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
-        """Read the class token and the first tokens into a new KV cache.
-
-        Args:
-            labels: (B,) int64.
-            codes: (B, m) int64 tokens already fixed, m from 0 to N - 1.
-            order: as in `forward`; here and in each `step`.
+        """Read the class token and the first m < N tokens, codes (B, m), into a new KV cache; `order` as in `forward`.
 
         Returns:
             (B, vocab_size) logits of token m + 1, and the cache.

@@ -27,8 +27,7 @@ def packed(ar: nn.Module, rows: int) -> nn.Module:
 
     Returns:
         A copy that shares all else with `ar` and lasts as long as its weights stay as they are, with blocks that are
-        not compiled; or `ar` itself for one row, on another device or CPU, under autocast, for other linear layers or
-        dtypes, and without oneDNN.
+        not compiled; or `ar` itself where that gains nothing (one row) or oneDNN cannot do it.
     """
     layers = [layer for layer in ar.modules() if isinstance(layer, nn.Linear)]
     if rows == 1 or torch.is_autocast_enabled("cpu") or not all(map(_can_pack, layers)):
@@ -42,13 +41,12 @@ def packed(ar: nn.Module, rows: int) -> nn.Module:
 
 
 def _can_pack(layer: nn.Linear) -> bool:
+    """Only what is computed as by nn.Linear itself, on an x86 CPU, in a dtype that oneDNN has here."""
     weight, onednn = layer.weight, torch.backends.mkldnn
-    if type(layer) is not nn.Linear or layer.bias is not None:  # a subclass may compute something else
-        return False
-    if weight.device.type != "cpu" or isinstance(weight, DTensor) or platform.machine() not in ("x86_64", "AMD64"):
+    plain = type(layer) is nn.Linear and layer.bias is None and not isinstance(weight, DTensor)
+    if not plain or weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     if not (onednn.is_available() and onednn.enabled):
         return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return half or weight.dtype == torch.float32

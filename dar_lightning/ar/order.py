@@ -5,9 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dar_lightning.errors import UserError
-from dar_lightning.layers import Generators, draw_per_sample
-
 OrderName = Literal["coarse_to_fine", "reversed", "random", "interleaved", "random_per_sample"]
 ORDERS: tuple[str, ...] = OrderName.__args__
 
@@ -27,20 +24,7 @@ def fixed_order(name: str, num_tokens: int, num_groups: int, seed: int) -> Tenso
         return places.flip(0)
     if name == "random":
         return torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed), device="cpu")
-    if name == "interleaved":
-        return places.view(num_groups, -1).T.flatten()
-    if name != "coarse_to_fine":
-        raise UserError(f"order is {name!r}: choose from {', '.join(ORDERS)}")
-    return places
-
-
-def random_orders(count: int, num_tokens: int, generator: Generators, device: torch.device) -> Tensor:
-    """One order per sample: (count, num_tokens) int64."""
-
-    def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        return torch.rand(rows, num_tokens, generator=generator, device=device).argsort(dim=1)
-
-    return draw_per_sample(draw, count, generator, device)
+    return places.view(num_groups, -1).T.flatten() if name == "interleaved" else places
 
 
 def written(values: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
 from dar_lightning.ar.order import placed
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.layers import Generators
 
 
@@ -122,20 +122,17 @@ def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
 
 
 def _check(ar, labels, temperature, top_k, top_p, prefix, count) -> None:
-    if not 1 <= count <= ar.config.num_tokens:
-        raise UserError(f"num_tokens is {count}: this model draws from 1 to {ar.config.num_tokens}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= ar.null_class:
-        raise UserError(f"labels are from {int(labels.min())} to {int(labels.max())}: need 0 to {ar.null_class - 1}")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}: it must be positive (top_k=1 is greedy)")
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}: it must be 0 (off) or positive")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be in (0, 1]")
-    if prefix.shape[1] and ar.config.order != "coarse_to_fine":
-        raise UserError(f"prefix: this model's order is {ar.config.order}, which does not write the first tokens first")
-    if len(prefix) != len(labels) or prefix.shape[1] >= count:
-        raise UserError(f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
-    low, high = prefix.aminmax() if prefix.numel() else (0, 0)
-    if low < 0 or high >= ar.config.vocab_size:
-        raise UserError(f"prefix holds tokens from {int(low)} to {int(high)}: need 0 to {ar.config.vocab_size - 1}")
+    config, null = ar.config, ar.null_class
+    first, last = map(int, labels.aminmax()) if len(labels) else (0, 0)
+    low, high = map(int, prefix.aminmax()) if prefix.numel() else (0, 0)
+    require(1 <= count <= config.num_tokens, f"num_tokens is {count}: this model draws from 1 to {config.num_tokens}")
+    require(0 <= first <= last <= null, f"labels are from {first} to {last}: need 0 to {null - 1}")
+    require(temperature > 0, f"temperature is {temperature}: it must be positive (top_k=1 is greedy)")
+    require(top_k >= 0, f"top_k is {top_k}: it must be 0 (off) or positive")
+    require(0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1]")
+    ordered = config.order == "coarse_to_fine" or not prefix.shape[1]
+    require(ordered, f"prefix: this model's order is {config.order}, which does not write the first tokens first")
+    fits = len(prefix) == len(labels) and prefix.shape[1] < count
+    require(fits, f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
+    known = 0 <= low <= high < config.vocab_size
+    require(known, f"prefix holds tokens from {low} to {high}: need 0 to {config.vocab_size - 1}")

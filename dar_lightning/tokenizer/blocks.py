@@ -9,71 +9,48 @@ from dar_lightning.layers import KVCache, rotate
 NORM_EPS = 1e-6
 
 
-def axial_rotary(height: int, width: int, head_dim: int, theta: float = 10000.0, device=None) -> Tensor:
+def axial_rotary(height: int, width: int, head_dim: int, others: int = 0, device=None) -> Tensor:
     """2-D RoPE of a patch grid: half of the channel pairs for the row, half for the column.
 
+    Flattened, also the fixed sine-cosine positions of ViT and MAE. `others` more tokens have no place: angles of 0.
+
     Returns:
-        (height * width, head_dim / 2, 2): cosine and sine of each pair's angle.
+        (height * width + others, head_dim / 2, 2): cosine and sine of each pair's angle.
     """
     axis_dim = head_dim // 2
-    frequencies = theta ** (-torch.arange(0, axis_dim, 2, device=device, dtype=torch.float32) / axis_dim)
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
+    frequencies = 10000.0 ** (-torch.arange(0, axis_dim, 2, device=device, dtype=torch.float32) / axis_dim)
+    rows, columns = (torch.arange(side, device=device) for side in (height, width))
+    rows, columns = torch.meshgrid(rows, columns, indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=1)
+    angles = F.pad(angles, (0, 0, 0, others))
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def identity_rotary(length: int, head_dim: int, device=None) -> Tensor:
-    """RoPE by angles of 0, for tokens without a place in the image: (length, head_dim / 2, 2)."""
-    rotary = torch.zeros(length, head_dim // 2, 2, device=device)
-    rotary[..., 0] = 1.0
-    return rotary
-
-
-def axial_sincos(height: int, width: int, dim: int, theta: float = 10000.0, device=None) -> Tensor:
-    """Fixed sine-cosine positions of a patch grid (ViT, MAE), half for the row, half for the column: (L, dim)."""
-    return axial_rotary(height, width, dim, theta, device).flatten(1)
-
-
 class Attention(nn.Module):
-    """Multi-head attention with per-head LayerNorm on queries and keys; self-attention, or cross with a context."""
+    """Multi-head attention with per-head LayerNorm on queries and keys."""
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.q_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
         self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
 
-    def forward(
-        self,
-        x: Tensor,  # (B, L, D)
-        context: Tensor | None = None,  # (B, M, D); None: x itself
-        q_rotary: Tensor | None = None,
-        k_rotary: Tensor | None = None,
-        mask: Tensor | None = None,  # (L, M) boolean, true = may look
-        cache: KVCache | None = None,
-        layer: int = 0,  # of the cache
-    ) -> Tensor:  # (B, L, D)
-        context = x if context is None else context
-        q = self.q_norm(self._split(self.q(x)))
-        k = self.k_norm(self._split(self.k(context)))
-        v = self._split(self.v(context))
-        if q_rotary is not None:
-            q = rotate(q, q_rotary)
-        if k_rotary is not None:
-            k = rotate(k, k_rotary)
+    def forward(self, x: Tensor, context=None, rotary=None, mask=None, cache: KVCache | None = None, layer: int = 0):
+        """x (B, L, D) attends to a context (B, M, D) or itself, which alone rotates keys: (B, L, D)."""
+        read = x if context is None else context
+        q, k, v = [  # (B, heads, L or M, head_dim)
+            project(given).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project, given in ((self.q, x), (self.k, read), (self.v, read))
+        ]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q = rotate(q, rotary)
+            k = rotate(k, rotary) if context is None else k
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(x.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, heads, L, head_dim)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Sequential):
@@ -96,7 +73,7 @@ class GatedBlock(nn.Module):
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, rotary=None, mask=None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), None, rotary, rotary, mask, cache, layer)  # (B, L, D)
+        x = x + self.gate1 * self.attention(self.norm1(x), None, rotary, mask, cache, layer)  # (B, L, D)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 

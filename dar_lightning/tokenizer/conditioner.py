@@ -14,7 +14,7 @@ class Conditioner(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         dim = config.conditioner_dim
-        self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
+        self.cache_shape = dim // config.head_dim, config.num_tokens, config.head_dim
         self.recompute = False  # activation checkpointing
         self.from_latent = nn.Linear(config.codebook_dim, dim, bias=False)
         self.positions = nn.Embedding(TABLE_ROWS, dim)
@@ -22,16 +22,10 @@ class Conditioner(nn.Module):
 
     def make_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` sequences of up to num_tokens tokens."""
-        weight = self.from_latent.weight
-        heads = len(weight) // self.head_dim
-        return KVCache((len(self.blocks), batch, heads, self.num_tokens, self.head_dim), weight)
+        return KVCache((len(self.blocks), batch, *self.cache_shape), self.from_latent.weight)
 
     def forward(self, latents: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Condition on latents (B, n, codebook_dim); with a cache they follow the tokens already in it.
-
-        Returns:
-            (B, n, D) conditioning vectors of these n tokens.
-        """
+        """Conditioning vectors of latents (B, n, codebook_dim): (B, n, D). They follow the tokens in the cache."""
         start = 0 if cache is None else cache.length
         end = start + latents.shape[1]
         # Under autocast the product is bfloat16, but this sum, where the residual stream starts, is float32.

@@ -2,19 +2,20 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 
 # Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
 TABLE_ROWS = 1024
 
+PARTS = ("encoder", "conditioner", "decoder")
 # Hyperparameters that must be at least 1.
-POSITIVE = (
-    *("image_size", "encoder_patch_size", "encoder_dim", "encoder_depth", "conditioner_dim", "conditioner_depth"),
-    *("codebook_size", "codebook_dim", "num_tokens", "num_groups"),
-    *("decoder_dim", "decoder_depth", "decoder_patch_size", "head_dim"),
-)
+POSITIVE = ("image_size", "encoder_patch_size", "decoder_patch_size", "head_dim", "codebook_size", "codebook_dim")
+POSITIVE += ("num_tokens", "num_groups", *(f"{part}_{what}" for part in PARTS for what in ("dim", "depth")))
+# Hyperparameters of which the first must be a multiple of the second.
+MULTIPLES = [("num_tokens", "num_groups"), ("image_size", "encoder_patch_size"), ("image_size", "decoder_patch_size")]
+MULTIPLES += [(f"{part}_dim", "head_dim") for part in PARTS]
 
 # What decides the tokens of an image, beside the weights.
 TOKEN_FIELDS = ("encoder_patch_size", "encoder_dim", "encoder_depth", "head_dim", "low_rank_queries", "num_tokens")
@@ -94,33 +95,29 @@ class TokenizerConfig:
 
     def __post_init__(self):
         for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("data_std", "time_shift"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be positive and finite")
-        if self.num_tokens > TABLE_ROWS:
-            raise UserError(f"num_tokens is {self.num_tokens}: it must be at most {TABLE_ROWS}")
-        if self.num_tokens % self.num_groups:
-            raise UserError(f"num_tokens {self.num_tokens} is not a multiple of num_groups {self.num_groups}")
-        if not 1 <= self.window <= self.num_tokens:
-            raise UserError(f"tokens_per_step is {self.window}: it must be from 1 to num_tokens, {self.num_tokens}")
-        for name in ("encoder_patch_size", "decoder_patch_size"):
-            if self.image_size % getattr(self, name):
-                raise UserError(f"image_size {self.image_size} is not a multiple of {name} {getattr(self, name)}")
-        for name in ("encoder_dim", "conditioner_dim", "decoder_dim"):
-            if getattr(self, name) % self.head_dim:
-                raise UserError(f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}")
-        if self.head_dim % 4:
-            raise UserError(f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
-        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_depth:
-            raise UserError(f"repa_layer is {self.repa_layer}: it must be from 0 to {self.decoder_depth - 1}, or null")
-        if self.group_rounding not in ("round", "ceil"):
-            raise UserError(f"group_rounding is {self.group_rounding!r}: it must be 'round' or 'ceil'")
-        if self.latent_norm not in ("none", "batch"):
-            raise UserError(f"latent_norm is {self.latent_norm!r}: it must be 'none' or 'batch'")
-        if self.prediction not in ("velocity", "image"):
-            raise UserError(f"prediction is {self.prediction!r}: it must be 'velocity' or 'image'")
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}: it must be positive and finite")
+        for name in ("group_rounding", "prediction", "latent_norm", "quantizer"):
+            value, choices = getattr(self, name), get_args(type(self).__annotations__[name])
+            require(value in choices, f"{name} is {value!r}: it must be {' or '.join(map(repr, choices))}")
+        tokens = self.num_tokens
+        require(tokens <= TABLE_ROWS, f"num_tokens is {tokens}: it must be at most {TABLE_ROWS}")
+        for name, divisor in MULTIPLES:
+            value, by = getattr(self, name), getattr(self, divisor)
+            require(value % by == 0, f"{name} {value} is not a multiple of {divisor} {by}")
+        window = self.window
+        require(1 <= window <= tokens, f"tokens_per_step is {window}: it must be from 1 to num_tokens, {tokens}")
+        require(self.head_dim % 4 == 0, f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
+        layer, last = self.repa_layer, self.decoder_depth - 1
+        require(layer is None or 0 <= layer <= last, f"repa_layer is {layer}: it must be from 0 to {last}, or null")
+        if self.quantizer != "vq":
+            size, channels = self.codebook_size, self.codebook_dim
+            levels = 2 if self.quantizer == "lfq" else max(2, round(size ** (1 / channels)))
+            name = "2" if self.quantizer == "lfq" else "a number of levels"
+            need = f"{self.quantizer} needs {name} to the power of codebook_dim, {channels}"
+            require(levels**channels == size, f"codebook_size is {size}: {need}")
 
     @property
     def window(self) -> int:
@@ -130,8 +127,7 @@ class TokenizerConfig:
     @classmethod
     def preset(cls, name: str) -> "TokenizerConfig":
         """A named configuration: "v1" (released, 300M), "light" (the paper's ablations, 113M) or "tiny" (tests)."""
-        if name not in PRESETS:
-            raise UserError(f"unknown tokenizer preset {name!r}: choose from {', '.join(PRESETS)}")
+        require(name in PRESETS, f"unknown tokenizer preset {name!r}: choose from {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,17 +138,6 @@ class TokenizerConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "v1": {},
     "light": dict(encoder_dim=512, conditioner_dim=512, decoder_dim=512, decoder_depth=8, repa_layer=5),
-    "tiny": dict(
-        image_size=64,
-        encoder_dim=64,
-        encoder_depth=2,
-        conditioner_dim=64,
-        conditioner_depth=2,
-        codebook_size=64,
-        num_tokens=32,
-        num_groups=4,
-        decoder_dim=64,
-        decoder_depth=2,
-        repa_layer=None,
-    ),
+    "tiny": dict(image_size=64, codebook_size=64, num_tokens=32, num_groups=4, repa_layer=None)
+    | {f"{part}_{what}": size for part in PARTS for what, size in (("dim", 64), ("depth", 2))},
 }

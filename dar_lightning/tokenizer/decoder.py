@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dar_lightning.layers import run_block
-from dar_lightning.tokenizer.blocks import MLP, Attention, axial_rotary, axial_sincos, plain_norm
+from dar_lightning.tokenizer.blocks import MLP, Attention, axial_rotary, plain_norm
 from dar_lightning.tokenizer.config import TokenizerConfig
 
 REPA_HIDDEN, REPA_DIM = 2048, 768  # REPA_DIM is the width of DINOv2 ViT-B
@@ -23,18 +23,12 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def velocity_to(image: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at x (B, 3, H, W) and flow time t (B,) towards an estimate of the scaled image."""
-    return (image - x) / (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
-
-
 class DiffusionBlock(nn.Module):
     """Self-attention and MLP, modulated per patch by the time and by cross-attention to the conditioning vectors."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         dim = config.decoder_dim
-        self.dim = dim
         self.time_mlp = MLP(dim, dim)
         self.cond_mlp = MLP(dim, dim)
         self.cross_attention = Attention(dim, config.head_dim)
@@ -44,13 +38,12 @@ class DiffusionBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, rotary: Tensor) -> Tensor:
         """x (B, P, D), sinusoids of time (B, 1, D), cond (B, n, D), rotary of the patch grid -> (B, P, D)."""
-        cond = plain_norm(self.cond_mlp(cond))
         x_norm = plain_norm(x)
-        signal = self.cross_attention(x_norm, cond, q_rotary=rotary)
+        signal = self.cross_attention(x_norm, plain_norm(self.cond_mlp(cond)), rotary)
         signal = F.silu(self.time_mlp(time) + signal)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(signal).chunk(6, dim=-1)
         h = x_norm * (1 + scale_a) + shift_a
-        x = x + gate_a * self.attention(h, q_rotary=rotary, k_rotary=rotary)
+        x = x + gate_a * self.attention(h, rotary=rotary)
         h = plain_norm(x) * (1 + scale_m) + shift_m
         return x + gate_m * self.mlp(h)
 
@@ -60,19 +53,16 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        dim, patch = config.decoder_dim, config.decoder_patch_size
-        self.dim, self.patch, self.head_dim = dim, patch, config.head_dim
-        self.repa_layer, self.prediction = config.repa_layer, config.prediction
-        self.absolute_positions = config.absolute_positions
+        dim, channels = config.decoder_dim, 3 * config.decoder_patch_size**2
+        self.config = config
         self.recompute = False  # activation checkpointing
-        self.conv_in = nn.Conv2d(3 * patch * patch, dim, 1)
+        self.conv_in = nn.Conv2d(channels, dim, 1)
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))
-        self.conv_out = nn.Conv2d(dim, 3 * patch * patch, 1)
+        self.conv_out = nn.Conv2d(dim, channels, 1)
         if config.repa_layer is not None:
-            self.repa_head = nn.Sequential(
-                nn.Linear(dim, REPA_HIDDEN), nn.SiLU(), MLP(REPA_HIDDEN, REPA_HIDDEN, REPA_DIM)
-            )
+            layers = nn.Linear(dim, REPA_HIDDEN), nn.SiLU(), MLP(REPA_HIDDEN, REPA_HIDDEN, REPA_DIM)
+            self.repa_head = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Velocity at x (B, 3, H, W) and flow time t (B,), reading cond (B, n, D_cond): (B, 3, H, W) float32.
@@ -80,7 +70,9 @@ class PixelDecoder(nn.Module):
         x is float32 for any weights: rounded to bfloat16, the state of a solver would lose what small steps add.
         """
         output, _ = self.predict(x, t, cond)
-        return velocity_to(output, x, t) if self.prediction == "image" else output
+        if self.config.prediction == "velocity":
+            return output
+        return (output - x) / (1 - t).clamp(min=MIN_TIME_LEFT).view(-1, 1, 1, 1)
 
     def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network itself puts out, and what REPA reads. Arguments as in forward.
@@ -89,24 +81,24 @@ class PixelDecoder(nn.Module):
             (B, 3, H, W) float32, by config.prediction the velocity or the estimate of the scaled image; and the hidden
             patch grid (B, D, H / p, W / p) before block `repa_layer`, or None without a REPA head.
         """
+        patch, head_dim = self.config.decoder_patch_size, self.config.head_dim
         x = x.to(self.conv_in.weight.dtype)
-        x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=self.patch, p2=self.patch)
+        x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=patch, p2=patch)
         x = self.conv_in(x)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
-        if self.absolute_positions:
-            x = x + axial_sincos(height, width, self.dim, device=x.device).to(x.dtype)
-        rotary = axial_rotary(height, width, self.head_dim, device=x.device)
-        time = time_embedding(t, self.dim).to(x.dtype)[:, None]
+        if self.config.absolute_positions:
+            x = x + axial_rotary(height, width, x.shape[-1], device=x.device).flatten(1).to(x.dtype)
+        rotary = axial_rotary(height, width, head_dim, device=x.device)
+        time = time_embedding(t, x.shape[-1]).to(x.dtype)[:, None]
         cond = plain_norm(self.cond_proj(cond))
         hidden = None
         for i, block in enumerate(self.blocks):
-            if i == self.repa_layer:
+            if i == self.config.repa_layer:
                 hidden = rearrange(x, "b (h w) d -> b d h w", h=height)
             x = run_block(block, x, time, cond, rotary, recompute=self.recompute)
-        x = rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height)
-        x = self.conv_out(x)
-        x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=self.patch, p2=self.patch)
+        x = self.conv_out(rearrange(plain_norm(x), "b (h w) d -> b d h w", h=height))
+        x = rearrange(x, "b (c p1 p2) h w -> b c (h p1) (w p2)", p1=patch, p2=patch)
         return x.float(), hidden
 
     def project_hidden(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -114,5 +106,4 @@ class PixelDecoder(nn.Module):
 
         A hidden grid that is coarser than the teacher's is repeated, so any image size works.
         """
-        pooled = F.adaptive_avg_pool2d(hidden, grid)
-        return self.repa_head(pooled.flatten(2).transpose(1, 2))
+        return self.repa_head(F.adaptive_avg_pool2d(hidden, grid).flatten(2).transpose(1, 2))

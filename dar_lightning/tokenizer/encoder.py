@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.layers import run_block
-from dar_lightning.tokenizer.blocks import GatedBlock, axial_rotary, axial_sincos, identity_rotary, plain_norm
+from dar_lightning.tokenizer.blocks import GatedBlock, axial_rotary, plain_norm
 from dar_lightning.tokenizer.config import TABLE_ROWS, TokenizerConfig
 
 QUERY_RANK = 8
@@ -16,11 +16,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        dim = config.encoder_dim
-        self.num_tokens, self.head_dim = config.num_tokens, config.head_dim
-        self.absolute_positions = config.absolute_positions
+        dim, patch = config.encoder_dim, config.encoder_patch_size
+        self.config = config
         self.recompute = False  # activation checkpointing
-        self.patchify = nn.Conv2d(3, dim, config.encoder_patch_size, stride=config.encoder_patch_size)
+        self.patchify = nn.Conv2d(3, dim, patch, stride=patch)
         self.queries = nn.Embedding(TABLE_ROWS, QUERY_RANK if config.low_rank_queries else dim)
         self.query_proj = nn.Linear(QUERY_RANK, dim) if config.low_rank_queries else nn.Identity()
         self.blocks = nn.ModuleList(GatedBlock(dim, config.head_dim) for _ in range(config.encoder_depth))
@@ -36,36 +35,23 @@ class Encoder(nn.Module):
             images: in [-1, 1].
             running_statistics: with latent_norm "batch", use and keep the running statistics, also in training mode.
         """
+        num_tokens, device = self.config.num_tokens, images.device
         patches = self.patchify(images)
         height, width = patches.shape[-2:]
-        patches = plain_norm(patches.flatten(2).transpose(1, 2))
-        if self.absolute_positions:
-            patches = patches + axial_sincos(height, width, patches.shape[-1], device=patches.device).to(patches.dtype)
-        queries = self.query_proj(self.queries.weight[: self.num_tokens]).expand(len(images), -1, -1)
-        x = torch.cat([patches, queries.to(patches.dtype)], dim=1)
-        rotary = torch.cat(
-            [
-                axial_rotary(height, width, self.head_dim, device=x.device),
-                identity_rotary(self.num_tokens, self.head_dim, device=x.device),
-            ]
-        )
-        mask = query_mask(height * width, self.num_tokens, x.device)
+        x = plain_norm(patches.flatten(2).transpose(1, 2))  # (B, P, D)
+        if self.config.absolute_positions:
+            x = x + axial_rotary(height, width, x.shape[-1], device=device).flatten(1).to(x.dtype)
+        queries = self.query_proj(self.queries.weight[:num_tokens]).expand(len(images), -1, -1)
+        x = torch.cat([x, queries.to(x.dtype)], dim=1)
+        rotary = axial_rotary(height, width, self.config.head_dim, num_tokens, device)
+        # true = may look: a query at the queries up to itself, all at all patches
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=device).tril()
+        mask[:, : height * width] = True
         for block in self.blocks:
             x = run_block(block, x, rotary, mask, recompute=self.recompute)
         latents = self.to_latent(plain_norm(x[:, height * width :]))
-        if self.latent_norm is not None:
-            norm, flat = self.latent_norm, latents.flatten(1)
+        if (norm := self.latent_norm) is not None:
+            flat = latents.flatten(1)
             flat = F.batch_norm(flat, norm.running_mean, norm.running_var) if running_statistics else norm(flat)
             latents = flat.view_as(latents)
         return latents
-
-
-def query_mask(num_patches: int, num_queries: int, device=None) -> Tensor:
-    """Who may look at whom in [patches, queries]: (P + N, P + N), true = may look.
-
-    Everyone sees all patches, a query also sees the queries up to itself, and no patch sees a query.
-    """
-    length = num_patches + num_queries
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask[:, :num_patches] = True
-    return mask

@@ -1,11 +1,11 @@
-"""Flow matching between noise (t = 0) and scaled images (t = 1): interpolation, one-step estimate and ODE solvers."""
+"""Flow matching between noise (t = 0) and scaled images (t = 1): the shift of time, and ODE solvers."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 
 SOLVERS = ("euler", "adams2", "adams2_variable")
 
@@ -18,19 +18,6 @@ def shift_time(u, beta: float):
 def sampling_times(num_steps: int, beta: float) -> list[float]:
     """Flow times t_0 = 0, ..., t_{S-1} of S steps, and the end, 1: S + 1 numbers."""
     return [shift_time(i / num_steps, beta) for i in range(num_steps)] + [1.0]
-
-
-def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """x_t = t x1 + (1 - t) x0, for t of one number per sample: (B, 3, H, W) and (B,)."""
-    t = t.view(-1, 1, 1, 1)
-    return t * x1 + (1 - t) * x0
-
-
-def jump(x_t: Tensor, velocity: Tensor, t) -> Tensor:
-    """One-step estimate of x1 from a velocity: x_t + (1 - t) v. t is a float, or (B,)."""
-    if isinstance(t, Tensor):
-        t = t.view(-1, 1, 1, 1)
-    return x_t + (1 - t) * velocity
 
 
 def integrate(
@@ -50,22 +37,19 @@ def integrate(
 
     Yields:
         After each step i: the state at times[i + 1], and the preview, the same step taken up to the last time. After
-        the last step the two are the same tensor.
+        the last step the two are equal.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    require(solver in SOLVERS, f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
     previous, previous_h = None, 1.0
     for i, (t, t_next) in enumerate(pairwise(times)):
-        h = t_next - t
         v = velocity(x, i, t)
-
-        def update(h: float, x=x, v=v, previous=previous, previous_h=previous_h) -> Tensor:
+        steps = []
+        for h in (times[-1] - t, t_next - t):
             if solver == "euler" or previous is None:
-                return x + h * v
-            half_ratio = 0.5 if solver == "adams2" else 0.5 * h / previous_h
-            return x + h * ((1 + half_ratio) * v - half_ratio * previous)
-
-        preview = update(times[-1] - t)
-        x = preview if i == len(times) - 2 else update(h)
-        previous, previous_h = v, h
+                steps.append(x + h * v)
+            else:
+                half_ratio = 0.5 if solver == "adams2" else 0.5 * h / previous_h
+                steps.append(x + h * ((1 + half_ratio) * v - half_ratio * previous))
+        preview, x = steps
+        previous, previous_h = v, t_next - t
         yield x, preview

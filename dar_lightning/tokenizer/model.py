@@ -1,21 +1,22 @@
 """SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import PretrainedMixin
 from dar_lightning.layers import Generators, draw_per_sample
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
-from dar_lightning.tokenizer.flow import integrate, interpolate, jump, sampling_times, shift_time
+from dar_lightning.tokenizer.flow import integrate, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
-from dar_lightning.tokenizer.quantizers import make_quantizer
+from dar_lightning.tokenizer.quantizers import QUANTIZERS
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
 
@@ -25,9 +26,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     Images are float in [-1, 1], (B, 3, H, W). Groups of tokens drive diffusion steps in pixel space, so decoding can
     start before all tokens exist (arXiv 2505.23660, section 3.1).
 
-    Args:
-        config: hyperparameters.
-        init: initial weights, where they differ from the official ones.
+    `init` says where initial weights differ from the official ones.
     """
 
     config_class = TokenizerConfig
@@ -38,7 +37,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
         self.encoder = Encoder(config)
-        self.quantizer = make_quantizer(config.quantizer, config.codebook_size, config.codebook_dim)
+        self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, config.codebook_dim)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
         init_weights(self, init)
@@ -91,8 +90,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Raises:
             UserError: for a group, solver, size or number of tokens that cannot be decoded.
         """
-        for preview in self._previews(codes, groups, noise, solver, num_steps, generator):
-            image = preview
+        for image in self._previews(codes, groups, noise, solver, num_steps, generator):  # noqa: B007
+            pass
         return image
 
     @torch.no_grad()
@@ -112,10 +111,15 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     def _previews(self, codes, groups: int | None, noise, solver, num_steps, generator) -> Iterator[Tensor]:
         self._check_codes(codes)
-        groups = self._whole_groups(codes.shape[1]) if groups is None else groups
-        needed = self.schedule.tokens_for_groups(groups)
-        if codes.shape[1] < needed:
-            raise UserError(f"{groups} groups need {needed} tokens: the codes hold {codes.shape[1]}")
+        tokens, schedule, size = codes.shape[1], self.schedule, self.config.num_tokens // self.config.num_groups
+        if groups is None:
+            first = schedule.tokens_for_groups(1)
+            more = f", and at least the {first} that the first step reads" if first > size else ""
+            whole = tokens % size == 0 and tokens >= max(first, size)
+            require(whole, f"codes hold {tokens} tokens: decoding needs a whole number of groups of {size}{more}")
+            groups = max(m for m in range(1, self.config.num_groups + 1) if schedule.tokens_for_groups(m) <= tokens)
+        needed = schedule.tokens_for_groups(groups)
+        require(tokens >= needed, f"{groups} groups need {needed} tokens: the codes hold {tokens}")
         cond = self.conditioner(self.quantizer.lookup(codes[:, :needed]))
         noise = self.draw_noise(len(codes), generator) if noise is None else noise
         return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
@@ -126,41 +130,36 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     ) -> Iterator[Tensor]:
         """Decode while tokens arrive: one preview (B, 3, H, W) after each group, the last one the image.
 
-        Args:
-            chunks: consecutive tokens (B, any number) in order. As soon as a group is complete, its tokens extend the
-                causal conditioner (cached) and its diffusion steps run.
-            noise: (B, 3, H, W) standard normal start.
-            solver: see flow.integrate.
-            num_steps: diffusion steps of the full trajectory; None is K.
+        `chunks` are consecutive tokens (B, any number). As soon as a group is complete, its tokens extend the causal
+        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize.
         """
         return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps)
 
     def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
-        chunks, cache = iter(chunks), None
-        conds, waiting, done = [], [], 0
+        chunks, cache, cond = iter(chunks), None, None
+        waiting, done = [], 0
         for group in range(1, self.config.num_groups + 1):
-            needed = self.schedule.tokens_for_groups(group)
-            while done + sum(chunk.shape[1] for chunk in waiting) < needed:
-                chunk = next(chunks, None)
-                if chunk is None:
+            needed = self.schedule.tokens_for_groups(group) - done
+            while sum(chunk.shape[1] for chunk in waiting) < needed:
+                if (chunk := next(chunks, None)) is None:
                     return
                 waiting.append(chunk)
-            tokens = torch.cat(waiting, dim=1) if waiting else None
-            if needed > done:
+            if needed > 0:
+                tokens = torch.cat(waiting, dim=1)
                 self._check_codes(tokens)
                 cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
-                conds.append(self.conditioner.forward(self.quantizer.lookup(tokens[:, : needed - done]), cache))
-                waiting, done = [tokens[:, needed - done :]], needed
-            yield torch.cat(conds, dim=1)
+                more = self.conditioner.forward(self.quantizer.lookup(tokens[:, :needed]), cache)
+                cond = more if cond is None else torch.cat([cond, more], dim=1)
+                waiting, done = [tokens[:, needed:]], done + needed
+            yield cond
 
     @torch.no_grad()
     def _integrate(self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None):
         """One preview per conditioning tensor, running the diffusion steps that it allows."""
         num_steps = self.config.num_groups if num_steps is None else num_steps
-        if num_steps < 1:
-            raise UserError(f"num_steps is {num_steps}: it must be at least 1")
+        require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
         cond = None
 
@@ -179,12 +178,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
         """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
-        height, width = size or (self.config.image_size, self.config.image_size)
-
-        def draw(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-            return torch.randn(rows, 3, height, width, generator=generator, device=device, dtype=torch.float32)
-
-        return draw_per_sample(draw, batch, generator, self.decoder.conv_in.weight.device)
+        shape = batch, 3, *(size or (self.config.image_size, self.config.image_size))
+        draw = partial(torch.randn, dtype=torch.float32)
+        return draw_per_sample(draw, shape, generator, self.decoder.conv_in.weight.device)
 
     # ---- training
 
@@ -199,13 +195,11 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             noise: like images; None draws it.
 
         Returns:
-            Scalars "flow" (squared error of the network's output, which is the velocity or with prediction "image" the
-            scaled image, divided by data_std^2), "vq" and "commit" (0.25 included), the two averaged over the tokens
-            up to the last one that the step reads; "flow_each" (B,), the first for each image, detached; "group" (B,),
-            which group of tokens each image trains, 0..K-1; "x1_hat" (B, 3, H, W), the estimate of the image; "t" (B,),
-            the flow times; "codes" (B, N); "latents" (B, N, codebook_dim), detached, on the unit sphere, before
-            quantization; "read", the number of tokens that "vq" and "commit" are averages of; with a REPA head also
-            "hidden" (B, D, h, w), the decoder state that REPA compares.
+            "flow": squared error of the network's output, by config.prediction velocity or image, over data_std^2;
+            "vq" and "commit" (0.25 included), averages over the "read" tokens, those up to the last that a step reads;
+            "flow_each" (B,), detached; "group" (B,), the group of tokens that each image trains, 0..K-1; "t" (B,), flow
+            times; "x1_hat" (B, 3, H, W), the estimate of the image; "codes" (B, N); "latents" (B, N, codebook_dim),
+            detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), its input.
         """
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
@@ -236,13 +230,14 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         x1 = config.data_std * images
         x0 = torch.randn_like(x1) if noise is None else noise
         t = shift_time(u, config.time_shift)
-        x_t = interpolate(x0, x1, t)
+        share = t.view(-1, 1, 1, 1)  # of the image
+        x_t = share * x1 + (1 - share) * x0
         output, hidden = self.decoder.predict(x_t, t, cond)
         # An image estimate is compared with the image: in velocity, the steps near t = 1 would drown all others.
         if config.prediction == "image":
             target, estimate = x1, output
         else:
-            target, estimate = x1 - x0, jump(x_t, output, t)
+            target, estimate = x1 - x0, x_t + (1 - share) * output
         flow = (output - target).square() / config.data_std**2
         losses = {"flow": flow.mean(), "flow_each": flow.detach().mean(dim=(1, 2, 3))}
         losses |= {"x1_hat": estimate / config.data_std, "t": t}
@@ -251,26 +246,14 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     # ---- checks
 
     def _check_size(self, size) -> None:
-        for side in size:
-            for name in ("encoder_patch_size", "decoder_patch_size"):
-                if side % getattr(self.config, name):
-                    raise UserError(
-                        f"image size {tuple(size)} is not a multiple of {name} {getattr(self.config, name)}"
-                    )
+        for name in ("encoder_patch_size", "decoder_patch_size"):
+            patch = getattr(self.config, name)
+            fits = not any(side % patch for side in size)
+            require(fits, f"image size {tuple(size)} is not a multiple of {name} {patch}")
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim != 2 or codes.is_floating_point() or codes.shape[1] > self.config.num_tokens:
-            raise UserError(
-                f"codes are {codes.dtype} {tuple(codes.shape)}: need integers (B, at most {self.config.num_tokens})"
-            )
+        most, last = self.config.num_tokens, self.config.codebook_size - 1
+        fits = codes.ndim == 2 and not codes.is_floating_point() and codes.shape[1] <= most
+        require(fits, f"codes are {codes.dtype} {tuple(codes.shape)}: need integers (B, at most {most})")
         low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # one wait for the device
-        if low < 0 or high >= self.config.codebook_size:
-            raise UserError(f"codes are from {low} to {high}: need 0 to {self.config.codebook_size - 1}")
-
-    def _whole_groups(self, tokens: int) -> int:
-        """How many groups can be decoded from this many tokens."""
-        group, first = self.config.num_tokens // self.config.num_groups, self.schedule.tokens_for_groups(1)
-        if tokens % group or tokens < max(first, group):
-            more = f", and at least the {first} that the first step reads" if first > group else ""
-            raise UserError(f"codes hold {tokens} tokens: decoding needs a whole number of groups of {group}{more}")
-        return max(m for m in range(1, self.config.num_groups + 1) if self.schedule.tokens_for_groups(m) <= tokens)
+        require(0 <= low <= high <= last, f"codes are from {low} to {high}: need 0 to {last}")

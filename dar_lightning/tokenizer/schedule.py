@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.tokenizer.config import TokenizerConfig
 
 
@@ -56,13 +56,12 @@ class GroupSchedule:
 
     def windows(self, u: Tensor) -> Tensor:
         """Token indices read at uniform times u: (B,) -> (B, n) int64."""
-        starts = self.start(self.group_of_time(u))
-        return starts[:, None] + torch.arange(self.window, device=u.device)
+        return self.start(self.group_of_time(u))[:, None] + torch.arange(self.window, device=u.device)
 
     def tokens_for_groups(self, groups: int) -> int:
         """Tokens that must exist before the first `groups` groups (1..K) have all been read; all N for all K."""
-        if not 1 <= groups <= self.num_groups:
-            raise UserError(f"groups is {groups}: a preview needs from 1 to {self.num_groups} groups")
+        known = 1 <= groups <= self.num_groups
+        require(known, f"groups is {groups}: a preview needs from 1 to {self.num_groups} groups")
         return self.num_tokens if groups == self.num_groups else self.start(groups - 1) + self.window
 
     def steps_for_groups(self, groups: int, num_steps: int) -> int:
@@ -73,20 +72,14 @@ class GroupSchedule:
         return sum(self.group_of_step(i, num_steps) < groups for i in range(num_steps))
 
     def stratified_times(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Draw times (batch,) in [0, 1) that meet every group equally often, for validation.
-
-        One draw from each of `batch` equal slices of a scale on which every group has the same length, in random order.
-        """
+        """Draw times (batch,) in [0, 1) that meet every group equally often, in random order, for validation."""
+        # One from each of `batch` equal slices of a scale on which every group has the same length.
         draws = torch.rand(batch, generator=generator)
         slices = torch.randperm(batch, generator=generator)
         position = (slices + draws) / batch * self.num_groups
         group = position.floor().clamp(max=self.num_groups - 1)
-        low, high = self._time_range(group)
-        return low + (position - group) * (high - low)
-
-    def _time_range(self, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the times that train a group (0..K-1), where the last one also gets those that round up to K."""
+        # The times that train a group, of which the last one also gets those that round up to K.
         offset = 0.5 if self.rounding == "round" else 0.0
-        low = (group - offset).clamp(min=0)
-        high = torch.where(group == self.num_groups - 1, self.num_groups, group + 1 - offset)
-        return low / self.num_groups, high / self.num_groups
+        low = (group - offset).clamp(min=0) / self.num_groups
+        high = torch.where(group == self.num_groups - 1, self.num_groups, group + 1 - offset) / self.num_groups
+        return low + (position - group) * (high - low)

@@ -22,25 +22,21 @@ def batch(golden) -> tuple[torch.Tensor, torch.Tensor]:
     return golden.inputs["labels"].long(), golden.inputs["tokens"].long()
 
 
-def test_training_logits_and_losses(golden, batch):
+def test_training_logits_losses_and_gradient_norms(golden, batch):
     """Of all samples, with a dropped class, and of all but the last sample."""
-    labels, tokens = batch
-    kept = torch.where(golden.inputs["class_drop_u"] < 0.1, golden.model.null_class, labels)
-    for classes, drop in ((labels, "nodrop"), (kept, "classdrop")):
-        logits = golden.model(classes, tokens)
-        assert_close(logits, golden.outputs[f"train_logits_{drop}"])
+    (labels, tokens), model, outputs = batch, golden.model, golden.outputs
+    kept = torch.where(golden.inputs["class_drop_u"] < 0.1, model.null_class, labels)
+    for classes, drop in ((kept, "classdrop"), (labels, "nodrop")):
+        logits = model(classes, tokens)
+        assert_close(logits, outputs[f"train_logits_{drop}"])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        assert_close(loss, golden.outputs[f"train_loss_{drop}"].squeeze())
-    loss = F.cross_entropy(golden.model(labels[:-1], tokens[:-1]).flatten(0, 1), tokens[:-1].flatten())
-    assert_close(loss, golden.outputs["train_loss_valid_mask_last_sample_excluded"].squeeze())
-
-
-def test_gradient_norm_of_every_parameter(golden, batch):
-    labels, tokens = batch
-    golden.model.zero_grad()
-    F.cross_entropy(golden.model(labels, tokens).flatten(0, 1), tokens.flatten()).backward()
+        assert_close(loss, outputs[f"train_loss_{drop}"].squeeze())
+    all_but_one = F.cross_entropy(model(labels[:-1], tokens[:-1]).flatten(0, 1), tokens[:-1].flatten())
+    assert_close(all_but_one, outputs["train_loss_valid_mask_last_sample_excluded"].squeeze())
+    model.zero_grad()
+    loss.backward()
     expected = dict(golden.grad_norms["loss_nodrop"])
-    for name, parameter in golden.model.named_parameters():
+    for name, parameter in model.named_parameters():
         norm = expected.pop(official_name(name, AR_NAMES))
         assert parameter.grad.double().norm().item() == pytest.approx(norm, rel=TOLERANCE), name
     assert not expected

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import seeds
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import guidance_schedule, guide
@@ -13,6 +14,7 @@ from dar_lightning.ar.sampling import draw_tokens, filter_logits, generate, stre
 from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 4])
+CODES = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def lively(**changes) -> ARModel:
@@ -30,18 +32,6 @@ def ar(request) -> ARModel:
     return lively(num_kv_heads=request.param)
 
 
-@pytest.fixture(scope="module")
-def codes() -> torch.Tensor:
-    return torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(1))
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-# ---- the model
-
-
 def test_a_cast_leaves_the_angles_of_positions_exact(ar):
     channels = ar.config.dim // ar.config.num_heads
     angles = torch.arange(12)[:, None] * 10000.0 ** (-torch.arange(0, channels, 2).double() / channels)
@@ -53,30 +43,30 @@ def test_a_cast_leaves_the_angles_of_positions_exact(ar):
 
 
 @pytest.mark.parametrize("position", [0, 5, 10])
-def test_a_token_changes_nothing_before_it(ar, codes, position):
+def test_a_token_changes_nothing_before_it(ar, position):
     """Bit for bit: logits i predict token i and read only those before; the last token is a target only."""
-    changed = codes.clone()
+    changed = CODES.clone()
     changed[:, position] = (changed[:, position] + 1) % 24
     changed[:, 11] = (changed[:, 11] + 1) % 24
-    before, after = ar(LABELS, codes), ar(LABELS, changed)
+    before, after = ar(LABELS, CODES), ar(LABELS, changed)
     assert torch.equal(before[:, : position + 1], after[:, : position + 1])
     assert not torch.equal(before[:, position + 1], after[:, position + 1])
-    changed[:, position] = codes[:, position]
+    changed[:, position] = CODES[:, position]
     assert torch.equal(before, ar(LABELS, changed))
 
 
 @pytest.mark.parametrize("prefix", [0, 5, 11])
-def test_the_cache_continues_a_prefix(ar, codes, prefix):
+def test_the_cache_continues_a_prefix(ar, prefix):
     with torch.no_grad():
-        expected = ar(LABELS, codes)
-        first, cache = ar.start(LABELS, codes[:, :prefix])
-        logits = [first] + [ar.step(codes[:, i], cache) for i in range(prefix, 11)]
+        expected = ar(LABELS, CODES)
+        first, cache = ar.start(LABELS, CODES[:, :prefix])
+        logits = [first] + [ar.step(CODES[:, i], cache) for i in range(prefix, 11)]
     assert torch.allclose(torch.stack(logits, 1), expected[:, prefix:], atol=1e-5)
 
 
-def test_bfloat16_is_near_float32(ar, codes):
-    expected = ar(LABELS, codes)
-    half = copy.deepcopy(ar).bfloat16()(LABELS, codes)
+def test_bfloat16_is_near_float32(ar):
+    expected = ar(LABELS, CODES)
+    half = copy.deepcopy(ar).bfloat16()(LABELS, CODES)
     assert half.dtype == torch.float32, "products in bfloat16, logits not"
     # Of the largest magnitude; measured 0.021.
     assert (half - expected).abs().max() / expected.abs().max() < 0.04
@@ -93,9 +83,6 @@ def test_class_dropout_drops_its_share():
     dropped = (ar.train()(labels, codes) - null).abs().amax(dim=(1, 2)) < 1e-5
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
     assert not ((ar.eval()(labels, codes) - null).abs().amax(dim=(1, 2)) < 1e-5).any()
-
-
-# ---- sampling
 
 
 def test_a_sequence_does_not_depend_on_its_batch(ar):

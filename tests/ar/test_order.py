@@ -2,19 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import GROUPS, SIZE, TOKENS, make_ar, make_tokenizer
+from tiny_models import GROUPS, SIZE, TOKENS, make_ar, make_tokenizer, seeds
 
 from dar_lightning import ARModel, DARPipeline
-from dar_lightning.ar.order import ORDERS, fixed_order, placed, random_orders, written
+from dar_lightning.ar.order import ORDERS, fixed_order, placed, written
 from dar_lightning.ar.sampling import generate, stream_tokens
 from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
 FIXED = [name for name in ORDERS if name != "random_per_sample"]
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
 
 
 def test_fixed_orders_are_permutations():
@@ -27,10 +23,10 @@ def test_fixed_orders_are_permutations():
 
 
 def test_random_orders_are_of_their_samples_and_placed_undoes_written():
-    device, values = torch.device("cpu"), torch.rand(3, 12)
-    orders = random_orders(3, 12, seeds(1, 2, 3), device)
-    assert torch.equal(orders[1:2], random_orders(1, 12, seeds(2), device))
-    assert (orders.sort(dim=1).values == torch.arange(12)).all()
+    ar, values = make_ar(order="random_per_sample"), torch.rand(3, TOKENS)
+    orders = ar.draw_order(3, seeds(1, 2, 3))
+    assert torch.equal(orders[1:2], ar.draw_order(1, seeds(2)))
+    assert (orders.sort(dim=1).values == torch.arange(TOKENS)).all()
     assert len({tuple(row) for row in orders.tolist()}) == 3
     assert torch.equal(placed(written(values, orders), orders), values)
     assert torch.equal(written(values, orders)[2], values[2][orders[2]])

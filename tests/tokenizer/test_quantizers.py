@@ -9,7 +9,7 @@ from tiny_models import SIZE, make_tokenizer
 
 from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.quantizers import QUANTIZERS, make_quantizer
+from dar_lightning.tokenizer.quantizers import QUANTIZERS
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.callbacks import CodebookWarmup
 
@@ -27,29 +27,25 @@ def test_every_name_of_the_config_is_registered():
 
 
 def test_codes_are_those_that_training_reads(tokenizer):
-    images = torch.rand(6, 3, SIZE, SIZE) * 2 - 1
+    images, size = torch.rand(6, 3, SIZE, SIZE) * 2 - 1, tokenizer.config.codebook_size
     codes = tokenizer.tokenize(images)
     assert codes.dtype == torch.int64
-    assert 0 <= int(codes.min()) < int(codes.max()) < tokenizer.config.codebook_size
+    assert 0 <= int(codes.min()) < int(codes.max()) < size
     quantized, indices, *_ = tokenizer.quantizer(tokenizer.encoder(images))
     assert torch.equal(indices, codes)
     assert torch.allclose(quantized, tokenizer.quantizer.lookup(codes), atol=1e-6)
-
-
-def test_every_code_has_values_of_its_own(tokenizer):
-    size = tokenizer.config.codebook_size
-    codes = tokenizer.quantizer.lookup(torch.arange(size)[None])[0]
-    assert codes.shape == (size, tokenizer.config.codebook_dim)
-    assert len(codes.unique(dim=0)) == size
-    assert {len(channel.unique()) for channel in codes.T} == {3 if size == 81 else 2}, "levels"
+    values = tokenizer.quantizer.lookup(torch.arange(size)[None])[0]
+    assert values.unique(dim=0).shape == (size, tokenizer.config.codebook_dim), "every code has values of its own"
+    assert {len(channel.unique()) for channel in values.T} == {3 if size == 81 else 2}, "levels"
 
 
 def test_the_encoder_learns_through_it(tokenizer):
-    tokenizer.train()
-    losses = tokenizer.training_losses(torch.rand(4, 3, SIZE, SIZE) * 2 - 1)
+    losses = tokenizer.train().training_losses(torch.rand(4, 3, SIZE, SIZE) * 2 - 1)
     (losses["flow"] + losses["vq"] + losses["commit"]).backward()
     assert tokenizer.encoder.to_latent.weight.grad.abs().sum() > 0
     assert (losses["vq"] != 0) == (tokenizer.config.quantizer == "lfq"), "LFQ has its entropy loss"
+    with pytest.raises(UserError, match="CodebookWarmup: quantizer is"):  # nothing to warm up
+        CodebookWarmup(warmup_steps=100).setup(None, TokenizerModule(tokenizer.config), "fit")
 
 
 def test_it_is_saved_without_a_codebook(tokenizer, tmp_path):
@@ -62,27 +58,7 @@ def test_it_is_saved_without_a_codebook(tokenizer, tmp_path):
     assert torch.equal(again.detokenize(codes, noise), tokenizer.detokenize(codes, noise))
 
 
-def test_a_codebook_that_is_fixed_needs_no_warmup(tokenizer):
-    module = TokenizerModule(tokenizer.config)
-    with pytest.raises(UserError, match="CodebookWarmup: quantizer is"):
-        CodebookWarmup(warmup_steps=100).setup(None, module, "fit")
-
-
 def test_without_the_package_a_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'dar-lightning\[quantizers\]'"):
-        make_quantizer("fsq", 81, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "words"),
-    [
-        ("pq", 64, "it must be 'vq', 'fsq', 'lfq'"),
-        ("fsq", 80, "fsq needs a number of levels to the power of"),
-        ("lfq", 81, r"lfq needs 2\^codebook_dim, 16"),
-    ],
-)
-def test_sizes_that_no_levels_give(name, size, words):
-    pytest.importorskip("vector_quantize_pytorch")
-    with pytest.raises(UserError, match=words):
-        make_quantizer(name, size, 4)
+        make_tokenizer(quantizer="fsq", **KINDS["fsq"])

@@ -5,19 +5,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 
 
 class Quantizer(Protocol):
-    """A module that turns latents into codes of `codebook_dim` channels, and back.
+    """A module that turns latents into codes of `codebook_dim` channels, and back."""
 
-    Attributes:
-        bypass: lets latents through unquantized, for a warm-up: see training.callbacks.CodebookWarmup.
-    """
-
-    bypass: bool
+    bypass: bool  # lets latents through unquantized, for training.callbacks.CodebookWarmup
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of each latent's code: (B, N, dim) -> (B, N) int64."""
@@ -40,14 +35,3 @@ QUANTIZERS: dict[str, Callable[[int, int], Quantizer]] = {
     "fsq": FiniteScalarQuantizer,
     "lfq": LookupFreeQuantizer,
 }
-
-
-def make_quantizer(name: str, codebook_size: int, codebook_dim: int) -> Quantizer:
-    """The quantizer of that name.
-
-    Raises:
-        UserError: there is none, or none of this size.
-    """
-    if name not in QUANTIZERS:
-        raise UserError(f"quantizer is {name!r}: it must be {', '.join(map(repr, QUANTIZERS))}")
-    return QUANTIZERS[name](codebook_size, codebook_dim)

@@ -14,12 +14,7 @@ CPU_TILE, GPU_TILE = (256, 32), (4096, 128)
 
 
 class VectorQuantizer(nn.Module):
-    """A learned codebook of unit vectors; a Quantizer. With `bypass` it returns unit latents and losses of zero.
-
-    Args:
-        codebook_size: number of codes.
-        codebook_dim: channels of a code.
-    """
+    """A learned codebook of unit vectors; a Quantizer. With `bypass` it returns unit latents and losses of zero."""
 
     def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
@@ -30,18 +25,16 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each latent: (..., dim) -> (...) int64.
 
-        On the unit sphere the nearest code is the one of largest inner product. Finding a maximum is much faster than
-        finding its place, so the first pass takes the maximum of every block of codes, and the second looks for its
-        place in the winning block alone. No more than a tile of the products exists at a time, so memory does not grow
-        with batch x codebook. TF32 is kept out: it would give a tenth of the shipped tokenizer's latents another code
-        (`benchmarks/precision.py`).
+        On the unit sphere that is the code of largest inner product. Finding a maximum is much faster than finding its
+        place: the first pass takes the maximum of every block of codes, the second looks for its place in the winning
+        block alone. Only a tile of the products exists at a time. TF32 is kept out: it would give a tenth of the
+        shipped tokenizer's latents another code (`benchmarks/precision.py`).
         """
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), exact_products():
             z = F.normalize(latents.float(), dim=-1).flatten(0, -2)
             codes = F.normalize(self.codebook.float(), dim=-1)
             rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
-            indices = [_nearest(some, codes, blocks) for some in z.split(rows)]
-            return torch.cat(indices).view(latents.shape[:-1])
+            return torch.cat([_nearest(some, codes, blocks) for some in z.split(rows)]).view(latents.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
         return F.normalize(F.embedding(indices, self.codebook), dim=-1)
