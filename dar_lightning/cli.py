@@ -11,7 +11,7 @@ from torch import distributed
 
 from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
-from dar_lightning.files import DISK, find_shipped
+from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
@@ -33,6 +33,8 @@ VERBS = {
 }
 
 POSITIONAL = {"sweep": "config", "report": "sweep"}  # verb -> the option that its first word is, where that has no name
+
+WRITTEN = ("output", "save_statistics")  # options that say where a verb writes to
 
 USAGE = """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
 
@@ -91,13 +93,20 @@ def run_function(verb: str, options: list[str]) -> None:
     """Call a verb's function with options from the command line and --config files."""
     from jsonargparse import ArgumentParser, auto_cli
 
+    class Parser(OneLineErrors, ArgumentParser):
+        def parse_args(self, *args, **kwargs):
+            given = super().parse_args(*args, **kwargs)
+            for name in WRITTEN:
+                check_local(given.get(name), name)
+            return given
+
     function = getattr(importlib.import_module(f"dar_lightning.commands.{verb}"), verb)
     round_convolutions_as_products()
-    parser_class = type("Parser", (OneLineErrors, ArgumentParser), {})
+    refuse_repeated_keys()
     if verb in POSITIONAL and options and not options[0].startswith("-"):
         options = [f"--{POSITIONAL[verb]}={options[0]}", *options[1:]]
     options = spell_out_flags(function, options)
-    auto_cli(function, args=options, as_positional=False, prog=f"dar {verb}", parser_class=parser_class)
+    auto_cli(function, args=options, as_positional=False, prog=f"dar {verb}", parser_class=Parser)
 
 
 def spell_out_flags(function: Callable, options: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Devices by name, dtypes, and torch's precision settings."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,3 +96,31 @@ def choose_device(name: str = "auto") -> torch.device:
     found = f"torch finds {there} {device.type} device(s) here"
     require((device.index or 0) < there, f"device: {name}, but {found}; use auto")
     return device
+
+
+LAUNCHERS = {  # variable with the number of processes that a launcher has started -> its name
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "WORLD_SIZE": "torchrun",
+}
+
+
+def check_started_processes(world_size: int, options: str) -> None:
+    """Refuse a run of `world_size` processes when a launcher has started more: each would be a run of its own.
+
+    Args:
+        world_size: processes of this run.
+        options: those that decide it, for the error line.
+
+    Raises:
+        UserError: srun (tasks of this step), mpirun or torchrun started another number of them.
+    """
+    for variable, launcher in LAUNCHERS.items():
+        started = os.environ.get(variable, "1")
+        if variable == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            continue
+        if started.isdecimal() and int(started) > 1 and int(started) != world_size:
+            raise UserError(
+                f"{options} make {world_size} process(es), {launcher} has started {started}: each would be a run of "
+                f"its own; let both say the same"
+            )

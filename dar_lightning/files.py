@@ -4,17 +4,21 @@ import errno
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from dar_lightning.errors import UserError, one_line, require
 
 # The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems say that have none
 SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and data/fruit64/
 TREES = ("experiments", "data/fruit64", "dar_lightning/shipped")
 
@@ -32,6 +36,16 @@ def users_path(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {reason}") from error
 
 
+def check_local(path: str | Path | None, option: str) -> None:
+    """Refuse a URL (`s3://...`) where something is written: a folder of that name would be made here.
+
+    Raises:
+        UserError: it is one; the line names `option`.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path takes one of the slashes
+        raise UserError(f"{option}: {path} is a URL; give a folder, into which the storage may be mounted")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to, then rename it: an atomic write, synced to the disk.
@@ -39,8 +53,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     An error, a kill or a power cut in between leaves what was there before. The folder is made if missing.
 
     Raises:
-        UserError: if the folder cannot be written, or the disk is full.
+        UserError: if the folder cannot be written, or the disk is full, or it is a URL.
     """
+    check_local(path, "cannot write")
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -89,17 +104,26 @@ def file_sha256(path: Path) -> str:
 def locked(folder: str | Path, option: str) -> Iterator[None]:
     """Make a folder and lock it against other processes, on this machine or another, until this one ends.
 
+    The lock is the operating system's (flock), which goes with its process, however that ends. NFS hands it to the
+    server: other machines see it, and it goes when the server gives up a dead one, after its lease (90 s as a rule).
+    Where the file system has no locks, a line says so, and it goes on.
+
     Raises:
         UserError: another process has locked it, or it cannot be written; the line names `option`.
     """
+    check_local(folder, option)
+    lock = None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = FileLock(Path(folder) / ".lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"{option}: another process is writing to {folder}; wait for it or choose another") from error
-    except OSError as error:
-        raise UserError(f"{option}: cannot write {folder} ({error.strerror})") from error
-    with lock:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise UserError(f"{option}: cannot write {folder} ({error.strerror})") from error
+        told = f"WARNING: {option}: the file system of {folder} has no locks; let no other process write there"
+        print(told, file=sys.stderr, flush=True)
+    with lock or nullcontext():
         yield
 
 
@@ -130,3 +154,58 @@ def read_json(path: Path) -> dict[str, Any]:
     kind = type(values).__name__
     require(isinstance(values, dict), f"{path} holds a {kind}: need an object of hyperparameters")
     return values
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """What a YAML text says; `name` is its file's, for error lines.
+
+    Raises:
+        UserError: a mapping has a key twice, of which YAML would drop the first.
+        yaml.YAMLError: it is no YAML.
+    """
+    check_keys(text, name)
+    return yaml.safe_load(text)
+
+
+def refuse_repeated_keys() -> None:
+    """Let jsonargparse refuse configs that have a key twice, in files and in options; once for a process."""
+    from jsonargparse import get_loader, set_loader  # not needed by workers, who import this module too
+
+    load = get_loader("yaml")
+    if load.__name__ == "load_checked":
+        return
+
+    def load_checked(text: str, path: str = "") -> Any:
+        if "\n" in text or "{" in text:
+            check_keys(text, str(path) or "a YAML text")
+        return load(text)
+
+    set_loader("yaml", load_checked, (yaml.YAMLError,))
+
+
+def check_keys(text: str, name: str) -> None:
+    """Refuse a YAML text with a key twice in one mapping: a UserError says which, and where. Other flaws are no error.
+
+    Merge keys (`<<`) may be overridden, which is what they are for.
+    """
+    try:
+        nodes = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    except yaml.YAMLError:  # whoever loads it says so
+        return
+    seen = set()  # an alias is the node that it stands for
+    while nodes:
+        if (node := nodes.pop()) is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                nodes.append(value)
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in lines:
+                    places = f"in line {lines[key.value]} and in line {key.start_mark.line + 1}"
+                    raise UserError(f"{name}: {key.value!r} is there twice, {places}; put the two together")
+                lines[key.value] = key.start_mark.line + 1

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import yaml
 
 from dar_lightning.errors import UserError, one_line
+from dar_lightning.files import load_yaml
 from dar_lightning.formats.checkpoint import Weights, pick_weights, read_checkpoint
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.weights import load_official_ar, load_official_tokenizer
@@ -48,7 +49,7 @@ def convert(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(values, dict):

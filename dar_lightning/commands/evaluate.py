@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.data.classes import labels_by_name
 from dar_lightning.devices import choose_device
 from dar_lightning.errors import UserError
 from dar_lightning.files import read_json
@@ -61,7 +62,8 @@ def evaluate(
         lpips: with paired, adds LPIPS: a file of torchvision's VGG16 (data/convert_vgg16.py), or "download".
         full: adds KID, precision and recall, and for inception the Inception Score. Needs torch-fidelity.
         probe_train: labelled real images (npz or shards). A linear probe is trained on their features; its accuracy on
-            the samples, and on the reference if that has labels, is added.
+            the samples, and on the reference if that has labels, is added. Classes are matched by name; by number where
+            a set has no names, which the protocol says.
         image_size: give encoded images ADM's centre crop to this size; without it they are taken as they are.
         num_samples: number of images that a pipeline draws; as many as the reference has when left out. Of other
             samples, the number that there must be.
@@ -155,9 +157,11 @@ def evaluate(
         methods |= facts
     if train_set is not None:
         train = reduced(train_set, "--probe_train", size=fake.size)
-        metrics |= _probe_accuracies(train, fake, real)
+        sets = {"samples": (sample_set, fake), "reference": (reference_set, real)}
+        found, matched = _probe_accuracies(train, train_set.classes, sets)
+        metrics |= found
         train_facts = train_set.protocol | {"n": train.statistics.count, "sha256": train.sha256}
-        methods["probe"] = {"train": train_facts, "classifier": CLASSIFIER}
+        methods["probe"] = {"train": train_facts, "classifier": CLASSIFIER, "classes_matched_by": matched}
     if paired:
         two = zip(sample_set.batches(batch_size), with_progress(reference_set, batch_size, "pairs"), strict=True)
         pairs = ((one.to(place), other.to(place)) for (one, _), (other, _) in two)
@@ -179,16 +183,23 @@ def evaluate(
     return result
 
 
-def _probe_accuracies(train: Measured, samples: Measured, reference: Measured) -> dict[str, float]:
+def _probe_accuracies(
+    train: Measured, names: tuple[str, ...], sets: dict[str, tuple[ImageSet, Measured]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Accuracies of the probe on sets of images, and whether their classes are its own by name or by number."""
+    labels, accuracies, matched = {}, {}, {}
+    for name, (images, measured) in sets.items():
+        if measured.labels is not None:
+            matched[name] = "name" if names and images.classes else "number"
+            labels[name] = labels_by_name(
+                measured.labels, images.classes, names, option=f"--{name}", other="--probe_train"
+            )
     probe = LinearProbe(train.features, train.labels)
-    accuracies = {}
-    for name, measured in (("samples", samples), ("reference", reference)):
-        if measured.labels is None:
-            continue
-        if not 0 <= int(measured.labels.min()) <= int(measured.labels.max()) < probe.num_classes:
+    for name, numbers in labels.items():
+        if not 0 <= int(numbers.min()) <= int(numbers.max()) < probe.num_classes:
             raise UserError(f"--{name}: has labels outside the classes of --probe_train, 0 to {probe.num_classes - 1}")
-        accuracies[f"probe_accuracy_{name}"] = probe.accuracy(measured.features, measured.labels)
-    return accuracies
+        accuracies[f"probe_accuracy_{name}"] = probe.accuracy(sets[name][1].features, numbers)
+    return accuracies, matched
 
 
 def _check_output(option: str, output: str, inputs: dict[str, str]) -> None:

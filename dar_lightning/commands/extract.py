@@ -13,7 +13,7 @@ from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_a
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
-from dar_lightning.devices import dtype_name
+from dar_lightning.devices import check_started_processes, dtype_name
 from dar_lightning.errors import UserError, check_range
 from dar_lightning.files import locked, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -112,6 +112,7 @@ def extract(
         )
     except MisconfigurationException as error:
         raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
+    check_started_processes(trainer.world_size, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
             module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers)

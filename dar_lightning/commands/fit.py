@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
@@ -18,14 +19,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
-from dar_lightning.devices import round_convolutions_as_products
+from dar_lightning.devices import check_started_processes, round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
+from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks import AnnouncedOptions, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+from dar_lightning.training.tokenizer import TokenizerModule
+
+LOGGER = "dar_lightning.training.loggers.TensorBoard"
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -46,6 +51,12 @@ class TrainerCLI(LightningCLI):
     """
 
     def __init__(self, argv: Sequence[str]):
+        self.resolved: list[tuple[Namespace, str, Any]] = []  # where before_instantiate_classes put a folder: was
+        with ExitStack() as self.held:  # the run's locks
+            self._run(argv)
+
+    def _run(self, argv: Sequence[str]) -> None:
+        refuse_repeated_keys()
         try:
             super().__init__(
                 args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
@@ -56,7 +67,7 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={"prog": "dar"},
                 save_config_callback=ConfigText,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [StopOnSignal(), Provenance()]},  # whatever callbacks a config has
+                trainer_defaults={"callbacks": [StopOnSignal(), Provenance(), AnnouncedOptions()]},  # beside a config's
             )
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
@@ -84,6 +95,8 @@ class TrainerCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        for place, name, given in self.resolved:  # the config that is kept says what was asked for, see below
+            place[name] = given
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -101,6 +114,7 @@ class TrainerCLI(LightningCLI):
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
+        check_started_processes(trainer.world_size, "trainer.devices and trainer.num_nodes")
         trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
         if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
@@ -113,14 +127,28 @@ class TrainerCLI(LightningCLI):
         """A checkpoint's hyperparameters never override what config and command line say."""
 
     def before_fit(self) -> None:
-        """Wrong data is found before the run writes its first file."""
+        """Wrong data is found before the run writes its first file, and so is another run in its folder."""
         data = self.datamodule
         if isinstance(data, StreamDataModule):
             for split in ("train", "val") if data.val is not None else ("train",):
                 data.index(split)
+            data.check_classes()
         self.global_batch.derive(self.trainer, data)
         if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
             self.model.check_data(data)
+        if isinstance(self.model, TokenizerModule):
+            self.model.check_data(data)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            for folder in self._written():
+                self.held.enter_context(locked(folder, "trainer.default_root_dir"))
+
+    def _written(self) -> list[Path]:
+        """The folders that a run writes to: its root, and those of checkpoints and logs elsewhere."""
+        savers = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        places = [saver.dirpath for saver in savers] + [logger.save_dir for logger in self.trainer.loggers]
+        folders = [Path(place).absolute() for place in places if place is not None and "://" not in str(place)]
+        root = self.root.absolute()
+        return sorted({root if folder.is_relative_to(root) else folder for folder in folders})
 
     def _before_evaluation(self) -> None:
         """Random weights have no score: without its checkpoint, only training goes on."""
@@ -134,15 +162,37 @@ class TrainerCLI(LightningCLI):
     before_validate = before_test = before_predict = _before_evaluation
 
     def before_instantiate_classes(self) -> None:
-        """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
+        """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place.
+
+        The config that a run keeps does not name these places: with another default_root_dir it is another run's.
+        """
         config = self.config[self.config.subcommand]
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
-        trainer, root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
+        trainer, self.root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
+        check_local(trainer.default_root_dir, "trainer.default_root_dir")
+        others = self._root_of_another_run(trainer.logger)
         callbacks = trainer.callbacks or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-            if issubclass(resolve_name(callback.class_path), ModelCheckpoint) and callback.init_args.dirpath is None:
-                callback.init_args.dirpath = str(root / "checkpoints")
-        if trainer.logger in (None, True):
-            arguments = Namespace(save_dir=str(root), name="", version="logs")
-            trainer.logger = Namespace(class_path="dar_lightning.training.loggers.TensorBoard", init_args=arguments)
+            if issubclass(resolve_name(callback.class_path), ModelCheckpoint):
+                given = callback.init_args.dirpath
+                check_local(given, "trainer.callbacks.dirpath")
+                if given is None or (others is not None and Path(given) == others / "checkpoints"):
+                    self._resolve(callback.init_args, "dirpath", str(self.root / "checkpoints"))
+        if trainer.logger in (None, True) or others is not None:
+            arguments = Namespace(save_dir=str(self.root), name="", version="logs")
+            self._resolve(trainer, "logger", Namespace(class_path=LOGGER, init_args=arguments))
+
+    def _root_of_another_run(self, logger: Any) -> Path | None:
+        """The folder that earlier versions wrote into a run's own config, if it is not this run's."""
+        if not isinstance(logger, Namespace) or logger.class_path != LOGGER:
+            return None
+        given = logger.init_args
+        root = Path(given.save_dir)
+        ours = (given.get("name"), given.get("version")) == ("", "logs") and root != self.root
+        return root if ours else None
+
+    def _resolve(self, place: Namespace, name: str, value: Any) -> None:
+        """Put a value there until the classes are made."""
+        self.resolved.append((place, name, None if isinstance(place[name], (str, Namespace)) else place[name]))
+        place[name] = value

@@ -20,7 +20,7 @@ from dar_lightning.generation.grids import blend, image_grid, mosaic, save_anima
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import write_drawn
+from dar_lightning.records.drawn import NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
 
 ANIMATED = 16  # images in the animation, at most
@@ -167,6 +167,7 @@ def sample(
     given |= {"prefix": ",".join(map(str, lengths)) if keeps else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}
+    record[NAMES] = list(pipe.classes)
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     write_drawn(folder / "samples.npz", record, digest)

@@ -1,12 +1,20 @@
 """`dar shard`: convert image folders, ImageNet archives and Hugging Face data sets to WebDataset shards."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from dar_lightning.data.prepare.hf_dataset import hf_dataset, is_saved
 from dar_lightning.data.prepare.ilsvrc import VAL_NAME, first_names, train_archive, val_archive
 from dar_lightning.data.prepare.packing import SKIPPED, make_shards
-from dar_lightning.data.prepare.sources import Source, choose_classes, image_folder, shards, with_safe_keys
+from dar_lightning.data.prepare.sources import (
+    Source,
+    check_classes,
+    choose_classes,
+    image_folder,
+    shards,
+    with_safe_keys,
+)
 from dar_lightning.data.remote import is_remote
 from dar_lightning.errors import UserError, check_range
 from dar_lightning.files import find_shipped
@@ -66,13 +74,17 @@ def shard(
     source = open_source(input, labels, split)
     if classes is not None:
         source = choose_classes(source, classes)
+    elif source.samples:
+        check_classes(source)
     source = replace(source, samples=with_safe_keys(source.samples))
-    total = len(source.samples)
+    total, label_of = len(source.samples), {sample.name: sample.label for sample in source.samples}
     if not total:
         raise UserError(f"input: {input} holds no images")
     print(f"{input}: {source.kind}, {total} images of {len(source.classes) or 'unnamed'} classes")
     if source.ignored:
         print(f"{len(source.ignored)} files are not named like images and left out: {source.ignored[0]!a}, ...")
+    if source.hidden:
+        print(f"{len(source.hidden)} hidden or system files and folders are left out: {source.hidden[0]!a}, ...")
     options = {"size": size, "quality": None if size is None else quality, "max_per_shard": max_per_shard}
     options |= {"val_fraction": val_fraction, "seed": seed}
     made = make_shards(source, Path(output), options, workers, max_bad_share)
@@ -81,6 +93,11 @@ def shard(
     print(f"{output}: {total - len(skipped)} images in {len(made)} shards, {size_in_mb:.1f} MB")
     for each in skipped[:SHOWN]:
         print(f"  skipped {each['shard']}/{each['key']}: {each['reason']}")
+    good = Counter(sample.label for sample in source.samples)
+    good.subtract(label_of[each["name"]] for each in skipped)
+    for label, name in enumerate(source.classes):
+        if not good[label] and label in good:
+            print(f"WARNING: none of the images of class {name} can be used")
     if skipped:
         print(f"{len(skipped)} of {total} images skipped; {SKIPPED} beside the index names all")
 

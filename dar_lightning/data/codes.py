@@ -1,5 +1,8 @@
 """CodesDataModule: batches of cached tokens to train the AR model on."""
 
+from typing import Any
+
+from dar_lightning.data.classes import check_same_classes
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.data.token_dataset import CodesDataset, CodesIndex
 from dar_lightning.errors import UserError
@@ -47,7 +50,7 @@ class CodesDataModule(StreamDataModule):
         return CodesDataset(self.index(split), self.seed, random_crop=split == "train")
 
     def setup(self, stage: str) -> None:
-        """Check that all tokens are of one tokenizer, and of the one that was named."""
+        """Check that all tokens are of one tokenizer, the one that was named, and of the same classes."""
         super().setup(stage)
         hashes = {f"data.{split}": self.index(split).tokenizer for split in self.splits}
         if self.tokenizer is not None:
@@ -60,6 +63,16 @@ class CodesDataModule(StreamDataModule):
                     f"{name} holds tokens of tokenizer {found[:12]}, {first} is of {wanted[:12]}; "
                     "run `dar extract` with the one that you mean"
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"classes": list(self.classes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint, or score it; a UserError if its labels meant other classes."""
+        split = self.splits[0]
+        named = {"the checkpoint": state_dict.get("classes", ()), f"data.{split}": self.classes}
+        check_same_classes(named, "give data of the classes that it was trained on")
+        super().load_state_dict(state_dict)
 
     @property
     def tokenizer_sha256(self) -> str:

@@ -2,11 +2,24 @@
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow's names; the MPO of phones is opened as JPEG
+# Pillow's names of what it reads by itself and knows by its first bytes. EPS starts Ghostscript: never.
+# The MPO of phones is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "PSD", "QOI", "SGI")
+ORIENTATION = 0x0112  # the EXIF tag: how to turn what is stored so that it stands upright
+TURNS = {  # its value -> Pillow's turn
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 178_956_970  # as in Pillow: 0.5 GB of RGB
 
 
@@ -14,8 +27,22 @@ class BadSample(Exception):
     """A sample that cannot be used; the message is the reason, in a few words. Loaders skip, count and name it."""
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """File name extensions of these formats: `.jpg`, `.jfif`, `.avif`, ..., in lower case."""
+    known = {*formats(), "MPO"}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
 def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
-    """The RGB image of an encoded file, as it is stored: orientation tags are ignored, transparency is dropped.
+    """The RGB image of an encoded file, as people see it: upright by its EXIF orientation, transparency on white.
 
     Of an animation, the first frame; of 16 bits, the upper 8. The format is told by the content, not by a name.
 
@@ -35,12 +62,16 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
         image.load()
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # convert() would clip
+        turn = TURNS.get(_orientation(image))
+        is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if is_16_bits:  # convert() would clip
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise BadSample("pixels of 32 bits")  # nobody knows which value is white
-        image.info.pop("transparency", None)  # not wanted, and convert() warns of a palette's
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.has_transparency_data:
+            image = _on_white(image)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
     except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -51,8 +82,27 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         raise BadSample(f"damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
+def _orientation(image: Image.Image) -> int | None:
+    """The tag's value. Pillow turns a TIFF by itself, and drops the tag."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return image.getexif().get(ORIENTATION)
+        except Exception:  # damaged metadata do not make a damaged image
+            return None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    try:
+        image = image.convert("RGBA")  # of a palette or one transparent colour, too
+    except (ValueError, TypeError, OverflowError):  # a colour that is none of the image's
+        image.info.pop("transparency", None)
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
 def open_image(content: bytes) -> Image.Image:
     """What the header of an encoded file says: format, size, mode. Raises many kinds if it is none of FORMATS."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=formats())

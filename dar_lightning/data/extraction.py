@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dar_lightning.data import transforms, workers
 from dar_lightning.data.bad_samples import Bad, Skipped, check_share
+from dar_lightning.data.classes import check_same_classes
 from dar_lightning.data.loader import Loader
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
@@ -61,6 +62,8 @@ class TokenCache:
             found = CodesIndex.load(self.root, "output", complete=False)
             if [shard.name for shard in found.shards] != [path.name for path in self.paths]:
                 raise UserError(f"output: {self.root} holds tokens of other shards; choose another folder or delete it")
+            named = {"shards": self.index.classes, "output": found.classes}
+            check_same_classes(named, "choose another folder or delete this one")
         headers = {number: read_header(path) for number, path in enumerate(self.paths) if path.exists()}
         for number, header in headers.items():
             there = self.unsaid | header["made_by"]

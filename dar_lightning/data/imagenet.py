@@ -1,6 +1,5 @@
 """ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
 
-from itertools import zip_longest
 from typing import get_args
 
 import numpy as np
@@ -148,19 +147,6 @@ class ImageNetDataModule(StreamDataModule):
         return ShardDataset(
             reader, numbers, labels, count, self.image_size, crop, flip, self.seed, replace=training, skipped=skipped
         )
-
-    def setup(self, stage: str) -> None:
-        """Check that training and validation shards number their classes alike; a UserError if they do not."""
-        super().setup(stage)
-        if stage != "fit" or len(self.splits) < 2:
-            return
-        train, val = (self.index(split).classes for split in self.splits)
-        for place, (mine, theirs) in enumerate(zip_longest(val, train, fillvalue="missing") if train and val else ()):
-            if mine != theirs:
-                raise UserError(
-                    f"data.val: its class {place} is {mine}, in data.train that is {theirs}; make both with the "
-                    "same classes (dar shard --classes)"
-                )
 
     def teardown(self, stage: str) -> None:
         """Called by the Trainer at the end, on all ranks: what they have met since they last compared counts, too."""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dar_lightning.data import workers
 from dar_lightning.data.bad_samples import Bad, Skipped
+from dar_lightning.data.classes import check_same_classes
 from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
 from dar_lightning.errors import UserError
 
@@ -160,7 +161,12 @@ class StreamDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Called by the Trainer at the start of everything that it does: training begins anew, or is restored."""
         if stage == "fit":
+            self.check_classes()
             self._loader = None
+
+    def check_classes(self) -> None:
+        """Check that training and validation number their classes alike; a UserError if they do not."""
+        check_same_classes({f"data.{split}": self.index(split).classes for split in self.splits})
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches, endless in principle; see `TrainLoader`."""

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, read_json, write_text
+from dar_lightning.files import atomic_path, check_local, read_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
-from dar_lightning.records.drawn import write_drawn
+from dar_lightning.records.drawn import NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
 
 FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that has moved, or that now says more
@@ -39,6 +39,7 @@ class SampleWriter(BasePredictionWriter):
 
     def __init__(self, output: str) -> None:
         super().__init__(write_interval="batch")
+        check_local(output, "output")
         self.path = Path(output)
         if self.path.suffix != ".npz":
             raise UserError(f"output is {output}: give the name of an .npz file")
@@ -150,7 +151,8 @@ class SampleWriter(BasePredictionWriter):
             pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
             digest = write_npz(self.path, pieces, self.shape, self.data.labels.numpy())
             runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob("drawn_by-*.json"))]
-            write_drawn(self.path, self.settings | {"provenance": runs}, digest)
+            about = {NAMES: list(pl_module.pipeline.classes), "provenance": runs}
+            write_drawn(self.path, self.settings | about, digest)
         if self.parts.is_dir():
             shutil.rmtree(self.parts)
         print(f"{self.path}: {self.data.count} images; how they were drawn is in {self.protocol_path.name}")

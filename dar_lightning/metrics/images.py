@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dar_lightning.ar import gumbel
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.image_dataset import decode, describe, read_label
+from dar_lightning.data.image_files import list_images
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
@@ -27,8 +28,7 @@ from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.npz import UNREADABLE
 from dar_lightning.generation.pipeline import DARPipeline
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from dar_lightning.records.drawn import NAMES, read_drawn
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
 
@@ -38,6 +38,7 @@ class ImageSet(Protocol):
 
     protocol: dict[str, Any]  # what is needed to measure the same images again, for JSON
     labelled: bool  # whether batches have labels
+    classes: tuple[str, ...]  # names in the order of the labels; empty where nobody knows them
 
     def __len__(self) -> int: ...
 
@@ -54,7 +55,10 @@ def with_progress(images: ImageSet, batch_size: int, title: str) -> Iterator[Bat
 
 
 class NpzImages:
-    """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,). Decompressed as it is read."""
+    """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,). Decompressed as it is read.
+
+    The record beside it, of a drawing, names the classes.
+    """
 
     def __init__(self, path: Path, option: str) -> None:
         self.path, self.name = path, f"{option}: arr_0 of {path}"
@@ -76,6 +80,7 @@ class NpzImages:
                 raise UserError(f"{option}: labels of {path} must be {len(self)} integers, are {found}")
             self.labels = torch.from_numpy(labels.astype(np.int64))
         self.protocol = {"npz": str(path)}
+        self.classes = tuple((read_drawn(path) or {}).get(NAMES, ()))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -104,6 +109,7 @@ class _EncodedImages:
     """Images that are decoded one by one, and cropped if a size is given."""
 
     labelled = False
+    classes: tuple[str, ...] = ()
 
     def __init__(self, source: str, kind: str, option: str, image_size: int | None) -> None:
         self.option, self.image_size = option, image_size
@@ -127,7 +133,10 @@ class FolderImages(_EncodedImages):
 
     def __init__(self, path: Path, option: str, image_size: int | None) -> None:
         super().__init__(str(path), "folder", option, image_size)
-        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = list_images(path)
+        self.files = sorted(found.images)
+        if left_out := found.others + found.hidden:
+            print(f"{option}: {len(left_out)} files and folders of {path} are no images: {left_out[0].name!a}, ...")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -144,7 +153,8 @@ class ShardImages(_EncodedImages):
 
     def __init__(self, source: str, option: str, image_size: int | None, labels: bool = True) -> None:
         super().__init__(source, "shards", option, image_size)
-        self.reader = ShardReader(ShardIndex.load(source, option))
+        index = ShardIndex.load(source, option)
+        self.reader, self.classes = ShardReader(index), index.classes
         with self._naming(0):
             self.labelled = labels and "cls" in self.reader[0][2]
 
@@ -183,6 +193,7 @@ class DrawnImages:
         **options: Any,
     ) -> None:
         self.pipeline, self.count, self.seed, self.rows = pipeline, count, seed, rows
+        self.classes = pipeline.classes
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         # What `generate` does without these is said in the protocol, too.
         self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options

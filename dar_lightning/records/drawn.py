@@ -8,6 +8,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.files import write_text
 
 PIXELS = "pixels_sha256"  # the field by which a record knows its images
+NAMES = "class_names"  # the field with the names of all classes, in the order of the labels
 
 
 def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
@@ -34,5 +35,5 @@ def drawn_facts(npz: Path, option: str, sha256: str) -> dict[str, Any]:
             f"{option}: {npz.with_suffix('.json')} tells of other images ({record[PIXELS][:12]}) than {npz} holds "
             f"({sha256[:12]}); delete or rename it, or draw again"
         )
-    facts = {name: value for name, value in record.items() if name not in (PIXELS, "n", "image_size")}
+    facts = {name: value for name, value in record.items() if name not in (PIXELS, "n", "image_size", NAMES)}
     return {"steps": facts.pop("num_steps", None)} | facts

@@ -15,7 +15,7 @@ import yaml
 
 from dar_lightning.data.shards import INDEX
 from dar_lightning.errors import UserError
-from dar_lightning.files import file_sha256, find_shipped
+from dar_lightning.files import file_sha256, find_shipped, load_yaml
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
 OUTPUTS = {
@@ -224,12 +224,12 @@ def _text(value: Any) -> str:
 def _config_text(path: str) -> str:
     """What a config file says, as JSON; comments and layout do not count."""
     try:
-        return _yaml_as_json(Path(find_shipped(path)).read_text(encoding="utf-8"))
+        return _yaml_as_json(Path(find_shipped(path)).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is no YAML"
         raise UserError(f"stages: config {path} cannot be read: {reason}") from error
 
 
 @cache  # all cells have the same few files
-def _yaml_as_json(text: str) -> str:
-    return json.dumps(yaml.safe_load(text), default=str)
+def _yaml_as_json(text: str, name: str) -> str:
+    return json.dumps(load_yaml(text, name), default=str)

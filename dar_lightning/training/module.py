@@ -9,12 +9,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import build_config
 from dar_lightning.training.batch_plan import TrainingPlan
 from dar_lightning.training.log_step import is_log_step
-from dar_lightning.training.optim import OptimizerConfig, configure_adamw
+from dar_lightning.training.optim import OptimizerConfig, configure_adamw, use_options
 
 
 class TrainingModule(LightningModule):
@@ -36,6 +37,16 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         plan = TrainingPlan.of(self.trainer)
         return configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
+
+    def on_train_start(self) -> None:
+        """Train with the optimizer's options of this run, not with the checkpoint's, and say which were others."""
+        schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
+        if not (len(schedules) == 1 and isinstance(schedules[0], LambdaLR)):  # a subclass has others
+            return
+        changed = use_options(self.trainer.optimizers[0], schedules[0], self.optimizer)
+        for name, (was, now) in changed.items():
+            step = f"from step {self.trainer.global_step:,} on"
+            rank_zero_info(f"optimizer.{name} was {was} in the checkpoint and is {now} {step}")
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)

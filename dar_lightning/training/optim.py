@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dar_lightning.errors import UserError
 
@@ -75,5 +76,29 @@ def configure_adamw(
     # A fused AdamW could unscale float16 gradients itself, and Lightning then refuses to clip them in any mixed
     # precision. Without the claim they are unscaled before the clipping, which is what clipping needs.
     optimizer._step_supports_amp_scaling = False
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, max_steps))
+    schedule = LambdaLR(optimizer, lambda step: config.factor(step, max_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def use_options(optimizer: torch.optim.Optimizer, schedule: LambdaLR, config: OptimizerConfig) -> dict[str, tuple]:
+    """Give what `configure_adamw` made, after a checkpoint was restored into it, the options of this run.
+
+    A checkpoint brings its own peak learning rate, betas and weight decay along, beside AdamW's moments. Where nothing
+    differs, nothing is touched: a resumed run has the bits of an unbroken one.
+
+    Returns:
+        Name of each option that differed -> (value in the checkpoint, value now).
+    """
+    changed = {}
+    for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        for name, value in (("betas", tuple(config.betas)), ("weight_decay", decay)):
+            was = tuple(group[name]) if name == "betas" else group[name]
+            if was != value:
+                changed[name], group[name] = (was, value), value
+    if (was := schedule.base_lrs) != (now := [config.lr] * len(was)):
+        changed["lr"], schedule.base_lrs = (was[0], config.lr), now
+        for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = config.lr
+            group["lr"] = config.lr * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return changed

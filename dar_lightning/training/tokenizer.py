@@ -1,6 +1,6 @@
 """TokenizerModule: training of the sequential diffusion tokenizer."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
 from dar_lightning.layers import compile_blocks
@@ -99,8 +100,33 @@ class TokenizerModule(TrainingModule):
             self.tokenizer.encoder.eval()  # in training mode latent_norm would go on counting
         return self
 
+    def check_data(self, data: Any) -> None:
+        """Refuse images of another size than the model's, before the first is read where the data says it."""
+        if isinstance(data, ImageNetDataModule) and data.image_size != (mine := self.tokenizer.config.image_size):
+            raise UserError(f"data.image_size is {data.image_size}, config.image_size {mine}: give both the same")
+
+    def setup(self, stage: str) -> None:
+        self.check_data(getattr(self.trainer, "datamodule", None))
+
+    def read_images(self, pixels: Tensor, batch_idx: int) -> Tensor:
+        """A batch's pixels as the model takes them: 0 to 255, (B, 3, S, S) -> float32 in [-1, 1].
+
+        Raises:
+            UserError: they are of another size or range; the range of floats is looked at in batch 0 only.
+        """
+        size = self.tokenizer.config.image_size
+        if tuple(pixels.shape[1:]) != (3, size, size):
+            shape = f"(B, 3, {size}, {size}), as config.image_size is {size}"
+            raise UserError(f"data: a batch's image is {tuple(pixels.shape)}: need {shape}")
+        if pixels.dtype != torch.uint8 and batch_idx == 0:
+            least, most = float(pixels.min()), float(pixels.max())
+            if least < 0 or most <= 1:
+                found = f"{str(pixels.dtype).removeprefix('torch.')} from {least:.3g} to {most:.3g}"
+                raise UserError(f"data: a batch's image is {found}: give uint8, or floats from 0 to 255")
+        return to_float(pixels)
+
     def training_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        images = to_float(batch["image"])
+        images = self.read_images(batch["image"], batch_idx)
         losses = self.tokenizer.training_losses(images, torch.rand(len(images), device=images.device))
         loss, parts = self.total_loss(losses, images, share_of_tokens(losses["read"]))
         parts = {name: part.detach() for name, part in parts.items()}  # callbacks may keep them, not a step's graph
@@ -160,7 +186,7 @@ class TokenizerModule(TrainingModule):
 
     def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
         """Log means; returns the valid images with their times, noise and losses, None of padding alone."""
-        images, (kept, count) = to_float(batch["image"]), counted_rows(batch["valid"])
+        images, (kept, count) = self.read_images(batch["image"], batch_idx), counted_rows(batch["valid"])
         generator = torch.Generator().manual_seed(batch_idx)
         u = self.tokenizer.schedule.stratified_times(len(images), generator).to(images.device)
         noise = torch.randn(images.shape, generator=generator).to(images)

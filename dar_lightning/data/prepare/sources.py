@@ -6,7 +6,7 @@ An image in a folder, in a tar or in a tar inside a tar is the same thing: a spa
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from dar_lightning.data import tar
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import read_label
+from dar_lightning.data.image_files import is_hidden, list_images
 from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex
 from dar_lightning.errors import UserError
 from dar_lightning.files import users_path
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_KEY = 80  # a tar header has room for 100 bytes, extension included; longer names take a header of their own
 Span = tuple[str, tuple[tuple[str, int, int], ...]]  # file, ((extension, offset, size), ...): the image comes first
 
@@ -57,23 +57,31 @@ class Source:
     samples: list[Sample]
     read: Callable[[Any], tuple[bytes, dict[str, bytes]]] = read_span  # of a sample's place; runs in other processes
     ignored: tuple[str, ...] = ()  # files that are not named like images
+    hidden: tuple[str, ...] = ()  # hidden and system files and folders, which are left out
 
 
 def image_folder(path: Path) -> Source:
-    """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels."""
+    """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels.
+
+    Hidden and system folders (`__MACOSX`, ...) are no classes. One that has no images stays one: see `check_classes`.
+    """
     with users_path("input"):
-        folders = sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+        there = sorted(each.name for each in path.iterdir() if each.is_dir())
+    folders = [name for name in there if not is_hidden(name)]
     if not folders:
         raise UserError(f"input: {path} holds neither folders of images (one per class) nor .tar files")
-    if set(folders) <= SPLIT_NAMES:
-        raise UserError(f"input: {path} holds {', '.join(folders)}, which are no classes; give one of these folders")
+    splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+    # one among others may be a class: there are trains on photos, but hardly trains and tests
+    if len(splits) > 1 or len(splits) == len(folders):
+        raise UserError(f"input: {path} holds {', '.join(splits)}, which are no classes; give one of these folders")
     samples, ignored = [], []
+    hidden = [name for name in there if is_hidden(name)]
     for label, name in enumerate(folders):
-        for file in _files(path / name):
+        files = list_images(path / name)
+        ignored += [file.relative_to(path).as_posix() for file in files.others]
+        hidden += [file.relative_to(path).as_posix() for file in files.hidden]
+        for file in files.images:
             relative = file.relative_to(path)
-            if file.suffix.lower() not in IMAGE_SUFFIXES:
-                ignored.append(relative.as_posix())
-                continue
             # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
             key = file.stem if file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
             try:
@@ -82,18 +90,22 @@ def image_folder(path: Path) -> Source:
             except OSError as error:  # a link to nowhere
                 size, flaw = 0, f"cannot be read: {error.strerror}"
             samples.append(Sample(key, relative.as_posix(), label, size, (str(file), (("", 0, size),)), flaw))
-    return Source("image folder", tuple(folders), samples, ignored=tuple(ignored))
+    return Source("image folder", tuple(folders), samples, ignored=tuple(ignored), hidden=tuple(hidden))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files that are not hidden, sorted; a folder that links lead to several times is read once."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        names = [] if real in seen else sorted(name for name in names if not name.startswith("."))
-        seen.add(real)
-        yield from (Path(parent, name) for name in names)
+def check_classes(source: Source) -> None:
+    """Refuse a source with a class that has no images, which labels would count all the same."""
+    used = {sample.label for sample in source.samples}
+    empty = [name for label, name in enumerate(source.classes) if label not in used]
+    if source.kind != "image folder" or not empty:
+        return
+    others = [name for name in source.ignored if name.startswith(f"{empty[0]}/")]
+    holds = f"only files such as {others[0]!a}" if others else "nothing"
+    more = f" ({len(empty)} such folders)" if len(empty) > 1 else ""
+    raise UserError(
+        f"input: {empty[0]} holds no images, {holds}{more}; remove it, convert its files, or name the classes that "
+        "you want with classes"
+    )
 
 
 def shards(path: str) -> Source:

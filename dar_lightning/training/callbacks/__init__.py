@@ -1,5 +1,6 @@
 """Callbacks: checkpoints, EMA, signals, monitors, FID in validation, pictures."""
 
+from dar_lightning.training.callbacks.announced import AnnouncedOptions
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_warmup import CodebookWarmup
 from dar_lightning.training.callbacks.ema import EMA
@@ -21,6 +22,7 @@ from dar_lightning.training.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "AnnouncedOptions",
     "CodebookMonitor",
     "CodebookWarmup",
     "GenerationFID",

@@ -1,0 +1,50 @@
+"""Image files below a folder: which count, and which are left out (hidden and system folders, other formats)."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dar_lightning.data.decode import image_suffixes
+
+# What operating systems and network drives put beside people's files, in lower case.
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "#recycle"}
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+
+
+class ImageFiles(NamedTuple):
+    """What lies below a folder, in the order of the paths."""
+
+    images: list[Path]
+    others: list[Path]  # files that are not named like images
+    hidden: list[Path]  # hidden and system files and folders; what lies in such a folder is not listed
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or the operating system's."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
+
+
+def list_images(folder: Path) -> ImageFiles:
+    """The image files anywhere below a folder; one that links lead to several times is read once."""
+    found = ImageFiles([], [], [])
+    for path, is_folder in _walk(folder):
+        if is_hidden(path.name):
+            found.hidden.append(path)
+        elif not is_folder:
+            (found.images if path.suffix.lower() in image_suffixes() else found.others).append(path)
+    return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Paths below a folder, sorted in each, files before folders; and whether they are folders."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from ((Path(parent, name), False) for name in sorted(names))
+        yield from ((Path(parent, name), True) for name in sorted(folders))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
