@@ -119,6 +119,8 @@ def check_started_processes(world_size: int, options: str) -> None:
         started = os.environ.get(variable, "1")
         if variable == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" not in os.environ:
             continue
+        if launcher == "srun" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a terminal is one
+            continue
         if started.isdecimal() and int(started) > 1 and int(started) != world_size:
             raise UserError(
                 f"{options} make {world_size} process(es), {launcher} has started {started}: each would be a run of "

@@ -161,6 +161,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "mpirun"),
         ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 1, "torchrun"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, 2, None),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NAME": "bash"}, 1, None),  # srun --pty
         ({"SLURM_NTASKS": "2"}, 1, None),  # a script of sbatch has this one, without srun
         ({"WORLD_SIZE": "2"}, 1, None),
     ],
