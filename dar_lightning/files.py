@@ -157,11 +157,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """What a YAML text says; `name` is its file's, for error lines.
+    """What a YAML text says; `name` is its file's, for error lines. What is no YAML raises PyYAML's error.
 
     Raises:
         UserError: a mapping has a key twice, of which YAML would drop the first.
-        yaml.YAMLError: it is no YAML.
     """
     check_keys(text, name)
     return yaml.safe_load(text)
