@@ -22,6 +22,7 @@ from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
@@ -134,8 +135,13 @@ class TrainerCLI(LightningCLI):
     before_validate = before_test = before_predict = _before_evaluation
 
     def before_instantiate_classes(self) -> None:
-        """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place."""
+        """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place.
+
+        A quantizer of the user's own is imported: this config is theirs, and names classes anyway.
+        """
         config = self.config[self.config.subcommand]
+        if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):
+            import_quantizer(quantizer)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
         trainer, root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
