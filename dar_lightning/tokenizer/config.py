@@ -56,8 +56,9 @@ class TokenizerConfig:
             learn "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
-        quantizer: "vq" (the paper), "fsq", "lfq", "bsq", "ibq" or "simvq" (tokenizer.quantizers), or the class path of your
-            own, registered by `register_quantizer`. For "lfq" and "bsq", codebook_size is 2 to the power of codebook_dim.
+        quantizer: "vq" (the paper), "fsq", "lfq", "bsq", "ibq" or "simvq" (tokenizer.quantizers), or the class path of
+            your own, registered by `register_quantizer`. "lfq" and "bsq" need a codebook_size of 2 to the power of
+            codebook_dim.
         quantizer_options: arguments of its class beside the two sizes: numbers, words, and lists of them.
     """
 

@@ -204,8 +204,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         Returns:
             "flow": squared error of the network's output, by config.prediction velocity or image, over data_std^2;
-            the quantizer's losses by their names, which "quantizer" lists: for vq "vq" and "commit" (0.25 included); those
-            per token are averages over the "read" tokens, those up to the last that a step reads;
+            the quantizer's losses by their names, which "quantizer" lists: for vq "vq" and "commit" (0.25 included);
+            those per token are averages over the "read" tokens, those up to the last that a step reads;
             "flow_each" (B,), detached; "group" (B,), the group of tokens that each image trains, 0..K-1; "t" (B,), flow
             times; "x1_hat" (B, 3, H, W), the estimate of the image; "codes" (B, N); "latents" (B, N, codebook_dim),
             detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), its input.

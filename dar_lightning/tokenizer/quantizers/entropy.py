@@ -48,9 +48,9 @@ def mean_over_tokens(values: Tensor, read: Tensor | None, training: bool) -> Ten
 def bit_entropies(logits: Tensor, read: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
     """Entropies (nats) of codes whose bits are independent, sums over bits instead of over 2^d codes.
 
-    A soft assignment of a latent to the codes {-1, 1}^d by distance is a product over its channels, so a token's entropy
-    is exactly the sum of its bits'. Of the batch, the sum over bits is an upper bound of the codes' entropy: it is
-    largest where each bit is 1 half of the time.
+    A soft assignment of a latent to the codes {-1, 1}^d by distance is a product over its channels, so a token's
+    entropy is exactly the sum of its bits'. Of the batch, the sum over bits is an upper bound of the codes' entropy: it
+    is largest where each bit is 1 half of the time.
 
     Args:
         logits: (B, N, d), log-odds of each bit.

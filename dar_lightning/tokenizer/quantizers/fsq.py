@@ -57,7 +57,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     @staticmethod
     def _codes(level: Tensor, levels: Tensor) -> Tensor:
-        """Values of levels counted from 0: (..., dim) int64 -> float32. Of an even number, none stands at 1 but of 2."""
+        """Values of levels counted from 0: (..., dim) int64 -> float32. Of 4, 6, ... levels none stands at 1."""
         middle = levels // 2
         return torch.where(levels == 2, 2 * level - 1, (level - middle) / middle)
 

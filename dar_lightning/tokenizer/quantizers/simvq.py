@@ -1,4 +1,4 @@
-"""SimVQ (arXiv 2411.02038): fixed random codes seen through one learned linear layer, which moves all of them at once."""
+"""SimVQ (arXiv 2411.02038): fixed random codes seen through a learned linear layer, which moves all of them at once."""
 
 import torch
 import torch.nn.functional as F
