@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md, taken from the page as they stand there and run."""
+"""The examples of docs/extend.md and docs/quantizers.md, taken from the pages as they stand there and run."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning import SequentialDiffusionTokenizer
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import last_scalars
@@ -106,7 +106,7 @@ def test_a_quantizer(tmp_path, monkeypatch, capsys):
     assert (config["quantizer"], config["quantizer_options"]) == (trusted, {"commitment": 0.1})
 
     monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))
-    with pytest.raises(UserError, match=r"config\.json|weights.*not registered"):
+    with pytest.raises(UserError, match="not registered"):
         SequentialDiffusionTokenizer.from_pretrained(tmp_path / "runs/sign/weights")
     program, found = next(text for text in blocks(heading, "python") if not text.startswith("# ")), {}
     exec(program, found)
@@ -116,7 +116,18 @@ def test_a_quantizer(tmp_path, monkeypatch, capsys):
     values = found["tokenizer"].quantizer.lookup(codes)
     torch.testing.assert_close(found["tokenizer"].quantizer(values).values, values)
     with pytest.raises(UserError, match="codebook_size is 100: it must be 2"):
-        SequentialDiffusionTokenizer(TokenizerConfig(quantizer=trusted, codebook_size=100))
+        quantizers.make_quantizer(trusted, 100, 8, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_quantizers(tmp_path, monkeypatch):
+    page = (ROOT / "docs/quantizers.md").read_text()
+    (tmp_path / "fsq.yaml").write_text(re.search(r"```yaml\n# fsq.yaml\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    main([*shlex.split(re.search(r"```bash\ndar (.*)\n```", page)[1]), *QUICK])
+    logged = last_scalars(tmp_path / "runs/fsq/logs", ("train/", "codebook/"))
+    assert logged["train/loss"] == pytest.approx(logged["train/flow"])
+    assert logged["codebook/use"] <= 2 * 64 / 1600
 
 
 def test_an_order(tmp_path):
