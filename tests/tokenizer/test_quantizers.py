@@ -119,27 +119,25 @@ def test_latents_that_are_not_numbers_have_a_code_and_no_values(tokenizer):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_200_steps_lower_the_loss(name):
-    changes = dict(image_size=16, num_tokens=4, num_groups=2, data_std=0.5, prediction="image", latent_norm="batch")
-    torch.manual_seed(0)
-    tokenizer = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes | {"quantizer": name} | KINDS[name]))
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3, weight_decay=0.0)
-    colors = torch.rand(64, 3, 1, 1) * 2 - 1
-    flow, total = [], []
+    """Of points that only their codes tell apart: what decodes knows nothing else."""
+    config = TokenizerConfig(**TOKENIZER | {"quantizer": name} | KINDS[name])
+    quantizer = build(name, config.codebook_size, config.codebook_dim, **config.quantizer_options)
+    encoder, decoder = nn.Linear(2, config.codebook_dim), nn.Linear(config.codebook_dim, 8)
+    parameters = [*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()]
+    optimizer, spread = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0), torch.randn(2, 8)
+    errors, totals = [], []
     for _ in range(200):
-        images = colors[torch.randint(64, (8,))].expand(-1, -1, 16, 16)
-        losses = tokenizer.training_losses(images)
-        loss = losses["flow"] + sum(losses[each] for each in losses["quantizer"])
+        points = torch.randn(16, 8, 2)
+        values, _, losses = quantizer(encoder(points))
+        error = (decoder(values) - points @ spread).square().mean() / spread.square().mean() / 2
+        total = error + sum(loss.mean() for loss in losses.values())
         optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         optimizer.step()
-        flow.append(float(losses["flow"]))
-        total.append(float(loss))
-    first, last = (sum(some) / 40 for some in (flow[:40], flow[-40:]))
-    assert last < 0.8 * first
-    assert sum(total[-40:]) < sum(total[:40])
-    images = colors.expand(-1, -1, 16, 16)
-    tokens = tokenizer.eval().tokenize(images)
-    assert len(tokens.unique(dim=0)) > 4, "images have tokens of their own"
+        errors.append(float(error))
+        totals.append(float(total))
+    assert sum(errors[-20:]) / 20 < 0.6, "1 is the error of the mean, without codes"
+    assert sum(totals[-20:]) < sum(totals[:20])
 
 
 # ---- entropy
@@ -354,7 +352,8 @@ def test_a_downloaded_config_imports_no_code(tmp_path, monkeypatch):
 )
 def test_impossible_quantizers(changes, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
-        SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes))
+        with torch.device("meta"):  # some sizes fit no memory
+            SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes))
 
 
 @pytest.mark.parametrize(
