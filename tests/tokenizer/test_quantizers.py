@@ -351,9 +351,9 @@ def test_a_downloaded_config_imports_no_code(tmp_path, monkeypatch):
     ids=str,
 )
 def test_impossible_quantizers(changes, message):
-    with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
-        with torch.device("meta"):  # some sizes fit no memory
-            SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes))
+    line = f"^{re.escape(message)}[^\n]*$"
+    with pytest.raises(UserError, match=line), torch.device("meta"):  # some sizes fit no memory
+        SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | changes))
 
 
 @pytest.mark.parametrize(
