@@ -39,5 +39,5 @@ $(INSTALLED): pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("dar_lightning needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=/path/to/python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --override overrides.txt --editable '.[demo,dev,docs,hub,notebooks,quantizers]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --override overrides.txt --editable '.[demo,dev,docs,hub,notebooks]'
 	@touch $@

@@ -85,8 +85,8 @@ def quantizer(size: str, **form: bool) -> Sides:
         module.codebook.copy_(F.normalize(torch.randn(count, 8), dim=-1))
 
     def ours() -> Tensor:
-        quantized, indices, vq, commit = module(latents)
-        (quantized.sum() + vq.mean() + commit.mean()).backward()
+        quantized, indices, losses = module(latents)
+        (quantized.sum() + sum(loss.mean() for loss in losses.values())).backward()
         return indices
 
     def theirs() -> Tensor:

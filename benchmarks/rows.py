@@ -106,8 +106,9 @@ def quantize(setting: Setting):
     latents = torch.randn(shape, device=setting.device, requires_grad=True)
 
     def call():
-        quantized, _, vq, commit = quantizer(latents)
-        (quantized.mean() + vq.mean() + commit.mean()).backward()
+        quantized, _, *losses = quantizer(latents)
+        losses = losses[0].values() if len(losses) == 1 else losses  # two tensors in revisions before this one
+        (quantized.mean() + sum(loss.mean() for loss in losses)).backward()
 
     return call
 

@@ -36,7 +36,8 @@ POSITIONAL = {"sweep": "config", "report": "sweep"}  # verb -> the option that i
 
 WRITTEN = ("output", "save_statistics")  # options that say where a verb writes to
 
-USAGE = """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
+USAGE = (
+    """usage: dar VERB [options]      (dar VERB --help lists a verb's options; all take --config FILE.yaml)
 
 training, by LightningCLI:
   fit           train a tokenizer or an AR model: dar fit --config experiments/quickstart/tokenizer.yaml
@@ -44,7 +45,13 @@ training, by LightningCLI:
   test, predict the other Trainer verbs
 
 tools:
-""" + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
+"""
+    + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
+    + """
+
+all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it
+"""
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0 if argv else 2)
     verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
     try:
+        options = import_trusted(options)
         if verb in TRAINER_VERBS:
             importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
         elif verb in VERBS:
@@ -87,6 +95,18 @@ def shipped_file(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     found = find_shipped(value)
     return f"{option}{equals}{found}" if os.path.isfile(found) else word
+
+
+def import_trusted(options: list[str]) -> list[str]:
+    """Options without every `--trust CLASS`: a quantizer class of the user's own, which weights may then name."""
+    kept, words = [], iter(options)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--trust":
+            importlib.import_module("dar_lightning.tokenizer.quantizers").import_quantizer(value or next(words, ""))
+        else:
+            kept.append(word)
+    return kept
 
 
 def run_function(verb: str, options: list[str]) -> None:

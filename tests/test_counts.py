@@ -168,8 +168,8 @@ def test_the_quantizer_holds_no_more_for_a_larger_codebook():
     for size in (4096, 65536):
         quantizer, latents = VectorQuantizer(size, 8), torch.randn(16, 256, 8, requires_grad=True)
         with Held() as held:
-            quantized, _, vq, commit = quantizer(latents)
-            (quantized.sum() + vq.mean() + commit.mean()).backward()
+            quantized, _, losses = quantizer(latents)
+            (quantized.sum() + losses["vq"].mean() + losses["commit"].mean()).backward()
         extra[size] = held.peak - 2 * 4 * 8 * size  # unit vectors and their squares, and then gradients
     assert extra[65536] < 1.3 * extra[4096]
     assert extra[65536] < 2e7

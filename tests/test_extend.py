@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md, taken from the page as they stand there and run."""
+"""The examples of docs/extend.md and docs/quantizers.md, taken from the pages as they stand there and run."""
 
 import json
 import re
@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dar_lightning import SequentialDiffusionTokenizer
 from dar_lightning.cli import main
+from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import last_scalars
+from dar_lightning.tokenizer import quantizers
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/extend.md").read_text()
@@ -32,12 +36,18 @@ def write_files(heading: str, folder: Path) -> None:
             (folder / name[1]).write_text(text)
 
 
-def command(heading: str) -> list[str]:
-    """What follows `python -m dar_lightning`."""
+def commands(heading: str) -> list[list[str]]:
+    """What follows `python -m dar_lightning`, of each command."""
     (text,) = blocks(heading, "bash")
-    words = shlex.split(text.replace("\\\n", " "))
-    assert words[:3] == ["python", "-m", "dar_lightning"]
-    return words[3:]
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    assert all(words[:3] == ["python", "-m", "dar_lightning"] for words in lines)
+    return [words[3:] for words in lines]
+
+
+def command(heading: str) -> list[str]:
+    """The only one."""
+    (words,) = commands(heading)
+    return words
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -67,15 +77,64 @@ def test_a_feature_network(tmp_path, monkeypatch):
     assert 0 < found["metrics"]["FD-color_moments.ColorMoments"] < 0.1
 
 
-def test_a_quantizer_and_an_order(tmp_path):
-    """In a copy of the package, which the page's changes are applied to."""
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantizer(tmp_path, monkeypatch, capsys):
+    """Trained, saved, and loaded where it is trusted; what is not is not imported."""
+    heading, name = "A quantizer", "sign_quantizer"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    known = dict(quantizers.QUANTIZERS)
+    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))
+    write_files(heading, tmp_path)
+    fit, export = commands(heading)
+    main([*fit, *QUICK])
+    logged = last_scalars(tmp_path / "runs/sign/logs", ("train/", "codebook/"))
+    assert {"train/flow", "train/commit", "codebook/perplexity"} <= logged.keys()
+    assert logged["train/loss"] == pytest.approx(logged["train/flow"] + logged["train/commit"], rel=1e-5)
+
+    del sys.modules[name]
+    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))  # another process
+    *without, trust, trusted = export
+    assert (trust, trusted) == ("--trust", f"{name}.SignQuantizer")
+    with pytest.raises(SystemExit):
+        main(without)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"'{name}.SignQuantizer', a class that is not registered" in line
+    assert name not in sys.modules
+    main(export)
+    config = json.loads((tmp_path / "runs/sign/weights/config.json").read_text())
+    assert (config["quantizer"], config["quantizer_options"]) == (trusted, {"commitment": 0.1})
+
+    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))
+    with pytest.raises(UserError, match="not registered"):
+        SequentialDiffusionTokenizer.from_pretrained(tmp_path / "runs/sign/weights")
+    program, found = next(text for text in blocks(heading, "python") if not text.startswith("# ")), {}
+    exec(program, found)
+    images = torch.rand(2, 3, 64, 64)
+    codes = found["tokenizer"].tokenize(images)
+    assert codes.shape == (2, 64)
+    values = found["tokenizer"].quantizer.lookup(codes)
+    torch.testing.assert_close(found["tokenizer"].quantizer(values).values, values)
+    with pytest.raises(UserError, match="codebook_size is 100: it must be 2"):
+        quantizers.make_quantizer(trusted, 100, 8, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_quantizers(tmp_path, monkeypatch):
+    page = (ROOT / "docs/quantizers.md").read_text()
+    (tmp_path / "fsq.yaml").write_text(re.search(r"```yaml\n# fsq.yaml\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    main([*shlex.split(re.search(r"```bash\ndar (.*)\n```", page)[1]), *QUICK])
+    logged = last_scalars(tmp_path / "runs/fsq/logs", ("train/", "codebook/"))
+    assert logged["train/loss"] == pytest.approx(logged["train/flow"])
+    assert logged["codebook/use"] <= 2 * 64 / 1600
+
+
+def test_an_order(tmp_path):
+    """In a copy of the package, which the page's change is applied to."""
     ignored = shutil.ignore_patterns("shipped", "__pycache__")
     shutil.copytree(ROOT / "dar_lightning", tmp_path / "dar_lightning", ignore=ignored)
-    headings = ("A quantizer", "An order of tokens")
-    for heading in headings:
-        write_files(heading, tmp_path)
-        (patch,) = blocks(heading, "diff")
-        subprocess.run(["git", "apply", "-"], input=patch, cwd=tmp_path, text=True, check=True)
-    programs = [text for heading in headings for text in blocks(heading, "python") if not text.startswith("# ")]
-    assert len(programs) == 2
-    subprocess.run([sys.executable, "-c", "\n".join(programs)], cwd=tmp_path, check=True)
+    (patch,) = blocks("An order of tokens", "diff")
+    subprocess.run(["git", "apply", "-"], input=patch, cwd=tmp_path, text=True, check=True)
+    (program,) = blocks("An order of tokens", "python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)

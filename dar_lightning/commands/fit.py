@@ -24,6 +24,7 @@ from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import AnnouncedOptions, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
@@ -165,8 +166,12 @@ class TrainerCLI(LightningCLI):
         """One folder per run: checkpoints and logs go to default_root_dir, where the config names no other place.
 
         The config that a run keeps does not name these places: with another default_root_dir it is another run's.
+
+        A quantizer of the user's own is imported: this config is theirs, and names classes anyway.
         """
         config = self.config[self.config.subcommand]
+        if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):
+            import_quantizer(quantizer)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
         trainer, self.root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")

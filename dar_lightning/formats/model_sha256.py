@@ -25,7 +25,7 @@ def model_sha256(module: nn.Module) -> str:
     config = build_config(type(module.config), module.config.to_dict(), "config")
     defaults = type(config)().to_dict()
     values = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-    digest.update(json.dumps({n: values[n] for n in sorted(values) if n not in TRAINING_ONLY}).encode())
+    digest.update(json.dumps({n: values[n] for n in sorted(values) if n not in TRAINING_ONLY}, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if name.startswith(REPA_HEAD):
             continue

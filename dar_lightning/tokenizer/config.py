@@ -1,7 +1,7 @@
 """Hyperparameters of the sequential diffusion tokenizer: plain numbers, checked once, with the paper's presets."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from dar_lightning.errors import require
@@ -19,7 +19,8 @@ MULTIPLES += [(f"{part}_dim", "head_dim") for part in PARTS]
 
 # What decides the tokens of an image, beside the weights.
 TOKEN_FIELDS = ("encoder_patch_size", "encoder_dim", "encoder_depth", "head_dim", "low_rank_queries", "num_tokens")
-TOKEN_FIELDS += ("absolute_positions", "latent_norm", "quantizer", "codebook_size", "codebook_dim")
+TOKEN_FIELDS += ("absolute_positions", "latent_norm", "quantizer", "quantizer_options")
+TOKEN_FIELDS += ("codebook_size", "codebook_dim")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class TokenizerConfig:
             learn "image" (arXiv 2511.13720).
         latent_norm: "none" (official), or "batch": batch normalisation of the encoder's output, without parameters.
             Without it an untrained decoder, which ignores the tokens, lets the encoder collapse in short runs.
-        quantizer: "vq" (the paper), or for ablations "fsq" or "lfq" (tokenizer.quantizers.scalar); their codebook_size
-            is a number of levels, for "lfq" 2, to the power of codebook_dim.
+        quantizer: "vq" (the paper), "fsq", "lfq", "bsq", "ibq" or "simvq" (tokenizer.quantizers), or the class path of
+            your own, registered by `register_quantizer`. "lfq" and "bsq" need a codebook_size of 2 to the power of
+            codebook_dim.
+        quantizer_options: arguments of its class beside the two sizes: numbers, words, and lists of them.
     """
 
     # Names in files of older versions, and what to do with them in a training config. They say nothing of a trained
@@ -91,7 +94,8 @@ class TokenizerConfig:
     absolute_positions: bool = False
     prediction: Literal["velocity", "image"] = "velocity"
     latent_norm: Literal["none", "batch"] = "none"
-    quantizer: Literal["vq", "fsq", "lfq"] = "vq"
+    quantizer: str = "vq"
+    quantizer_options: dict = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in POSITIVE:
@@ -99,7 +103,7 @@ class TokenizerConfig:
         for name in ("data_std", "time_shift"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}: it must be positive and finite")
-        for name in ("group_rounding", "prediction", "latent_norm", "quantizer"):
+        for name in ("group_rounding", "prediction", "latent_norm"):
             value, choices = getattr(self, name), get_args(type(self).__annotations__[name])
             require(value in choices, f"{name} is {value!r}: it must be {' or '.join(map(repr, choices))}")
         tokens = self.num_tokens
@@ -112,12 +116,11 @@ class TokenizerConfig:
         require(self.head_dim % 4 == 0, f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
         layer, last = self.repa_layer, self.decoder_depth - 1
         require(layer is None or 0 <= layer <= last, f"repa_layer is {layer}: it must be from 0 to {last}, or null")
-        if self.quantizer != "vq":
-            size, channels = self.codebook_size, self.codebook_dim
-            levels = 2 if self.quantizer == "lfq" else max(2, round(size ** (1 / channels)))
-            name = "2" if self.quantizer == "lfq" else "a number of levels"
-            need = f"{self.quantizer} needs {name} to the power of codebook_dim, {channels}"
-            require(levels**channels == size, f"codebook_size is {size}: {need}")
+        require(len(self.quantizer_options) <= 32, "quantizer_options has more than 32 entries")
+        for name, value in self.quantizer_options.items():
+            plain = type(name) is str and all(map(_is_plain, value if type(value) is list else [value]))
+            need = "it must be a number, a word, true or false, or a list of them"
+            require(plain, f"quantizer_options: {name} is {value!r}: {need}")
 
     @property
     def window(self) -> int:
@@ -133,6 +136,11 @@ class TokenizerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, as config.json and checkpoints keep them."""
         return asdict(self)
+
+
+def _is_plain(value: Any) -> bool:
+    """What JSON can write and read as it is."""
+    return type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,12 @@ from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
 from dar_lightning.tokenizer.flow import integrate, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
-from dar_lightning.tokenizer.quantizers import QUANTIZERS
+from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
+
+# Names in training's losses that no quantizer may give one of its own.
+NOT_OF_QUANTIZER = {"hidden", "quantizer", "read", "codes", "group", "latents"}
+NOT_OF_QUANTIZER |= {"loss", "perceptual", "repa", "adversarial", "discriminator"}
 
 
 class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
@@ -37,7 +42,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self.config = config
         self.schedule = GroupSchedule.from_config(config)
         self.encoder = Encoder(config)
-        self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, config.codebook_dim)
+        sizes = config.codebook_size, config.codebook_dim
+        self.quantizer = make_quantizer(config.quantizer, *sizes, config.quantizer_options)
         self.conditioner = Conditioner(config)
         self.decoder = PixelDecoder(config)
         init_weights(self, init)
@@ -57,11 +63,15 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     # ---- tokens -> images
 
+    def _lookup(self, codes: Tensor) -> Tensor:
+        """Codes (B, n) as values (B, n, codebook_dim), of the weights' dtype: some quantizers have no weights."""
+        return self.quantizer.lookup(codes).to(self.conditioner.from_latent.weight.dtype)
+
     @torch.no_grad()
     def condition(self, codes: Tensor) -> Tensor:
         """The causal decoder's output for codes (B, n), n <= N: (B, n, D)."""
         self._check_codes(codes)
-        return self.conditioner(self.quantizer.lookup(codes))
+        return self.conditioner(self._lookup(codes))
 
     @torch.no_grad()
     def detokenize(
@@ -120,7 +130,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             groups = max(m for m in range(1, self.config.num_groups + 1) if schedule.tokens_for_groups(m) <= tokens)
         needed = schedule.tokens_for_groups(groups)
         require(tokens >= needed, f"{groups} groups need {needed} tokens: the codes hold {tokens}")
-        cond = self.conditioner(self.quantizer.lookup(codes[:, :needed]))
+        cond = self.conditioner(self._lookup(codes[:, :needed]))
         noise = self.draw_noise(len(codes), generator) if noise is None else noise
         return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
 
@@ -150,7 +160,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
                 self._check_codes(tokens)
                 cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
-                more = self.conditioner.forward(self.quantizer.lookup(tokens[:, :needed]), cache)
+                more = self.conditioner.forward(self._lookup(tokens[:, :needed]), cache)
                 cond = more if cond is None else torch.cat([cond, more], dim=1)
                 waiting, done = [tokens[:, needed:]], done + needed
             yield cond
@@ -184,9 +194,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     # ---- training
 
-    def training_losses(
-        self, images: Tensor, u: Tensor | None = None, noise: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def training_losses(self, images: Tensor, u: Tensor | None = None, noise: Tensor | None = None) -> dict[str, Any]:
         """Losses of one training step (paper, section 3.1).
 
         Args:
@@ -196,7 +204,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         Returns:
             "flow": squared error of the network's output, by config.prediction velocity or image, over data_std^2;
-            "vq" and "commit" (0.25 included), averages over the "read" tokens, those up to the last that a step reads;
+            the quantizer's losses by their names, which "quantizer" lists: for vq "vq" and "commit" (0.25 included);
+            those per token are averages over the "read" tokens, those up to the last that a step reads;
             "flow_each" (B,), detached; "group" (B,), the group of tokens that each image trains, 0..K-1; "t" (B,), flow
             times; "x1_hat" (B, 3, H, W), the estimate of the image; "codes" (B, N); "latents" (B, N, codebook_dim),
             detached, on the unit sphere, before quantization; with a REPA head also "hidden" (B, D, h, w), its input.
@@ -204,14 +213,17 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         self._check_size(images.shape[-2:])
         u = torch.rand(len(images), device=images.device) if u is None else u
         latents = self.encoder(images.to(self.dtype))
-        quantized, codes, vq, commit = self.quantizer(latents)
-        losses = self._flow_loss(images, quantized, u, noise)
         window = self.schedule.windows(u)
         read = torch.arange(self.config.num_tokens, device=u.device) <= window[:, -1:]  # (B, N)
+        quantized, codes, parts = self.quantizer(latents, read)
+        losses = self._flow_loss(images, quantized, u, noise)
+        taken = sorted(parts.keys() & (losses.keys() | NOT_OF_QUANTIZER))
+        require(not taken, f"quantizer {self.config.quantizer} names a loss {', '.join(taken)}: give it another name")
+        count = read.sum()
+        losses |= {name: (part * read).sum() / count if part.ndim else part for name, part in parts.items()}
         return losses | {
-            "vq": (vq * read).sum() / read.sum(),
-            "commit": (commit * read).sum() / read.sum(),
-            "read": read.sum(),
+            "quantizer": tuple(parts),
+            "read": count,
             "codes": codes,
             "group": self.schedule.group_of_time(u).clamp(max=self.config.num_groups - 1),
             "latents": F.normalize(latents.detach().float(), dim=-1),
@@ -220,7 +232,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     @torch.no_grad()
     def flow_of_codes(self, images: Tensor, codes: Tensor, u: Tensor, noise: Tensor) -> Tensor:
         """The flow loss of each image (B,) where the decoder reads these tokens (B, N), the image's own or others."""
-        return self._flow_loss(images, self.quantizer.lookup(codes), u, noise)["flow_each"]
+        return self._flow_loss(images, self._lookup(codes), u, noise)["flow_each"]
 
     def _flow_loss(self, images: Tensor, latents: Tensor, u: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         config = self.config

@@ -64,6 +64,7 @@ def _twin(module: LightningModule) -> LightningModule:
         loss.start_step = 0
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of its metric, which copies a fake tensor
         twin = TokenizerModule(module.tokenizer.config, **losses)
+    twin.tokenizer.quantizer.eval()  # in training, ranks meet for its losses
     if module.freeze_encoder:
         twin.freeze_tokens()
     return twin

@@ -31,7 +31,7 @@ class TokenizerModule(TrainingModule):
             weights only.
         freeze_encoder: leave encoder and codebook as init_from, which this needs, brought them, and train conditioner
             and decoder alone: every image keeps its tokens, and an AR model of them stays valid. Token shards name the
-            whole tokenizer that made them: made anew, they hold the same tokens. The codebook losses are logged, and
+            whole tokenizer that made them: made anew, they hold the same tokens. The quantizer's losses are logged, and
             move nothing.
         preset: instead of config, the name of one: v1, light or tiny.
         perceptual: LPIPS of the jump estimate; None leaves it out.
@@ -98,6 +98,7 @@ class TokenizerModule(TrainingModule):
         super().train(mode)
         if self.freeze_encoder:
             self.tokenizer.encoder.eval()  # in training mode latent_norm would go on counting
+            self.tokenizer.quantizer.eval()
         return self
 
     def check_data(self, data: Any) -> None:
@@ -140,7 +141,7 @@ class TokenizerModule(TrainingModule):
 
         `losses` are those of `training_losses` for images (B, 3, H, W) in [-1, 1]; `codebook_factor`: share_of_tokens.
         """
-        parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in ("vq", "commit")}
+        parts = {"flow": losses["flow"]} | {name: codebook_factor * losses[name] for name in losses["quantizer"]}
         loss = sum(parts.values())
         if self.perceptual is not None and self.perceptual.has_started(self.global_step):
             parts["perceptual"] = self.perceptual(losses["x1_hat"], images, losses["t"])
@@ -194,7 +195,7 @@ class TokenizerModule(TrainingModule):
         losses = self.tokenizer.training_losses(**inputs)
         if count:
             self.codebook_use.update(losses["codes"])
-        self.log_means({f"{stage}/{name}": losses[name] for name in ("flow", "vq", "commit")}, count)
+        self.log_means({f"{stage}/{name}": losses[name] for name in ("flow", *losses["quantizer"])}, count)
         return inputs | {name: losses[name] for name in ("codes", "flow_each", "group")} if count else None
 
     def on_validation_epoch_end(self) -> None:

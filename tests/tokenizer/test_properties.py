@@ -235,18 +235,13 @@ def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
         ({"head_dim": 2}, "head_dim is 2: 2-D RoPE"),
         ({"repa_layer": 2}, "repa_layer is 2"),
         ({"group_rounding": "floor"}, "group_rounding is 'floor'"),
-        ({"quantizer": "pq"}, "quantizer is 'pq': it must be 'vq' or 'fsq' or 'lfq'"),
-        ({"quantizer": "fsq", "codebook_size": 80}, "codebook_size is 80: fsq needs a number of levels to the power"),
-        ({"quantizer": "fsq", "codebook_size": 1}, "codebook_size is 1: fsq needs"),
-        ({"quantizer": "lfq", "codebook_size": 81}, "codebook_size is 81: lfq needs 2 to the power of codebook_dim, 8"),
+        (
+            {"quantizer_options": {"levels": [8, [5]]}},
+            r"quantizer_options: levels is \[8, \[5\]\]: it must be a number",
+        ),
     ],
     ids=str,
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
         TokenizerConfig(**TINY | changes)
-
-
-def test_possible_quantizers():
-    for quantizer, size, dim in (("fsq", 81, 4), ("fsq", 5**8, 8), ("lfq", 2**14, 14), ("vq", 80, 4)):
-        TokenizerConfig(**TINY | {"quantizer": quantizer, "codebook_size": size, "codebook_dim": dim})

@@ -14,7 +14,7 @@ def test_latents_codes_and_conditioning(golden):
     quant = outputs["quant"][:, :, 0].transpose(1, 2)
     latents = model.encoder(golden.inputs["images"])
     assert_close(latents, outputs["latents"][:, :, 0].transpose(1, 2))
-    quantized, codes, _, _ = model.quantizer(latents)
+    quantized, codes, _ = model.quantizer(latents)
     assert_close(quantized, quant)
     assert torch.equal(codes, outputs["codes"].long())
     assert torch.equal(model.tokenize(golden.inputs["images"]), outputs["codes"].long())

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.devices import exact_products
+from dar_lightning.tokenizer.quantizers.interface import Quantized
 
 COMMITMENT_WEIGHT = 0.25
 BLOCK = 128  # codes of which the search first keeps only the largest product
@@ -14,7 +15,11 @@ CPU_TILE, GPU_TILE = (256, 32), (4096, 128)
 
 
 class VectorQuantizer(nn.Module):
-    """A learned codebook of unit vectors; a Quantizer. With `bypass` it returns unit latents and losses of zero."""
+    """A learned codebook of unit vectors (D-AR's); a Quantizer. With `bypass`: unit latents, and losses of zero.
+
+    Losses: `vq` moves codes to latents, `commit` latents to codes. CodebookWarmup works with it, and with what inherits
+    from it.
+    """
 
     def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
@@ -25,21 +30,17 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each latent: (..., dim) -> (...) int64.
 
-        On the unit sphere that is the code of largest inner product. Finding a maximum is much faster than finding its
-        place: the first pass takes the maximum of every block of codes, the second looks for its place in the winning
-        block alone. Only a tile of the products exists at a time. TF32 is kept out: it would give a tenth of the
+        On the unit sphere that is the code of largest inner product. TF32 is kept out: it would give a tenth of the
         shipped tokenizer's latents another code (`benchmarks/precision.py`).
         """
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), exact_products():
-            z = F.normalize(latents.float(), dim=-1).flatten(0, -2)
-            codes = F.normalize(self.codebook.float(), dim=-1)
-            rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
-            return torch.cat([_nearest(some, codes, blocks) for some in z.split(rows)]).view(latents.shape[:-1])
+            z = F.normalize(latents.float(), dim=-1)
+            return largest_product(z, F.normalize(self.codebook.float(), dim=-1))
 
     def lookup(self, indices: Tensor) -> Tensor:
         return F.normalize(F.embedding(indices, self.codebook), dim=-1)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, latents: Tensor, read: Tensor | None = None) -> Quantized:
         indices = self.nearest(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z = F.normalize(latents.float(), dim=-1)
@@ -47,8 +48,18 @@ class VectorQuantizer(nn.Module):
             vq = (z_q - z.detach()).square().mean(dim=-1)
             commit = COMMITMENT_WEIGHT * (z_q.detach() - z).square().mean(dim=-1)
             if self.bypass:
-                return z.to(latents.dtype), indices, 0 * vq, 0 * commit
-            return (z + (z_q - z).detach()).to(latents.dtype), indices, vq, commit
+                return Quantized(z.to(latents.dtype), indices, {"vq": 0 * vq, "commit": 0 * commit})
+            return Quantized((z + (z_q - z).detach()).to(latents.dtype), indices, {"vq": vq, "commit": commit})
+
+
+def largest_product(z: Tensor, codes: Tensor) -> Tensor:
+    """Index of the code of largest inner product, of equal ones the first: (..., dim), (size, dim) -> (...) int64.
+
+    Finding a maximum is much faster than finding its place: the first pass takes the maximum of every block of codes,
+    the second looks for its place in the winning block alone. Only a tile of the products exists at a time.
+    """
+    rows, blocks = CPU_TILE if z.device.type == "cpu" else GPU_TILE
+    return torch.cat([_nearest(some, codes, blocks) for some in z.flatten(0, -2).split(rows)]).view(z.shape[:-1])
 
 
 def _nearest(z: Tensor, codes: Tensor, blocks_per_tile: int) -> Tensor:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from dar_lightning.errors import UserError
+from dar_lightning.tokenizer.quantizers import VectorQuantizer
 
 
 class CodebookWarmup(Callback):
@@ -51,9 +52,9 @@ class CodebookWarmup(Callback):
         self._steps_done = 0
 
     def setup(self, trainer, pl_module, stage) -> None:
-        quantizer = pl_module.tokenizer.config.quantizer
-        if quantizer != "vq":
-            raise UserError(f"CodebookWarmup: quantizer is {quantizer!r}, whose codes are fixed; leave it out")
+        name, quantizer = pl_module.tokenizer.config.quantizer, pl_module.tokenizer.quantizer
+        if not isinstance(quantizer, VectorQuantizer):
+            raise UserError(f"CodebookWarmup: quantizer is {name!r}, and it moves the codes of vq alone; leave it out")
         if pl_module.freeze_encoder:
             raise UserError("CodebookWarmup moves codes, which freeze_encoder keeps; leave the callback out")
 
