@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 import torch
-from tiny_models import GROUPS, TOKENS, make_ar, make_pipeline, make_tokenizer, seeds
+from tiny_models import GROUPS, SIZE, TOKENS, make_ar, make_pipeline, make_tokenizer, seeds
 
 from dar_lightning import ARModel, DARPipeline
 from dar_lightning.ar import sampling
@@ -168,11 +168,12 @@ def test_the_tokens_are_those_with_both_halves_kept(monkeypatch, order, packed):
 
 def test_a_stream_of_previews_drops_it_too(monkeypatch):
     """With the tokens written ahead on a thread, and without; a closed stream leaves the model as it was."""
-    pipe = make_pipeline()
+    pipe, noise = make_pipeline(), torch.zeros(3, 3, SIZE, SIZE)
     expected = drawn(pipe.ar, "interval,4,2,2")
     rows = rows_of_steps(monkeypatch)
     for overlap in (False, True):
-        previews = list(pipe.stream(LABELS, guidance="interval,4,2,2", generator=seeds(1, 2, 3), overlap=overlap))
+        options = dict(guidance="interval,4,2,2", noise=noise, generator=seeds(1, 2, 3), overlap=overlap)
+        previews = list(pipe.stream(LABELS, **options))
         assert torch.equal(previews[-1].codes, expected)
         assert rows == [6] * 4 + [3] * 4
         rows.clear()
@@ -206,9 +207,8 @@ def test_a_last_token_alone_keeps_both_halves():
 def test_text_is_read_and_kept_in_one_form(text, read):
     assert read_guidance(text) == read
     assert read_guidance(read) == read
-    assert guidance_schedule(text, 16, [1 + i // 2 for i in range(16)]) == guidance_schedule(
-        read, 16, [1 + i // 2 for i in range(16)]
-    )
+    groups = [1 + i // 2 for i in range(16)]
+    assert guidance_schedule(text, 16, groups) == guidance_schedule(read, 16, groups)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_text_is_read_and_kept_in_one_form(text, read):
         ("cosine,3", "guidance is 'cosine,3': give a number"),
         ("power_cosine,3", "power_cosine takes scale, power .*'power'"),
         ("power_cosine,3,1,1", "power_cosine takes scale, power .*too many"),
-        ("power_cosine,3,speed=2", "power_cosine takes scale, power .*'speed'"),
+        ("power_cosine,3,1,speed=2", "power_cosine takes scale, power .*'speed'"),
         ("power_cosine,-3,1", "guidance power_cosine: scale is -3: it must be at least 0"),
         ("power_cosine,3,-1", "guidance power_cosine: power is -1: it must be at least 0"),
         ("power_cosine,much,1", "guidance power_cosine: scale is 'much': it must be a finite number"),
