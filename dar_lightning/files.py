@@ -1,9 +1,10 @@
-"""Atomic writes, folder locks, JSON, and the files that come with the package."""
+"""Atomic writes, folder locks, JSON, classes of the user's files, and the files that come with the package."""
 
 import errno
 import hashlib
 import json
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,20 @@ def find_shipped(path: str) -> str:
         return path
     places = [root / path for root in (SHIPPED, SHIPPED.parents[1])]
     return next((str(place) for place in places if place.exists()), path)
+
+
+def load_class(path: str, option: str, kinds: str) -> Any:
+    """What an import path names, `my_file.MyClass`; the current folder is searched too, as with `python -m`.
+
+    Raises:
+        UserError: there is nothing of that name; the line begins with `option` and says what it could be, `kinds`.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{option}: not {kinds} ({error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

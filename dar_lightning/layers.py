@@ -52,6 +52,10 @@ class KVCache:
         v[:, :, self.length : end] = values
         return k[:, :, :end], v[:, :, :end]
 
+    def keep(self, batch: int) -> None:
+        """Go on with the first `batch` sequences alone; nothing is copied, and no memory given back."""
+        self.buffer = self.buffer[:, :, :batch]
+
 
 def run_block(block: nn.Module, *inputs, recompute: bool):
     """Call a transformer block; with `recompute`, by activation checkpointing: the same gradients, bit for bit."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dar_lightning import SequentialDiffusionTokenizer
+from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import last_scalars
@@ -75,6 +75,18 @@ def test_a_feature_network(tmp_path, monkeypatch):
     main(command(heading))
     found = json.loads((tmp_path / "runs/color_moments.json").read_text())
     assert 0 < found["metrics"]["FD-color_moments.ColorMoments"] < 0.1
+
+
+def test_a_guidance_schedule(tmp_path, monkeypatch):
+    heading = "A guidance schedule"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_files(heading, tmp_path)
+    main([*command(heading), "--device=cpu"])
+    found = json.loads((tmp_path / "runs/zigzag/samples.json").read_text())
+    assert found["guidance"] == "zigzag.Zigzag,odd=3,even=1.5"
+    alternating = ([3.0] * 8 + [1.5] * 8) * 4
+    assert DARPipeline.from_pretrained("fruit64").guidance_scales(found["guidance"]) == alternating
 
 
 @pytest.mark.filterwarnings("ignore")

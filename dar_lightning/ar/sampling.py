@@ -1,11 +1,11 @@
 """Sampling from the AR model with a KV cache: guidance, temperature, top-k, top-p; a generator that yields tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
+from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
@@ -48,7 +48,7 @@ def draw_tokens(logits: Tensor, keys: Tensor) -> Tensor:
 def stream_tokens(
     ar: ARModel,
     labels: Tensor,
-    guidance: Guidance = 1.0,
+    guidance: Guidance | GuidanceSchedule = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -56,13 +56,15 @@ def stream_tokens(
     generator: Generators = None,
     num_tokens: int | None = None,
     order: Tensor | None = None,
+    token_groups: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor per step.
 
     Args:
         ar: the model; it is put into evaluation mode while it draws and back afterwards.
         labels: (B,) int64 classes.
-        guidance: scale s of logits = uncond + s (cond - uncond), constant or (a, b), linear over the tokens.
+        guidance: scale s of logits = uncond + s (cond - uncond): constant, (a, b), linear over the tokens, or another
+            schedule (`ar.guidance`). After the last token that it guides, the unconditional half leaves the batch.
         temperature: divides the logits; positive.
         top_k: keep the k most likely tokens; 0 keeps all, 1 is greedy.
         top_p: keep the most likely tokens that hold this much probability, in (0, 1].
@@ -70,6 +72,7 @@ def stream_tokens(
         generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
         num_tokens: how many tokens to draw in all; None is all N.
         order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
+        token_groups: the group of each of the N tokens, from 1, for a guidance that asks for it; None: all are of one.
 
     Raises:
         UserError: for a value outside the ranges above.
@@ -77,8 +80,8 @@ def stream_tokens(
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
     _check(ar, labels, temperature, top_k, top_p, prefix, count)
-    scales = guidance_schedule(guidance, ar.config.num_tokens)[:count]
-    guided = any(scale != 1.0 for scale in scales)
+    scales = guidance_schedule(guidance, ar.config.num_tokens, token_groups)[:count]
+    batch, guided = len(labels), guided_tokens(scales)
     order = ar.draw_order(len(labels), generator) if order is None else order
     keys = draw_keys(len(labels), ar.config.num_tokens, generator, labels.device)
 
@@ -86,17 +89,20 @@ def stream_tokens(
     ar.eval()
     try:
         yield from prefix.unbind(1)
-        if guided:
+        if guided > prefix.shape[1]:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):
-            logits = guide(logits, scales[position]) if guided else logits
+            logits = guide(logits, scales[position]) if position < guided else logits
             tokens = draw_tokens(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
+            if position + 1 == guided:
+                cache.keep(batch)
+                order = order[:batch]
             if position + 1 < count:
-                logits = model.step(tokens.repeat(2) if guided else tokens, cache, order)
+                logits = model.step(tokens.repeat(2) if position + 1 < guided else tokens, cache, order)
     finally:
         ar.train(was_training)
 

@@ -38,7 +38,7 @@ def evaluate(
     image_size: int | None = None,
     num_samples: int | None = None,
     seed: int = 0,
-    guidance: Guidance | str = 1.0,
+    guidance: Guidance = 1.0,
     solver: str = "adams2",
     num_steps: int | None = None,
     save_statistics: str | None = None,
@@ -68,7 +68,8 @@ def evaluate(
         num_samples: number of images that a pipeline draws; as many as the reference has when left out. Of other
             samples, the number that there must be.
         seed: seed of the images that a pipeline draws.
-        guidance: classifier-free guidance scale of the images that a pipeline draws; "a,b" is linear over the tokens.
+        guidance: classifier-free guidance scale of the images that a pipeline draws; "a,b" is linear over the tokens;
+            other schedules as for `dar sample`.
         solver: adams2, euler or adams2_variable, for a pipeline.
         num_steps: diffusion steps of a pipeline; left out, one per group of tokens.
         save_statistics: write the reference's statistics to this npz file, which is then a reference too.

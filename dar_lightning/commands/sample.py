@@ -36,7 +36,7 @@ def sample(
     classes: str = "all",
     per_class: int = 4,
     seed: int = 0,
-    guidance: Guidance | str = 1.0,
+    guidance: Guidance = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -67,7 +67,8 @@ def sample(
         classes: class names or numbers, separated by commas, or "all".
         per_class: images per class.
         seed: image i of a class is a function of (seed, class, i) alone, whatever the batch size.
-        guidance: scale of classifier-free guidance, or "a,b", linear over the tokens.
+        guidance: scale of classifier-free guidance, "a,b", linear over the tokens, "power_cosine,SCALE,POWER",
+            "interval,SCALE,FROM_GROUP,TO_GROUP", or "my_file.MyClass,VALUE,...".
         temperature: of the token distribution.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens with this much probability.
@@ -110,6 +111,7 @@ def sample(
     lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
     options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(solver=solver, num_steps=num_steps)
+    pipe.guidance_scales(options["guidance"])  # says so if it does not fit
 
     first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
     photo = {"layout_sha256": None, "kept_tokens": None}  # the command names a file, which may change

@@ -2,6 +2,7 @@
 
 import signal
 
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.serve_page import CSS, Work, build_page
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
@@ -16,6 +17,7 @@ def serve(
     port: int = 7860,
     max_queue: int = 8,
     max_upload_mb: float = 10,
+    guidance: Guidance = 3.0,
     device: str = "auto",
     dtype: Dtype | None = None,
 ) -> None:
@@ -30,6 +32,8 @@ def serve(
         port: port to listen on.
         max_queue: visitors who may wait; pictures are drawn one at a time.
         max_upload_mb: largest photo, in MB.
+        guidance: what the page begins with, as for `dar sample`. A class of your own has to be named here: visitors
+            cannot name one.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
     """
@@ -41,8 +45,9 @@ def serve(
         if value <= 0:
             raise UserError(f"{name} is {value}: it must be positive")
     pipe = DARPipeline.from_pretrained(pipeline).to(device=choose_device(device), dtype=torch_dtype(dtype))
-    work = Work()
-    page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype)
+    guidance, work = read_guidance(guidance), Work()
+    pipe.guidance_scales(guidance)  # says so if it does not fit
+    page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype, guidance)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dar_lightning.ar.guidance import Guidance, guidance_text, read_guidance
 from dar_lightning.commands.sample import command_line
 from dar_lightning.devices import Dtype
 from dar_lightning.errors import UserError
@@ -21,6 +22,8 @@ from dar_lightning.generation.pipeline import DARPipeline
 
 LARGE = 384  # pixels that the page gives to the picture, at least
 MAX_SEED = 2**31 - 1
+MAX_GUIDANCE = 10  # of the slider
+SCHEDULE = "1.1,8 or power_cosine,8,1.5 or interval,3,2,5 (scale, first and last group)"
 NO_PHOTO = "drop a photo first"
 DAY, SWEEP = 86_400, 600  # seconds: how old a visitor's photo gets, and how often that is looked at
 CSS = """
@@ -40,7 +43,7 @@ from dar_lightning.generation.drawing import image_seed
 {imports}
 pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
 {kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label}, 0))
-stream = pipe.stream(torch.tensor([{label}]), guidance={guidance}{prefix}, generator=[generator])
+stream = pipe.stream(torch.tensor([{label}]), guidance={guidance!r}{prefix}, generator=[generator])
 for preview in stream:
     image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
 
@@ -78,7 +81,7 @@ class Work:
 
 @torch.inference_mode()
 def draw_previews(
-    pipe: DARPipeline, label: int, seed: int, guidance: float, photo: Image.Image | None = None, prefix: int = 0
+    pipe: DARPipeline, label: int, seed: int, guidance: Guidance, photo: Image.Image | None = None, prefix: int = 0
 ) -> Generator[tuple[Image.Image, str, str], None, None]:
     """Draw image 0 of a class, as `dar sample` does. Closing the iterator stops the work.
 
@@ -129,10 +132,11 @@ def preview_html(image: Image.Image, caption: str) -> str:
 
 
 def repeat(
-    pipeline: str, label: int, seed: int, guidance: float, photo: str | None, prefix: int, dtype: Dtype | None = None
+    pipeline: str, label: int, seed: int, guidance: Guidance, photo: str | None, prefix: int, dtype: Dtype | None = None
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
-    options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed, "guidance": guidance}
+    options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed}
+    options["guidance"] = guidance_text(guidance)
     parts = dict.fromkeys(("imports", "kept", "prefix"), "")
     if photo is not None and prefix:
         options |= {"layout": photo, "prefix": prefix}
@@ -150,7 +154,15 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work: Work, dtype: Dtype | None = None):
+def build_page(
+    gr: Any,
+    pipe: DARPipeline,
+    name: str,
+    max_upload_mb: float,
+    work: Work,
+    dtype: Dtype | None = None,
+    guidance: Guidance = 3.0,
+):
     """The page, as gradio.Blocks.
 
     Args:
@@ -160,8 +172,11 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         max_upload_mb: largest photo, in MB.
         work: where it draws.
         dtype: what its weights were cast to, for the same code.
+        guidance: what the page begins with.
     """
     config = pipe.tokenizer.config
+    plain = not isinstance(guidance, str | tuple | list) and 1 <= guidance <= MAX_GUIDANCE
+    typed = "" if plain else guidance_text(guidance)  # what the slider cannot say
 
     def photo_input(**options):
         """An image that is not opened when it arrives: photo_of does that, and says what is wrong with it."""
@@ -182,13 +197,25 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
         except UserError as error:
             raise refusal(str(error)) from error
 
-    def on_draw(label: int, seed: float | None, guidance: float, path: str | None, prefix: int) -> Iterator[tuple]:
+    def guidance_of(text: str) -> Guidance:
+        """A class that the server should import is named by who starts it, not by a visitor."""
+        try:
+            found = guidance if text == typed else read_guidance(text, own_classes=False)
+            pipe.guidance_scales(found)
+        except UserError as error:
+            raise refusal(str(error)) from error
+        return found
+
+    def on_draw(
+        label: int, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
+    ) -> Iterator[tuple]:
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
         photo, file_name = (None, None) if path is None else (photo_of(path), Path(path).name)
         seed, prefix = int(seed), 0 if photo is None else int(prefix)
-        code = repeat(name, label, seed, guidance, file_name, prefix, dtype)
-        for shown in work.steps(draw_previews(pipe, label, seed, guidance, photo, prefix)):
+        scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
+        code = repeat(name, label, seed, scale, file_name, prefix, dtype)
+        for shown in work.steps(draw_previews(pipe, label, seed, scale, photo, prefix)):
             yield *shown, *code
 
     def on_photo(path: str | None):
@@ -210,7 +237,10 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
                 choices = [(text, label) for label, text in enumerate(names)]
                 label = gr.Dropdown(choices, value=0, label="Class", elem_id="label")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                guidance = gr.Slider(1, 10, value=3, step=0.25, label="Guidance")
+                first = guidance if plain else 3
+                scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance")
+                with gr.Accordion("Guidance as a function of the token", open=bool(typed)):
+                    schedule = gr.Textbox(typed, label="Instead of the slider", info=SCHEDULE, elem_id="schedule")
                 with gr.Accordion("Layout from a photo", open=False):
                     photo = photo_input(height=160, elem_id="photo")
                     some = max(1, config.num_tokens // 16)
@@ -227,7 +257,7 @@ def build_page(gr: Any, pipe: DARPipeline, name: str, max_upload_mb: float, work
                 with gr.Accordion("Repeat it", open=False):
                     command = gr.Code(language="shell", label="Command line", interactive=False, elem_id="command")
                     python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
-            inputs, outputs = [label, seed, guidance, photo, prefix], [picture, strip, tokens, command, python]
+            inputs, outputs = [label, seed, scale, photo, prefix, schedule], [picture, strip, tokens, command, python]
             drawing = start.click(on_draw, inputs, outputs, show_progress="minimal", api_name="draw")
             stop.click(None, cancels=[drawing])
         with gr.Tab("Reconstruct"):

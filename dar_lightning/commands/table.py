@@ -1,6 +1,7 @@
 """`dar table`: reproduce a table of the paper row by row, beside the paper's numbers."""
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 
 from dar_lightning.ar import gumbel
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError
@@ -46,7 +48,8 @@ class Row:
         pipeline: instead of the table's.
         solver: of the diffusion.
         num_steps: diffusion steps; None is the number of groups.
-        guidance: scale, or (a, b), linear over the tokens; for generation only.
+        guidance: scale, (a, b), linear over the tokens, or another schedule as text, as for `dar sample`; for
+            generation only.
         groups: stop after so many groups of tokens, and draw no more; None is all.
     """
 
@@ -54,12 +57,13 @@ class Row:
     pipeline: str | None = None
     solver: str = "adams2"
     num_steps: int | None = None
-    guidance: float | tuple[float, float] = 1.0
+    guidance: Guidance = 1.0
     groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise UserError(f"rows: solver is {self.solver!r}: choose from {', '.join(SOLVERS)}")
+        object.__setattr__(self, "guidance", read_guidance(self.guidance))
 
 
 def table(
@@ -105,7 +109,10 @@ def table(
     made = provenance(place, "float32")
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
         raise UserError("rows: guidance is set, but task is reconstruct, which draws no tokens")
-    models = {model: _model(model, task) for model in dict.fromkeys(row.pipeline or pipeline for row in rows)}
+    guidances = defaultdict(list)
+    for row in rows:
+        guidances[row.pipeline or pipeline].append(row.guidance)
+    models = {model: _model(model, task, given) for model, given in guidances.items()}
     sha256 = feature_protocol(features, load_features(features, features_weights))["sha256"]
     common = {"task": task, "features": features, "features_sha256": sha256, "full": full}
     common |= {"num_samples": num_samples} if task == "generate" else {}
@@ -138,12 +145,14 @@ def table(
     _write(root, title, frechet_name(features), results, made)
 
 
-def _model(model: str, task: str) -> tuple[TokenizerConfig, int, dict[str, str]]:
+def _model(model: str, task: str, guidances: list[Guidance]) -> tuple[TokenizerConfig, int, dict[str, str]]:
     """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
         tokenizer = _tokenizer(model)
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
+    for guidance in guidances:
+        pipe.guidance_scales(guidance)  # says so if it does not fit
     hashes = {"tokenizer_sha256": model_sha256(pipe.tokenizer), "ar_sha256": model_sha256(pipe.ar)}
     return pipe.tokenizer.config, pipe.num_groups, hashes | {"token_draws": gumbel.METHOD}
 
@@ -224,20 +233,26 @@ def _summary(
         if None not in values:  # an infinite PSNR
             std = stdev(values) if len(values) > 1 else None
             metrics[name] = {"mean": mean(values), "std": std, "values": values}
-    scales = row.guidance if isinstance(row.guidance, tuple | list) else [row.guidance]
     tokens = GroupSchedule.from_config(config).tokens_for_groups(row.groups or num_groups)
     settings = {
         "pipeline": model,
         "codebook": config.codebook_size,
         "solver": row.solver,
         "steps": row.num_steps or config.num_groups,
-        "guidance": "none" if row.guidance == 1 else " to ".join(f"{scale:g}" for scale in scales),
+        "guidance": _guidance_name(row.guidance),
         "tokens": f"{tokens} of {config.num_tokens}",
     }
     models = {name: measured[0][name] for name in ("tokenizer_sha256", "ar_sha256") if name in measured[0]}
     summary = {"settings": settings, "paper": row.paper, "metrics": metrics}
     summary |= {"seeds": [one["seed"] for one in measured], "models": models}
     return summary | {"protocol": measured[0]["protocol"]}
+
+
+def _guidance_name(guidance: Guidance) -> str:
+    if isinstance(guidance, str):
+        return guidance
+    scales = guidance if isinstance(guidance, tuple | list) else [guidance]
+    return "none" if guidance == 1 else " to ".join(f"{scale:g}" for scale in scales)
 
 
 def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], made: dict[str, Any]) -> None:

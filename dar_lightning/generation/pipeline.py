@@ -1,6 +1,7 @@
 """DARPipeline: tokenizer and AR model together; generate, or stream a preview after each group of tokens."""
 
 import json
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dar_lightning.ar.guidance import Guidance
+from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
@@ -56,6 +57,8 @@ class DARPipeline:
                 f"runs, or that is no whole number of groups ({', '.join(map(str, counts))})"
             )
         self.num_groups = counts[tokens]  # that the tokens of the AR model give
+        ends = [schedule.tokens_for_groups(m) for m in range(1, self.num_groups)]
+        self.token_groups = [1 + bisect(ends, i) for i in range(tokens)]  # of each token, as they are written
         if classes and len(classes) != ar.config.num_classes:
             raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
@@ -64,7 +67,7 @@ class DARPipeline:
     def stream(
         self,
         labels: Tensor,
-        guidance: Guidance = 1.0,
+        guidance: Guidance | GuidanceSchedule = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -83,7 +86,7 @@ class DARPipeline:
 
         Args:
             labels: (B,) int64 classes.
-            guidance: scale, or (a, b), linear over the tokens.
+            guidance: scale, (a, b), linear over the tokens, or another schedule (`ar.guidance`).
             temperature: of the token distribution.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the most likely tokens with this much probability.
@@ -101,6 +104,7 @@ class DARPipeline:
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        options |= dict(token_groups=self.token_groups)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []
@@ -126,6 +130,10 @@ class DARPipeline:
         for preview in islice(self.stream(labels, **options), groups):  # noqa: B007
             pass
         return preview.images
+
+    def guidance_scales(self, guidance: Guidance | GuidanceSchedule) -> list[float]:
+        """The guidance scale of each token, as `stream` takes it; UserError for one that this pipeline cannot have."""
+        return guidance_schedule(guidance, len(self.token_groups), self.token_groups)
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class, by its name or by its number (as int or digits)."""

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dar_lightning.ar import gumbel
-from dar_lightning.ar.guidance import Guidance
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
@@ -25,7 +25,8 @@ class GenerationModule(LightningModule):
     Args:
         pipeline: folder or Hugging Face repository of a pipeline.
         seed: with its number it seeds an image's generator, 0 to 2^31 - 1.
-        guidance: scale of classifier-free guidance, or (a, b), linear over the tokens.
+        guidance: scale of classifier-free guidance, (a, b), linear over the tokens, or another schedule as text
+            (`ar.guidance`).
         temperature: of the token distribution.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens with this much probability.
@@ -59,6 +60,8 @@ class GenerationModule(LightningModule):
         self.pipeline = pipe = DARPipeline.from_pretrained(pipeline)
         self.tokenizer, self.ar = pipe.tokenizer, pipe.ar  # so that Lightning moves them
         self.num_classes = pipe.ar.config.num_classes
+        guidance = read_guidance(guidance)
+        pipe.guidance_scales(guidance)  # says so if it does not fit
         self.options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, solver=solver)
         self.options["num_steps"] = pipe.tokenizer.config.num_groups if num_steps is None else num_steps
         self.options["groups"] = pipe.num_groups if groups is None else groups

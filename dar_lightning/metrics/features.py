@@ -7,9 +7,6 @@ torch-fidelity's and timm's networks are used as they are; their weights are rea
 
 import hashlib
 import io
-import os
-import pkgutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dar_lightning.errors import UserError, one_line
+from dar_lightning.files import load_class
 from dar_lightning.formats.checkpoint import read_checkpoint
 from dar_lightning.metrics.color_edges import ColorEdges
 
@@ -144,13 +142,7 @@ def load_features(name: str, weights: str | None = None, option: str = "--featur
 
 
 def _load_class(path: str, option: str) -> type[nn.Module]:
-    if os.getcwd() not in sys.path:  # as with `python -m`
-        sys.path.append(os.getcwd())
-    try:
-        found = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        kinds = f"{', '.join(BUILT_IN)}, a timm model or the import path of a class"
-        raise UserError(f"{option} {path}: not {kinds} ({error})") from error
+    found = load_class(path, f"{option} {path}", f"{', '.join(BUILT_IN)}, a timm model or the import path of a class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(f"{option} {path}: must be a torch.nn.Module class, is {found!r}")
     return found

@@ -195,6 +195,7 @@ class DrawnImages:
         self.pipeline, self.count, self.seed, self.rows = pipeline, count, seed, rows
         self.classes = pipeline.classes
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
+        pipeline.guidance_scales(options.get("guidance", 1.0))  # says so if it does not fit
         # What `generate` does without these is said in the protocol, too.
         self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import FrozenNetwork, feature_protocol, frechet_name, load_features
@@ -224,7 +225,7 @@ class GenerationFID(FrechetCallback):
         features: feature network: inception, mobilenet_v2, color_edges, a timm model or a class path.
         features_weights: a local file of its weights; None downloads them.
         seed: of the images.
-        guidance: scale, or (a, b), linear over the tokens.
+        guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
         temperature: of the token distribution.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens with this much probability.
@@ -243,7 +244,7 @@ class GenerationFID(FrechetCallback):
         features: str = "inception",
         features_weights: str | None = None,
         seed: int = 0,
-        guidance: float | tuple[float, float] = 1.0,
+        guidance: Guidance = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -258,8 +259,8 @@ class GenerationFID(FrechetCallback):
             given = f"batch_size is {batch_size} and num_samples is {num_samples}"
             raise UserError(f"GenerationFID: {given}, at least 1 and 2 are needed")
         self.tokenizer_path, self.source, self.num_samples, self.seed = tokenizer, reference, num_samples, seed
-        self.batch_size, self.options = batch_size, {"guidance": guidance, "temperature": temperature, "top_k": top_k}
-        self.options |= {"top_p": top_p, "solver": solver, "num_steps": num_steps}
+        self.batch_size, self.options = batch_size, {"guidance": read_guidance(guidance), "temperature": temperature}
+        self.options |= {"top_k": top_k, "top_p": top_p, "solver": solver, "num_steps": num_steps}
         self._tokenizer: SequentialDiffusionTokenizer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -269,7 +270,8 @@ class GenerationFID(FrechetCallback):
         if not hasattr(pl_module, "ar"):
             raise UserError(f"GenerationFID: {type(pl_module).__name__} has no AR model; ReconstructionFID is for it")
         self._tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer_path).requires_grad_(False)
-        DARPipeline(self._tokenizer, pl_module.ar)  # says so if they do not belong together
+        pipeline = DARPipeline(self._tokenizer, pl_module.ar)  # says so if they do not belong together
+        pipeline.guidance_scales(self.options["guidance"])  # and if this does not fit
         option = "GenerationFID: reference"
         stored = read_statistics(self.source, option)
         if stored is not None:

@@ -1,9 +1,10 @@
 """Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes and seeds."""
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
+from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.transforms import to_uint8
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.reconstruction import finite_psnr, reconstruct, reconstruction_scores
@@ -54,7 +55,7 @@ class Samples(Callback):
         tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
         classes: class indices; None takes all, at most 20.
         per_class: images per class.
-        guidance: scale, or (a, b).
+        guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
     """
 
     def __init__(
@@ -62,10 +63,15 @@ class Samples(Callback):
         tokenizer: str,
         classes: list[int] | None = None,
         per_class: int = 4,
-        guidance: float | tuple[float, float] = 1.0,
+        guidance: Guidance = 1.0,
     ):
-        self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, guidance
+        self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, read_guidance(guidance)
         self.tokenizer: SequentialDiffusionTokenizer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(self.guidance, str):  # it may not fit the groups, which is found now, not after an epoch
+            tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path)
+            DARPipeline(tokenizer, pl_module.ar).guidance_scales(self.guidance)
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
