@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dar_lightning import ARModel, DARPipeline
+from dar_lightning.ar.sampling import generate
 from dar_lightning.cli import main
 
 PAGE = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text()
@@ -31,12 +32,12 @@ def test_drawing_with_transformers_and_decoding_here(tmp_path, monkeypatch):
     assert decoded[1].shape == (2, 3, 64, 64)
     pipe = DARPipeline.from_pretrained("fruit64").to(torch.float32)
     labels = torch.tensor([pipe.label("Orange"), pipe.label("Watermelon")])
-    (*_, ours) = pipe.stream(labels, guidance=(1.1, 3.0), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(guided[0], ours.codes)
+    ours = generate(pipe.ar, labels, guidance=(1.1, 3.0), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(guided[0], ours)
     assert guided[1].shape == (2, 3, 64, 64)
 
     with torch.no_grad():
-        labels, codes = torch.arange(15)[:, None], ours.codes[:1].expand(15, -1)
+        labels, codes = torch.arange(15)[:, None], ours[:1].expand(15, -1)
         expected = pipe.ar(labels[:, 0], codes)
         logits = names["llama"](input_ids=torch.cat([1024 + labels, codes[:, :-1]], dim=1)).logits[..., :1024]
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), "the page says so"
