@@ -45,6 +45,12 @@ def one_parser():
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Files with slow tests come first, so that no process ends long after the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish():
     """The server that killable's processes are forked from is up before a loader starts one that has imported less.
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,24 @@ def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False}
     return subprocess.run(["make", *arguments], **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "names"),
+    [
+        ("dar_lightning", "ARConfig", "preset"),
+        ("dar_lightning", "TokenizerConfig", "preset"),
+        ("dar_lightning", "ARModel", "forward"),
+        ("dar_lightning", "SequentialDiffusionTokenizer", "tokenize detokenize previews condition training_losses"),
+        ("dar_lightning", "DARPipeline", "generate stream from_pretrained save_pretrained"),
+        ("dar_lightning.ar", "sampling", "generate stream_tokens"),
+        ("dar_lightning", "weights", "load_official_ar load_official_tokenizer"),
+    ],
+)
+def test_public_names_stay(module, owner, names):
+    importlib.import_module(f"{module}.{owner}" if owner.islower() else module)
+    for name in names.split():
+        assert callable(attrgetter(f"{owner}.{name}")(sys.modules[module])), name
 
 
 def test_make_alone_lists_the_targets():

@@ -32,6 +32,7 @@ def look(stage, out):
     seen.extend(files)
 
 print(Path(dar_lightning.__file__).parent)
+assert "max_steps: 360000" in dar("fit", "--config", "experiments/ar/B.yaml", "--print_config")
 assert "cell" in dar("sweep", "experiments/sweeps/small/order.yaml", "--help")
 assert "data/fruit64/train" in dar("sweep", "experiments/sweeps/small/order.yaml", "--dry_run")
 assert ShardIndex.load("data/fruit64/train/{000000..000001}.tar").num_samples == 512

@@ -1,13 +1,15 @@
-"""TensorBoard logger that survives a full disk."""
+"""TensorBoard logger that survives a full disk, and the TensorBoard writers of a trainer."""
 
 import sys
 from functools import partialmethod
 from time import monotonic
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from dar_lightning.files import users_path
 
@@ -54,3 +56,9 @@ class SurvivingWriter:
     add_event = partialmethod(_call, "add_event")
     flush = partialmethod(_call, "flush")
     close = partialmethod(_call, "close")
+
+
+def writers(trainer: Trainer) -> list[SummaryWriter]:
+    """TensorBoard's writers of this process: those of rank 0."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]

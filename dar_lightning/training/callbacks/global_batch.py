@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.training.batch_plan import TrainingPlan, accumulation
-from dar_lightning.training.callbacks.pictures import writers
+from dar_lightning.training.loggers import writers
 
 
 class GlobalBatch(Callback):

@@ -19,9 +19,9 @@ from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.reconstruction import token_influence, token_influence_names
-from dar_lightning.training.callbacks.pictures import writers
 from dar_lightning.training.fsdp import whole
 from dar_lightning.training.log_step import is_log_step, log_bins, log_numbers
+from dar_lightning.training.loggers import writers
 
 
 class BinnedMean(Metric):

@@ -1,9 +1,7 @@
 """Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes and seeds."""
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.tensorboard import SummaryWriter
+from lightning.pytorch import Callback
 from torchvision.utils import make_grid
 
 from dar_lightning.data.transforms import to_uint8
@@ -11,13 +9,8 @@ from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.reconstruction import finite_psnr, reconstruct, reconstruction_scores
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.training.fsdp import whole_model
+from dar_lightning.training.loggers import writers
 from dar_lightning.training.module import counted_rows
-
-
-def writers(trainer: Trainer) -> list[SummaryWriter]:
-    """TensorBoard's writers of this process: those of rank 0."""
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 class Reconstructions(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from dar_lightning.files import users_path, write_text
 from dar_lightning.records.provenance import FILE, provenance
-from dar_lightning.training.callbacks.pictures import writers
+from dar_lightning.training.loggers import writers
 
 
 class ConfigText(SaveConfigCallback):
