@@ -28,8 +28,8 @@ VERBS = {
     "table": "one of the paper's tables, measured: dar table --config experiments/evaluate/solvers.yaml",
     "sweep": "an ablation's grid: dar sweep experiments/sweeps/small/order.yaml",
     "report": "tables, plots and samples of a sweep, cells beside each other",
-    "export": "Lightning checkpoint -> folder with config.json and model.safetensors",
-    "convert": "official D-AR weights -> such a folder",
+    "export": "Lightning checkpoint -> folder with config.json and model.safetensors; or the Llama -> transformers",
+    "convert": "official D-AR weights, or the Llama back from transformers -> such a folder",
 }
 
 POSITIONAL = {"sweep": "config", "report": "sweep"}  # verb -> the option that its first word is, where that has no name

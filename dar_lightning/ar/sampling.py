@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys, exponentials
 from dar_lightning.ar.model import ARModel
@@ -79,7 +80,7 @@ def stream_tokens(
     """
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
-    _check(ar, labels, temperature, top_k, top_p, prefix, count)
+    check_options(ar.config, labels, temperature, top_k, top_p, prefix, count)
     scales = guidance_schedule(guidance, ar.config.num_tokens, token_groups)[:count]
     batch, guided = len(labels), guided_tokens(scales)
     order = ar.draw_order(len(labels), generator) if order is None else order
@@ -127,8 +128,11 @@ def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
     return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
 
 
-def _check(ar, labels, temperature, top_k, top_p, prefix, count) -> None:
-    config, null = ar.config, ar.null_class
+def check_options(
+    config: ARConfig, labels: Tensor, temperature: float, top_k: int, top_p: float, prefix: Tensor, count: int
+) -> None:
+    """Refuse values outside the ranges of `stream_tokens`, whose num_tokens is `count`, for a model of this config."""
+    null = config.num_classes
     first, last = map(int, labels.aminmax()) if len(labels) else (0, 0)
     low, high = map(int, prefix.aminmax()) if prefix.numel() else (0, 0)
     require(1 <= count <= config.num_tokens, f"num_tokens is {count}: this model draws from 1 to {config.num_tokens}")

@@ -1,36 +1,50 @@
-"""`dar export`: a Lightning checkpoint as a folder in our format, one model or a whole pipeline."""
+"""`dar export`: a Lightning checkpoint as a folder in our format, a model or a pipeline; or one for transformers."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
+from dar_lightning.weights.llama import save_llama
 
 
 def export(
-    ckpt: Path,
+    ckpt: Path | None = None,
+    *,
     output: Path,
     weights: Literal["auto", "ema", "raw"] = "auto",
     tokenizer: str | None = None,
     shards: Path | None = None,
+    pipeline: str | None = None,
+    format: Literal["dar", "transformers"] = "dar",
 ) -> None:
     """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
-    `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from.
+    `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. With
+    format "transformers", a folder of the AR model alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
         output: folder for config.json and model.safetensors, or for the pipeline.
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
         tokenizer: folder or Hugging Face repository of the tokenizer that an AR model's tokens came from.
-        shards: for a pipeline: image or token shards whose index.json names the classes.
+        shards: for a pipeline or transformers: image or token shards whose index.json names the classes.
+        pipeline: for transformers, instead of ckpt: a pipeline's folder, "fruit64" or a Hugging Face repository.
+        format: "dar", ours, or "transformers".
     """
+    if format == "transformers":
+        _export_llama(ckpt, output, weights, tokenizer, shards, pipeline)
+        return
+    if pipeline is not None:
+        raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need format 'transformers'")
+    if ckpt is None:
+        raise UserError("ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)
     facts = {"checkpoint": str(ckpt), "ema": model.averaged}
     if tokenizer is None:
@@ -41,10 +55,35 @@ def export(
     else:
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
-        classes = [] if shards is None else read_json(shards / "index.json").get("classes", [])
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        DARPipeline(decoder, model, tuple(classes)).save_pretrained(output)
+        DARPipeline(decoder, model, _classes(shards)).save_pretrained(output)
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
         said = f"pipeline of {model.config.num_classes} classes"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
     print(f"{output}: {said}")
+
+
+def _export_llama(
+    ckpt: Path | None, output: Path, weights: str, tokenizer: str | None, shards: Path | None, pipeline: str | None
+) -> None:
+    require((ckpt is None) != (pipeline is None), "ckpt, pipeline: format 'transformers' needs one of the two")
+    require(
+        tokenizer is None, f"tokenizer is {tokenizer!r}: format 'transformers' holds the AR model alone, leave it out"
+    )
+    if pipeline is None:
+        model, classes, facts = load_lightning_checkpoint(ckpt, weights), _classes(shards), {"checkpoint": str(ckpt)}
+        if not isinstance(model, ARModel):
+            raise UserError(f"ckpt {ckpt} is of a tokenizer: format 'transformers' needs that of an AR model")
+    else:
+        require(weights == "auto", f"weights is {weights!r}: a pipeline has one set of weights, leave it out")
+        require(shards is None, f"shards is {str(shards)!r}: a pipeline has its classes' names, leave it out")
+        source = DARPipeline.from_pretrained(pipeline)
+        model, classes, facts = source.ar, source.classes, {"pipeline": pipeline}
+    save_llama(model, output, classes)
+    write_text(output / EXPORTED, json.dumps(facts | {"ema": model.averaged}, indent=2) + "\n")
+    print(f"{output}: LlamaForCausalLM of ARModel, SHA-256 {model_sha256(model)[:12]}")
+
+
+def _classes(shards: Path | None) -> tuple[str, ...]:
+    """The classes that an index.json names."""
+    return () if shards is None else tuple(read_json(shards / "index.json").get("classes", []))

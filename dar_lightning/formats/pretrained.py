@@ -178,16 +178,7 @@ def build_model(
     and no random numbers are drawn. If all weights share one floating dtype, the model takes it. UserErrors start with
     `origin`, and `names` gives the file's name for a tensor of the model.
     """
-    for name, value in config.to_dict().items():
-        if name.endswith("depth") and value > len(tensors):
-            raise UserError(f"{origin}: {name} is {value}, the weights are only {len(tensors)} tensors")
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except UserError as error:  # of the config, or of a package that it needs
-        raise UserError(f"{origin}: {error}") from error
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
+    model = build_on_meta(model_class, config, len(tensors), origin)
     check_tensors(model, tensors, origin, names)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
@@ -200,11 +191,33 @@ def build_model(
     return model
 
 
+def build_on_meta(model_class: type, config: Any, num_tensors: int, origin: Any) -> nn.Module:
+    """A model without memory for its weights, on the meta device; `num_tensors` is how many the file holds.
+
+    UserError, which starts with `origin`, for a depth beyond that number, or sizes that no model has.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith("depth") and value > num_tensors:
+            raise UserError(f"{origin}: {name} is {value}, the weights are only {num_tensors} tensors")
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except UserError as error:  # of the config, or of a package that it needs
+        raise UserError(f"{origin}: {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
+
+
 def check_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
 ) -> None:
     """Refuse weights that do not fit a module exactly, or hold NaN or infinity; see build_model for the arguments."""
     wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
+    compare_tensors(wanted, tensors, origin, type(module).__name__)
+
+
+def compare_tensors(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: Any, model: str) -> None:
+    """Refuse weights whose names or shapes are not those of `wanted`, of a `model`, or that hold NaN or infinity."""
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in wanted]
     kinds = {name: (_kind(tensors[name]), _kind(tensor)) for name, tensor in wanted.items() if name in tensors}
@@ -215,7 +228,7 @@ def check_tensors(
         problems = [f"{name} holds NaN or infinity" for name in values]
     if problems:
         more = f"; and {len(problems) - 4} more problems" if len(problems) > 4 else ""
-        raise UserError(f"{origin} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
+        raise UserError(f"{origin} does not fit {model}: {'; '.join(problems[:4])}{more}")
 
 
 def _kind(tensor: Any) -> str:

@@ -91,7 +91,7 @@ def test_malicious_pickles_run_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     file, marker = tmp_path / "attack.pt", tmp_path / "code_ran"
     attacks(marker)[name](file)
-    for read in (read_checkpoint, lambda f: convert(f, tmp_path / "out"), lambda f: export(f, tmp_path / "out")):
+    for read in (read_checkpoint, lambda f: convert(f, tmp_path / "out"), lambda f: export(f, output=tmp_path / "out")):
         with pytest.raises(UserError) as refusal:
             read(file)
         message = str(refusal.value)

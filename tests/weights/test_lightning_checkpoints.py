@@ -17,6 +17,7 @@ from dar_lightning.training.ar import ARModule
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.training.tokenizer import TokenizerModule
+from dar_lightning.weights import load_llama
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 CONFIG = ARConfig.preset("tiny", num_classes=4, vocab_size=16, num_tokens=8, dim=16, depth=1, num_heads=2)
@@ -72,13 +73,34 @@ def test_ema_and_raw_weights_are_told_apart(run, tmp_path):
     path, ema = run
     assert not torch.equal(ema.raw["head.weight"], ema.average["head.weight"])
     for weights, expected in (("ema", ema.average), ("auto", ema.average), ("raw", ema.raw)):
-        export(path, tmp_path / weights, weights)
+        export(path, output=tmp_path / weights, weights=weights)
         noted = json.loads((tmp_path / weights / "export.json").read_text())
         assert noted == {"checkpoint": str(path), "ema": weights != "raw"}
         again = ARModel.from_pretrained(tmp_path / weights)
         assert again.averaged is (weights != "raw")
         assert again.config == CONFIG
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_checkpoint_goes_to_transformers(run, tmp_path):
+    """The weights that are asked for, and not a tokenizer's."""
+    path, ema = run
+    for weights, expected in (("auto", ema.average), ("raw", ema.raw)):
+        export(path, output=tmp_path, weights=weights, format="transformers")
+        again = load_llama(tmp_path)
+        assert (again.averaged, again.config) == (weights != "raw", CONFIG)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+        assert json.loads((tmp_path / "export.json").read_text())["checkpoint"] == str(path)
+
+
+def test_a_tokenizer_does_not_go_to_transformers(tmp_path):
+    tokenizer = TokenizerModule(preset="tiny")
+    state = {f"tokenizer.{name}": tensor for name, tensor in tokenizer.tokenizer.state_dict().items()}
+    hyperparameters = {"config": tokenizer.tokenizer.config.to_dict()}
+    torch.save({"state_dict": state, "hyper_parameters": hyperparameters}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="is of a tokenizer: format 'transformers' needs that of an AR model"):
+        export(tmp_path / "x.ckpt", output=tmp_path / "out", format="transformers")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -94,7 +116,7 @@ def test_without_an_average(tmp_path, late):
         found = load_lightning_checkpoint(path, weights).state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     with pytest.raises(UserError, match=r"no EMA weights \(yet\)"):
-        export(path, tmp_path / "out", "ema")
+        export(path, output=tmp_path / "out", weights="ema")
 
 
 def test_hyperparameters_are_plain(run):
@@ -139,7 +161,7 @@ def test_a_malicious_checkpoint_runs_nothing(edited, tmp_path, weights_only):
 
 
 def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):
-    export(run[0], tmp_path / "ar")
+    export(run[0], output=tmp_path / "ar")
     config = ARConfig(**(CONFIG.to_dict() | {"num_classes": 7, "class_dropout": 0.5}))
     with caplog.at_level("INFO"):
         tuned = ARModule(config, init_from=str(tmp_path / "ar"))
@@ -160,5 +182,5 @@ def test_files_that_are_no_run(tmp_path):
     for state, message in (({"x": 1}, "no checkpoint of a tokenizer or AR"), ({"ar.x": 1}, "hyper_parameters")):
         torch.save({"state_dict": {name: torch.zeros(1) for name in state}}, tmp_path / "x.ckpt")
         with pytest.raises(UserError, match=message):
-            export(tmp_path / "x.ckpt", tmp_path / "out")
+            export(tmp_path / "x.ckpt", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
