@@ -49,8 +49,7 @@ tools:
     + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
     + """
 
-all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it
-"""
+all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it"""
 )
 
 

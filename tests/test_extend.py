@@ -136,7 +136,7 @@ def test_the_page_of_the_quantizers(tmp_path, monkeypatch):
     page = (ROOT / "docs/quantizers.md").read_text()
     (tmp_path / "fsq.yaml").write_text(re.search(r"```yaml\n# fsq.yaml\n(.*?)```", page, flags=re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
-    main([*shlex.split(re.search(r"```bash\ndar (.*)\n```", page)[1]), *QUICK])
+    main([*shlex.split(re.search(r"```bash\npython -m dar_lightning (.*)\n```", page)[1]), *QUICK])
     logged = last_scalars(tmp_path / "runs/fsq/logs", ("train/", "codebook/"))
     assert logged["train/loss"] == pytest.approx(logged["train/flow"])
     assert logged["codebook/use"] <= 2 * 64 / 1600

@@ -40,7 +40,7 @@ def ask_for_drawings(url: str, visitors: int) -> list[httpx.Response]:
     functions = httpx.get(f"{url}/config").json()["dependencies"]
     (number,) = [function["id"] for function in functions if function["api_name"] == "draw"]
     requests = [
-        {"fn_index": number, "session_hash": f"visitor{seed}", "data": [1, seed, 3, None, 0]}
+        {"fn_index": number, "session_hash": f"visitor{seed}", "data": [1, seed, 3, None, 0, ""]}
         for seed in range(visitors)
     ]
     return [httpx.post(f"{url}/gradio_api/queue/join", json=request, timeout=60) for request in requests]

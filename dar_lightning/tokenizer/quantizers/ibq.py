@@ -20,7 +20,7 @@ class IndexBackpropagationQuantizer(nn.Module):
     """The code of largest product, with the gradient of a softmax over all codes; a Quantizer.
 
     Latents are not normalised. The losses (squares are means over channels, sg stops the gradient): `vq`, commitment *
-    |code - sg latent|²; `commit`, |sg code - latent|²; `joint`, |values - latent|² with the softmax's gradient;
+    (code - sg latent)²; `commit`, (sg code - latent)²; `joint`, (values - latent)² with the softmax's gradient;
     `entropy` and `batch_entropy`, those of each token's and of the batch's mean distribution over codes, the latter
     over the tokens of all ranks.
 

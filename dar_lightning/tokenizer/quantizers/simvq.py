@@ -13,8 +13,8 @@ from dar_lightning.tokenizer.quantizers.vector import largest_product
 class SimVectorQuantizer(nn.Module):
     """The nearest (Euclidean) of the projected codes, with a straight-through gradient; a Quantizer.
 
-    The random codes are saved with the weights: no config gives them back. Losses: `vq`, |code - sg latent|², and
-    `commit`, commitment * |sg code - latent|²; squares are means over channels, sg stops the gradient.
+    The random codes are saved with the weights: no config gives them back. Losses: `vq`, (code - sg latent)², and
+    `commit`, commitment * (sg code - latent)²; squares are means over channels, sg stops the gradient.
 
     Args:
         codebook_size: number of codes.
@@ -35,7 +35,7 @@ class SimVectorQuantizer(nn.Module):
         self.commitment = commitment
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Index of the nearest code: that of largest <latent, code> - |code|² / 2."""
+        """Index of the nearest code: that of largest <latent, code> - <code, code> / 2."""
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), exact_products():
             weight, bias = self.projection.weight.float(), self.projection.bias.float()
             codes = F.linear(self.rows.float(), weight, bias)
