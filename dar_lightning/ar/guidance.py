@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from dar_lightning.errors import UserError, require
+from dar_lightning.errors import UserError, find_user_error, one_line, require
 from dar_lightning.files import load_class
 
 # A scale; (a, b), linear over the tokens; or text, "NAME,value,..." or "NAME,key=value,...", whose name is one of
@@ -24,6 +24,9 @@ class GuidanceSchedule(Protocol):
         """Scale of each token, from the group (1 to K) that each one belongs to; i counts tokens as they are written.
 
         1 is no guidance. Where all tokens from some place on have 1, only the conditional half is computed.
+
+        Groups are listed as tokens are written: a model of order "reversed" begins with those of group K. Where each
+        sample has its own order, the first tokens that are written count as group 1.
         """
 
 
@@ -158,8 +161,7 @@ def guidance_schedule(
     if hasattr(guidance, "scales"):
         schedule = guidance
     elif isinstance(guidance, str):
-        _, made, values = _read(guidance)
-        schedule = made(*values.args, **values.kwargs)
+        schedule = _made(guidance, *_read(guidance))
     elif isinstance(guidance, tuple | list):
         require(len(guidance) == 2, f"guidance is {guidance}: {_FORMS}")
         schedule = Linear(*map(float, guidance))
@@ -182,7 +184,7 @@ def read_guidance(guidance: Guidance, own_classes: bool = True) -> Guidance:
     if not isinstance(guidance, str):
         return guidance
     name, made, values = _read(guidance, own_classes)
-    schedule = made(*values.args, **values.kwargs)
+    schedule = _made(guidance, name, made, values)
     if isinstance(schedule, Constant):
         return float(schedule.scale)
     if isinstance(schedule, Linear):
@@ -233,7 +235,9 @@ def _read(text: str, own_classes: bool = True) -> tuple[str, type[GuidanceSchedu
         fits = isinstance(made, type) and callable(getattr(made, "scales", None))
         require(fits, f"guidance {name}: must be a class with a method `scales`, is {made!r}")
     signature = inspect.signature(made)
-    named = dict(value.split("=", 1) for value in values if "=" in value)
+    pairs = [value.split("=", 1) for value in values if "=" in value]
+    named = dict(pairs)
+    require(len(named) == len(pairs), f"guidance is {text!r}: it gives a value twice")
     try:
         bound = signature.bind(
             *(_number(value) for value in values if "=" not in value),
@@ -244,6 +248,14 @@ def _read(text: str, own_classes: bool = True) -> tuple[str, type[GuidanceSchedu
         raise UserError(f"guidance is {text!r}: {name} takes {takes} ({error})") from error
     bound.apply_defaults()
     return name, made, bound
+
+
+def _made(text: str, name: str, made: type[GuidanceSchedule], values: inspect.BoundArguments) -> GuidanceSchedule:
+    """The schedule; what its class says against its values is one line."""
+    try:
+        return made(*values.args, **values.kwargs)
+    except (TypeError, ValueError) as error:
+        raise find_user_error(error) or UserError(f"guidance is {text!r}: {name}: {one_line(error)}") from error
 
 
 def _number(word: str) -> int | float | str:

@@ -26,7 +26,7 @@ from dar_lightning.generation import predict, writer  # noqa: F401  (so that con
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import AnnouncedOptions, GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks import EarlyStoppingPatience, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.tokenizer import TokenizerModule
@@ -68,7 +68,9 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={"prog": "dar"},
                 save_config_callback=ConfigText,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [StopOnSignal(), Provenance(), AnnouncedOptions()]},  # beside a config's
+                trainer_defaults={
+                    "callbacks": [StopOnSignal(), Provenance(), EarlyStoppingPatience()]
+                },  # and a config's
             )
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error

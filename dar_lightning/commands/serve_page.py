@@ -213,6 +213,8 @@ def build_page(
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
         photo, file_name = (None, None) if path is None else (photo_of(path), Path(path).name)
         seed, prefix = int(seed), 0 if photo is None else int(prefix)
+        if not 0 <= prefix < config.num_tokens:
+            raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
         code = repeat(name, label, seed, scale, file_name, prefix, dtype)
         for shown in work.steps(draw_previews(pipe, label, seed, scale, photo, prefix)):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dar_lightning.data.decode import image_suffixes
+from dar_lightning.errors import UserError
 
 # What operating systems and network drives put beside people's files, in lower case.
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "#recycle"}
@@ -13,7 +14,7 @@ SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
 class ImageFiles(NamedTuple):
-    """What lies below a folder, in the order of the paths."""
+    """What lies below a folder: names sorted within each folder, its files before its folders."""
 
     images: list[Path]
     others: list[Path]  # files that are not named like images
@@ -26,7 +27,7 @@ def is_hidden(name: str) -> bool:
 
 
 def list_images(folder: Path) -> ImageFiles:
-    """The image files anywhere below a folder; one that links lead to several times is read once."""
+    """The image files anywhere below a folder; a folder that links lead to several times is read once."""
     found = ImageFiles([], [], [])
     for path, is_folder in _walk(folder):
         if is_hidden(path.name):
@@ -36,10 +37,17 @@ def list_images(folder: Path) -> ImageFiles:
     return found
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would leave its images out without a word."""
+    raise UserError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away"
+    ) from error
+
+
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
     """Paths below a folder, sorted in each, files before folders; and whether they are folders."""
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import fixed_order
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError
@@ -58,7 +59,10 @@ class DARPipeline:
             )
         self.num_groups = counts[tokens]  # that the tokens of the AR model give
         ends = [schedule.tokens_for_groups(m) for m in range(1, self.num_groups)]
-        self.token_groups = [1 + bisect(ends, i) for i in range(tokens)]  # of each token, as they are written
+        # the group of each token in the order of writing; orders drawn per sample have none, and count as written
+        fixed = "coarse_to_fine" if ar.config.order == "random_per_sample" else ar.config.order
+        order = fixed_order(fixed, tokens, ar.config.order_groups, ar.config.order_seed)
+        self.token_groups = [1 + bisect(ends, place) for place in order.tolist()]
         if classes and len(classes) != ar.config.num_classes:
             raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)

@@ -27,6 +27,7 @@ class TrainingModule(LightningModule):
     def __init__(self, optimizer: OptimizerConfig):
         super().__init__()
         self.optimizer = optimizer
+        self._schedule: LambdaLR | None = None  # that configure_optimizers made
         self._sums: dict[str, Tensor] = {}  # of the losses of a step's batches
 
     @property
@@ -36,14 +37,16 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         plan = TrainingPlan.of(self.trainer)
-        return configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
+        made = configure_adamw(self, self.optimizer, plan.steps, plan.steps_per_epoch)
+        self._schedule = made["lr_scheduler"]["scheduler"]
+        return made
 
     def on_train_start(self) -> None:
         """Train with the optimizer's options of this run, not with the checkpoint's, and say which were others."""
         schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
-        if not (len(schedules) == 1 and isinstance(schedules[0], LambdaLR)):  # a subclass has others
+        if schedules != [self._schedule]:  # a subclass has others
             return
-        changed = use_options(self.trainer.optimizers[0], schedules[0], self.optimizer)
+        changed = use_options(self.trainer.optimizers[0], self._schedule, self.optimizer)
         for name, (was, now) in changed.items():
             step = f"from step {self.trainer.global_step:,} on"
             rank_zero_info(f"optimizer.{name} was {was} in the checkpoint and is {now} {step}")

@@ -73,10 +73,13 @@ def save_llama(ar: ARModel, folder: str | Path, classes: tuple[str, ...] = ()) -
         classes: names of the classes, which config.json keeps.
 
     Raises:
-        UserError: if the model has another order for each sample, or the folder cannot be written.
+        UserError: if the model has another order for each sample or another number of classes, or the folder cannot be
+            written.
     """
     config, folder = ar.config, Path(folder)
     order = config.order
+    fits = not classes or len(classes) == config.num_classes
+    require(fits, f"{len(classes)} class names for an AR model of {config.num_classes} classes")
     require(order != "random_per_sample", f"order is {order!r}: a Llama is not told where its next token belongs")
     tensors = to_llama(config, {name: tensor.detach().cpu() for name, tensor in ar.state_dict().items()})
     about = {"format_version": FORMAT_VERSION, "ema": ar.averaged, "classes": list(classes), "config": config.to_dict()}

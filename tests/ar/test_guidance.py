@@ -74,6 +74,9 @@ def test_interval_linear_and_constant():
 def test_groups_are_those_of_the_pipeline():
     """Of a model that writes the first groups alone, and of a tokenizer whose steps share tokens."""
     assert make_pipeline().token_groups == EACH
+    backwards = DARPipeline(make_tokenizer(), make_ar(order="reversed"))
+    assert backwards.token_groups == EACH[::-1]
+    assert backwards.guidance_scales("interval,3,4,4") == [3.0 if group == 4 else 1.0 for group in EACH[::-1]]
     half = DARPipeline(make_tokenizer(), make_ar(num_tokens=TOKENS // 2))
     assert half.token_groups == EACH[: TOKENS // 2]
     with pytest.raises(UserError, match="from_group 2 to_group 3: this model's tokens are of groups 1 to 2"):
@@ -233,6 +236,9 @@ def test_text_is_read_and_kept_in_one_form(text, read):
         ("nan", "guidance constant: scale is nan: it must be a finite number"),
         (float("inf"), "guidance constant: scale is inf: it must be a finite number"),
         ("no_module.Schedule", "guidance no_module.Schedule: not constant, .* import path of a class .*no_module"),
+        ("interval,3,1,2,scale=4", "interval takes scale, from_group, to_group .*multiple values"),
+        ("interval,scale=3,scale=4,from_group=1,to_group=2", "it gives a value twice"),
+        (f"{__name__}.Squared,big", f"guidance is '{__name__}.Squared,big': {__name__}.Squared: could not convert"),
         ("math.tau", "guidance math.tau: must be a class with a method `scales`, is 6.28"),
     ],
 )
@@ -240,6 +246,16 @@ def test_bad_guidance_is_one_line(ar, guidance, message):
     with pytest.raises(UserError, match=message) as raised:
         drawn(ar, guidance)
     assert "\n" not in str(raised.value)
+
+
+class Squared:
+    """A user's own whose values must be numbers."""
+
+    def __init__(self, scale):
+        self.scale = float(scale) ** 2
+
+    def scales(self, groups):
+        return [self.scale] * len(groups)
 
 
 class Listed:

@@ -1,6 +1,8 @@
 """`dar shard` and `dar evaluate` on folders as people have them: system folders, splits, every format Pillow reads."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,19 @@ def test_system_folders_are_left_out_and_counted(tmp_path, capsys):
     assert classes(tmp_path / "out") == ["cat", "dog"]
     assert sorted({sample["cls"] for sample in read(tmp_path / "out")}) == [b"0", b"1"]
     assert f"{len(SYSTEM)} hidden or system files and folders are left out" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    source, listed = write_images(tmp_path / "in", PICTURES), os.scandir
+
+    def scandir(path):
+        if Path(path).name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"in/dog: cannot be listed \(Permission denied\)"):
+        shard(str(source), str(tmp_path / "out"), workers=1)
 
 
 def test_system_folders_of_samples(tmp_path, capsys):

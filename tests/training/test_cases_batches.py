@@ -7,7 +7,7 @@ from tiny_models import SIZE
 from tiny_training import tokenizer_module, trainer
 
 from dar_lightning.errors import UserError
-from dar_lightning.training.callbacks import AnnouncedOptions
+from dar_lightning.training.callbacks import EarlyStoppingPatience
 
 PIXELS = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -41,10 +41,10 @@ def test_floats_of_the_range_of_uint8():
 def test_patience_is_the_one_of_the_config():
     """Lightning's EarlyStopping takes it from the checkpoint."""
     early, other = EarlyStopping("val/loss", patience=7), EarlyStopping("val/flow", patience=3)
-    run = trainer(early, other, AnnouncedOptions())
+    run = trainer(early, other, EarlyStoppingPatience())
     states = {each.state_key: EarlyStopping(each.monitor, patience=3).state_dict() for each in (early, other)}
     states[early.state_key]["wait_count"] = 2
-    AnnouncedOptions().on_load_checkpoint(run, None, {"callbacks": states})
+    EarlyStoppingPatience().on_load_checkpoint(run, None, {"callbacks": states})
     for each in (early, other):
         each.load_state_dict(states[each.state_key])
     assert (early.patience, early.wait_count, other.patience) == (7, 2, 3)

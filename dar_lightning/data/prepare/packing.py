@@ -179,8 +179,10 @@ def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_sh
     try:
         # held back while workers start: those that Ctrl-C leaves half-started would print a traceback each
         before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-        results = iter(DataLoader(packer, batch_size=None, sampler=jobs, **options))
-        signal.signal(signal.SIGINT, before)
+        try:
+            results = iter(DataLoader(packer, batch_size=None, sampler=jobs, **options))
+        finally:
+            signal.signal(signal.SIGINT, before)
         if interrupts:
             raise KeyboardInterrupt
         with tqdm(total=total, desc="shard", unit="img") as bar:

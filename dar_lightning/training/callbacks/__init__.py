@@ -1,8 +1,8 @@
 """Callbacks: checkpoints, EMA, signals, monitors, FID in validation, pictures."""
 
-from dar_lightning.training.callbacks.announced import AnnouncedOptions
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_warmup import CodebookWarmup
+from dar_lightning.training.callbacks.early_stopping_patience import EarlyStoppingPatience
 from dar_lightning.training.callbacks.ema import EMA
 from dar_lightning.training.callbacks.fid import GenerationFID, ReconstructionFID
 from dar_lightning.training.callbacks.global_batch import GlobalBatch
@@ -22,9 +22,9 @@ from dar_lightning.training.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
-    "AnnouncedOptions",
     "CodebookMonitor",
     "CodebookWarmup",
+    "EarlyStoppingPatience",
     "GenerationFID",
     "GlobalBatch",
     "GroupLoss",

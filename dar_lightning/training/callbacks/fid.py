@@ -161,6 +161,8 @@ class ReconstructionFID(FrechetCallback):
         self._lpips = None if lpips is None else lpips_network(lpips)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "tokenizer"):
+            raise UserError(f"ReconstructionFID: {type(pl_module).__name__} has no tokenizer; GenerationFID is for it")
         others = [found for found in trainer.callbacks if isinstance(found, ReconstructionFID) and found is not self]
         if any(found.ending == self.ending for found in others):
             raise UserError(f"ReconstructionFID: two of them log val/rPSNR{self.ending}, give one another label")

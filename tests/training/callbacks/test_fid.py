@@ -272,6 +272,7 @@ def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsy
     of_images, of_tokens = (tokenizer_module(), image_data(images)), (ar_module(), token_data(tokens))
     drawing = GenerationFID(tokenizer_folder, images[1], 9, NETWORK)
     validated(*of_images, "TokenizerModule has no AR model", drawing)
+    validated(*of_tokens, "ARModule has no tokenizer; GenerationFID", ReconstructionFID(2, NETWORK))
     validated(*of_images, "^ReconstructionFID: features nothing: not incep", ReconstructionFID(features="nothing"))
     two = ReconstructionFID(2, NETWORK), ReconstructionFID(5, f"{__name__}.Shades")
     validated(*of_images, "two of them log val/rPSNR, give one another label", *two)

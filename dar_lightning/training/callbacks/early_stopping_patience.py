@@ -1,4 +1,4 @@
-"""Callback options on resume: a restored state must not replace what the config says."""
+"""EarlyStopping's patience on resume: the config's, not the checkpoint's."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 
-class AnnouncedOptions(Callback):
+class EarlyStoppingPatience(Callback):
     """Lets EarlyStopping keep the `patience` of this run's config, where its state in a checkpoint holds another.
 
     `dar fit` always has this callback. The optimizer's options are in `TrainingModule.on_train_start`.
