@@ -39,6 +39,7 @@ def serve(
     """
     try:
         import gradio
+        from gradio.route_utils import delete_files_created_by_app
     except ImportError as error:
         raise UserError("serve needs Gradio, which is not installed: pip install 'dar-lightning[demo]'") from error
     for name, value in (("max_queue", max_queue), ("max_upload_mb", max_upload_mb)):
@@ -68,4 +69,5 @@ def serve(
         page.block_thread()
     finally:
         work.stop()  # Gradio leaves its threads running, and one inside torch aborts a Python that ends
+        delete_files_created_by_app(page, age=None)  # again: what a step wrote after Gradio had deleted all
         signal.signal(signal.SIGTERM, before)
