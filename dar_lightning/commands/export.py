@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, require
+from dar_lightning.errors import UserError, begin_work, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
@@ -50,13 +50,16 @@ def export(
     if tokenizer is None:
         if shards is not None:
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
+        begin_work()
         model.save_pretrained(output)
         said = f"{type(model).__name__}, SHA-256 {model_sha256(model)[:12]}"
     else:
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        DARPipeline(decoder, model, _classes(shards)).save_pretrained(output)
+        pipe = DARPipeline(decoder, model, _classes(shards))
+        begin_work()
+        pipe.save_pretrained(output)
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
         said = f"pipeline of {model.config.num_classes} classes"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
@@ -79,6 +82,7 @@ def _export_llama(
         require(shards is None, f"shards is {str(shards)!r}: a pipeline has its classes' names, leave it out")
         source = DARPipeline.from_pretrained(pipeline)
         model, classes, facts = source.ar, source.classes, {"pipeline": pipeline}
+    begin_work()
     save_llama(model, output, classes)
     write_text(output / EXPORTED, json.dumps(facts | {"ema": model.averaged}, indent=2) + "\n")
     print(f"{output}: LlamaForCausalLM of ARModel, SHA-256 {model_sha256(model)[:12]}")

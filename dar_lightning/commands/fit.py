@@ -20,13 +20,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import check_started_processes, round_convolutions_as_products
-from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
+from dar_lightning.errors import OneLineErrors, UserError, naming
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import EarlyStoppingPatience, GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks import EarlyStoppingPatience, Faults, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.tokenizer import TokenizerModule
@@ -72,8 +72,15 @@ class TrainerCLI(LightningCLI):
                     "callbacks": [StopOnSignal(), Provenance(), EarlyStoppingPatience()]
                 },  # and a config's
             )
-        except MisconfigurationException as error:
+        except (MisconfigurationException, RuntimeError) as error:  # also late: a metric that is not logged
+            if isinstance(error, RuntimeError) and not str(error).startswith("Early stopping conditioned on"):
+                raise
             raise UserError(" ".join(str(error).split())) from error
+
+    def _add_instantiators(self) -> None:
+        """What constructors raise gets the name of their class."""
+        super()._add_instantiators()
+        self.parser.add_instantiator(_make, object)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -101,24 +108,15 @@ class TrainerCLI(LightningCLI):
         for place, name, given in self.resolved:  # the config that is kept says what was asked for, see below
             place[name] = given
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
-        try:
+        with naming("trainer"):
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # an unknown strategy; other devices than SLURM's tasks
-            raise find_user_error(error) or UserError(f"trainer: {one_line(error)}") from error
-        except RuntimeError as error:
-            if not (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))):
-                raise
-            raise UserError(
-                f"trainer.callbacks: two of type {found[1]}, whose states in a checkpoint have the same name; leave "
-                "one out or, if it has the option, give it a label"
-            ) from error
         if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
             raise UserError(
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
         check_started_processes(trainer.world_size, "trainer.devices and trainer.num_nodes")
-        trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
+        trainer.callbacks[:0] = [Faults(), self.global_batch]  # checkpoint callbacks stay last
         if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
@@ -203,3 +201,8 @@ class TrainerCLI(LightningCLI):
         """Put a value there until the classes are made."""
         self.resolved.append((place, name, None if isinstance(place[name], (str, Namespace)) else place[name]))
         place[name] = value
+
+
+def _make(kind: type, *args: Any, **kwargs: Any) -> Any:
+    with naming(kind.__name__):
+        return kind(*args, **kwargs)

@@ -10,8 +10,9 @@ import torch
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.files import file_sha256, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
@@ -22,6 +23,7 @@ from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.records.drawn import NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
+from dar_lightning.tokenizer.flow import check_diffusion
 
 ANIMATED = 16  # images in the animation, at most
 PREVIEW_SECONDS = 0.5  # that it shows each preview for
@@ -86,6 +88,8 @@ def sample(
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
+    check_diffusion(solver, num_steps)
+    check_filter(temperature, top_k, top_p)
     sources = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar}
     if {name for name, source in sources.items() if source is not None} not in ({"pipeline"}, {"tokenizer", "ar"}):
         raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
@@ -100,8 +104,9 @@ def sample(
     labels = [pipe.label(name.strip()) for name in names]
     if len({*labels}) < len(labels):
         raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
-    if min(per_class, batch_size, frames) < 1:
-        raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
+    check_range(1, batch_size=batch_size)
+    check_range(1, 10**6, per_class=per_class)  # all are in memory; `dar predict` draws more
+    check_range(1, 1000, frames=frames)
     shown = preview_numbers(num_previews, pipe.num_groups)
     if layout is not None and variations:
         raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")
@@ -123,6 +128,7 @@ def sample(
     elif variations:
         originals = draw_images(pipe, [Job(label, 0) for label in labels], seed, batch_size, options)
         first, kept = map(torch.stack, zip(*((previews[-1], codes) for previews, codes in originals), strict=True))
+    begin_work()
     start = int(variations)  # image 0 is the one that is varied
     jobs = [
         Job(label, number, tokens[:length])

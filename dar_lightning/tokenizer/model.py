@@ -15,7 +15,7 @@ from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.encoder import Encoder
-from dar_lightning.tokenizer.flow import integrate, sampling_times, shift_time
+from dar_lightning.tokenizer.flow import check_diffusion, integrate, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
@@ -168,8 +168,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     @torch.no_grad()
     def _integrate(self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None):
         """One preview per conditioning tensor, running the diffusion steps that it allows."""
+        check_diffusion(solver, num_steps)
         num_steps = self.config.num_groups if num_steps is None else num_steps
-        require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
         self._check_size(noise.shape[-2:])
         cond = None
 
