@@ -7,11 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from torch import distributed
 
 from dar_lightning.devices import round_convolutions_as_products
-from dar_lightning.errors import OneLineErrors, UserError, find_user_error, phase, require, whole_line
+from dar_lightning.errors import OneLineErrors, UserError, find_user_error, naming, phase, require, whole_line
 from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
@@ -67,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
-    verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
+    verb = argv[0]
     phase.working = False
     try:
-        options = import_trusted(options)
+        options = import_trusted([shipped_file(word) for word in argv[1:]])
         if verb in TRAINER_VERBS:
             importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
         elif verb in VERBS:
@@ -97,18 +98,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def explain(error: Exception) -> str | None:
     """What an error is in one line; None where its traceback is due."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if mistake := find_user_error(error) if isinstance(error, ValueError) or not phase.working else None:
-        return "; ".join([str(mistake), *getattr(error, "__notes__", ())])
+        return f"{mistake}{notes}"
     if isinstance(error, OSError) and error.errno in DISK:  # which can be met anywhere
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return None if phase.working else f"{whole_line(error)} ({type(error).__name__}; --traceback shows where)"
+    return None if phase.working else f"{whole_line(error)}{notes} ({type(error).__name__}; --traceback shows where)"
 
 
 def shipped_file(word: str) -> str:
     """An option's value that names one of our YAML files or pictures, which the working directory need not have."""
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     found = find_shipped(value)
-    return f"{option}{equals}{found}" if os.path.isfile(found) else word
+    if not os.path.isfile(found):
+        return word
+    if found.endswith((".yaml", ".yml")):
+        with naming(f"{found}: not a text in UTF-8"):
+            Path(found).read_text(encoding="utf-8")
+    return f"{option}{equals}{found}"
 
 
 def import_trusted(options: list[str]) -> list[str]:

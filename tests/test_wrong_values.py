@@ -194,9 +194,10 @@ def parsers(words: list[str], monkeypatch) -> dict[str, ArgumentParser]:
         found.update(cli._subcommand_parsers)
         raise Begun
 
-    with monkeypatch.context() as patch, pytest.raises(Begun):
+    with monkeypatch.context() as patch:
         patch.setattr(fit.TrainerCLI, "parse_arguments", parse)
-        main(words)
+        with pytest.raises(Begun):
+            main(words)
     return found
 
 

@@ -1,8 +1,9 @@
 """`dar fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults."""
 
+import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,15 +13,16 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import check_started_processes, round_convolutions_as_products
-from dar_lightning.errors import OneLineErrors, UserError, naming
+from dar_lightning.errors import OneLineErrors, UserError, check_range, naming, require
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -41,6 +43,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
         for old, instead in TokenizerConfig.REMOVED.items():
             if re.search(rf"\b{old}\b", str(message)):
                 raise UserError(f"model.init_args.config.{old} is {instead}")
+        if "pytorch_lightning." in str(message):
+            raise UserError("pytorch_lightning is another package, whose classes do not fit: write lightning.pytorch")
         super().error(message, ex)
 
 
@@ -80,7 +84,9 @@ class TrainerCLI(LightningCLI):
     def _add_instantiators(self) -> None:
         """What constructors raise gets the name of their class."""
         super()._add_instantiators()
-        self.parser.add_instantiator(_make, object)
+        makers = self.parser._instantiators  # Lightning's, of model and data, which note their arguments
+        makers |= {key: _named(make) for key, make in makers.items()}
+        self.parser.add_instantiator(_named(lambda kind, *args, **kwargs: kind(*args, **kwargs)), object)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -110,6 +116,14 @@ class TrainerCLI(LightningCLI):
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
         with naming("trainer"):
             trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:
+            name, needs = type(callback).__name__, getattr(callback, "needs", None)
+            if needs is not None and not hasattr(self.model, needs):
+                raise UserError(f"trainer.callbacks: {name}: {type(self.model).__name__} has no {needs}; leave it out")
+            if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+                raise UserError(f"trainer.callbacks: {name} trains a run again and again; set the option yourself")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError("trainer.strategy: processes that are copies of this one cannot be resumed alike; use ddp")
         if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
             raise UserError(
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
@@ -174,6 +188,9 @@ class TrainerCLI(LightningCLI):
             import_quantizer(quantizer)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
+        steps = ("accumulate_grad_batches", "check_val_every_n_epoch")
+        check_range(1, **{f"trainer.{name}": config.trainer[name] for name in steps})
+        require(config.trainer.val_check_interval != 0, "trainer.val_check_interval is 0: give batches, or a share")
         trainer, self.root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
         check_local(trainer.default_root_dir, "trainer.default_root_dir")
         others = self._root_of_another_run(trainer.logger)
@@ -203,6 +220,12 @@ class TrainerCLI(LightningCLI):
         place[name] = value
 
 
-def _make(kind: type, *args: Any, **kwargs: Any) -> Any:
-    with naming(kind.__name__):
-        return kind(*args, **kwargs)
+def _named(make: Callable) -> Callable:
+    """What makes an object of a class, with the name of the class in its errors."""
+
+    @functools.wraps(make.__call__)  # jsonargparse looks at its parameters
+    def call(kind: type, *args: Any, **kwargs: Any) -> Any:
+        with naming(kind.__name__):
+            return make(kind, *args, **kwargs)
+
+    return call

@@ -1,10 +1,14 @@
 """Where a run stands when it breaks: before its first batch, or in its work, and at which checkpoint."""
 
-from lightning.pytorch import Callback
+from traceback import walk_tb
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dar_lightning.errors import begin_work, phase
+from dar_lightning.errors import begin_work, find_user_error, phase
+
+PARTS = Callback, LightningDataModule, LightningModule  # that users name in their configs
 
 
 class Faults(Callback):
@@ -24,6 +28,10 @@ class Faults(Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        if not phase.working and find_user_error(exception) is None:
+            owners = [frame.f_locals.get("self") for frame, _ in walk_tb(exception.__traceback__)]
+            if named := [type(each).__name__ for each in owners if isinstance(each, PARTS)]:
+                exception.add_note(f"in {named[-1]}")
         if not phase.working or trainer.state.fn != TrainerFn.FITTING:
             return
         savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]

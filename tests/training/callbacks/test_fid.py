@@ -294,10 +294,8 @@ def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsy
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in (*fit_ar(*tokens, tmp_path, max_steps=1), *one, *one)])
     assert caught.value.code == 2
-    assert (
-        "dar fit: trainer: Found more than one stateful callback of type `GenerationFID`"
-        in capsys.readouterr().err.splitlines()[-1]
-    )
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert "dar fit: trainer: Found more than one stateful callback of type `GenerationFID`" in found
 
 
 def measured(images: str, tokens: str, tokenizer: str, folder: Path, world: int) -> dict:
