@@ -1,5 +1,6 @@
 """`dar report`: a sweep's tables, plots and sample grids, and the sweep in TensorBoard."""
 
+import shlex
 from pathlib import Path
 
 from dar_lightning.errors import begin_work
@@ -34,4 +35,4 @@ def report(sweep: str, output: str | None = None) -> None:
     for name, plot in plots.items():
         if plot is not None:
             save_plot(plot, folder / name)
-    print(f"report in {folder}; curves: tensorboard --logdir {write_tensorboard(found)}")
+    print(f"report in {folder}; curves: tensorboard --logdir {shlex.quote(str(write_tensorboard(found)))}")

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError, begin_work, check_range, phase
 from dar_lightning.files import load_class, locked
+from dar_lightning.metrics.images import NpzImages, open_images
 from dar_lightning.tokenizer.quantizers import import_quantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -210,4 +212,24 @@ def test_a_class_in_a_file_that_cannot_be_imported(text, tmp_path, monkeypatch):
 def test_an_empty_output(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "output is empty" in said(capsys, ["sample", "--pipeline=x", "--output="])
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_images_that_are_nearly_right(tmp_path):
+    images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([1, 0])
+    np.savez(tmp_path / "adm.npz", images, labels)
+    assert NpzImages(tmp_path / "adm.npz", "--samples").labels.tolist() == [1, 0]
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
+    np.save(tmp_path / "x.npy", images)
+    for name, message in (
+        ("fortran.npz", "in Fortran order: store np.ascontiguousarray"),
+        ("x.npy", "of another kind"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_images(str(tmp_path / name), "--samples", None)
+
+
+def test_predictions_by_a_recipe_for_training(data, tmp_path, capsys):
+    line = said(capsys, ["predict", *words("ar", data, tmp_path / "run")[1:]])
+    assert re.search(r"ARModule.forward\(\) .*; in ARModule", line), line
     assert not list(tmp_path.iterdir())
