@@ -90,6 +90,9 @@ def sample(
     place = choose_device(device)
     check_diffusion(solver, num_steps)
     check_filter(temperature, top_k, top_p)
+    check_range(1, batch_size=batch_size)
+    check_range(1, 10**6, per_class=per_class)  # all are in memory; `dar predict` draws more
+    check_range(1, 1000, frames=frames)
     sources = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar}
     if {name for name, source in sources.items() if source is not None} not in ({"pipeline"}, {"tokenizer", "ar"}):
         raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
@@ -104,9 +107,6 @@ def sample(
     labels = [pipe.label(name.strip()) for name in names]
     if len({*labels}) < len(labels):
         raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
-    check_range(1, batch_size=batch_size)
-    check_range(1, 10**6, per_class=per_class)  # all are in memory; `dar predict` draws more
-    check_range(1, 1000, frames=frames)
     shown = preview_numbers(num_previews, pipe.num_groups)
     if layout is not None and variations:
         raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")

@@ -332,7 +332,7 @@ def one_broken(folder: str, tokenizer: str) -> None:
     images = image_sets.open_images(folder, "GenerationFID: reference", SIZE)
     context = SimpleNamespace(val_step_context=nullcontext)
     here = SimpleNamespace(callbacks=[], global_rank=dist.get_rank(), world_size=2, precision_plugin=context)
-    callback._measured(images, here, SimpleNamespace(device="cpu"), numbered=True)
+    callback._measured(images, here, SimpleNamespace(device=torch.device("cpu")), numbered=True)
 
 
 def test_an_image_that_one_rank_cannot_decode_ends_all(pair, tokenizer_folder, tmp_path):
