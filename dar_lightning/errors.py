@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-MOST_PIXELS, MOST_BLOCKS = 2**14, 2**12  # on a side of an image; of a Transformer
+MOST_PIXELS, MOST_BLOCKS = 2**14, 10**5  # on a side of an image; of a Transformer
 phase = SimpleNamespace(working=False)  # of this process: whether the verb's work has begun
 
 
