@@ -1,7 +1,7 @@
 """Rebuild data/emoji64 byte for byte: 64x64 pictures of things in three styles, with captions, as WebDataset shards.
 
 The pictures are the animals, food, activities, places and objects among the emoji of three vendors, as packaged on npm:
-Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0), Fluent Emoji flat (MIT). Names are those of Unicode CLDR, by emojibase-data.
+Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0), Fluent Emoji flat (MIT). Names: Unicode CLDR, by emojibase-data.
 data/emoji64/NOTICE holds the licences. What is done to them:
 
 1. On white, at 64x64 (Noto and Twemoji come at this size, Fluent is drawn from vectors), as lossless WebP of the
