@@ -86,7 +86,7 @@ class TrainerCLI(LightningCLI):
         super()._add_instantiators()
         makers = self.parser._instantiators  # Lightning's, of model and data, which note their arguments
         makers |= {key: _named(make) for key, make in makers.items()}
-        self.parser.add_instantiator(_named(lambda kind, *args, **kwargs: kind(*args, **kwargs)), object)
+        self.parser.add_instantiator(_named(lambda kind, /, *args, **kwargs: kind(*args, **kwargs)), object)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -118,7 +118,7 @@ class TrainerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
             name, needs = type(callback).__name__, getattr(callback, "needs", None)
-            if needs is not None and not hasattr(self.model, needs):
+            if isinstance(needs, str) and not hasattr(self.model, needs):
                 raise UserError(f"trainer.callbacks: {name}: {type(self.model).__name__} has no {needs}; leave it out")
             if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
                 raise UserError(f"trainer.callbacks: {name} trains a run again and again; set the option yourself")
@@ -224,7 +224,7 @@ def _named(make: Callable) -> Callable:
     """What makes an object of a class, with the name of the class in its errors."""
 
     @functools.wraps(make.__call__)  # jsonargparse looks at its parameters
-    def call(kind: type, *args: Any, **kwargs: Any) -> Any:
+    def call(kind: type, /, *args: Any, **kwargs: Any) -> Any:
         with naming(kind.__name__):
             return make(kind, *args, **kwargs)
 
