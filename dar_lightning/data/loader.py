@@ -55,7 +55,7 @@ class Loader(DataLoader):
                 start = perf_counter()
             return
         except (UserError, RuntimeError) as error:
-            if (mistake := workers.user_error(error, "num_workers")) is None:
+            if (mistake := workers.user_error(error, "num_workers", 0)) is None:
                 raise
             error.__traceback__ = None  # its frames hold the workers, too
         self._iterator = batches = None  # so the workers end at once

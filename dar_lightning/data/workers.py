@@ -45,16 +45,16 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
     }
 
 
-def user_error(error: Exception, option: str) -> UserError | None:
+def user_error(error: Exception, option: str, none: int) -> UserError | None:
     """The UserError that a loader's error stands for: a worker's own, or the option if one was killed; None for others.
 
-    A worker's arrives with its traceback in its message.
+    A worker's arrives with its traceback in its message. `none` is the option's value that does without processes.
     """
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return UserError(message.rpartition("UserError: ")[2])
     if isinstance(error, RuntimeError) and KILLED.search(message):
-        return UserError(f"{option}: {message}; {option}=0 may show why, fewer workers need less memory")
+        return UserError(f"{option}: {message}; {option}={none} may show why, fewer workers need less memory")
     return None
 
 

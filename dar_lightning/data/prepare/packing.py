@@ -197,7 +197,7 @@ def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_sh
                         f"as they were read: {bad[0]['name']!a}: {bad[0]['reason']}, ..."
                     )
     except (UserError, RuntimeError) as error:
-        if (mistake := processes.user_error(error, "workers")) is None:
+        if (mistake := processes.user_error(error, "workers", 1)) is None:
             raise
         raise mistake from error
     return made
