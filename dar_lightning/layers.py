@@ -1,8 +1,9 @@
-"""What both models share: RoPE, KV cache, activation checkpointing, torch.compile, random numbers per sample."""
+"""What both models share: RoPE, KV cache, activation checkpointing, torch.compile, CUDA graphs, random numbers."""
 
 import os
 import shutil
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,40 @@ def check_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "g++")
     found = device.type != "cpu" or shutil.which(compiler)
     require(found, f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
+
+
+WARM_UPS = 2  # calls before a CUDA graph is captured: the first one compiles and makes libraries' workspaces
+_capturing = Lock()
+
+
+def capture(
+    function: Callable[[], object], rewind: Callable[[], object], device: torch.device, pool: tuple | None = None
+) -> Callable[[], object]:
+    """A function as a CUDA graph, to be called again and again on any stream; on another device, the function itself.
+
+    Args:
+        function: reads and writes tensors that stay where they are, and asks the device for no value.
+        rewind: makes the next call of `function` do what the last one did. Called after each call before the capture,
+            which itself computes nothing.
+        device: of the tensors.
+        pool: of torch.cuda.graph_pool_handle, memory that graphs share of which one runs at a time.
+    """
+    if device.type != "cuda":
+        return function
+    # a stream of its own, and with it a workspace of cuBLAS: another graph may run at the same time
+    with _capturing, torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function()
+                rewind()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on with their own work on the device
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            function()
+    return graph.replay
 
 
 def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Generators, device: torch.device) -> Tensor:
