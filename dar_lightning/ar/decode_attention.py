@@ -44,7 +44,7 @@ def _attend(
     even, odd = tl.load(source, mask=half, other=0.0).to(tl.float32), tl.load(source + 1, mask=half, other=0.0)
     odd = odd.to(tl.float32)
     # rounded as they are stored: a token reads itself as later ones will read it
-    key = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(dtype)
+    key = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(2 * PAIRS).to(dtype)
     value = tl.load(given + (HEADS + KV_HEADS + kv) * HEAD_DIM + channel, mask=whole, other=0.0).to(dtype)
     keys = cache + row * row_stride + kv * head_stride
     values = keys + value_offset
@@ -57,7 +57,7 @@ def _attend(
         source = given + head * HEAD_DIM + 2 * pair
         even, odd = tl.load(source, mask=half, other=0.0).to(tl.float32), tl.load(source + 1, mask=half, other=0.0)
         odd = odd.to(tl.float32)
-        query = tl.interleave(even * cos - odd * sin, even * sin + odd * cos).to(dtype).to(tl.float32) * scale
+        query = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(2 * PAIRS).to(dtype).to(tl.float32) * scale
         # softmax as it goes, begun with the new token, which is not read back
         largest, total, sums = tl.sum(query * key, 0), 1.0, value
         for start in range(0, at, BLOCK):
