@@ -1,4 +1,4 @@
-"""CUDA kernels of a generated token, counted without a GPU: on tensors without values, and in what Inductor would run."""
+"""CUDA kernels of a token and of a diffusion step, counted without a GPU."""
 
 import re
 from collections import Counter
@@ -18,6 +18,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar import decode_step
@@ -39,7 +40,7 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, result = function.overloadpacket.__name__, function(*args, **kwargs or {})
         memory = function.is_view or name in ("_unsafe_view", "lift_fresh") or "empty" in name
-        self.count += isinstance(result, torch.Tensor) and not memory
+        self.count += not memory and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
         return result
 
 
@@ -122,7 +123,8 @@ def inductor_kernels(config: ARConfig, rows: int) -> Counter[str]:
         stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", return_value=True))
         stack.enter_context(mock.patch("torch.utils._triton.triton_hash_with_backend", return_value=""))
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
-        stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(name="H200", **H200._asdict())))
+        named = SimpleNamespace(name="H200", **H200._asdict())
+        stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=named))
         stack.enter_context(mock.patch("torch.cuda.current_device", return_value=0))
         stack.enter_context(mock.patch.object(DeviceProperties, "create", return_value=H200))
         stack.enter_context(mock.patch.object(decode_step, "_compiled", compiled))

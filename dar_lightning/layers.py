@@ -2,11 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dar_lightning.errors import require
@@ -114,6 +118,64 @@ def capture(
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             function()
     return graph.replay
+
+
+def can_capture(model: nn.Module) -> bool:
+    """Whether a graph may stand for calls of a model: no module has a hook, and no weight is sharded."""
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return not hooks and not any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+class IdleSteps:
+    """What holds the static tensors and the graphs of a model, between one use and the next.
+
+    Args:
+        kept: how many a model keeps.
+    """
+
+    def __init__(self, kept: int):
+        self.kept, self.lock = kept, Lock()
+        # model -> (plan, addresses of its weights, step, CUDA event after its last use)
+        self.idle: WeakKeyDictionary[nn.Module, list[tuple[Any, list[int], Any, Any]]] = WeakKeyDictionary()
+
+    @contextmanager
+    def use(self, model: nn.Module, plan: Any, make: Callable[[], Any]) -> Iterator[Any]:
+        """The idle step of this plan, or a new one, for one user alone.
+
+        Steps of weights that have moved are dropped: their graphs would read what the model no longer has.
+        """
+        weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+        device = next(model.parameters()).device
+        with self.lock:
+            idle = self.idle.pop(model, [])
+            moved = [each for each in idle if each[1] != weights]
+            still = [each for each in idle if each[1] == weights]
+            found = next((each for each in still if each[0] == plan), None)
+            self.idle[model] = [each for each in still if each is not found]
+        self._drop(moved)
+        step, event = (make(), None) if found is None else found[2:]
+        if event is not None:
+            torch.cuda.current_stream(device).wait_event(event)
+        try:
+            yield step
+        finally:
+            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            with self.lock:
+                idle = [*self.idle.get(model, []), (plan, weights, step, event)]
+                self.idle[model] = idle[-self.kept :]
+            self._drop(idle[: -self.kept])
+
+    def forget(self, model: nn.Module) -> None:
+        """Give back the memory of a model's idle steps, which else stay as long as the model."""
+        with self.lock:
+            idle = self.idle.pop(model, [])
+        self._drop(idle)
+
+    def _drop(self, steps: list[tuple[Any, list[int], Any, Any]]) -> None:
+        """Wait until the device is done with them: their memory may be used by another stream next."""
+        for *_, event in steps:
+            if event is not None:
+                event.synchronize()
 
 
 def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Generators, device: torch.device) -> Tensor:

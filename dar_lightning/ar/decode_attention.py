@@ -41,8 +41,8 @@ def _attend(
 
     given = qkv + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
     source = given + (HEADS + kv) * HEAD_DIM + 2 * pair
-    even, odd = tl.load(source, mask=half, other=0.0).to(tl.float32), tl.load(source + 1, mask=half, other=0.0)
-    odd = odd.to(tl.float32)
+    even = tl.load(source, mask=half, other=0.0).to(tl.float32)
+    odd = tl.load(source + 1, mask=half, other=0.0).to(tl.float32)
     # rounded as they are stored: a token reads itself as later ones will read it
     key = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(2 * PAIRS).to(dtype)
     value = tl.load(given + (HEADS + KV_HEADS + kv) * HEAD_DIM + channel, mask=whole, other=0.0).to(dtype)
@@ -55,9 +55,10 @@ def _attend(
     for i in tl.static_range(group):
         head = kv * group + i
         source = given + head * HEAD_DIM + 2 * pair
-        even, odd = tl.load(source, mask=half, other=0.0).to(tl.float32), tl.load(source + 1, mask=half, other=0.0)
-        odd = odd.to(tl.float32)
-        query = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(2 * PAIRS).to(dtype).to(tl.float32) * scale
+        even = tl.load(source, mask=half, other=0.0).to(tl.float32)
+        odd = tl.load(source + 1, mask=half, other=0.0).to(tl.float32)
+        query = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(2 * PAIRS)
+        query = query.to(dtype).to(tl.float32) * scale
         # softmax as it goes, begun with the new token, which is not read back
         largest, total, sums = tl.sum(query * key, 0), 1.0, value
         for start in range(0, at, BLOCK):
@@ -78,9 +79,7 @@ def _attend(
 
 
 @torch.library.custom_op("dar_lightning::decode_attention", mutates_args=("cache",))
-def decode_attention(
-    qkv: Tensor, cache: Tensor, rotary: Tensor, position: Tensor, heads: int, kv_heads: int
-) -> Tensor:
+def decode_attention(qkv: Tensor, cache: Tensor, rotary: Tensor, position: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Attention of the token at `position`, which is read on the device; its key and value go into the cache.
 
     One operation to torch.compile, so that no part of the cache is copied.

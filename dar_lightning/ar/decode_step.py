@@ -9,23 +9,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
-from threading import Lock
 from typing import Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import guide
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import require
-from dar_lightning.layers import capture, rotate
+from dar_lightning.layers import IdleSteps, can_capture, capture, rotate
 
 BUCKET = 32  # positions: without Triton, attention reads the filled ones, rounded up to a multiple of this
-KEPT = 2  # idle steps of a model, each with its cache and graphs
 COMPILED_SHAPES = 256  # of one function: dynamo's own limit of 8 is for functions that change by mistake
 
 Road = Literal["eager", "graph", "graph, Triton"]
@@ -91,6 +87,9 @@ class Size(NamedTuple):
     eps: float
 
 
+steps = IdleSteps(kept=2)  # each with its cache
+
+
 def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
     """How a model's tokens are drawn: one call of the model each, or replays of a step.
 
@@ -106,11 +105,9 @@ def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
     Raises:
         UserError: True, for a model that the step cannot read.
     """
-    parts = [part for block in ar.blocks for part in (block, *block.modules())] + [ar.head, ar.norm]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    linear = all(type(part) is nn.Linear and part.bias is None for part in parts if isinstance(part, nn.Linear))
-    plain = linear and not hooked and not any(isinstance(weight, DTensor) for weight in ar.parameters())
-    require(plain or not static, "static is True: this model's layers are sharded, replaced or have hooks; leave it out")
+    layers = [part for part in ar.modules() if isinstance(part, nn.Linear)]
+    plain = can_capture(ar) and all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+    require(plain or not static, "static: this model's layers are sharded, replaced or have hooks; leave it out")
     cuda = ar.head.weight.device.type == "cuda"
     if not plain or not (cuda if static is None else static):
         return "eager"
@@ -125,21 +122,12 @@ def draw_static(ar: nn.Module, drawing: Drawing, road: Road) -> Iterator[Tensor]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     rows, prompt = len(drawing.prefix), drawing.prompt.shape[1]
     plan = Plan(rows, len(drawing.prompt) > rows, prompt, drawing.top_k, drawing.top_p < 1, dtype, "Triton" in road)
-    step = _take(ar, plan)
-    try:
+    with steps.use(ar, plan, partial(DecodeStep, ar, plan)) as step:
         step.begin(drawing)
         for index in range(1 - prompt, drawing.count):
             step.advance(both=plan.guided and index < drawing.guided)
             if index >= drawing.prefix.shape[1]:
                 yield step.state.tokens[:, index].clone()
-    finally:
-        _give_back(ar, step)
-
-
-def forget_steps(ar: nn.Module) -> None:
-    """Give back the memory of a model's idle steps, which else stay as long as the model."""
-    with _lock:
-        _drop(_idle.pop(ar, []))
 
 
 class DecodeStep:
@@ -157,7 +145,7 @@ class DecodeStep:
         self.capacity = plan.prompt + tokens - 1
         self.copies: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self.graphs: dict[tuple[bool, int], Callable[[], None]] = {}
-        self.event = self.pool = None  # of CUDA: after the last drawing; memory of all graphs
+        self.pool = None  # memory of all graphs
         n = plan.rows * (1 + plan.guided)
         with torch.inference_mode(False), torch.no_grad():
             new = partial(torch.zeros, device=device)
@@ -298,7 +286,15 @@ def _attend(
 
 
 def _finish(
-    state: State, x: Tensor, added: Tensor, norm: Tensor, head: Tensor, eps: float, both: bool, top_k: int, nucleus: bool
+    state: State,
+    x: Tensor,
+    added: Tensor,
+    norm: Tensor,
+    head: Tensor,
+    eps: float,
+    both: bool,
+    top_k: int,
+    nucleus: bool,
 ) -> None:
     """Logits, guidance, filters and draw, all in float32; write the token, unless it is given, and count on."""
     x = F.rms_norm(x + added, x.shape[-1:], norm, eps).to(head.dtype)
@@ -332,49 +328,3 @@ def _triton_attention() -> Callable[..., Tensor]:
     from dar_lightning.ar.decode_attention import decode_attention
 
     return decode_attention
-
-
-# ---- idle steps: of each model, those whose tensors nobody uses
-
-_idle: WeakKeyDictionary[nn.Module, list[DecodeStep]] = WeakKeyDictionary()
-_lock = Lock()
-
-
-def _take(ar: nn.Module, plan: Plan) -> DecodeStep:
-    """An idle step of this plan, or a new one: two drawings at a time share none."""
-    with _lock:
-        idle, weights = _idle.setdefault(ar, []), _pointers(ar)
-        moved = [step for step in idle if step.weights != weights]  # graphs would read what the model no longer has
-        idle[:] = [step for step in idle if step.weights == weights]
-        _drop(moved)
-        step = next((step for step in idle if step.plan == plan), None)
-        if step is not None:
-            idle.remove(step)
-    if step is None:
-        step = DecodeStep(ar, plan)
-        step.weights = weights
-    elif step.event is not None:
-        torch.cuda.current_stream(step.device).wait_event(step.event)
-    return step
-
-
-def _give_back(ar: nn.Module, step: DecodeStep) -> None:
-    """Keep a step, and the last ones before it, with what is still running on its stream."""
-    if step.device.type == "cuda":
-        step.event = torch.cuda.current_stream(step.device).record_event()
-    with _lock:
-        idle = _idle.setdefault(ar, [])
-        idle.append(step)
-        dropped, idle[:] = idle[:-KEPT], idle[-KEPT:]
-        _drop(dropped)
-
-
-def _drop(steps: list[DecodeStep]) -> None:
-    """Let steps go once the device is done with them: their memory may be used by another stream next."""
-    for step in steps:
-        if step.event is not None:
-            step.event.synchronize()
-
-
-def _pointers(ar: nn.Module) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*ar.parameters(), *ar.buffers())]

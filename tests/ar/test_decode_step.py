@@ -1,4 +1,4 @@
-"""The decoding step of static shapes draws what the model draws, compiles to one graph, and asks the host for nothing."""
+"""The decoding step of static shapes draws what the model draws, is one graph, and asks the host for nothing."""
 
 import pytest
 import torch
