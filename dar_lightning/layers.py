@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -192,3 +193,34 @@ def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Genera
         require(count == shape[0], f"generator is a list of {count}: {shape[0]} samples need {shape[0]}")
         return torch.cat([draw_per_sample(draw, (1, *shape[1:]), one, device) for one in generator])
     return draw(shape, generator=generator, device=device if generator is None else generator.device).to(device)
+
+
+def skip_normals(generator: Generators, size: int, batch: int) -> Generators:
+    """Copies of CPU generators, while they themselves go on as if each sample's `size` normal numbers were drawn.
+
+    torch fills a float32 tensor of 16 and more from one 32-bit word a number, and draws the last 16 again where 16 does
+    not divide them. To skip the words takes a fifth of the time.
+
+    Returns:
+        None, with nothing skipped, where there is no CPU generator or torch draws in another way.
+    """
+    alone = generator if isinstance(generator, list) else [generator]
+    size = size if isinstance(generator, list) else size * batch
+    if any(one is None or one.device.type != "cpu" for one in alone) or not _skips_as_torch_draws(size % 16):
+        return None
+    copies = [one.clone_state() for one in alone]
+    for one in alone:
+        _skip(one, size)
+    return copies if isinstance(generator, list) else copies[0]
+
+
+def _skip(generator: torch.Generator, size: int) -> None:
+    torch.empty(size + 16 * (size % 16 > 0), dtype=torch.int32).random_(generator=generator)
+
+
+@cache
+def _skips_as_torch_draws(rest: int) -> bool:
+    drawn, skipped = (torch.Generator().manual_seed(0) for _ in range(2))
+    torch.randn(32 + rest, generator=drawn, dtype=torch.float32)
+    _skip(skipped, 32 + rest)
+    return torch.equal(drawn.get_state(), skipped.get_state())

@@ -15,6 +15,7 @@ BLOCK = 64  # positions of the cache per pass
 def _attend(
     qkv,
     cache,
+    seen,
     rotary,
     position,
     out,
@@ -22,6 +23,7 @@ def _attend(
     value_offset,
     row_stride,
     head_stride,
+    seen_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -64,6 +66,7 @@ def _attend(
         for start in range(0, at, BLOCK):
             places = start + tl.arange(0, BLOCK)
             known = places < at
+            known = known & tl.load(seen + row * seen_stride + places, mask=known, other=0).to(tl.int1)
             offsets = places[:, None] * HEAD_DIM + channel[None]
             read = known[:, None] & whole[None]
             scores = tl.sum(tl.load(keys + offsets, mask=read, other=0.0).to(tl.float32) * query[None], 1)
@@ -79,7 +82,9 @@ def _attend(
 
 
 @torch.library.custom_op("dar_lightning::decode_attention", mutates_args=("cache",))
-def decode_attention(qkv: Tensor, cache: Tensor, rotary: Tensor, position: Tensor, heads: int, kv_heads: int) -> Tensor:
+def decode_attention(
+    qkv: Tensor, cache: Tensor, seen: Tensor, rotary: Tensor, position: Tensor, heads: int, kv_heads: int
+) -> Tensor:
     """Attention of the token at `position`, which is read on the device; its key and value go into the cache.
 
     One operation to torch.compile, so that no part of the cache is copied.
@@ -87,6 +92,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, rotary: Tensor, position: Tenso
     Args:
         qkv: (B, (heads + 2 kv_heads) * head_dim), contiguous.
         cache: (2, B, kv_heads, capacity, head_dim) keys and values, of which those before `position` are read.
+        seen: (B, capacity) bool, those of them that may be.
         rotary: (1, head_dim / 2, 2) float32 cosine and sine at `position`.
         position: (1,) int64, below the capacity.
         heads: query heads.
@@ -98,11 +104,11 @@ def decode_attention(qkv: Tensor, cache: Tensor, rotary: Tensor, position: Tenso
     batch, head_dim = len(qkv), cache.shape[-1]
     out = qkv.new_empty(batch, heads * head_dim)
     pairs = triton.next_power_of_2(head_dim // 2)
-    strides, sizes = cache.stride()[:3], (heads, kv_heads, head_dim, pairs, BLOCK)
-    _attend[(batch, kv_heads)](qkv, cache, rotary, position, out, head_dim**-0.5, *strides, *sizes)
+    strides, sizes = (*cache.stride()[:3], seen.stride(0)), (heads, kv_heads, head_dim, pairs, BLOCK)
+    _attend[(batch, kv_heads)](qkv, cache, seen, rotary, position, out, head_dim**-0.5, *strides, *sizes)
     return out
 
 
 @decode_attention.register_fake
-def _(qkv, cache, rotary, position, heads, kv_heads):
+def _(qkv, cache, seen, rotary, position, heads, kv_heads):
     return qkv.new_empty(len(qkv), heads * cache.shape[-1])

@@ -43,6 +43,7 @@ class Drawing(NamedTuple):
     """What is drawn, for B sequences and n = B, or 2 B with the unconditional ones after the others."""
 
     prompt: Tensor  # (n, P, D) embeddings before the first token
+    real: Tensor | None  # (n, P) bool: which of them may be attended to; None: all
     prefix: Tensor  # (B, m) int64 given tokens
     order: Tensor  # (n, N) int64 places of the tokens
     keys: Tensor  # (B, N, 2) int32 of the random draws
@@ -69,6 +70,7 @@ class State(NamedTuple):
     """Tensors of a step that stay where they are."""
 
     prompt: Tensor  # (n, P, D)
+    seen: Tensor  # (n, P - 1 + N) bool: positions that later ones attend to
     tokens: Tensor  # (B, N) int64, given and drawn
     order: Tensor  # (n, N) int64
     keys: Tensor  # (B, N, 2) int32
@@ -158,6 +160,7 @@ class DecodeStep:
             self.nothing = new(n, config.dim, dtype=plan.dtype)
             self.state = State(
                 prompt=new(n, plan.prompt, config.dim, dtype=self.embedding.dtype),
+                seen=new(n, self.capacity, dtype=torch.bool).fill_(True),
                 tokens=new(plan.rows, tokens, dtype=torch.long),
                 order=new(n, tokens, dtype=torch.long),
                 keys=new(plan.rows, tokens, 2, dtype=torch.int32),
@@ -193,6 +196,8 @@ class DecodeStep:
                     part.copy_(weight)
             for target, source in ((state.prompt, drawing.prompt), (state.order, drawing.order)):
                 target.copy_(source)
+            if drawing.real is not None:
+                state.seen[:, : self.plan.prompt].copy_(drawing.real)
             state.keys.copy_(drawing.keys)
             state.tokens[:, :given].copy_(drawing.prefix)
             state.scales[: len(drawing.scales)].copy_(torch.tensor(drawing.scales, dtype=torch.float32))
@@ -234,7 +239,9 @@ class DecodeStep:
         attend = _triton_attention() if self.plan.triton else partial(_attend, length=length)
         for weights, keys_values in zip(self.layers, self.caches, strict=True):
             held = keys_values[:, :n]
-            x, added = run_layer(x, added, weights, held, rotary, self.state.position, self.size, attend)
+            x, added = run_layer(
+                x, added, weights, held, self.state.seen[:n], rotary, self.state.position, self.size, attend
+            )
         finish(self.state, x, added, self.norm, self.head, self.size.eps, both, self.plan.top_k, self.plan.nucleus)
 
 
@@ -247,7 +254,8 @@ def _embed(state: State, embedding: Tensor, places: Tensor | None, rotary: Tenso
     first = state.prompt[:n].index_select(1, state.position.clamp(max=prompt - 1))[:, 0]
     x = torch.where(index > 0, x, first)
     if places is not None:
-        x = x + F.embedding(state.order[:n].index_select(1, index.clamp(min=0))[:, 0], places)
+        place = F.embedding(state.order[:n].index_select(1, index.clamp(min=0))[:, 0], places)
+        x = torch.where(index >= 0, x + place, x)
     return x, rotary.index_select(0, state.position).float()
 
 
@@ -256,6 +264,7 @@ def _layer(
     added: Tensor,
     weights: Layer,
     held: Tensor,
+    seen: Tensor,
     rotary: Tensor,
     position: Tensor,
     size: Size,
@@ -264,7 +273,7 @@ def _layer(
     """A block of `ar.model` on one position, x + added (n, D): the same sum in two parts."""
     x = x + added
     h = F.rms_norm(x, x.shape[-1:], weights.attention_norm, size.eps).to(held.dtype)
-    h = attend(F.linear(h, weights.qkv), held, rotary, position, size.heads, size.kv_heads)
+    h = attend(F.linear(h, weights.qkv), held, seen, rotary, position, size.heads, size.kv_heads)
     x = x + F.linear(h, weights.out)
     h = F.rms_norm(x, x.shape[-1:], weights.ffn_norm, size.eps).to(held.dtype)
     gate, up = F.linear(h, weights.gate_up).chunk(2, dim=-1)
@@ -272,16 +281,24 @@ def _layer(
 
 
 def _attend(
-    qkv: Tensor, held: Tensor, rotary: Tensor, position: Tensor, heads: int, kv_heads: int, length: int
+    qkv: Tensor,
+    held: Tensor,
+    seen: Tensor,
+    rotary: Tensor,
+    position: Tensor,
+    heads: int,
+    kv_heads: int,
+    length: int,
 ) -> Tensor:
     """As decode_attention, by torch's operations on the first `length` positions of the cache."""
     qk, v = qkv.unflatten(-1, (-1, 1, held.shape[-1])).split([heads + kv_heads, kv_heads], dim=1)
     q, k = rotate(qk, rotary).split([heads, kv_heads], dim=1)
     held[0].index_copy_(2, position, k)
     held[1].index_copy_(2, position, v)
-    mask = torch.arange(length, device=qkv.device) <= position
+    places = torch.arange(length, device=qkv.device)
+    mask = (places < position) & seen[:, :length] | (places == position)  # (B, length)
     keys, values = held[:, :, :, :length]
-    x = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None], enable_gqa=heads != kv_heads)
+    x = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=heads != kv_heads)
     return x.flatten(1)
 
 

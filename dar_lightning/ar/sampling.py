@@ -71,7 +71,7 @@ def stream_tokens(
         if road != "eager":
             options = scales, guided, count, temperature, top_k, top_p
             prompt = ar.class_embedding(labels)[:, None]
-            yield from draw_static(ar, Drawing(prompt, prefix[:batch], order, keys, *options), road)
+            yield from draw_static(ar, Drawing(prompt, None, prefix[:batch], order, keys, *options), road)
             return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)

@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -106,11 +106,13 @@ class DARPipeline:
             K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
         """
         labels = labels.to(self.device)
-        noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+        # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
+        aside = self.tokenizer.set_noise_aside(len(labels), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         options |= dict(token_groups=self.token_groups)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
+        check = prefix is not None  # what the model draws is a token
         codes: list[Tensor] = []
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
@@ -119,7 +121,10 @@ class DARPipeline:
                     codes.append(column)
                     yield column[:, None]
 
-            previews = self.tokenizer.stream(read(), noise, solver, num_steps)
+            columns = read()
+            first = next(columns)
+            noise = aside() if noise is None else noise.to(self.device)
+            previews = self.tokenizer.stream(chain([first], columns), noise, solver, num_steps, check=check)
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
 

@@ -1,6 +1,6 @@
 """SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, can_capture, draw_per_sample
+from dar_lightning.layers import Generators, can_capture, draw_per_sample, skip_normals
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
@@ -179,7 +179,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
     def _integrate(
         self, conds: Iterator[tuple[int, Tensor]], noise: Tensor, solver: str, num_steps: int | None
     ) -> Iterator[Tensor]:
-        """One preview per pair of a number of groups and their conditioning vectors, after the steps that they allow."""
+        """After each pair, groups and their conditioning vectors, the preview of the steps that they allow."""
         config, schedule, decoder = self.config, self.schedule, self.decoder
         num_steps = config.num_groups if num_steps is None else num_steps
         require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
@@ -199,6 +199,18 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         shape = batch, 3, *(size or (self.config.image_size, self.config.image_size))
         draw = partial(torch.randn, dtype=torch.float32)
         return draw_per_sample(draw, shape, generator, self.decoder.conv_in.weight.device)
+
+    def set_noise_aside(self, batch: int, generator: Generators = None) -> Callable[[], Tensor]:
+        """A function that draws `draw_noise(batch, generator)`, while the generators go on as if it had been drawn.
+
+        On CUDA, noise of CPU generators can so be drawn beside the tokens; elsewhere it is drawn at once.
+        """
+        side, device = self.config.image_size, self.decoder.conv_in.weight.device
+        copies = skip_normals(generator, 3 * side * side, batch) if device.type == "cuda" else None
+        if copies is None:
+            noise = self.draw_noise(batch, generator)
+            return lambda: noise
+        return partial(self.draw_noise, batch, copies)
 
     # ---- training
 
