@@ -1,11 +1,13 @@
 """Decoding by a step of static shapes gives the bits of calls of the decoder, in one graph or one for each group."""
 
 from contextlib import closing
+from unittest import mock
 
 import pytest
 import torch
-from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, random_codes
+from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, random_codes, seeds
 
+from dar_lightning.layers import skip_normals
 from dar_lightning.tokenizer import diffusion_step
 
 NOISE = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -81,3 +83,31 @@ def test_two_streams_at_a_time_share_nothing(pair):
         for group in range(GROUPS):
             assert torch.equal(next(first), expected[0][group])
             assert torch.equal(next(second), expected[1][group])
+
+
+@pytest.mark.parametrize("size", [3 * SIZE * SIZE, 16, 17, 1000])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_noise_that_is_set_aside(size, batch):
+    """The copies draw it, and the generators go on as if they had."""
+    for drawn, skipped in ((seeds(*range(batch)), seeds(*range(batch))), (seeds(7)[0], seeds(7)[0])):
+        copies = skip_normals(skipped, size, batch)
+        for one, other, copy in zip(*map(listed, (drawn, skipped, copies)), strict=True):
+            count = size if isinstance(drawn, list) else size * batch
+            assert torch.equal(torch.randn(count, generator=one), torch.randn(count, generator=copy))
+            assert torch.equal(one.get_state(), other.get_state())
+
+
+def listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def test_noise_that_is_not_set_aside(pair):
+    """No generator of the CPU, or a torch that draws in another way; on a CPU it is drawn at once."""
+    assert skip_normals(None, 100, 2) is None
+    with mock.patch("dar_lightning.layers._skips_as_torch_draws", return_value=False):
+        assert skip_normals(before := seeds(1), 100, 1) is None
+    assert torch.equal(before[0].get_state(), seeds(1)[0].get_state())
+    one, other = seeds(1, 2), seeds(1, 2)
+    draw = pair[0].set_noise_aside(2, one)
+    assert torch.equal(draw(), pair[0].draw_noise(2, other))
+    assert torch.equal(one[1].get_state(), other[1].get_state())
