@@ -112,7 +112,6 @@ class DARPipeline:
         options |= dict(token_groups=self.token_groups)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
-        check = prefix is not None  # what the model draws is a token
         codes: list[Tensor] = []
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
 
@@ -124,7 +123,8 @@ class DARPipeline:
             columns = read()
             first = next(columns)
             noise = aside() if noise is None else noise.to(self.device)
-            previews = self.tokenizer.stream(chain([first], columns), noise, solver, num_steps, check=check)
+            # the prefix is checked before, and what the model draws is a token
+            previews = self.tokenizer.stream(chain([first], columns), noise, solver, num_steps, check=False)
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
 
