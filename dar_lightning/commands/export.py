@@ -1,4 +1,4 @@
-"""`dar export`: a checkpoint as a folder in our format, a model or a pipeline with its card; or one for transformers."""
+"""`dar export`: a checkpoint as a folder of ours, a model or a pipeline with its card; or one for transformers."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,8 @@ def export(
 
     `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. With
     format "transformers", a folder of the AR model alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline.
-    A pipeline's folder gets a model card, README.md; format "card" writes that of a pipeline anew. It ends with what you
-    have written into NOTES.md beside it.
+    A pipeline's folder gets a model card, README.md, which format "card" writes anew. It ends with what you have written
+    into NOTES.md beside it.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
@@ -39,7 +39,7 @@ def export(
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
         tokenizer: folder or Hugging Face repository of the tokenizer that an AR model's tokens came from.
         shards: for a pipeline or transformers: image or token shards whose index.json names the classes.
-        pipeline: for transformers and card, instead of ckpt: a pipeline's folder, "fruit64" or a Hugging Face repository.
+        pipeline: for transformers and card, instead of ckpt: a folder, "fruit64" or a Hugging Face repository.
         format: "dar", ours, "transformers", or "card", the model card alone.
     """
     if format == "transformers":
@@ -55,7 +55,8 @@ def export(
         print(f"{output / CARD}: the model card of {pipeline}")
         return
     if pipeline is not None:
-        raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need format 'transformers' or 'card'")
+        others = "format 'transformers' or 'card'"
+        raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need {others}")
     if ckpt is None:
         raise UserError("ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)

@@ -14,8 +14,8 @@ tags: [d-ar, image-generation, autoregressive, diffusion]
 # {name}
 
 Draws images of {size}x{size} pixels by Diffusion via Autoregressive Models (D-AR,
-[arXiv 2505.23660](https://arxiv.org/abs/2505.23660)): the AR model writes {tokens} tokens in {groups} groups, and the picture
-sharpens with each group. Written by `dar export` of [dar_lightning](https://pypi.org/project/dar-lightning/).
+[arXiv 2505.23660](https://arxiv.org/abs/2505.23660)): the AR model writes {tokens} tokens in {groups} groups, and the
+picture sharpens with each group. Written by `dar export` of dar_lightning.
 
 | | tokenizer | AR model |
 |---|---|---|

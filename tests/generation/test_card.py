@@ -38,6 +38,7 @@ def test_a_card_says_what_the_pipeline_is_and_ends_with_its_notes(tmp_path):
 
 
 def test_what_a_card_needs():
-    for options, says in (({}, "pipeline is missing"), ({"pipeline": "fruit64", "ckpt": Path("x.ckpt")}, "ckpt: format")):
+    both = {"pipeline": "fruit64", "ckpt": Path("x.ckpt")}
+    for options, says in (({}, "pipeline is missing"), (both, "ckpt: format")):
         with pytest.raises(UserError, match=says):
             export(output=Path("never"), format="card", **options)

@@ -5,7 +5,18 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from dar_lightning.generation.grids import BAR, LINE, MIN_SIDE, PAD, TO_COME, WRITTEN, blend, image_grid, mosaic, stream_frames
+from dar_lightning.generation.grids import (
+    BAR,
+    LINE,
+    MIN_SIDE,
+    PAD,
+    TO_COME,
+    WRITTEN,
+    blend,
+    image_grid,
+    mosaic,
+    stream_frames,
+)
 
 
 def noise(height: int, width: int) -> torch.Tensor:
