@@ -30,8 +30,8 @@ def export(
 
     `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. With
     format "transformers", a folder of the AR model alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline.
-    A pipeline's folder gets a model card, README.md, which format "card" writes anew. It ends with what you have written
-    into NOTES.md beside it.
+    A pipeline's folder gets a model card, README.md, which format "card" writes anew. It ends with what
+    you have written into NOTES.md beside it.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.

@@ -57,8 +57,8 @@ def sample(
     Writes `samples.png` (a row per class), `previews.png` (a film strip for the first image of each class: the
     preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
     images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
-    (n, H, W, 3), `labels`) and `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes the
-    place of `samples.png`.
+    (n, H, W, 3), `labels`) and `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes
+    the place of `samples.png`.
 
     Args:
         output: folder to write to.
