@@ -8,7 +8,8 @@
 #
 # DOWNLOADS (downloads): where ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz and ADM's
 # VIRTUAL_imagenet256_labeled.npz lie. MACHINE (experiments/trainer/8gpu.yaml): a layer of experiments/trainer, for
-# training. DEVICES (8): GPUs that make tokens. DAR (dar): the command.
+# training. DEVICES (8): GPUs that make tokens. DAR (dar): the command. PYTHON (python): of a rehearsal, which runs all
+# commands in one process, since most of their time would be its start.
 set -euo pipefail
 
 mode=run rehearse=false ablations=false
@@ -43,6 +44,19 @@ else
     measure="--reference $(printf %q "$reference") --full" rebuild=""
 fi
 from=$(printf %q "$downloads")
+
+one_process='
+import shlex, sys
+from dar_lightning.cli import main
+
+answers = open(3, "w", buffering=1)
+for line in sys.stdin:
+    try:
+        status = main(shlex.split(line)) or 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    print(status, file=answers)
+'
 
 # Name; the file that says that it is done; GB of disk; hours of one H100; GB of its memory. All three are estimates,
 # which docs/reproduce.md explains. The commands follow, one a line.
@@ -130,6 +144,15 @@ echo "To do: $disk GB of disk ($(df -Ph . | awk 'NR == 2 {print $4}') are free h
 if $rehearse; then echo "A rehearsal: the figures are the real run's; this takes minutes, megabytes and no GPU."; fi
 if [[ $mode == plan ]]; then exit; fi
 
+if $rehearse && [[ -z ${DAR:-} ]]; then
+    coproc one { "${PYTHON:-python}" -c "$one_process" 3>&1 1>&2; }
+    dar() {
+        local status
+        echo "${*@Q}" >&"${one[1]}"
+        read -r status <&"${one[0]}" || status=1  # it has died
+        return "$status"
+    }
+fi
 if $rehearse; then
     "${PYTHON:-python}" - << 'END'  # ImageNet's three archives, of 24 and 12 fruit photos
 import io, tarfile
