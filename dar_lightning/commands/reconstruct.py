@@ -124,6 +124,6 @@ def reconstruct(
     reference = image_set.protocol | {"n": count, "sha256": set_sha256(digests)}
     protocol = Protocol(samples, reference, 2 * [config.image_size], methods, made)
     write_metrics(folder / "reconstruction.json", metrics, protocol)
-    columns = ["original", *(f"group {m}" for m in range(1, config.num_groups + 1))]
-    save_png(image_grid(torch.stack(rows), column_labels=columns), folder / "reconstructions.png")
+    columns = ["original", *(f"{model.schedule.tokens_for_groups(m)} tokens" for m in range(1, config.num_groups + 1))]
+    save_png(image_grid(torch.stack(rows), captions=columns), folder / "reconstructions.png")
     print(f"{output}: {psnr}, SSIM {metrics['ssim']:.3f}, {use:.1%} of the codes in use")

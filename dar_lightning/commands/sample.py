@@ -18,7 +18,7 @@ from dar_lightning.files import file_sha256, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import middle, prefix_lengths, read_photo, tokenize
-from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png, to_image
+from dar_lightning.generation.grids import image_grid, save_animation, save_png, stream_frames, to_image
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
@@ -58,9 +58,10 @@ def sample(
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
 
     Writes `samples.png` (a row per class), `previews.png` (a film strip for the first image of each class: the
-    preview after each group of tokens), `stream.webp` (the same as an animation, of up to 16 images), `images/` (a PNG
-    per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and
-    `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes the place of `samples.png`.
+    preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
+    images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
+    (n, H, W, 3), `labels`) and `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes
+    the place of `samples.png`.
 
     Args:
         output: folder to write to.
@@ -156,10 +157,13 @@ def sample(
         name = f"images/{job.label:03d}-{job.number}{suffix}.png"
         save_png(to_image(images[-1]), folder / name, {METADATA: json.dumps(about)})
 
-    strips, columns = torch.stack(strips), [f"group {m}" for m in shown]  # (classes, K, 3, H, W)
-    save_png(image_grid(strips[:, [m - 1 for m in shown]], class_names, columns), folder / "previews.png")
-    steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
-    save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
+    strips = torch.stack(strips)  # (classes, K, 3, H, W)
+    counts = [pipe.tokenizer.schedule.tokens_for_groups(m) for m in range(1, pipe.num_groups + 1)]
+    columns = [f"{counts[m - 1]} tokens" for m in shown]
+    strip = image_grid(strips[:, [m - 1 for m in shown]], class_names, captions=columns)
+    save_png(strip, folder / "previews.png")
+    animation = stream_frames(strips[:ANIMATED], class_names[:ANIMATED], counts, frames)
+    save_animation(animation, folder / "stream.webp", PREVIEW_SECONDS / frames)
     grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), per_class))
     grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * per_class, 3, H, W)
     name, columns = "samples", None

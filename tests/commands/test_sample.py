@@ -18,7 +18,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_seed
 from dar_lightning.generation.editing import prefix_lengths
-from dar_lightning.generation.grids import image_grid
+from dar_lightning.generation.grids import LINE, image_grid
 from dar_lightning.generation.pipeline import DARPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -74,9 +74,9 @@ def test_what_it_writes(whole):
     # the film strip ends with the first image of each class
     strip = pixels_of(whole / "previews.png")
     blank = torch.zeros(4, GROUPS, 3, SIZE, SIZE, dtype=torch.uint8)
-    assert strip.shape == np.asarray(image_grid(blank, CLASSES, ["group 1"] * GROUPS)).shape
-    side = 3 * SIZE  # enlarged to 96
-    assert np.array_equal(strip[-side - 4 : -4, -side - 4 : -4][::3, ::3], images[9])
+    assert strip.shape == np.asarray(image_grid(blank, CLASSES, captions=["8 tokens"] * GROUPS)).shape
+    side, end = 3 * SIZE, len(strip) - LINE - 4  # enlarged to 96; the numbers of tokens stand below
+    assert np.array_equal(strip[end - side : end, -side - 4 : -4][::3, ::3], images[9])
 
 
 def test_an_image_depends_on_seed_class_and_number_alone(pipeline, whole, tmp_path):
@@ -162,11 +162,13 @@ def test_the_animation_shows_every_preview_and_fades_in_between(pipeline, tmp_pa
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("RGB")).astype(int)
     image_grid(torch.from_numpy(arrays(tmp_path)[0]).permute(0, 3, 1, 2)[None]).save(tmp_path / "x.webp", quality=85)
+    last = last[: 3 * SIZE + 8]  # without what is written below
     still = np.asarray(Image.open(tmp_path / "x.webp").convert("RGB")).astype(int)  # as lossy
     assert np.abs(last - still).mean() < 6 < np.abs(np.roll(last, 9, axis=1) - still).mean()
     blank = torch.zeros(1, 2, 3, SIZE, SIZE, dtype=torch.uint8)
-    strip = image_grid(blank, ["red"], ["group 2", "group 4"])
-    assert Image.open(tmp_path / "previews.png").size == strip.size
+    strip = np.asarray(image_grid(blank, ["red"], captions=[f"{TOKENS // 2} tokens", f"{TOKENS} tokens"]))
+    drawn = pixels_of(tmp_path / "previews.png")
+    assert np.array_equal(drawn[-LINE:], strip[-LINE:])
 
 
 def test_numbers_of_previews_and_of_kept_tokens():
