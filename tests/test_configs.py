@@ -38,7 +38,7 @@ BASES |= dict.fromkeys(under("debug"), B) | dict.fromkeys(under("trainer"), V1) 
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]
 BASES |= {name: name.replace("finetune_", "") for name in FINETUNE}
 LPIPS = [f"experiments/quickstart/{name}.yaml" for name in ("lpips_tokenizer", "decoder")]
-BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1}
+BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1} | dict.fromkeys(under("condition"), "experiments/ar/L.yaml")
 VERBS = dict.fromkeys(under("sweeps"), "sweep") | dict.fromkeys(under("evaluate"), "table") | {PREDICT: "predict"}
 VERBS["experiments/quickstart/sample.yaml"] = "sample"
 RECIPES = [name for name in under("tokenizer", "ar") if name != CODEBOOK]

@@ -56,9 +56,11 @@ def export(
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        DARPipeline(decoder, model, _classes(shards)).save_pretrained(output)
+        classes = _classes(shards) if model.config.condition == "class" else ()
+        DARPipeline(decoder, model, classes).save_pretrained(output)
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
-        said = f"pipeline of {model.config.num_classes} classes"
+        classes, takes = model.condition.num_labels, model.condition.takes
+        said = f"pipeline of {classes} classes" if takes == "labels" else f"pipeline that takes {takes}"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
     print(f"{output}: {said}")
 
