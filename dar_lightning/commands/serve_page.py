@@ -42,8 +42,8 @@ from dar_lightning import DARPipeline
 from dar_lightning.generation.drawing import image_seed
 {imports}
 pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
-{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label}, 0))
-stream = pipe.stream(torch.tensor([{label}]), guidance={guidance!r}{prefix}, generator=[generator])
+{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label!r}, 0))
+stream = pipe.stream({asked}, guidance={guidance!r}{prefix}, generator=[generator])
 for preview in stream:
     image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
 
@@ -81,9 +81,14 @@ class Work:
 
 @torch.inference_mode()
 def draw_previews(
-    pipe: DARPipeline, label: int, seed: int, guidance: Guidance, photo: Image.Image | None = None, prefix: int = 0
+    pipe: DARPipeline,
+    label: int | str,
+    seed: int,
+    guidance: Guidance,
+    photo: Image.Image | None = None,
+    prefix: int = 0,
 ) -> Generator[tuple[Image.Image, str, str], None, None]:
-    """Draw image 0 of a class, as `dar sample` does. Closing the iterator stops the work.
+    """Draw image 0 of a class or prompt, as `dar sample` does. Closing the iterator stops the work.
 
     With a photo, its first `prefix` tokens are kept.
 
@@ -92,7 +97,7 @@ def draw_previews(
     """
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix]
     generator = torch.Generator().manual_seed(image_seed(seed, label, 0))
-    stream = pipe.stream(torch.tensor([label]), guidance=guidance, prefix=kept, generator=[generator])
+    stream = pipe.stream(pipe.condition([label]), guidance=guidance, prefix=kept, generator=[generator])
     strip = ""
     with closing(stream):
         for preview in stream:
@@ -132,10 +137,17 @@ def preview_html(image: Image.Image, caption: str) -> str:
 
 
 def repeat(
-    pipeline: str, label: int, seed: int, guidance: Guidance, photo: str | None, prefix: int, dtype: Dtype | None = None
+    pipeline: str,
+    label: int | str,
+    seed: int,
+    guidance: Guidance,
+    photo: str | None,
+    prefix: int,
+    dtype: Dtype | None = None,
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
-    options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed}
+    text = isinstance(label, str)
+    options = {"pipeline": pipeline, "prompt" if text else "classes": label, "per_class": 1, "seed": seed}
     options["guidance"] = guidance_text(guidance)
     parts = dict.fromkeys(("imports", "kept", "prefix"), "")
     if photo is not None and prefix:
@@ -144,6 +156,7 @@ def repeat(
         parts["kept"] = f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]\n"
         parts["prefix"] = ", prefix=kept"
     parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
+    parts["asked"] = f"prompts=[{label!r}]" if text else f"torch.tensor([{label}])"
     python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, guidance=guidance, **parts)
     return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), python
 
@@ -174,7 +187,7 @@ def build_page(
         dtype: what its weights were cast to, for the same code.
         guidance: what the page begins with.
     """
-    config = pipe.tokenizer.config
+    config, takes = pipe.tokenizer.config, pipe.ar.condition.takes
     plain = not isinstance(guidance, str | tuple | list) and 1 <= guidance <= MAX_GUIDANCE
     typed = "" if plain else guidance_text(guidance)  # what the slider cannot say
 
@@ -207,7 +220,7 @@ def build_page(
         return found
 
     def on_draw(
-        label: int, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
+        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
     ) -> Iterator[tuple]:
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
@@ -216,6 +229,10 @@ def build_page(
         if not 0 <= prefix < config.num_tokens:
             raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
+        try:
+            pipe.condition([label])
+        except UserError as error:
+            raise refusal(str(error)) from error
         code = repeat(name, label, seed, scale, file_name, prefix, dtype)
         for shown in work.steps(draw_previews(pipe, label, seed, scale, photo, prefix)):
             yield *shown, *code
@@ -235,13 +252,16 @@ def build_page(
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):
-                names = pipe.classes or map(str, range(pipe.ar.config.num_classes))
-                choices = [(text, label) for label, text in enumerate(names)]
-                label = gr.Dropdown(choices, value=0, label="Class", elem_id="label")
+                if takes == "prompts":
+                    label = gr.Textbox(label="Prompt", info="what to draw, in words", elem_id="label")
+                else:
+                    names = pipe.classes or map(str, range(pipe.num_labels))
+                    choices = [(text, label) for label, text in enumerate(names)]
+                    label = gr.Dropdown(choices, value=0, label="Class", elem_id="label", visible=takes == "labels")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                first = guidance if plain else 3
-                scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance")
-                with gr.Accordion("Guidance as a function of the token", open=bool(typed)):
+                first, guided = guidance if plain else 3, takes != "nothing"
+                scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance", visible=guided)
+                with gr.Accordion("Guidance as a function of the token", open=bool(typed), visible=guided):
                     schedule = gr.Textbox(typed, label="Instead of the slider", info=SCHEDULE, elem_id="schedule")
                 with gr.Accordion("Layout from a photo", open=False):
                     photo = photo_input(height=160, elem_id="photo")

@@ -16,15 +16,15 @@ ROWS = 32  # images per forward pass, unless somebody wants another number
 
 
 class Job(NamedTuple):
-    """One image to draw: its class, which image of the class it is, and the tokens (m,) int64 that it starts with."""
+    """One image to draw: its class or prompt, which image of that it is, and the tokens (m,) int64 it starts with."""
 
-    label: int
+    label: int | str
     number: int
     kept: Tensor = torch.empty(0, dtype=torch.long)
 
 
-def image_seed(seed: int, label: int, number: int) -> int:
-    """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
+def image_seed(seed: int, label: int | str, number: int) -> int:
+    """The seed of image `number` of a class or prompt: 63 bits, as torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -66,8 +66,8 @@ def draw_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw images in batches, with a progress bar; `options` are those of DARPipeline.stream.
 
-    An image is a function of (seed, class, number, kept tokens), up to rounding. Those that keep different numbers of
-    tokens do not share a batch.
+    An image is a function of (seed, class or prompt, number, kept tokens), up to rounding. Those that keep different
+    numbers of tokens do not share a batch.
 
     Yields:
         Of each job, in order: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,); on the CPU.
@@ -78,7 +78,7 @@ def draw_images(
             alike = list(group)
             for batch in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
                 stream = pipe.stream(
-                    torch.tensor([job.label for job in batch]),
+                    pipe.condition([job.label for job in batch]),
                     prefix=torch.stack([job.kept for job in batch]),
                     generator=[torch.Generator().manual_seed(image_seed(seed, job.label, job.number)) for job in batch],
                     **options,
