@@ -7,7 +7,6 @@ from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.ar.conditions import FILE
 from dar_lightning.ar.conditions.caption_tokens import CaptionTokens, train_vocabulary
@@ -16,9 +15,10 @@ from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_a
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
+from dar_lightning.data.workers import MOST
 from dar_lightning.devices import check_started_processes, dtype_name
-from dar_lightning.errors import UserError, check_range
-from dar_lightning.files import locked, read_json, users_path, write_text
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range, naming
+from dar_lightning.files import locked, read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.text_encoder import TextEncoder
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -81,11 +81,13 @@ def extract(
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
             else.
     """
-    check_range(1, random_crops=random_crops, batch_size=batch_size, image_size=image_size)
-    check_range(1, caption_length=caption_length, vocabulary=vocabulary)
+    check_range(1, 10**4, random_crops=random_crops)
+    check_range(1, MOST_PIXELS, image_size=image_size)
+    check_range(1, batch_size=batch_size)
+    check_range(1, 2**16, caption_length=caption_length, vocabulary=vocabulary)
     if vocabulary is not None and encoder is not None:
         raise UserError("vocabulary and encoder are both set: a model reads captions in one of the two ways")
-    check_range(0, num_workers=num_workers)
+    check_range(0, MOST, num_workers=num_workers)
     check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
@@ -119,13 +121,11 @@ def extract(
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
         write_condition(cache, vocabulary, encoder, caption_length)
         return
-    with users_path("output"):
-        root.mkdir(parents=True, exist_ok=True)
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
     skipped.add(Bad(*line.partition(": ")[::2]) for lines in done.values() for line in lines)
     skipped.check()
-    try:
+    with naming(f"accelerator {accelerator}, devices {devices}"):
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -135,8 +135,6 @@ def extract(
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
         )
-    except MisconfigurationException as error:
-        raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     check_started_processes(trainer.world_size, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:

@@ -3,12 +3,12 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
 
-from dar_lightning.errors import UserError, one_line, require
+from dar_lightning.errors import UserError, require
+from dar_lightning.files import load_class
 
 Table = dict[str, type]  # name in a config -> class. Those of a user's own have a dot.
 
@@ -31,11 +31,7 @@ def import_named(table: Table, what: str, name: str) -> None:
     """Import and register the class that a class path names; nothing for a name that is known."""
     if name in table:
         return
-    try:
-        found = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what} is {name!r}, which cannot be imported: {one_line(error)}") from error
-    register(table, what, found, name)
+    register(table, what, load_class(name, f"{what} {name}", "a class that can be imported"), name)
 
 
 def find(table: Table, what: str, name: str) -> type:

@@ -26,6 +26,8 @@ class Reconstructions(Callback):
         num_strips: how many of them also get a strip: original, then the preview after each group.
     """
 
+    needs = "tokenizer"  # which model
+
     def __init__(self, num_images: int = 16, num_strips: int = 4):
         self.num_images, self.num_strips = num_images, num_strips
 
@@ -60,6 +62,8 @@ class Samples(Callback):
         guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
         prompts: for a model that takes text; None takes the first captions of the validation data, at most 8.
     """
+
+    needs = "ar"  # which model
 
     def __init__(
         self,
