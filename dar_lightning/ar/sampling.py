@@ -75,7 +75,7 @@ def stream_tokens(
         if road != "eager":
             options = scales, guided, count, temperature, top_k, top_p
             prompt = ar.condition(labels)
-            yield from draw_static(ar, Drawing(prompt.values, prompt.real, prefix[:batch], order, keys, *options), road)
+            yield from draw_static(ar, Drawing(*prompt, prefix[:batch], order, keys, *options), road)
             return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)

@@ -71,8 +71,7 @@ def export(
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        classes = _classes(shards) if model.config.condition == "class" else ()
-        pipe = DARPipeline(decoder, model, classes)
+        pipe = DARPipeline(decoder, model, _classes(shards) if model.config.condition == "class" else ())
         begin_work()
         pipe.save_pretrained(output)
         write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))

@@ -84,10 +84,10 @@ def extract(
     check_range(1, 10**4, random_crops=random_crops)
     check_range(1, MOST_PIXELS, image_size=image_size)
     check_range(1, batch_size=batch_size)
-    check_range(0, MOST, num_workers=num_workers)
-    check_range(1, caption_length=caption_length, vocabulary=vocabulary)
+    check_range(1, 2**16, caption_length=caption_length, vocabulary=vocabulary)
     if vocabulary is not None and encoder is not None:
         raise UserError("vocabulary and encoder are both set: a model reads captions in one of the two ways")
+    check_range(0, MOST, num_workers=num_workers)
     check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)

@@ -114,6 +114,17 @@ def test_cached_steps_are_teacher_forcing(changes):
     assert generate(ar, batch, guidance=(3.0, 1.0), order=order).shape == (2, TOKENS)
 
 
+@pytest.mark.parametrize("changes", [CAPTIONS, {"condition": "tests.Ragged"}])
+def test_the_step_of_static_shapes_reads_prefixes(changes):
+    """As a GPU draws: the prefix a position at a time, with its padding."""
+    ar = make_ar(**changes)
+    batch = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))
+    batch[0, 0] = 0
+    batch = ar.condition.from_prompts(["red apples", "blue"]) if changes == CAPTIONS else batch
+    options = [dict(guidance=2.0, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(generate(ar, batch, static=True, **options[0]), generate(ar, batch, static=False, **options[1]))
+
+
 def test_each_part_of_a_caption_counts_and_dropout_is_the_null():
     ar = make_ar(**CAPTIONS)
     batch = ar.condition.from_prompts(["red apples", "blue apples", "red apple"])
