@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks import counting, tiny  # noqa: F401  (tiny: where the tests' goldens are found)
+from benchmarks import tiny
 from benchmarks.gpu_bench import Bench
 from benchmarks.machine import describe, synchronize
 from benchmarks.rows import compile_graphs
@@ -39,19 +40,19 @@ def error(ours: Tensor, expected: Tensor) -> float:
 def ar_model(bench: Bench, size: str) -> ARModel:
     """A new one of a preset, tiny in a rehearsal, in bfloat16."""
     with torch.device(bench.device):
-        return ARModel(ARConfig.preset(bench.size(size, "tiny"))).bfloat16().eval().requires_grad_(False)
+        return ARModel(bench.size(ARConfig.preset(size), ARConfig(**tiny.AR))).bfloat16().eval().requires_grad_(False)
 
 
 def tokenizer(bench: Bench) -> SequentialDiffusionTokenizer:
     """A new v1, tiny in a rehearsal, in bfloat16."""
     with torch.device(bench.device):
-        config = TokenizerConfig.preset(bench.size("v1", "tiny"))
+        config = bench.size(TokenizerConfig.preset("v1"), TokenizerConfig(**tiny.TOKENIZER))
         return SequentialDiffusionTokenizer(config).bfloat16().eval().requires_grad_(False)
 
 
 def numbers(bench: Bench) -> Iterator[dict]:
     """The official goldens, and the shipped pipeline's tokens, in float32: on the device as on a CPU."""
-    import official  # of the tests
+    import official  # of the tests, which benchmarks.tiny has put on the path
 
     facts = {"machine": describe(bench.device)}
     if hasattr(torch._C, "_get_sdp_priority_order"):
@@ -75,8 +76,8 @@ def numbers(bench: Bench) -> Iterator[dict]:
     pixels = model.detokenize(codes, golden.inputs["decode_noise"].to(bench.device))
     yield bench.row("official tokenizer: error of pixels", error(pixels, golden.outputs["decode_adams2"]), **exact)
 
-    pipe, count = DARPipeline.from_pretrained("fruit64"), bench.size(14, 2)
-    for guidance in (1.0, (1.0, 8.0)):
+    pipe, count = DARPipeline.from_pretrained("fruit64"), bench.size(14, 1)
+    for guidance in bench.size((1.0, (1.0, 8.0)), ((1.0, 8.0),)):
         options = dict(guidance=guidance, generator=seeded(count))
         on_cpu = generate(pipe.ar.cpu(), torch.arange(count), **options)
         options["generator"] = seeded(count)
@@ -158,12 +159,13 @@ def tokens(bench: Bench) -> Iterator[dict]:
         for batch in (64, 1):
             labels = torch.zeros(bench.size(batch, min(batch, 2)), dtype=torch.long, device=bench.device)
 
-            def draw(ar: ARModel = ar, labels: Tensor = labels) -> None:
-                generate(ar, labels, guidance=GUIDANCE)
+            def draw(some: int | None = None, ar: ARModel = ar, labels: Tensor = labels) -> None:
+                generate(ar, labels, guidance=GUIDANCE, num_tokens=some)
 
             first = bench.first_seconds(draw)
             floor = bench.milliseconds_of(read=bytes_of_a_token(ar.config, 2 * len(labels)))
-            facts = {"first_call_seconds": first, "kernels": round(bench.kernels(draw) / count, 1)}
+            few = bench.size(16, 2)
+            facts = {"first_call_seconds": first, "kernels": bench.kernels(partial(draw, few)) / few}
             facts |= {"peak_memory_mb": bench.memory(draw)}
             goal = TOKEN_GOALS[size, batch] if floor else None
             taken = bench.milliseconds(draw) / count
@@ -177,7 +179,7 @@ def decoding(bench: Bench) -> Iterator[dict]:
     """Milliseconds of decoding all tokens by v1 in bfloat16, against its products at the device's peak."""
     model = tokenizer(bench)
     config = model.config
-    flops = counting.decode(config)
+    flops = bench.size(2689e9, 1e9)  # an image; tests/test_counts.py
     generator = torch.Generator(bench.device).manual_seed(0)
 
     def call(batch: int) -> Callable[[], Tensor]:

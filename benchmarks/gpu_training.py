@@ -21,10 +21,10 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.training import ARModule, FSDP2Strategy, TokenizerModule
 from dar_lightning.training.callbacks import GenerationFID, ReconstructionFID
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
-from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
 
 MFU = 0.45  # the goal of compiled training
+FLOPS = {"v1": 1461e9, "B": 153e9, "XL": 1174e9}  # of a sample in a step: tests/test_counts.py, training/test_flops.py
 PHOTOS = ROOT / "data" / "fruit64" / "train"
 
 
@@ -91,15 +91,13 @@ def speed_of_steps(
 ) -> Iterator[dict]:
     """Uncompiled and compiled steps of a batch, against products at the device's peak; what makes the host wait."""
     batch = {key: tensor.to(bench.device) for key, tensor in batch.items()}
-    count, flops = len(batch["label"]), None
+    count = len(batch["label"])
     for compiled in (False, True):
         torch.manual_seed(0)
         with torch.device(bench.device):
             module = build(compiled).train()
         module.to(bench.device)
-        if flops is None:
-            flops = count * step_flops(module, {key: tensor[:1] for key, tensor in batch.items()})
-        step, floor = training_step(bench, module, batch), bench.milliseconds_of(flops=flops)
+        step, floor = training_step(bench, module, batch), bench.milliseconds_of(flops=count * FLOPS[name])
         facts = {"first_call_seconds": bench.first_seconds(step), "kernels": bench.kernels(step)}
         waits, facts["peak_memory_mb"] = bench.waits(step), bench.memory(step)
         taken = bench.milliseconds(step)
@@ -113,28 +111,23 @@ def speed_of_steps(
 
 
 def tokenizer(bench: Bench) -> Iterator[dict]:
-    """v1 with LPIPS and REPA, whose frozen networks have random weights."""
-    vgg, make = str(write_vgg(bench.folder / "vgg16.pth")), timm.create_model
-    random = {"pretrained": False} | bench.size({}, {"depth": 1})
-    side, count = bench.size((256, 16), (64, 1))
-    config = TokenizerConfig(
-        **TokenizerConfig.preset(bench.size("v1", "tiny")).to_dict() | bench.size({}, {"repa_layer": 1})
-    )
+    """v1 with LPIPS and REPA, whose frozen networks have random weights; a rehearsal leaves LPIPS out, which is large."""
+    make, random = timm.create_model, {"pretrained": False} | bench.size({}, {"depth": 1})
+    with mock.patch.object(timm, "create_model", lambda *names, **options: make(*names, **options | random)):
+        losses = {"repa": RepaLoss()}
+    if bench.full:
+        losses["perceptual"] = PerceptualLoss(weights_path=str(write_vgg(bench.folder / "vgg16.pth")))
+    config = bench.size(TokenizerConfig.preset("v1"), TokenizerConfig(**TOKENIZER | {"repa_layer": 0}))
+    count, side = bench.size(16, 1), config.image_size
     batch = {"image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8)}
     batch["label"] = torch.zeros(count, dtype=torch.long)
-
-    def build(compiled: bool) -> TokenizerModule:
-        with mock.patch.object(timm, "create_model", lambda *names, **options: make(*names, **options | random)):
-            losses = dict(perceptual=PerceptualLoss(weights_path=vgg), repa=RepaLoss())
-        return TokenizerModule(config, compile=compiled, **losses)
-
-    yield from speed_of_steps(bench, "v1", build, batch)
+    yield from speed_of_steps(bench, "v1", lambda compiled: TokenizerModule(config, compile=compiled, **losses), batch)
 
 
 def ar(bench: Bench) -> Iterator[dict]:
     """The AR models at the batch sizes of their recipes."""
     for size, count in (("B", 64), ("XL", 32)):
-        config = ARConfig.preset(bench.size(size, "tiny"))
+        config = bench.size(ARConfig.preset(size), ARConfig(**AR))
         codes = torch.randint(config.vocab_size, (bench.size(count, 2), config.num_tokens))
         batch = {"codes": codes, "label": torch.zeros(len(codes), dtype=torch.long)}
         yield from speed_of_steps(bench, size, lambda compiled, c=config: ARModule(c, compile=compiled), batch)
@@ -196,9 +189,9 @@ class _Losses(Callback):
 
 def falls(bench: Bench) -> Iterator[dict]:
     """100 steps of v1's light size on the embedded photos."""
-    side = 64
-    name, changes = bench.size(("light", {"image_size": side, "repa_layer": None}), ("tiny", {}))
-    module = TokenizerModule(TokenizerConfig(**TokenizerConfig.preset(name).to_dict() | changes))
+    light = TokenizerConfig.preset("light").to_dict() | {"image_size": 64, "repa_layer": None}
+    module = TokenizerModule(TokenizerConfig(**bench.size(light, TOKENIZER)))
+    side = module.tokenizer.config.image_size
     data = ImageNetDataModule(str(PHOTOS), image_size=side, batch_size=bench.size(32, 2), num_workers=0)
     losses, steps = _Losses(), bench.size(100, 4)
     options = dict(precision="bf16-mixed", gradient_clip_val=1.0, max_steps=steps, limit_val_batches=0)
