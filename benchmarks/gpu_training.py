@@ -86,9 +86,7 @@ def training_step(bench: Bench, module: LightningModule, batch: dict) -> Callabl
     return step
 
 
-def speed_of_steps(
-    bench: Bench, name: str, build: Callable[[bool], LightningModule], batch: dict
-) -> Iterator[dict]:
+def speed_of_steps(bench: Bench, name: str, build: Callable[[bool], LightningModule], batch: dict) -> Iterator[dict]:
     """Uncompiled and compiled steps of a batch, against products at the device's peak; what makes the host wait."""
     batch = {key: tensor.to(bench.device) for key, tensor in batch.items()}
     count = len(batch["label"])
@@ -111,7 +109,7 @@ def speed_of_steps(
 
 
 def tokenizer(bench: Bench) -> Iterator[dict]:
-    """v1 with LPIPS and REPA, whose frozen networks have random weights; a rehearsal leaves LPIPS out, which is large."""
+    """v1 with LPIPS and REPA, of random weights; a rehearsal leaves LPIPS out, whose network is large."""
     make, random = timm.create_model, {"pretrained": False} | bench.size({}, {"depth": 1})
     with mock.patch.object(timm, "create_model", lambda *names, **options: make(*names, **options | random)):
         losses = {"repa": RepaLoss()}
