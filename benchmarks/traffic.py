@@ -1,12 +1,12 @@
-"""Kernels and memory traffic of a training step, counted, uncompiled and compiled, and the MFU that these allow.
+"""Kernels and memory traffic of a compiled training step, counted, and the MFU that these allow.
 
 python benchmarks/traffic.py [--models v1 B L XL] [--output benchmarks/results/traffic.json]
 
 Counted are a forward and a backward pass under autocast to bfloat16: those of each kind of block, times how many there
 are, and of an AR model its head and loss, which are not compiled. Left out are the optimizer, frozen networks, and what
-stands before and after the blocks of the tokenizer. Uncompiled, each operation reads its inputs and writes its outputs
-once; compiled, Inductor's scheduler says what its fused kernels read and write. It is asked for a CPU, where its rules
-of fusion are nearly those for a GPU. Products are matrix products and attention.
+stands before and after the blocks of the tokenizer. Inductor's scheduler says what its fused kernels read and write; it
+is asked for a CPU, where its rules of fusion are nearly those for a GPU. What is not compiled reads its inputs and
+writes its outputs once. Products are matrix products and attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.utils import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, record_original_output_strides
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
@@ -34,8 +35,18 @@ GFLOP = {"v1": 1294, "B": 153, "L": 509, "XL": 1174}  # of a sample: tests/test_
 BATCH = {"v1": 16, "B": 64, "L": 64, "XL": 32}  # of the recipes
 PRODUCT_OPS = ("mm", "addmm", "bmm", "_scaled_dot_product", "convolution")
 VIEWS = ("view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze")
-VIEWS += ("split", "split_with_sizes", "unbind", "as_strided", "detach", "alias", "_reshape_alias", "empty", "empty_like")
-VIEWS += ("view_as_real", "view_as_complex", "_to_copy_view", "empty_strided", "new_empty", "new_empty_strided")
+VIEWS += (
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "as_strided",
+    "detach",
+    "alias",
+    "_reshape_alias",
+    "empty",
+    "empty_like",
+)
+VIEWS += ("view_as_real", "view_as_complex", "empty_strided", "new_empty", "new_empty_strided")
 
 
 class Operations(TorchDispatchMode):
@@ -67,8 +78,8 @@ class Planned:
 
     def plan(self, module: torch.fx.GraphModule, inputs: list, **_) -> Callable:
         record_original_output_strides(module)
-        graph = GraphLowering(module, example_inputs=inputs)
-        with V.set_graph_handler(graph), DebugContext():
+        graph, shapes = GraphLowering(module, example_inputs=inputs), detect_fake_mode(inputs)
+        with V.set_graph_handler(graph), V.set_fake_mode(shapes), DebugContext():
             graph.run(*inputs)
             graph._update_scheduler()
             nodes = [node for node in graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
@@ -119,7 +130,11 @@ def tokenizer_parts(config: TokenizerConfig, count: int) -> Iterator[tuple[int, 
     side = config.image_size // config.decoder_patch_size
     x = torch.randn(count, side**2, config.decoder_dim, dtype=torch.bfloat16, requires_grad=True)
     given = torch.randn(count, 1, config.decoder_dim), stream(count, config.window, config.decoder_dim)
-    yield config.decoder_depth, bind(model.decoder.blocks[0], x, *given, axial_rotary(side, side, config.head_dim)), True
+    yield (
+        config.decoder_depth,
+        bind(model.decoder.blocks[0], x, *given, axial_rotary(side, side, config.head_dim)),
+        True,
+    )
 
 
 def ar_parts(config: ARConfig, count: int) -> Iterator[tuple[int, Callable[[], Tensor], bool]]:
@@ -146,30 +161,32 @@ def bind(block: nn.Module, *inputs) -> Callable[[], Tensor]:
     return lambda: block(*inputs)
 
 
-def measure(name: str) -> Iterator[dict]:
-    """A row each of a model uncompiled and compiled."""
+def measure(name: str) -> dict:
+    """A model's row."""
     config = TokenizerConfig.preset(name) if name == "v1" else ARConfig.preset(name)
     parts = tokenizer_parts if name == "v1" else ar_parts
-    for way in (uncompiled, compiled):
-        kernels, read = 0, []
-        for count in (1, 2):  # what grows with the batch, and what does not
-            found = [(n, (way if fuses else uncompiled)(call)) for n, call, fuses in parts(config, count)]
-            kernels = sum(n * kernels for n, (kernels, _) in found)
-            read.append(sum(n * size for n, (_, size) in found))
-        bytes_of_step = read[0] + (BATCH[name] - 1) * (read[1] - read[0])
-        flops = BATCH[name] * GFLOP[name] * 1e9
-        seconds = flops / PRODUCTS, bytes_of_step / MEMORY
-        yield {"model": name, "way": way.__name__, "batch": BATCH[name], "kernels": kernels} | {
-            "gigabytes_outside_products": round(bytes_of_step / 1e9, 1),
-            "products_ms": round(1e3 * seconds[0], 1),
-            "traffic_ms": round(1e3 * seconds[1], 1),
-            "mfu_allowed": round(flops / PEAK / sum(seconds), 3),
-        }
+    kernels, read = 0, []
+    for count in (1, 2):  # what grows with the batch, and what does not
+        found = [(n, (compiled if fuses else uncompiled)(call)) for n, call, fuses in parts(config, count)]
+        kernels = sum(n * kernels for n, (kernels, _) in found)
+        read.append(sum(n * size for n, (_, size) in found))
+    bytes_of_step = read[0] + (BATCH[name] - 1) * (read[1] - read[0])
+    flops = BATCH[name] * GFLOP[name] * 1e9
+    seconds = flops / PRODUCTS, bytes_of_step / MEMORY
+    return {
+        "model": name,
+        "batch": BATCH[name],
+        "kernels": kernels,
+        "gigabytes_outside_products": round(bytes_of_step / 1e9, 1),
+        "products_ms": round(1e3 * seconds[0], 1),
+        "traffic_ms": round(1e3 * seconds[1], 1),
+        "mfu_allowed": round(flops / PEAK / sum(seconds), 3),
+    }
 
 
 if __name__ == "__main__":
     given = options(__doc__, models=["v1", "B", "L", "XL"], output=str(RESULTS / "traffic.json"))
     torch.set_num_threads(1)
-    rows = (row for name in given.models for row in measure(name))
+    rows = map(measure, given.models)
     facts = {"peak_flops": PEAK, "products_flops": PRODUCTS, "memory_bytes": MEMORY}
-    record(Path(given.output), "training steps, counted; MFU allowed by them on an H100", rows, **facts)
+    record(Path(given.output), "compiled training steps, counted; MFU allowed by them on an H100", rows, **facts)
