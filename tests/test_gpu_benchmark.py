@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, traffic
 from benchmarks.gpu_bench import Bench
 from dar_lightning.errors import UserError
 
@@ -79,3 +79,20 @@ def test_without_a_gpu_it_says_so(tmp_path):
             gpu.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match=r"^only: 11 is no item, they are 1 to 10$"):
         gpu.main(["--output", str(tmp_path), "--only", "11"])
+
+
+def test_traffic_of_fused_kernels_is_what_they_read_and_write():
+    """x to sin(2 x): one kernel forward, and one backward, which reads x and a gradient and writes one."""
+    x = traffic.stream(1, 64, 32)
+    kernels, size = traffic.compiled(lambda: (2 * x).sin())
+    assert (kernels, size) == (2, (2 + 3) * x.nbytes)
+    assert traffic.uncompiled(lambda: (2 * x).sin())[1] >= 10 * x.nbytes
+
+
+def test_the_pages_show_the_stored_traffic():
+    rows = json.loads((traffic.RESULTS / "traffic.json").read_text())["rows"]
+    page = (traffic.RESULTS.parents[1] / "docs" / "performance.md").read_text()
+    for row in rows:
+        size = f"{row['gigabytes_outside_products']:.0f} GB"
+        assert f"| {row['model']} at {row['batch']} | {size} | {row['mfu_allowed']:.0%} |" in page
+    assert [row["model"] for row in rows] == ["v1", "XL", "B", "L"]
