@@ -34,9 +34,9 @@ PEAK, PRODUCTS, MEMORY = 989e12, 600e12, 0.85 * 3.35e12
 GFLOP = {"v1": 1294, "B": 153, "L": 509, "XL": 1174}  # of a sample: tests/test_counts.py, tests/training/test_flops.py
 BATCH = {"v1": 16, "B": 64, "L": 64, "XL": 32}  # of the recipes
 PRODUCT_OPS = ("mm", "addmm", "bmm", "_scaled_dot_product", "convolution")
-VIEWS = """view _unsafe_view transpose t permute expand slice select unsqueeze squeeze split split_with_sizes unbind
-as_strided detach alias _reshape_alias view_as_real view_as_complex empty empty_like empty_strided new_empty
-new_empty_strided""".split()
+VIEWS = ["view", "_unsafe_view", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"]
+VIEWS += ["split", "split_with_sizes", "unbind", "as_strided", "detach", "alias", "_reshape_alias", "view_as_real"]
+VIEWS += ["view_as_complex", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"]
 
 
 class Operations(TorchDispatchMode):
