@@ -127,6 +127,7 @@ def import_trusted(options: list[str]) -> list[str]:
             name = value or next(words, "")
             importlib.import_module("dar_lightning.tokenizer.quantizers").import_quantizer(name)
             importlib.import_module("dar_lightning.ar.conditions").import_condition(name)
+            importlib.import_module("dar_lightning.ar.backbones").import_backbone(name)
         else:
             kept.append(word)
     return kept

@@ -36,9 +36,12 @@ class ARConfig:
         order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
             num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".
-        condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens" or "features"
-            (ar.conditions), or the class path of your own, registered by `register_condition`.
+        condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens", "features" or
+            "backbone_text" (ar.conditions), or the class path of your own, registered by `register_condition`.
         condition_options: arguments of its class beside the width: numbers, words, and lists of them.
+        backbone: the network between embeddings and head: "llama" (the paper), "transformers", a causal language model
+            of that library (ar.backbones), or the class path of your own, registered by `register_backbone`.
+        backbone_options: arguments of its class: numbers, words, null, lists and mappings of them.
     """
 
     vocab_size: int = 16384
@@ -60,6 +63,8 @@ class ARConfig:
     order_seed: int = 0
     condition: str = "class"
     condition_options: dict = field(default_factory=dict, hash=False)
+    backbone: str = "llama"
+    backbone_options: dict = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
@@ -80,6 +85,7 @@ class ARConfig:
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
         check_plain(self.condition_options, "condition")
+        check_plain(self.backbone_options, "backbone", nested=True)
 
     @property
     def kv_heads(self) -> int:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.ar.backbones import BackboneCache, make_backbone
 from dar_lightning.ar.conditions import Condition, make_condition
 from dar_lightning.ar.config import MAX_TOKENS, ARConfig
 from dar_lightning.ar.order import fixed_order
@@ -84,30 +85,35 @@ class ARModel(nn.Module, PretrainedMixin):
         self.token_dropout = nn.Dropout(config.token_dropout)
         varies = config.order == "random_per_sample"
         self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if varies else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if llama := config.backbone == "llama":
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if llama else nn.Identity()
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
+        self.backbone = make_backbone(config, self.max_length)  # None: the blocks above
         for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """Cosine and sine of RoPE (P - 1 + N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
-        config, head_dim = self.config, self.config.dim // self.config.num_heads
-        frequencies = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.arange(self.max_length)[:, None] * frequencies
-        tables = {"rotary": torch.stack([angles.cos(), angles.sin()], dim=-1)}
+        """Our blocks' RoPE, (P - 1 + N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
+        config, head_dim, tables = self.config, self.config.dim // self.config.num_heads, {}
+        if self.backbone is None:
+            frequencies = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+            angles = torch.arange(self.max_length)[:, None] * frequencies
+            tables["rotary"] = torch.stack([angles.cos(), angles.sin()], dim=-1)
         if config.order != "random_per_sample":
             tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
         return tables
 
     def _apply(self, fn, recurse: bool = True):
         """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
-        before = self.rotary
+        before = getattr(self, "rotary", None)
         super()._apply(fn, recurse)
+        if before is None:  # another backbone, which sees to its own
+            return self
         if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
             self.rotary = self.tables()["rotary"].to(self.rotary.device)
         return self
@@ -163,22 +169,27 @@ class ARModel(nn.Module, PretrainedMixin):
         return self._run(*self._sequence(condition, codes[:, :-1]), order)
 
     @no_cudnn_attention()
-    def start(self, condition: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    def start(
+        self, condition: Tensor, codes: Tensor, order: Tensor | None = None
+    ) -> tuple[Tensor, KVCache | BackboneCache]:
         """Read the condition and the first m < N tokens, codes (B, m), into a new KV cache; arguments as in `forward`.
 
         Returns:
             (B, vocab_size) logits of token m + 1, and the cache.
         """
-        config, weight = self.config, self.token_embedding.weight
-        heads, head_dim = config.kv_heads, config.dim // config.num_heads
-        cache = KVCache((config.depth, len(condition), heads, self.max_length, head_dim), weight)
+        cache = self._make_cache(len(condition)) if self.backbone is None else self.backbone.make_cache()
         x, cache.real = self._sequence(condition, codes)
         return self._run(x, cache.real, order, cache)[:, 0], cache
 
     @no_cudnn_attention()
-    def step(self, tokens: Tensor, cache: KVCache, order: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache | BackboneCache, order: Tensor | None = None) -> Tensor:
         """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
         return self._run(self.token_embedding(tokens)[:, None], cache.real, order, cache)[:, 0]
+
+    def _make_cache(self, batch: int) -> KVCache:
+        config = self.config
+        shape = config.depth, batch, config.kv_heads, self.max_length, config.dim // config.num_heads
+        return KVCache(shape, self.token_embedding.weight)
 
     def _sequence(self, condition: Tensor, codes: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embeddings of prefix and codes (B, m): (B, P + m, D); which places of the prefix are real, (B, P) or None."""
@@ -197,7 +208,7 @@ class ARModel(nn.Module, PretrainedMixin):
         return self.head(self.norm(x[:, before:] if cache is None else x[:, -1:])).float()
 
     def hidden(self, x: Tensor, real: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, L, D) after all blocks, of embeddings x (B, L, D): what another backbone would do.
+        """Hidden states (B, L, D) after all blocks, of embeddings x (B, L, D).
 
         Args:
             x: the sequence from its prefix on; with a cache, what continues it.
@@ -206,6 +217,11 @@ class ARModel(nn.Module, PretrainedMixin):
         """
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
+        if self.backbone is not None:
+            x = self.backbone(x, real, cache, self.recompute)
+            if cache is not None:
+                cache.length = end
+            return x
         mask = None
         # Without a mask attention is causal. One new token looks at everything in the cache; several need the causal
         # mask, shifted by what is cached. Padding is hidden from all but itself, or its softmax would have no key.

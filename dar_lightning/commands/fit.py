@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dar_lightning.ar.backbones import import_backbone
 from dar_lightning.ar.conditions import import_condition
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
@@ -182,13 +183,15 @@ class TrainerCLI(LightningCLI):
 
         The config that a run keeps does not name these places: with another default_root_dir it is another run's.
 
-        A quantizer or condition of the user's own is imported: this config is theirs, and names classes anyway.
+        A quantizer, condition or backbone of the user's own is imported: this config is theirs, and names classes anyway.
         """
         config = self.config[self.config.subcommand]
         if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):
             import_quantizer(quantizer)
         if "." in (condition := config.get("model.init_args.config.condition") or ""):
             import_condition(condition)
+        if "." in (backbone := config.get("model.init_args.config.backbone") or ""):
+            import_backbone(backbone)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
         steps = ("accumulate_grad_batches", "check_val_every_n_epoch")

@@ -59,24 +59,32 @@ def check_options(kind: type, what: str, name: str, options: Mapping[str, Any], 
         require(fits, f"{what}_options: {option} is {value!r}: {name} needs a number")
 
 
-def check_made(made: nn.Module, what: str, name: str, needed: Iterable[str]) -> None:
-    """Refuse an object that lacks attributes, or has buffers that a loaded model would find empty."""
+def check_made(
+    made: nn.Module, what: str, name: str, needed: Iterable[str], computed: Iterable[str] = ()
+) -> None:
+    """Refuse an object that lacks attributes, or has buffers that a loaded model would find empty: not `computed`."""
     lacks = [each for each in needed if not hasattr(made, each)]
     require(not lacks, f"{what} {name} is no {what.capitalize()}: it has no {', '.join(lacks)}")
-    unsaved = {each for each, _ in made.named_buffers()} - made.state_dict().keys()
+    unsaved = {each for each, _ in made.named_buffers()} - made.state_dict().keys() - {*computed}
     need = "a loaded model would find it empty; compute it, or save it"
     require(not unsaved, f"{what} {name} has the buffer {', '.join(sorted(unsaved))}, which is not saved: {need}")
 
 
-def check_plain(options: Mapping[str, Any], what: str) -> None:
-    """Refuse options that JSON cannot write and read as they are, or more than 32 of them."""
+def check_plain(options: Mapping[str, Any], what: str, nested: bool = False) -> None:
+    """Refuse options that JSON cannot write and read as they are, or more than 32 of them.
+
+    With `nested`, null and mappings are values, too.
+    """
     require(len(options) <= 32, f"{what}_options has more than 32 entries")
     for name, value in options.items():
-        values = value if type(value) is list else [value]
-        plain = type(name) is str and all(map(_is_plain, values))
+        plain = type(name) is str and _is_plain(value, nested)
         need = "it must be a number, a word, true or false, or a list of them"
         require(plain, f"{what}_options: {name} is {value!r}: {need}")
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value))
+def _is_plain(value: Any, nested: bool) -> bool:
+    if nested and type(value) is dict:
+        return all(type(name) is str and _is_plain(each, nested) for name, each in value.items())
+    values = value if type(value) is list else [value]
+    kinds = (str, bool, int, type(None)) if nested else (str, bool, int)
+    return all(type(each) in kinds or (type(each) is float and math.isfinite(each)) for each in values)

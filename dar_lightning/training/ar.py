@@ -15,6 +15,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.training.compilation import compile_for_training
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
+from dar_lightning.weights.backbone import load_backbone, read_backbone
 
 
 class ARModule(TrainingModule):
@@ -45,6 +46,7 @@ class ARModule(TrainingModule):
         super().__init__(optimizer)
         config = choose_config(config, preset, ARConfig)
         config = replace(config, condition_options=read_options(config.condition_options))
+        config, folder = read_backbone(config)
         if config.order not in self.orders:
             raise UserError(
                 f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine, "
@@ -52,13 +54,20 @@ class ARModule(TrainingModule):
             )
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
+        if folder is not None:
+            load_backbone(self.ar, folder)
         if init_from is not None:
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
         if compile:
+            if self.ar.backbone is not None:
+                raise UserError(f"compile: only our Llama's blocks are, backbone is {config.backbone!r}: leave it out")
             compile_for_training(self.ar)
         # DDP would send these constants from rank 0 to all in every forward pass.
-        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in self.ar.tables()]
+        constants = [*self.ar.tables(), "condition_embedding.tokenizer"]
+        if self.ar.backbone is not None:
+            constants += [f"backbone.{name}" for name in self.ar.backbone.tables()]
+        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in constants]
 
     def check_data(self, data: CodesDataModule) -> None:
         """Refuse tokens or conditions that the model has no embedding for, naming the config's value that is wrong."""

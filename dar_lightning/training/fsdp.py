@@ -99,6 +99,10 @@ class FSDP2Strategy(DDPStrategy):
             raise UserError(
                 f"trainer.strategy: FSDP2Strategy shards AR models, this is a {type(module).__name__}: use ddp"
             )
+        if module.ar.backbone is not None:
+            raise UserError(
+                f"trainer.strategy: FSDP2Strategy shards our Llama, backbone is {module.ar.config.backbone!r}: use ddp"
+            )
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))

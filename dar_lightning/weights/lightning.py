@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from dar_lightning.ar.backbones import merge_lora
 from dar_lightning.ar.model import ARModel
 from dar_lightning.errors import UserError
 from dar_lightning.formats.checkpoint import Weights, read_checkpoint
@@ -18,7 +19,7 @@ PARTS = {"tokenizer": SequentialDiffusionTokenizer, "ar": ARModel}
 
 
 def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> SequentialDiffusionTokenizer | ARModel:
-    """Load the plain model inside a checkpoint of `dar fit`, in evaluation mode.
+    """Load the plain model inside a checkpoint of `dar fit`, in evaluation mode; adapters (LoRA) are merged.
 
     Args:
         ckpt: the .ckpt file.
@@ -39,7 +40,10 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     config = hyperparameters.get("config") if isinstance(hyperparameters, Mapping) else None
     if not isinstance(config, Mapping):
         raise UserError(f"{ckpt} holds no hyper_parameters['config']: it is of no tokenizer or AR training run")
-    model = build_model(PARTS[part], build_config(PARTS[part].config_class, config, ckpt), tensors, ckpt)
+    config = build_config(PARTS[part].config_class, config, ckpt)
+    if part == "ar":
+        config, tensors = merge_lora(config, tensors)
+    model = build_model(PARTS[part], config, tensors, ckpt)
     model.averaged = keeps_ema and not raw
     return model.eval()
 

@@ -122,7 +122,7 @@ def load_llama(folder: str | Path) -> ARModel:
     for name in needed:
         same = found[name] in (needed[name], None)
         require(same, f"{origin}: {name} is {found[name]!r}, its AR model needs {needed[name]!r}")
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     outline = build_on_meta(ARModel, config, len(tensors), origin)
     compare_tensors(to_llama(config, outline.state_dict()), tensors, folder, "LlamaForCausalLM")
     model = build_model(ARModel, config, from_llama(config, tensors), folder)
@@ -212,7 +212,7 @@ def _decisive(values: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"rope_parameters": rope}
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the files into which transformers has split it."""
     if (folder / WEIGHTS_NAME).exists() or not (folder / INDEX_NAME).exists():
         return read_safetensors(folder / WEIGHTS_NAME)

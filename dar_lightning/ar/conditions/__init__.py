@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dar_lightning.ar.conditions.backbone_text import BackboneText
 from dar_lightning.ar.conditions.caption_tokens import CaptionTokens
 from dar_lightning.ar.conditions.class_label import ClassLabel
 from dar_lightning.ar.conditions.features import EncoderFeatures
@@ -13,6 +14,7 @@ from dar_lightning.errors import UserError, require
 from dar_lightning.formats import registry
 
 __all__ = [
+    "BackboneText",
     "CaptionTokens",
     "ClassLabel",
     "Condition",
@@ -31,6 +33,7 @@ CONDITIONS: dict[str, type] = {
     "none": NoCondition,
     "caption_tokens": CaptionTokens,
     "features": EncoderFeatures,
+    "backbone_text": BackboneText,
 }
 FILE = "condition.json"  # what `dar extract` writes for `read_options`
 

@@ -60,7 +60,7 @@ class CaptionTokens(Condition):
         found = [self.tokens(text) for text in prompts]
         for text, tokens in zip(prompts, found, strict=True):
             if len(tokens) > self.length:
-                _say_cut(text, len(tokens), self.length)
+                say_cut(text, len(tokens), self.length)
             if {*tokens} == {1}:
                 raise UserError(f"prompts: {text!r} holds no word that this model has seen")
         return self._padded(found)
@@ -79,7 +79,8 @@ class CaptionTokens(Condition):
 
 
 @cache
-def _say_cut(text: str, count: int, length: int) -> None:
+def say_cut(text: str, count: int, length: int) -> None:
+    """Warn, once, that a prompt of `count` tokens is cut."""
     log.warning("prompt %r has %d tokens: cut to the first %d", text, count, length)
 
 
