@@ -108,7 +108,9 @@ def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
         UserError: True, for a model that the step cannot read.
     """
     own = ar.backbone is not None
-    require(not (own and static), f"static: only our Llama has the step, backbone is {ar.config.backbone!r}; leave it out")
+    require(
+        not (own and static), f"static: only our Llama has the step, backbone is {ar.config.backbone!r}; leave it out"
+    )
     layers = [part for part in ar.modules() if isinstance(part, nn.Linear)]
     plain = can_capture(ar) and all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
     require(plain or not static, "static: this model's layers are sharded, replaced or have hooks; leave it out")

@@ -183,7 +183,7 @@ class TrainerCLI(LightningCLI):
 
         The config that a run keeps does not name these places: with another default_root_dir it is another run's.
 
-        A quantizer, condition or backbone of the user's own is imported: this config is theirs, and names classes anyway.
+        A quantizer, condition or backbone of the user's own is imported: this config is theirs, and names classes.
         """
         config = self.config[self.config.subcommand]
         if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):

@@ -59,9 +59,7 @@ def check_options(kind: type, what: str, name: str, options: Mapping[str, Any], 
         require(fits, f"{what}_options: {option} is {value!r}: {name} needs a number")
 
 
-def check_made(
-    made: nn.Module, what: str, name: str, needed: Iterable[str], computed: Iterable[str] = ()
-) -> None:
+def check_made(made: nn.Module, what: str, name: str, needed: Iterable[str], computed: Iterable[str] = ()) -> None:
     """Refuse an object that lacks attributes, or has buffers that a loaded model would find empty: not `computed`."""
     lacks = [each for each in needed if not hasattr(made, each)]
     require(not lacks, f"{what} {name} is no {what.capitalize()}: it has no {', '.join(lacks)}")

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from dar_lightning.ar.backbones.language_model import MODEL_TYPES, REFUSED, SIZES, language_model_config
+from dar_lightning.ar.backbones.language_model import CONFIG_ERRORS, MODEL_TYPES, REFUSED, SIZES, language_model_config
 from dar_lightning.ar.conditions import BackboneText
 from dar_lightning.ar.conditions.backbone_text import read_tokenizer
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, require
+from dar_lightning.errors import UserError, require, whole_line
 from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import CONFIG_NAME, compare_tensors
 from dar_lightning.weights.llama import read_tensors
@@ -84,7 +84,9 @@ def load_backbone(ar: ARModel, folder: Path) -> None:
         content = (folder / TOKENIZER_NAME).read_bytes()
         last = max(read_tokenizer(content, folder / TOKENIZER_NAME).get_vocab().values())
         if last >= (rows := len(text.embedding.weight)):
-            raise UserError(f"{folder / TOKENIZER_NAME}: it has tokens to {last}, the model's table {rows}: need its own")
+            raise UserError(
+                f"{folder / TOKENIZER_NAME}: it has tokens to {last}, the model's table {rows}: need its own"
+            )
         with torch.no_grad():
             text.embedding.weight.copy_(table["embed_tokens.weight"])
             text.tokenizer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
@@ -96,5 +98,5 @@ def _whole(model_type: str, said: dict[str, Any], origin: Path) -> dict[str, Any
 
     try:
         return CONFIG_MAPPING[model_type].from_dict(said).to_dict()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{origin}: transformers does not read it: {error}") from error
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{origin}: transformers does not read it: {whole_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a backbone is: the causal network between a model's embeddings and its head, embeddings in, hidden states out."""
+"""What a backbone is: the causal network between embeddings and head; embeddings in, hidden states out."""
 
 from collections.abc import Callable
 from typing import Any

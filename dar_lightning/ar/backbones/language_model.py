@@ -5,16 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import errors
 from torch import Tensor
 from torch.nn import functional as F
 
 from dar_lightning.ar.backbones.interface import Backbone, BackboneCache
 from dar_lightning.ar.backbones.lora import add_lora
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.errors import UserError, one_line, require
+from dar_lightning.errors import UserError, one_line, require, whole_line
 
 # Decoders whose attention is causal, with RoPE, RMSNorm and nothing else that depends on places: each under test.
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "granite", "olmo2", "phi3", "smollm3")
+CONFIG_ERRORS = ValueError, KeyError, TypeError, AttributeError, getattr(errors, "StrictDataclassError", ValueError)
 # What the ARConfig says of them.
 SIZES = {
     "hidden_size": "dim",
@@ -78,7 +80,9 @@ class LanguageModel(Backbone):
             # never "flash" and the like, which may be code from the Hub
             self.trunk = _transformers().AutoModel.from_config(values, attn_implementation="sdpa")
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"backbone_options: transformers makes no {model_type} of them: {one_line(error)}") from error
+            raise UserError(
+                f"backbone_options: transformers makes no {model_type} of them: {one_line(error)}"
+            ) from error
         self.trunk.set_input_embeddings(None)
         # transformers 5.18 and before call it past_key_values
         arguments = inspect.signature(self.trunk.forward).parameters
@@ -159,8 +163,8 @@ def language_model_config(config: ARConfig, length: int, model_type: str, option
         values["head_dim"] = config.dim // config.num_heads
     try:
         return kind(**values | options)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"backbone_options: transformers has no such {model_type}: {one_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise UserError(f"backbone_options: transformers has no such {model_type}: {whole_line(error)}") from error
 
 
 def _transformers() -> Any:

@@ -82,7 +82,9 @@ def merge_lora(config: ARConfig, tensors: Mapping[str, Tensor]) -> tuple[ARConfi
             layer = name.removesuffix(A)
             try:
                 weight = merged[f"{layer}.weight"]
-                added = (rank if alpha is None else alpha) / rank * tensors[f"{layer}{B}"].float() @ tensors[name].float()
+                added = (
+                    (rank if alpha is None else alpha) / rank * tensors[f"{layer}{B}"].float() @ tensors[name].float()
+                )
                 merged[f"{layer}.weight"] = (weight.float() + added.view_as(weight)).to(weight.dtype)
             except (KeyError, RuntimeError, TypeError) as error:
                 raise UserError(f"adapters of {layer} do not fit it: {one_line(error)}") from error

@@ -86,7 +86,9 @@ def read_tokenizer(content: bytes, origin: Any) -> Any:
     try:
         made = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the package raises no other
-        raise UserError(f"{origin} is no tokenizer.json that Hugging Face tokenizers reads: {one_line(error)}") from error
+        raise UserError(
+            f"{origin} is no tokenizer.json that Hugging Face tokenizers reads: {one_line(error)}"
+        ) from error
     made.no_truncation()
     made.no_padding()
     return made

@@ -18,12 +18,13 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Move the average towards the model's parameters; buffers are copied."""
-        mine = list(self.module.parameters())
+        """Move the average towards the model's parameters that train; buffers are copied."""
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        mine, theirs = zip(*((average, weight) for average, weight in pairs if weight.requires_grad), strict=True)
         # Scaled, then added to, as in the official code. The step is so small that float32 rounds off 3% of it, and
         # the two rounded sums of a lerp are others.
         torch._foreach_mul_(mine, self.decay)
-        torch._foreach_add_(mine, list(model.parameters()), alpha=1.0 - self.decay)
+        torch._foreach_add_(mine, theirs, alpha=1.0 - self.decay)
         self._copy("buffers", model)
         self.n_averaged += 1
 
