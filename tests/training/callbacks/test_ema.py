@@ -73,6 +73,17 @@ def test_it_lies_where_the_model_trains_and_reads_nothing_there():
     assert int(average.n_averaged) == 3
 
 
+def test_what_is_frozen_stays_as_it_is():
+    """To the bit: 0.9 x + 0.1 x would be rounded, step by step."""
+    model = torch.nn.Linear(30, 30)
+    model.weight.requires_grad_(False)
+    average = Average(model, torch.device("cpu"), 0.9)
+    for _ in range(5):
+        average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)
+    assert not torch.equal(average.module.bias, model.bias)
+
+
 def test_frozen_networks_are_not_copied():
     model = tokenizer_module()
     model.perceptual = FrozenNetwork(torch.nn.Linear(3, 3))
