@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md, quantizers.md and conditions.md, taken from the pages as they stand there and run."""
+"""The examples of docs/extend.md, quantizers.md, conditions.md and backbones.md, taken from the pages and run."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
-from dar_lightning.ar import conditions
+from dar_lightning.ar import backbones, conditions
 from dar_lightning.cli import main
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex, write_shard
@@ -198,6 +198,52 @@ def test_the_page_of_the_conditions(tmp_path, monkeypatch):
     found = {}
     exec(program, found)
     assert found["images"].shape == (2, 3, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_backbone(tmp_path, monkeypatch):
+    """A model of it is trained, saved and drawn; its cache is teacher forcing."""
+    heading, name = "A backbone", "recurrent.Recurrent"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, table in ((conditions, "CONDITIONS"), (quantizers, "QUANTIZERS"), (backbones, "BACKBONES")):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    known = dict(backbones.BACKBONES)
+    few_photos(tmp_path)
+    write_files(heading, tmp_path)
+    assert len(blocks(heading, "python")[0].splitlines()) <= 30
+    extract, fit, export, sample = commands(heading)
+    main(extract)
+    main([*fit, *QUICK])
+    monkeypatch.setattr(backbones, "BACKBONES", known)  # another process
+    with pytest.raises(SystemExit):
+        main([word for word in export if word not in ("--trust", name)])
+    main(export)
+    main([*sample, "--device=cpu", "--per_class=1", "--guidance=2"])
+    ar = DARPipeline.from_pretrained(tmp_path / "runs/recurrent/pipeline").ar
+    assert (ar.config.backbone, ar.config.backbone_options) == (name, {"layers": 1})
+    torch.nn.init.normal_(ar.head.weight)
+    labels, codes = torch.tensor([3, 14]), torch.randint(1024, (2, 64))
+    whole = ar(labels, codes)
+    logits, cache = ar.start(labels, codes[:, :5])
+    torch.testing.assert_close(logits, whole[:, 5])
+    cache.keep(1)
+    torch.testing.assert_close(ar.step(codes[:1, 5], cache), whole[:1, 6])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_backbones(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    page = (ROOT / "docs/backbones.md").read_text()
+    (tmp_path / "qwen3.yaml").write_text(re.search(r"```yaml\n# qwen3.yaml\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    few_photos(tmp_path)
+    (text,) = re.findall(r"```bash\n(python .*?)```", page, flags=re.DOTALL)
+    for words in map(shlex.split, text.replace("\\\n", " ").splitlines()):
+        main([*words[3:], *{"fit": QUICK, "sample": ["--device=cpu", "--per_class=1"]}.get(words[3], [])])
+    ar = DARPipeline.from_pretrained(tmp_path / "runs/qwen3/pipeline").ar
+    assert ar.backbone.trunk.layers[0].self_attn.q_proj.weight.shape == (5 * 64, 160)
+    assert (tmp_path / "runs/qwen3/drawn/samples.png").is_file()
 
 
 def test_an_order(tmp_path):

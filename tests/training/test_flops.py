@@ -22,9 +22,16 @@ def ar_flops(config: ARConfig) -> int:
     return 3 * tokens * (config.depth * per_layer + 2 * dim * config.vocab_size)
 
 
-def test_the_ar_model_in_closed_form():
+@pytest.mark.parametrize("backbone", ["llama", "transformers"])
+def test_the_ar_model_in_closed_form(backbone):
+    """A language model of transformers in the same sizes has the same products."""
     batch = {"label": torch.zeros(5, dtype=torch.long), "codes": torch.zeros(5, TOKENS, dtype=torch.long)}
-    assert step_flops(ARModule(ARConfig(**AR)), batch) == 5 * ar_flops(ARConfig(**AR))
+    other = {}
+    if backbone == "transformers":
+        pytest.importorskip("transformers")
+        options = {"model_type": "qwen3"}
+        other = dict(residual_dropout=0.0, ffn_dropout=0.0, backbone=backbone, backbone_options=options)
+    assert step_flops(ARModule(ARConfig(**AR | other)), batch) == 5 * ar_flops(ARConfig(**AR))
 
 
 @pytest.mark.parametrize(("size", "gflop"), [("B", 153), ("L", 509), ("XL", 1174), ("XXL", 2155)])

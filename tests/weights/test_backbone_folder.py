@@ -118,14 +118,14 @@ def test_saved_weights_need_no_folder(folder, module, tmp_path, caplog):
         again.condition.from_prompts(["red"])
 
 
-def test_flops_count_padding(folder, module):
-    """P - 1 = 5 places of text more than a class has, in the linear layers (the head apart) and in half the scores."""
-    batch = {"codes": codes(), "caption": PROMPTS, "label": torch.zeros(2, dtype=torch.long)}
-    by_class = ARModule(ARConfig(**config(folder, condition="class", condition_options={})))
-    linear = [w.numel() for name, w in by_class.ar.backbone.named_parameters() if w.dim() == 2]
-    long, short = TOKENS + 5, TOKENS
-    scores = 2 * 6 * 2 * 4 * 16 * (long * (long // 2) - short * (short // 2))  # layers, passes, heads
-    assert step_flops(module, batch) - step_flops(by_class, batch) == 2 * (5 * 6 * sum(linear) + scores)
+def test_flops_in_closed_form(module):
+    """5 places of text and one more, then the codes but the last; of attention's scores half."""
+    places = 5 + TOKENS
+    linear = sum(weight.numel() for weight in module.ar.backbone.parameters() if weight.dim() == 2)
+    scores = 2 * 2 * 2 * 4 * 16 * places * (places // 2)  # layers, products, 4 heads of 16
+    head = 2 * TOKENS * module.ar.head.weight.numel()
+    batch = {"codes": codes(), "caption": PROMPTS}
+    assert step_flops(module, batch) == 2 * 3 * (2 * places * linear + scores + head)
 
 
 def test_split_weights_and_other_conditions(folder, module, tmp_path):
