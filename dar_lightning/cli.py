@@ -1,5 +1,7 @@
 """The `dar` command: Trainer verbs go to LightningCLI, the others are typed functions read by jsonargparse."""
 
+import atexit
+import gc
 import importlib
 import inspect
 import os
@@ -7,9 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import distributed
-
-from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error
 from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
@@ -55,12 +54,15 @@ all verbs also take --trust my_file.MyQuantizer: a class of your own, for weight
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb. Exits with status 2 and a single line after a user's mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    is_program = argv is None
+    argv = list(sys.argv[1:] if is_program else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
     verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
     try:
+        if is_program and verb in (*TRAINER_VERBS, *VERBS):
+            import_for_good(verb)
         options = import_trusted(options)
         if verb in TRAINER_VERBS:
             importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise UserError(f"unknown verb {verb!r}: choose from {', '.join((*TRAINER_VERBS, *VERBS))}")
         # As Lightning does for NCCL only. Where Python ends with Gloo's connections, their threads may abort it.
-        if distributed.is_available() and distributed.is_initialized():
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
         return
     except ValueError as error:
@@ -87,6 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         code, said = 2, error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     print(f"dar {verb}: {said}", file=sys.stderr)
     sys.exit(code)
+
+
+def import_for_good(verb: str) -> None:
+    """Import a verb's module, with all that it needs, outside of Python's garbage collection.
+
+    These are half a million objects that stay to the end: the collector would look through them again and again, first
+    while they are imported.
+    """
+    gc.disable()
+    atexit.register(gc.unfreeze)  # triton would complain of objects that are never freed
+    importlib.import_module(f"dar_lightning.commands.{'fit' if verb in TRAINER_VERBS else verb}")
+    gc.freeze()
+    gc.enable()
 
 
 def shipped_file(word: str) -> str:
@@ -111,6 +127,8 @@ def import_trusted(options: list[str]) -> list[str]:
 def run_function(verb: str, options: list[str]) -> None:
     """Call a verb's function with options from the command line and --config files."""
     from jsonargparse import ArgumentParser, auto_cli
+
+    from dar_lightning.devices import round_convolutions_as_products
 
     class Parser(OneLineErrors, ArgumentParser):
         def parse_args(self, *args, **kwargs):
