@@ -4,7 +4,7 @@ import json
 import math
 import runpy
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from killable import run
 
 def run_script(*words: str) -> None:
     sys.argv = list(words)
-    with redirect_stdout(None):
+    with redirect_stdout(None), redirect_stderr(None):
         runpy.run_path(words[0], run_name="__main__")
 
 
