@@ -7,6 +7,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
@@ -59,7 +60,8 @@ def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> 
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
     os.environ["OMP_NUM_THREADS"] = "1"  # for all ranks, however many: another number rounds sums otherwise
     torch.set_num_threads(1)
-    function(*args)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        function(*args)
     if torch.distributed.is_initialized():  # at exit it might abort
         torch.distributed.destroy_process_group()
 

@@ -74,7 +74,7 @@ def test_a_program_collects_garbage_but_for_what_it_has_imported(monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["dar", "compare", "--help"])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert "--results" in capsys.readouterr().out
+    assert "--files" in capsys.readouterr().out
     assert gc.get_freeze_count() > before
     assert gc.isenabled()
 
