@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -106,7 +106,8 @@ class DARPipeline:
             K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
         """
         labels = labels.to(self.device)
-        noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+        # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
+        aside = self.tokenizer.set_noise_aside(len(labels), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         options |= dict(token_groups=self.token_groups)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
@@ -119,7 +120,11 @@ class DARPipeline:
                     codes.append(column)
                     yield column[:, None]
 
-            previews = self.tokenizer.stream(read(), noise, solver, num_steps)
+            columns = read()
+            first = next(columns)
+            noise = aside() if noise is None else noise.to(self.device)
+            # the prefix is checked before, and what the model draws is a token
+            previews = self.tokenizer.stream(chain([first], columns), noise, solver, num_steps, check=False)
             for group, images in enumerate(previews, start=1):
                 yield Preview(images, torch.stack(codes, dim=1), group)
 

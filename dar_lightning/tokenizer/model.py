@@ -1,6 +1,6 @@
 """SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, draw_per_sample
+from dar_lightning.layers import Generators, can_capture, draw_per_sample, skip_normals
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
+from dar_lightning.tokenizer.diffusion_step import Trajectory, call_steps, replay_steps
 from dar_lightning.tokenizer.encoder import Encoder
-from dar_lightning.tokenizer.flow import integrate, sampling_times, shift_time
+from dar_lightning.tokenizer.flow import check_diffusion, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
@@ -100,9 +101,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Raises:
             UserError: for a group, solver, size or number of tokens that cannot be decoded.
         """
-        for image in self._previews(codes, groups, noise, solver, num_steps, generator):  # noqa: B007
-            pass
-        return image
+        groups, cond = self._conditions(codes, groups)
+        noise = self.draw_noise(len(codes), generator) if noise is None else noise
+        return next(self._integrate(iter([(groups, cond)]), noise, solver, num_steps))
 
     @torch.no_grad()
     def previews(
@@ -117,9 +118,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         The other arguments are those of detokenize.
         """
-        return torch.stack(list(self._previews(codes, None, noise, solver, num_steps, generator)), dim=1)
+        groups, cond = self._conditions(codes, None)
+        noise = self.draw_noise(len(codes), generator) if noise is None else noise
+        conds = ((group, cond) for group in range(1, groups + 1))
+        return torch.stack(list(self._integrate(conds, noise, solver, num_steps)), dim=1)
 
-    def _previews(self, codes, groups: int | None, noise, solver, num_steps, generator) -> Iterator[Tensor]:
+    def _conditions(self, codes: Tensor, groups: int | None) -> tuple[int, Tensor]:
+        """How many groups are decoded, and the conditioning vectors that they need."""
         self._check_codes(codes)
         tokens, schedule, size = codes.shape[1], self.schedule, self.config.num_tokens // self.config.num_groups
         if groups is None:
@@ -130,22 +135,26 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             groups = max(m for m in range(1, self.config.num_groups + 1) if schedule.tokens_for_groups(m) <= tokens)
         needed = schedule.tokens_for_groups(groups)
         require(tokens >= needed, f"{groups} groups need {needed} tokens: the codes hold {tokens}")
-        cond = self.conditioner(self._lookup(codes[:, :needed]))
-        noise = self.draw_noise(len(codes), generator) if noise is None else noise
-        return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
+        return groups, self.conditioner(self._lookup(codes[:, :needed]))
 
     @torch.no_grad()
     def stream(
-        self, chunks: Iterable[Tensor], noise: Tensor, solver: str = "adams2", num_steps: int | None = None
+        self,
+        chunks: Iterable[Tensor],
+        noise: Tensor,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        check: bool = True,
     ) -> Iterator[Tensor]:
         """Decode while tokens arrive: one preview (B, 3, H, W) after each group, the last one the image.
 
         `chunks` are consecutive tokens (B, any number). As soon as a group is complete, its tokens extend the causal
-        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize.
+        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize. Without `check`,
+        whose answer the host waits for, tokens that do not exist are undefined behaviour.
         """
-        return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps)
+        return self._integrate(enumerate(self._extend_conditions(chunks, check), start=1), noise, solver, num_steps)
 
-    def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _extend_conditions(self, chunks: Iterable[Tensor], check: bool) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
         chunks, cache, cond = iter(chunks), None, None
         waiting, done = [], 0
@@ -157,7 +166,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
                 waiting.append(chunk)
             if needed > 0:
                 tokens = torch.cat(waiting, dim=1)
-                self._check_codes(tokens)
+                if check:
+                    self._check_codes(tokens)
                 cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
                 more = self.conditioner.forward(self._lookup(tokens[:, :needed]), cache)
@@ -166,31 +176,40 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             yield cond
 
     @torch.no_grad()
-    def _integrate(self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None):
-        """One preview per conditioning tensor, running the diffusion steps that it allows."""
-        num_steps = self.config.num_groups if num_steps is None else num_steps
-        require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
+    def _integrate(
+        self, conds: Iterator[tuple[int, Tensor]], noise: Tensor, solver: str, num_steps: int | None
+    ) -> Iterator[Tensor]:
+        """After each pair, groups and their conditioning vectors, the preview of the steps that they allow."""
+        config, schedule, decoder = self.config, self.schedule, self.decoder
+        check_diffusion(solver, num_steps)
+        num_steps = config.num_groups if num_steps is None else num_steps
         self._check_size(noise.shape[-2:])
-        cond = None
-
-        def velocity(x: Tensor, step: int, t: float) -> Tensor:
-            start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
-            time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-            return self.decoder(x, time, cond[:, start : start + self.config.window])
-
-        steps = integrate(velocity, noise.float(), sampling_times(num_steps, self.config.time_shift), solver)
-        done = 0
-        for group, cond in enumerate(conds, start=1):  # noqa: B007  (velocity reads cond)
-            while done < self.schedule.steps_for_groups(group, num_steps):
-                _, preview = next(steps)
-                done += 1
-            yield preview / self.config.data_std
+        starts = tuple(schedule.start(schedule.group_of_step(step, num_steps)) for step in range(num_steps))
+        times = tuple(sampling_times(num_steps, config.time_shift))
+        trajectory = Trajectory(times, starts, config.window, config.num_tokens, solver)
+        allowed = ((schedule.steps_for_groups(groups, num_steps), cond) for groups, cond in conds)
+        static = noise.device.type == "cuda" if decoder.static is None else decoder.static
+        run = replay_steps if static and can_capture(decoder) else call_steps
+        for preview in run(decoder, trajectory, noise.float(), allowed):
+            yield preview / config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
         """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
         shape = batch, 3, *(size or (self.config.image_size, self.config.image_size))
         draw = partial(torch.randn, dtype=torch.float32)
         return draw_per_sample(draw, shape, generator, self.decoder.conv_in.weight.device)
+
+    def set_noise_aside(self, batch: int, generator: Generators = None) -> Callable[[], Tensor]:
+        """A function that draws `draw_noise(batch, generator)`, while the generators go on as if it had been drawn.
+
+        On CUDA, noise of CPU generators can so be drawn beside the tokens; elsewhere it is drawn at once.
+        """
+        side, device = self.config.image_size, self.decoder.conv_in.weight.device
+        copies = skip_normals(generator, 3 * side * side, batch) if device.type == "cuda" else None
+        if copies is None:
+            noise = self.draw_noise(batch, generator)
+            return lambda: noise
+        return partial(self.draw_noise, batch, copies)
 
     # ---- training
 

@@ -254,7 +254,7 @@ def test_mistakes_get_one_message_each(tab, photos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_queue": 0}, "max_queue is 0: it must be positive"),
+        ({"max_queue": 0}, "max_queue is 0: must be at least 1"),
         ({"max_upload_mb": -1}, "max_upload_mb is -1"),
         ({"pipeline": "./nowhere"}, "nowhere is not a folder"),
     ],
