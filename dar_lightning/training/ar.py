@@ -12,7 +12,7 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import placed
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.layers import compile_blocks
+from dar_lightning.training.compilation import compile_for_training
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
 
@@ -56,7 +56,9 @@ class ARModule(TrainingModule):
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
         if compile:
-            compile_blocks(self.ar)
+            compile_for_training(self.ar)
+        # DDP would send these constants from rank 0 to all in every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in self.ar.tables()]
 
     def check_data(self, data: CodesDataModule) -> None:
         """Refuse tokens or conditions that the model has no embedding for, naming the config's value that is wrong."""

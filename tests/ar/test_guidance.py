@@ -235,7 +235,7 @@ def test_text_is_read_and_kept_in_one_form(text, read):
         ("interval,3,2,5", "from_group 2 to_group 5: this model's tokens are of groups 1 to 4"),
         ("nan", "guidance constant: scale is nan: it must be a finite number"),
         (float("inf"), "guidance constant: scale is inf: it must be a finite number"),
-        ("no_module.Schedule", "guidance no_module.Schedule: not constant, .* import path of a class .*no_module"),
+        ("no_module.Schedule", "guidance no_module.Schedule: not constant, .* import path of a class.*no_module"),
         ("interval,3,1,2,scale=4", "interval takes scale, from_group, to_group .*multiple values"),
         ("interval,scale=3,scale=4,from_group=1,to_group=2", "it gives a value twice"),
         (f"{__name__}.Squared,big", f"guidance is '{__name__}.Squared,big': {__name__}.Squared: could not convert"),
