@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -62,18 +62,24 @@ def draw_rows(
 
 
 def draw_images(
-    pipe: DARPipeline, jobs: Sequence[Job], seed: int, batch_size: int, options: dict[str, Any]
+    pipe: DARPipeline,
+    jobs: Sequence[Job],
+    seed: int,
+    batch_size: int,
+    options: dict[str, Any],
+    groups: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw images in batches, with a progress bar; `options` are those of DARPipeline.stream.
 
     An image is a function of (seed, class, number, kept tokens), up to rounding. Those that keep different numbers of
-    tokens do not share a batch.
+    tokens do not share a batch. With `groups`, tokens and previews of the first groups alone are drawn.
 
     Yields:
         Of each job, in order: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,); on the CPU.
     """
-    num_tokens = pipe.ar.config.num_tokens
-    with tqdm(total=sum(num_tokens - len(job.kept) for job in jobs), desc="sample", unit=" tokens") as bar:
+    previews = pipe.preview_groups(groups, options.get("start", 0))
+    num_tokens = pipe.tokenizer.schedule.tokens_for_groups(previews.stop - 1)
+    with tqdm(total=sum(max(num_tokens - len(job.kept), 0) for job in jobs), desc="sample", unit=" tokens") as bar:
         for kept, group in groupby(jobs, lambda job: len(job.kept)):
             alike = list(group)
             for batch in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
@@ -84,7 +90,7 @@ def draw_images(
                     **options,
                 )
                 shown, written = [], kept
-                for preview in stream:
+                for preview in islice(stream, len(previews)):
                     shown.append(to_uint8(preview.images).cpu())
                     count = max(preview.codes.shape[1], kept)
                     bar.update(len(batch) * (count - written))

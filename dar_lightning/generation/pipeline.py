@@ -16,9 +16,10 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import fixed_order
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
+from dar_lightning.generation.inpainting import EVIDENCE, Edit
 from dar_lightning.generation.overlap import run_ahead
 from dar_lightning.layers import Generators
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -81,6 +82,10 @@ class DARPipeline:
         num_steps: int | None = None,
         generator: Generators = None,
         overlap: bool | None = None,
+        image: Tensor | None = None,
+        known: Tensor | None = None,
+        start: int = 0,
+        evidence: float = EVIDENCE,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
@@ -101,14 +106,21 @@ class DARPipeline:
             generator: a torch.Generator, or a list with one per image: then an image does not depend on its batch.
             overlap: write the next tokens while a diffusion step runs, on a thread and stream of their own; the images
                 are the same. None does so on CUDA, where neither fills the device alone.
+            image: (B or 1, 3, H, W) in [-1, 1]: what to keep, to start from or to resemble (`generation.inpainting`).
+            known: (B or 1, 1, H, W) bool: its pixels that are kept as they are, in every preview.
+            start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
+            evidence: how much the image's tokens are preferred: 8 to go on as it does, 0 to 4 to change it.
 
         Yields:
-            K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
+            K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
+            arguments.
         """
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+        require(start < self.num_groups, f"start is {start}: it must be from 0 to {self.num_groups - 1} groups")
+        edit = Edit(self.tokenizer, noise, image, known, start, evidence)
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        options |= dict(token_groups=self.token_groups)
+        options |= dict(token_groups=self.token_groups, bias=edit.bias)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []
@@ -119,21 +131,27 @@ class DARPipeline:
                     codes.append(column)
                     yield column[:, None]
 
-            previews = self.tokenizer.stream(read(), noise, solver, num_steps)
-            for group, images in enumerate(previews, start=1):
-                yield Preview(images, torch.stack(codes, dim=1), group)
+            previews = self.tokenizer.stream(read(), edit.state, solver, num_steps, start, edit.correct)
+            for group, images in enumerate(previews, start=start + 1):
+                yield Preview(edit.paste(images), torch.stack(codes, dim=1), group)
 
     def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
         """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
 
         With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
         """
-        count = self.num_groups
-        if groups is not None and not 1 <= groups <= count:
-            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}")
-        for preview in islice(self.stream(labels, **options), groups):  # noqa: B007
+        previews = self.preview_groups(groups, options.get("start", 0))
+        for preview in islice(self.stream(labels, **options), len(previews)):  # noqa: B007
             pass
         return preview.images
+
+    def preview_groups(self, groups: int | None, start: int = 0) -> range:
+        """The groups after which there are previews, if only so many are drawn, from diffusion step `start` on."""
+        count, least = self.num_groups, start + 1
+        if groups is not None and not least <= groups <= count:
+            more = f", those after start {start} from {least}" if start else ""
+            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}{more}")
+        return range(least, 1 + (count if groups is None else groups))
 
     def guidance_scales(self, guidance: Guidance | GuidanceSchedule) -> list[float]:
         """The guidance scale of each token, as `stream` takes it; UserError for one that this pipeline cannot have."""

@@ -1,6 +1,6 @@
 """SequentialDiffusionTokenizer: images to ordered tokens and back, with previews, streaming and training losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -136,14 +136,25 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     @torch.no_grad()
     def stream(
-        self, chunks: Iterable[Tensor], noise: Tensor, solver: str = "adams2", num_steps: int | None = None
+        self,
+        chunks: Iterable[Tensor],
+        noise: Tensor,
+        solver: str = "adams2",
+        num_steps: int | None = None,
+        start: int = 0,
+        correct: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Decode while tokens arrive: one preview (B, 3, H, W) after each group, the last one the image.
 
         `chunks` are consecutive tokens (B, any number). As soon as a group is complete, its tokens extend the causal
-        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize.
+        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize, but for:
+
+        Args:
+            start: n, from 0 to K - 1: start at uniform time n / K, where `noise` is the state already. Previews come
+                after groups n + 1 to K.
+            correct: gives the velocity to use, of the network's: (B, 3, H, W) both.
         """
-        return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps)
+        return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps, start, correct)
 
     def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
@@ -166,25 +177,32 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             yield cond
 
     @torch.no_grad()
-    def _integrate(self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None):
-        """One preview per conditioning tensor, running the diffusion steps that it allows."""
-        num_steps = self.config.num_groups if num_steps is None else num_steps
+    def _integrate(
+        self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None, start=0, correct=None
+    ):
+        """One preview per conditioning tensor from group `start` + 1 on, running the diffusion steps that it allows."""
+        groups, beta = self.config.num_groups, self.config.time_shift
+        num_steps = groups if num_steps is None else num_steps
         require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
+        require(0 <= start < groups, f"start is {start}: it must be from 0 to {groups - 1} groups")
         self._check_size(noise.shape[-2:])
-        cond = None
+        done = start * num_steps // groups  # the step that the start lies in
+        times = [shift_time(start / groups, beta), *sampling_times(num_steps, beta)[done + 1 :]]
+        first, cond = done, None
 
         def velocity(x: Tensor, step: int, t: float) -> Tensor:
-            start = self.schedule.start(self.schedule.group_of_step(step, num_steps))
+            token = self.schedule.start(self.schedule.group_of_step(first + step, num_steps))
             time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-            return self.decoder(x, time, cond[:, start : start + self.config.window])
+            v = self.decoder(x, time, cond[:, token : token + self.config.window])
+            return v if correct is None else correct(v)
 
-        steps = integrate(velocity, noise.float(), sampling_times(num_steps, self.config.time_shift), solver)
-        done = 0
+        steps = integrate(velocity, noise.float(), times, solver)
         for group, cond in enumerate(conds, start=1):  # noqa: B007  (velocity reads cond)
             while done < self.schedule.steps_for_groups(group, num_steps):
                 _, preview = next(steps)
                 done += 1
-            yield preview / self.config.data_std
+            if group > start:
+                yield preview / self.config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
         """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
