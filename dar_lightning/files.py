@@ -20,8 +20,8 @@ from dar_lightning.errors import UserError, one_line, require
 # The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems say that have none
-SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and data/fruit64/
-TREES = ("experiments", "data/fruit64", "dar_lightning/shipped")
+SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and the embedded data
+TREES = ("experiments", "data/fruit64", "data/emoji64", "dar_lightning/shipped")
 
 
 @contextmanager

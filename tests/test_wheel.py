@@ -54,7 +54,7 @@ def test_in_an_empty_folder(tmp_path, monkeypatch):
     with ZipFile(tmp_path / wheel) as file:
         names = set(file.namelist())
         file.extractall(tmp_path / "packages")
-    trees = ("experiments", "data/fruit64")
+    trees = ("experiments", "data/fruit64", "data/emoji64")
     files = [path for tree in trees for path in (ROOT / tree).rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {f"dar_lightning/shipped/{path.relative_to(ROOT)}" for path in files} <= names
     empty = tmp_path / "empty"
