@@ -3,7 +3,8 @@
 import signal
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
-from dar_lightning.commands.serve_page import CSS, Work, build_page
+from dar_lightning.commands.serve_page import Work, build_page
+from dar_lightning.commands.serve_pictures import CSS
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline

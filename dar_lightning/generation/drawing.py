@@ -1,7 +1,7 @@
 """Seeded sampling: each image depends on (seed, number) or (seed, class, number) alone, not on its batch."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -27,6 +27,11 @@ def image_seed(seed: int, label: int, number: int) -> int:
     """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generators(seed: int, members: Iterable[tuple[int, int]]) -> list[torch.Generator]:
+    """One for each (class, number): what makes an image a function of its seed, class and number."""
+    return [torch.Generator().manual_seed(image_seed(seed, label, number)) for label, number in members]
 
 
 def image_generator(seed: int, number: int) -> torch.Generator:
@@ -86,7 +91,7 @@ def draw_images(
                 stream = pipe.stream(
                     torch.tensor([job.label for job in batch]),
                     prefix=torch.stack([job.kept for job in batch]),
-                    generator=[torch.Generator().manual_seed(image_seed(seed, job.label, job.number)) for job in batch],
+                    generator=generators(seed, [(job.label, job.number) for job in batch]),
                     **options,
                 )
                 shown, written = [], kept

@@ -12,7 +12,7 @@ from torch import Tensor
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
 from dar_lightning.errors import UserError, require
-from dar_lightning.generation.drawing import Job, image_seed
+from dar_lightning.generation.drawing import Job, generators
 from dar_lightning.generation.inpainting import EVIDENCE
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -65,14 +65,12 @@ def read_edit(
 
 
 def read_mask(pipe: DARPipeline, mask: Image.Image, size: tuple[int, int], name: str = "the mask") -> Tensor:
-    """What to draw anew, (1, 1, H, W) bool: where a mask of the photo's size, or of the model's, is white.
+    """What to draw anew, (1, 1, H, W) bool: where a mask of the photo's size, cropped as the photo, is white.
 
-    It is cropped as the photo; an error's line begins with `name`.
+    An error's line begins with `name`.
     """
-    side = pipe.tokenizer.config.image_size
-    if mask.size not in (size, (side, side)):
-        found, right = ("{}x{}".format(*each) for each in (mask.size, size))
-        raise UserError(f"{name} is {found} pixels: need the image's {right}, or {side}x{side} of its middle")
+    found, right = ("{}x{}".format(*each) for each in (mask.size, size))
+    require(found == right, f"{name} is {found} pixels: need the image's {right}")
     anew = middle(pipe, mask)[None].float().mean(dim=1, keepdim=True) >= 128
     require(bool(anew.any()), f"{name} has nothing white: white is what is drawn anew, black what is kept")
     require(not bool(anew.all()), f"{name} is white all over: nothing of the image is kept; leave the mask out")
@@ -96,13 +94,8 @@ def draw_alike(
         As `drawing.draw_images`.
     """
     for batch in (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)):
-        old, new = (
-            pipe.tokenizer.draw_noise(len(batch), [torch.Generator().manual_seed(each) for each in seeds])
-            for seeds in zip(
-                *((image_seed(seed, job.label, number) for number in (picked, job.number)) for job in batch),
-                strict=True,
-            )
-        )
+        members = ([(job.label, picked) for job in batch], [(job.label, job.number) for job in batch])
+        old, new = (pipe.tokenizer.draw_noise(len(batch), generators(seed, each)) for each in members)
         codes = torch.stack([job.kept for job in batch])
         previews = pipe.tokenizer.previews(codes.to(pipe.device), mix_noise(old, new, strength), **options)
         yield from zip(to_uint8(previews).cpu(), codes, strict=True)

@@ -53,7 +53,7 @@ class Edit:
             require(known is None and start == 0, "known and start are of an image: give the image, too")
             return
         config = tokenizer.config
-        check_range(0, start=start, evidence=evidence)
+        check_range(0, evidence=evidence)
         image, known = self.image, self.known = _checked(image, known, noise)
         if start:
             t = shift_time(start / config.num_groups, config.time_shift)
@@ -108,14 +108,15 @@ def _neighbours(x: Tensor) -> Tensor:
     return (x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]) / 4
 
 
-def spread(x: Tensor, known: Tensor, reach: float) -> Tensor:
+def spread(x: Tensor, known: Tensor, reach: int) -> Tensor:
     """x (B, 3, H, W) where known; elsewhere a smooth continuation that fades to 0 over about `reach` pixels.
 
-    It solves the screened Laplace equation, laplacian = x / reach^2, by 4 reach sweeps of Jacobi's method.
+    reach^2 sweeps of Jacobi's method lead from 0 towards the screened Laplace equation, laplacian = x / reach^2; the
+    rest, as far away as they do not get, matters little.
     """
     fade = 4 / (4 + 1 / reach**2)
     x = out = torch.where(known, x, 0)
-    for _ in range(int(4 * reach)):
+    for _ in range(reach**2):
         out = torch.where(known, x, fade * _neighbours(out))
     return out
 

@@ -117,7 +117,7 @@ class DARPipeline:
         """
         labels = labels.to(self.device)
         noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
-        require(start < self.num_groups, f"start is {start}: it must be from 0 to {self.num_groups - 1} groups")
+        groups = self.preview_groups(None, start)
         edit = Edit(self.tokenizer, noise, image, known, start, evidence)
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         options |= dict(token_groups=self.token_groups, bias=edit.bias)
@@ -132,7 +132,7 @@ class DARPipeline:
                     yield column[:, None]
 
             previews = self.tokenizer.stream(read(), edit.state, solver, num_steps, start, edit.correct)
-            for group, images in enumerate(previews, start=start + 1):
+            for group, images in zip(groups, previews, strict=True):
                 yield Preview(edit.paste(images), torch.stack(codes, dim=1), group)
 
     def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
@@ -148,6 +148,7 @@ class DARPipeline:
     def preview_groups(self, groups: int | None, start: int = 0) -> range:
         """The groups after which there are previews, if only so many are drawn, from diffusion step `start` on."""
         count, least = self.num_groups, start + 1
+        require(0 <= start < count, f"start is {start}: it must be from 0 to {count - 1} groups")
         if groups is not None and not least <= groups <= count:
             more = f", those after start {start} from {least}" if start else ""
             raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}{more}")

@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(pipeline, tmp_path, capsys, wo
 def test_the_page_repeats_a_drawing_by_sample_and_by_python(pipeline, tmp_path):
     """The last picture that the page shows is the one that both codes draw."""
     pipe = DARPipeline.from_pretrained(pipeline)
-    *_, (shown, _, _) = draw_previews(pipe, 1, 3, "interval,4,2,3")
+    *_, (shown, *_) = draw_previews(pipe, 1, 3, "interval,4,2,3")
     command, python = repeat(pipeline, 1, 3, INTERVAL, None, 0)
     names: dict = {}
     exec(python, names)  # what the page gives
