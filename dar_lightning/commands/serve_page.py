@@ -233,7 +233,7 @@ def build_page(
 
     def on_pick(offered: tuple | list | None, event: gr.EventData) -> Iterator[tuple]:
         """A click on one of the pictures: finish a draft, or show what is finished."""
-        number = event.number
+        number = getattr(event, "number", None)
         if not offered or number not in range(DRAFTS):
             yield (gr.skip(),) * 6
         elif isinstance(offered, tuple):

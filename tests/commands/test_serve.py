@@ -139,6 +139,16 @@ def test_bad_input_gets_one_message(page, photos):
         assert str(raised.value) == message
     with pytest.raises(client.exceptions.AppError, match=MANY_PIXELS):
         visitor.predict(client.handle_file(photos["pixels"]), api_name="/reconstruct")
+    edit = {"label": 1, "seed": 3, "guidance": 2, "schedule": "", "path": client.handle_file(photos["good"])}
+    edit |= {"paint": None, "start": 2, "evidence": 8}
+    assert visitor.predict(**edit, api_name="/edit").count("<img") == VERSIONS
+    for change, message in (
+        ({"path": None}, "drop a photo first"),
+        ({"paint": {"mask": "data:,AAAA"}}, "the mask cannot be read: not an image of a known format"),
+        ({"start": 9}, "Value 9 is greater than maximum value 3"),
+    ):
+        with pytest.raises(client.exceptions.AppError, match=message):
+            visitor.predict(**edit | change, api_name="/edit")
     compared, _ = visitor.predict(client.handle_file(photos["good"]), api_name="/reconstruct")
     assert len(compared) == 2
 
