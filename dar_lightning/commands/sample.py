@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
@@ -141,10 +142,8 @@ def sample(
     pipe.guidance_scales(options["guidance"])  # says so if it does not fit
     edit = read_edit(pipe, image, mask, start, evidence)
 
-    firsts, kept = (
-        {},
-        torch.empty(len(labels), 0, dtype=torch.long),
-    )  # title: the images (classes, 3, H, W) to begin with
+    firsts: dict[str, Tensor] = {}  # title: the images (classes, 3, H, W) that the rows of the grid begin with
+    kept = torch.empty(len(labels), 0, dtype=torch.long)
     photo = {"layout_sha256": None, "kept_tokens": None}  # the command names a file, which may change
     special = {"numbers": numbers, "groups": groups, "variation_strength": variation_strength, "start": start or None}
     if (source := image if layout is None else layout) is not None:

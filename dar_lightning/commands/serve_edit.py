@@ -115,13 +115,14 @@ def edit_tab(
             around = {"label": "As around", "info": "evidence: 8 continues the photo, 0 to 4 change it"}
             sliders = [gr.Slider(0, most, value=0, step=1, **keep), gr.Slider(0, 16, value=EVIDENCE, step=1, **around)]
             with gr.Row():
-                buttons = [gr.Button(text, elem_id=f"edit_{text.lower()}") for text in ("Draw", "Stop", "Clear")]
+                draw = gr.Button("Draw", variant="primary", elem_id="edit_draw")
+                stop = gr.Button("Stop", elem_id="edit_stop")
+                clear = gr.Button("Clear", elem_id="edit_clear")
             gr.Markdown("Without paint, the whole photo is drawn anew. Seed and guidance are those of the tab Draw.")
         with gr.Column(scale=2):
             canvas = {"html_template": CANVAS, "css_template": CANVAS_CSS, "js_on_load": PAINT}
             paint = gr.HTML(None, elem_id="paint", **canvas)
             versions = gr.HTML(elem_id="edited")
-    draw, stop, clear = buttons
     inputs = [label, *shared, photo, paint, *sliders]
     for event in (photo.change, clear.click):
         event(on_photo, photo, paint, api_name=False)
