@@ -75,7 +75,7 @@ def _checked(image: Tensor, known: Tensor | None, noise: Tensor) -> tuple[Tensor
     given, counts = tuple(image.shape), f"{count} or 1"
     fits = given[1:] == (3, height, width) and given[0] in (count, 1) and image.is_floating_point()
     require(fits, f"image is {image.dtype} {given}: need floats ({counts}, 3, {height}, {width}) in [-1, 1]")
-    image = image.to(noise)
+    image = image.to(noise.device, torch.float32)
     if known is None:
         return image, None
     given = tuple(known.shape)
