@@ -4,7 +4,7 @@ python -m benchmarks.editing [--pipeline fruit64] [--rows inpaint change inside 
 python -m benchmarks.editing --grids docs/images     # the pictures of docs/editing.md, and no numbers
 
 Photos are those of data/fruit64/val from the fifth of each class on. L = 8, its halving and the reach of one decoder
-patch were chosen before, with other weights, on four photos a class; the rows with "set": "first" show these.
+patch were chosen before on 56 of them, taken to be the first four of each class: rows with "set": "first" show these.
 """
 
 import math
