@@ -36,6 +36,7 @@ def compile_graphs(*parts: nn.Module) -> None:
         return lambda *inputs, **options: function(*inputs, **options).clone()
 
     for part in parts:
+        part.static = False  # a graph within another one
         part.compile(mode="reduce-overhead")
         part._compiled_call_impl = copying(part._compiled_call_impl)
 

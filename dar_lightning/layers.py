@@ -1,11 +1,17 @@
-"""What both models share: RoPE, KV cache, activation checkpointing, torch.compile, random numbers per sample."""
+"""What both models share: RoPE, KV cache, activation checkpointing, torch.compile, CUDA graphs, random numbers."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from dar_lightning.errors import require
@@ -81,6 +87,98 @@ def check_compiler(device: torch.device) -> None:
     require(found, f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
 
 
+WARM_UPS = 2  # calls before a CUDA graph is captured: the first one compiles and makes libraries' workspaces
+_capturing = Lock()
+
+
+def capture(
+    function: Callable[[], object], rewind: Callable[[], object], device: torch.device, pool: tuple | None = None
+) -> Callable[[], object]:
+    """A function as a CUDA graph, to be called again and again on any stream; on another device, the function itself.
+
+    Args:
+        function: reads and writes tensors that stay where they are, and asks the device for no value.
+        rewind: makes the next call of `function` do what the last one did. Called after each call before the capture,
+            which itself computes nothing.
+        device: of the tensors.
+        pool: of torch.cuda.graph_pool_handle, memory that graphs share of which one runs at a time.
+    """
+    if device.type != "cuda":
+        return function
+    # a stream of its own, and with it a workspace of cuBLAS: another graph may run at the same time
+    with _capturing, torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function()
+                rewind()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on with their own work on the device
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            function()
+    return graph.replay
+
+
+def can_capture(model: nn.Module) -> bool:
+    """Whether a graph may stand for calls of a model: no module has a hook, and no weight is sharded."""
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return not hooks and not any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+class IdleSteps:
+    """What holds the static tensors and the graphs of a model, between one use and the next.
+
+    Args:
+        kept: how many a model keeps.
+    """
+
+    def __init__(self, kept: int):
+        self.kept, self.lock = kept, Lock()
+        # model -> (plan, addresses of its weights, step, CUDA event after its last use)
+        self.idle: WeakKeyDictionary[nn.Module, list[tuple[Any, list[int], Any, Any]]] = WeakKeyDictionary()
+
+    @contextmanager
+    def use(self, model: nn.Module, plan: Any, make: Callable[[], Any]) -> Iterator[Any]:
+        """The idle step of this plan, or a new one, for one user alone.
+
+        Steps of weights that have moved are dropped: their graphs would read what the model no longer has.
+        """
+        weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+        device = next(model.parameters()).device
+        with self.lock:
+            idle = self.idle.pop(model, [])
+            moved = [each for each in idle if each[1] != weights]
+            still = [each for each in idle if each[1] == weights]
+            found = next((each for each in still if each[0] == plan), None)
+            self.idle[model] = [each for each in still if each is not found]
+        self._drop(moved)
+        step, event = (make(), None) if found is None else found[2:]
+        if event is not None:
+            torch.cuda.current_stream(device).wait_event(event)
+        try:
+            yield step
+        finally:
+            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            with self.lock:
+                idle = [*self.idle.get(model, []), (plan, weights, step, event)]
+                self.idle[model] = idle[-self.kept :]
+            self._drop(idle[: -self.kept])
+
+    def forget(self, model: nn.Module) -> None:
+        """Give back the memory of a model's idle steps, which else stay as long as the model."""
+        with self.lock:
+            idle = self.idle.pop(model, [])
+        self._drop(idle)
+
+    def _drop(self, steps: list[tuple[Any, list[int], Any, Any]]) -> None:
+        """Wait until the device is done with them: their memory may be used by another stream next."""
+        for *_, event in steps:
+            if event is not None:
+                event.synchronize()
+
+
 def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Generators, device: torch.device) -> Tensor:
     """Random numbers (samples, ...) on a device; with a list of generators a sample's do not depend on its batch.
 
@@ -95,3 +193,34 @@ def draw_per_sample(draw: Callable[..., Tensor], shape: tuple, generator: Genera
         require(count == shape[0], f"generator is a list of {count}: {shape[0]} samples need {shape[0]}")
         return torch.cat([draw_per_sample(draw, (1, *shape[1:]), one, device) for one in generator])
     return draw(shape, generator=generator, device=device if generator is None else generator.device).to(device)
+
+
+def skip_normals(generator: Generators, size: int, batch: int) -> Generators:
+    """Copies of CPU generators, while they themselves go on as if each sample's `size` normal numbers were drawn.
+
+    torch fills a float32 tensor of 16 and more from one 32-bit word a number, and draws the last 16 again where 16 does
+    not divide them. To skip the words takes a fifth of the time.
+
+    Returns:
+        None, with nothing skipped, where there is no CPU generator or torch draws in another way.
+    """
+    alone = generator if isinstance(generator, list) else [generator]
+    size = size if isinstance(generator, list) else size * batch
+    if any(one is None or one.device.type != "cpu" for one in alone) or not _skips_as_torch_draws(size % 16):
+        return None
+    copies = [one.clone_state() for one in alone]
+    for one in alone:
+        _skip(one, size)
+    return copies if isinstance(generator, list) else copies[0]
+
+
+def _skip(generator: torch.Generator, size: int) -> None:
+    torch.empty(size + 16 * (size % 16 > 0), dtype=torch.int32).random_(generator=generator)
+
+
+@cache
+def _skips_as_torch_draws(rest: int) -> bool:
+    drawn, skipped = (torch.Generator().manual_seed(0) for _ in range(2))
+    torch.randn(32 + rest, generator=drawn, dtype=torch.float32)
+    _skip(skipped, 32 + rest)
+    return torch.equal(drawn.get_state(), skipped.get_state())

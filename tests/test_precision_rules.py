@@ -350,7 +350,7 @@ def test_the_state_of_the_flow_is_float32(weights, prediction):
         assert noise.dtype == F32
         states = []
         model.decoder.register_forward_hook(lambda _, given, velocity: states.extend((given[0], velocity)))
-        conds = (model.conditioner(model.quantizer.lookup(codes)) for _ in range(4))
+        conds = ((group, model.conditioner(model.quantizer.lookup(codes))) for group in range(1, 5))
         with torch.no_grad(), Trace() as trace:
             previews = list(model._integrate(conds, noise.to(BF16), "adams2", None))
         assert {tensor.dtype for tensor in (*states, *previews)} == {F32}

@@ -6,43 +6,15 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.decode_step import Drawing, choose_road, draw_static
+from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
-from dar_lightning.ar.gumbel import draw_keys, exponentials
+from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
 from dar_lightning.ar.order import placed
 from dar_lightning.errors import require
 from dar_lightning.layers import Generators
-
-
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf the logits (B, V) outside the k largest and outside the nucleus of mass top_p.
-
-    Ties with the k-th are kept, except for top_k 1, which is greedy: of equal logits it keeps the first alone.
-    """
-    if top_k == 1:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        # A token stays if the mass before it is short of top_p, so the most likely one always does.
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return logits
-
-
-def draw_tokens(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw one token per row from softmax(logits) by the Gumbel-max trick: (B, V), keys (B, 2) -> (B,) int64.
-
-    The argmax of log p + G with Gumbel noise G, computed as that of p / E, where E = exp(-G) is exponential. Nothing is
-    copied to the host, and where rounding changes p a little, the token seldom changes.
-    """
-    probabilities = logits.softmax(dim=-1)
-    return (probabilities / exponentials(keys, logits.shape[-1])).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -58,6 +30,7 @@ def stream_tokens(
     num_tokens: int | None = None,
     order: Tensor | None = None,
     token_groups: Sequence[int] | None = None,
+    static: bool | None = None,
     bias: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor per step.
@@ -75,11 +48,14 @@ def stream_tokens(
         num_tokens: how many tokens to draw in all; None is all N.
         order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
         token_groups: the group of each of the N tokens, from 1, for a guidance that asks for it; None: all are of one.
-        bias: gives what is added to the guided logits, (B, V), of tokens at places (B,) of the tokenizer's order.
+        static: draw by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA, where it is a graph.
+        bias: gives what is added to the guided logits, (B, V), of tokens at places (B,) of the tokenizer's order; not
+            with a step of static shapes.
 
     Raises:
         UserError: for a value outside the ranges above.
     """
+    road = choose_road(ar, static if bias is None else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
     check_options(ar.config, labels, temperature, top_k, top_p, prefix, count)
@@ -95,6 +71,11 @@ def stream_tokens(
         if guided > prefix.shape[1]:
             labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
+        if road != "eager":
+            options = scales, guided, count, temperature, top_k, top_p
+            prompt = ar.class_embedding(labels)[:, None]
+            yield from draw_static(ar, Drawing(prompt, None, prefix[:batch], order, keys, *options), road)
+            return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):

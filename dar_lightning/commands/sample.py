@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar import gumbel
+from dar_lightning.ar.decode_step import choose_road
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError, check_range
@@ -171,6 +172,7 @@ def sample(
     ]
     class_names = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
+    drawn_with["decoding"] = choose_road(pipe.ar)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
     with users_path("output"):

@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -116,9 +116,12 @@ class DARPipeline:
             arguments.
         """
         labels = labels.to(self.device)
-        noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         groups = self.preview_groups(None, start)
+        if noise is not None or image is not None:
+            noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
         edit = Edit(self.tokenizer, noise, image, known, start, evidence)
+        # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
+        aside = self.tokenizer.set_noise_aside(len(labels), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         options |= dict(token_groups=self.token_groups, bias=edit.bias)
         tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
@@ -131,7 +134,12 @@ class DARPipeline:
                     codes.append(column)
                     yield column[:, None]
 
-            previews = self.tokenizer.stream(read(), edit.state, solver, num_steps, start, edit.correct)
+            columns = read()
+            first = next(columns)
+            state = aside() if noise is None else edit.state
+            # the prefix is checked before, and what the model draws is a token
+            tokens_so_far = chain([first], columns)
+            previews = self.tokenizer.stream(tokens_so_far, state, solver, num_steps, False, start, edit.correct)
             for group, images in zip(groups, previews, strict=True):
                 yield Preview(edit.paste(images), torch.stack(codes, dim=1), group)
 

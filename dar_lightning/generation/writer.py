@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from dar_lightning.ar.decode_step import choose_road
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, check_local, read_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
@@ -100,7 +101,8 @@ class SampleWriter(BasePredictionWriter):
         """Note what draws, once the Trainer has cast the weights."""
         dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
         weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
-        self.made = json.dumps(provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")) + "\n"
+        made = provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")
+        self.made = json.dumps(made | {"decoding": choose_road(pl_module.pipeline.ar)}) + "\n"
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: list[int], *_: Any

@@ -56,6 +56,7 @@ class PixelDecoder(nn.Module):
         dim, channels = config.decoder_dim, 3 * config.decoder_patch_size**2
         self.config = config
         self.recompute = False  # activation checkpointing
+        self.static: bool | None = None  # whether sampling replays `tokenizer.diffusion_step`; None does so on CUDA
         self.conv_in = nn.Conv2d(channels, dim, 1)
         self.cond_proj = nn.Linear(config.conditioner_dim, dim)
         self.blocks = nn.ModuleList(DiffusionBlock(config) for _ in range(config.decoder_depth))

@@ -20,6 +20,11 @@ def sampling_times(num_steps: int, beta: float) -> list[float]:
     return [shift_time(i / num_steps, beta) for i in range(num_steps)] + [1.0]
 
 
+def check_solver(solver: str) -> None:
+    """Refuse a solver that there is not."""
+    require(solver in SOLVERS, f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+
+
 def integrate(
     velocity: Callable[[Tensor, int, float], Tensor], x: Tensor, times: list[float], solver: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -39,7 +44,7 @@ def integrate(
         After each step i: the state at times[i + 1], and the preview, the same step taken up to the last time. After
         the last step the two are equal.
     """
-    require(solver in SOLVERS, f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    check_solver(solver)
     previous, previous_h = None, 1.0
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, i, t)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, draw_per_sample
+from dar_lightning.layers import Generators, can_capture, draw_per_sample, skip_normals
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
+from dar_lightning.tokenizer.diffusion_step import Trajectory, call_steps, replay_steps
 from dar_lightning.tokenizer.encoder import Encoder
-from dar_lightning.tokenizer.flow import integrate, sampling_times, shift_time
+from dar_lightning.tokenizer.flow import check_solver, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
@@ -100,9 +101,9 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         Raises:
             UserError: for a group, solver, size or number of tokens that cannot be decoded.
         """
-        for image in self._previews(codes, groups, noise, solver, num_steps, generator):  # noqa: B007
-            pass
-        return image
+        groups, cond = self._conditions(codes, groups)
+        noise = self.draw_noise(len(codes), generator) if noise is None else noise
+        return next(self._integrate(iter([(groups, cond)]), noise, solver, num_steps))
 
     @torch.no_grad()
     def previews(
@@ -117,9 +118,13 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
         The other arguments are those of detokenize.
         """
-        return torch.stack(list(self._previews(codes, None, noise, solver, num_steps, generator)), dim=1)
+        groups, cond = self._conditions(codes, None)
+        noise = self.draw_noise(len(codes), generator) if noise is None else noise
+        conds = ((group, cond) for group in range(1, groups + 1))
+        return torch.stack(list(self._integrate(conds, noise, solver, num_steps)), dim=1)
 
-    def _previews(self, codes, groups: int | None, noise, solver, num_steps, generator) -> Iterator[Tensor]:
+    def _conditions(self, codes: Tensor, groups: int | None) -> tuple[int, Tensor]:
+        """How many groups are decoded, and the conditioning vectors that they need."""
         self._check_codes(codes)
         tokens, schedule, size = codes.shape[1], self.schedule, self.config.num_tokens // self.config.num_groups
         if groups is None:
@@ -130,9 +135,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
             groups = max(m for m in range(1, self.config.num_groups + 1) if schedule.tokens_for_groups(m) <= tokens)
         needed = schedule.tokens_for_groups(groups)
         require(tokens >= needed, f"{groups} groups need {needed} tokens: the codes hold {tokens}")
-        cond = self.conditioner(self._lookup(codes[:, :needed]))
-        noise = self.draw_noise(len(codes), generator) if noise is None else noise
-        return self._integrate((cond for _ in range(groups)), noise, solver, num_steps)
+        return groups, self.conditioner(self._lookup(codes[:, :needed]))
 
     @torch.no_grad()
     def stream(
@@ -141,6 +144,7 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         noise: Tensor,
         solver: str = "adams2",
         num_steps: int | None = None,
+        check: bool = True,
         start: int = 0,
         correct: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
@@ -150,13 +154,16 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize, but for:
 
         Args:
+            check: whether tokens are looked at, for whose answer the host waits; without, wrong ones are undefined
+                behaviour.
             start: n, from 0 to K - 1: start at uniform time n / K, where `noise` is the state already. Previews come
                 after groups n + 1 to K.
             correct: gives the velocity to use, of the network's: (B, 3, H, W) both.
         """
-        return self._integrate(self._extend_conditions(chunks), noise, solver, num_steps, start, correct)
+        conds = enumerate(self._extend_conditions(chunks, check), start=1)
+        return self._integrate(conds, noise, solver, num_steps, start, correct)
 
-    def _extend_conditions(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _extend_conditions(self, chunks: Iterable[Tensor], check: bool) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
         chunks, cache, cond = iter(chunks), None, None
         waiting, done = [], 0
@@ -168,7 +175,8 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
                 waiting.append(chunk)
             if needed > 0:
                 tokens = torch.cat(waiting, dim=1)
-                self._check_codes(tokens)
+                if check:
+                    self._check_codes(tokens)
                 cache = self.conditioner.make_cache(len(tokens)) if cache is None else cache
                 # not compiled: what grows from call to call is no CUDA graph's
                 more = self.conditioner.forward(self._lookup(tokens[:, :needed]), cache)
@@ -178,37 +186,53 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     @torch.no_grad()
     def _integrate(
-        self, conds: Iterator[Tensor], noise: Tensor, solver: str, num_steps: int | None, start=0, correct=None
-    ):
-        """One preview per conditioning tensor from group `start` + 1 on, running the diffusion steps that it allows."""
-        groups, beta = self.config.num_groups, self.config.time_shift
+        self,
+        conds: Iterator[tuple[int, Tensor]],
+        noise: Tensor,
+        solver: str,
+        num_steps: int | None,
+        start: int = 0,
+        correct: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """After each pair, groups and their conditioning vectors, the preview of the steps that they allow.
+
+        `start` and `correct` are those of `stream`; pairs of no more than `start` groups allow none.
+        """
+        config, schedule, decoder = self.config, self.schedule, self.decoder
+        groups, beta = config.num_groups, config.time_shift
         num_steps = groups if num_steps is None else num_steps
         require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
         require(0 <= start < groups, f"start is {start}: it must be from 0 to {groups - 1} groups")
+        check_solver(solver)
         self._check_size(noise.shape[-2:])
-        done = start * num_steps // groups  # the step that the start lies in
-        times = [shift_time(start / groups, beta), *sampling_times(num_steps, beta)[done + 1 :]]
-        first, cond = done, None
-
-        def velocity(x: Tensor, step: int, t: float) -> Tensor:
-            token = self.schedule.start(self.schedule.group_of_step(first + step, num_steps))
-            time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-            v = self.decoder(x, time, cond[:, token : token + self.config.window])
-            return v if correct is None else correct(v)
-
-        steps = integrate(velocity, noise.float(), times, solver)
-        for group, cond in enumerate(conds, start=1):  # noqa: B007  (velocity reads cond)
-            while done < self.schedule.steps_for_groups(group, num_steps):
-                _, preview = next(steps)
-                done += 1
-            if group > start:
-                yield preview / self.config.data_std
+        first = start * num_steps // groups  # the step that the start lies in
+        starts = tuple(schedule.start(schedule.group_of_step(step, num_steps)) for step in range(first, num_steps))
+        times = (shift_time(start / groups, beta), *sampling_times(num_steps, beta)[first + 1 :])
+        trajectory = Trajectory(times, starts, config.window, config.num_tokens, solver)
+        allowed = ((schedule.steps_for_groups(m, num_steps) - first, cond) for m, cond in conds if m > start)
+        static = noise.device.type == "cuda" if decoder.static is None else decoder.static
+        replay = static and correct is None and can_capture(decoder)
+        run = replay_steps if replay else partial(call_steps, correct=correct)
+        for preview in run(decoder, trajectory, noise.float(), allowed):
+            yield preview / config.data_std
 
     def draw_noise(self, batch: int, generator: Generators = None, size: tuple[int, int] | None = None) -> Tensor:
         """Standard normal noise (batch, 3, H, W), by default at image_size, on the model's device."""
         shape = batch, 3, *(size or (self.config.image_size, self.config.image_size))
         draw = partial(torch.randn, dtype=torch.float32)
         return draw_per_sample(draw, shape, generator, self.decoder.conv_in.weight.device)
+
+    def set_noise_aside(self, batch: int, generator: Generators = None) -> Callable[[], Tensor]:
+        """A function that draws `draw_noise(batch, generator)`, while the generators go on as if it had been drawn.
+
+        On CUDA, noise of CPU generators can so be drawn beside the tokens; elsewhere it is drawn at once.
+        """
+        side, device = self.config.image_size, self.decoder.conv_in.weight.device
+        copies = skip_normals(generator, 3 * side * side, batch) if device.type == "cuda" else None
+        if copies is None:
+            noise = self.draw_noise(batch, generator)
+            return lambda: noise
+        return partial(self.draw_noise, batch, copies)
 
     # ---- training
 

@@ -11,8 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from dar_lightning.ar import decode_step
 from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import build_config
+from dar_lightning.tokenizer import diffusion_step
 from dar_lightning.training.batch_plan import TrainingPlan
 from dar_lightning.training.log_step import is_log_step
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw, use_options
@@ -50,6 +52,12 @@ class TrainingModule(LightningModule):
         for name, (was, now) in changed.items():
             step = f"from step {self.trainer.global_step:,} on"
             rank_zero_info(f"optimizer.{name} was {was} in the checkpoint and is {now} {step}")
+
+    def on_validation_end(self) -> None:
+        """Give back what callbacks' drawings have kept for the next one, since training needs the memory."""
+        for part in self.modules():
+            decode_step.steps.forget(part)
+            diffusion_step.steps.forget(part)
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)

@@ -1,0 +1,171 @@
+"""A diffusion step and the solver's update with static shapes, which CUDA replays as a graph; all in one to decode."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.devices import no_cudnn_attention
+from dar_lightning.layers import IdleSteps, capture
+from dar_lightning.tokenizer.flow import integrate
+
+steps = IdleSteps(kept=2)
+
+
+class Trajectory(NamedTuple):
+    """The diffusion steps of a decoding."""
+
+    times: tuple[float, ...]  # of the flow: of each step, and of the end
+    starts: tuple[int, ...]  # of each step, the first conditioning vector that it reads
+    window: int  # how many it reads
+    num_tokens: int  # conditioning vectors in all, N
+    solver: str
+
+
+class Plan(NamedTuple):
+    """What the tensors and graphs of a step depend on."""
+
+    trajectory: Trajectory
+    shape: tuple[int, ...]  # of the images, (B, 3, H, W)
+    dim: int  # of conditioning vectors
+    dtype: torch.dtype  # of the same
+    autocast: torch.dtype | None  # what autocast casts to, if it is on
+
+
+Conditions = Iterable[tuple[int, Tensor]]  # steps that can be done in all, with the vectors (B, m, D) so far
+
+
+def call_steps(
+    decoder: nn.Module,
+    trajectory: Trajectory,
+    noise: Tensor,
+    conds: Conditions,
+    correct: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Decode by calls of the pixel decoder: after each pair of `conds`, the preview of `flow.integrate`.
+
+    Args:
+        decoder: the pixel decoder.
+        trajectory: of the decoding.
+        noise: (B, 3, H, W) float32.
+        conds: see Conditions.
+        correct: gives the velocity to use, of the decoder's.
+    """
+
+    def velocity(x: Tensor, step: int, t: float) -> Tensor:
+        start = trajectory.starts[step]
+        time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+        v = decoder(x, time, cond[:, start : start + trajectory.window])
+        return v if correct is None else correct(v)
+
+    states, done = integrate(velocity, noise, list(trajectory.times), trajectory.solver), 0
+    for allowed, cond in conds:  # noqa: B007  (velocity reads cond)
+        while done < allowed:
+            _, preview = next(states)
+            done += 1
+        yield preview
+
+
+def replay_steps(decoder: nn.Module, trajectory: Trajectory, noise: Tensor, conds: Conditions) -> Iterator[Tensor]:
+    """The same by a step that is kept for the next decoding; as many steps as a pair allows are one graph.
+
+    What it yields lasts until it is asked for more.
+    """
+    device, step = noise.device, None
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    with ExitStack() as stack:
+        for allowed, cond in conds:
+            if step is None:
+                plan = Plan(trajectory, tuple(noise.shape), cond.shape[-1], cond.dtype, autocast)
+                step = stack.enter_context(steps.use(decoder, plan, partial(DiffusionStep, decoder, plan, device)))
+                step.begin(noise)
+            step.extend(cond)
+            step.advance(allowed - step.done)
+            yield step.preview
+
+
+class DiffusionStep:
+    """A step of one decoder and plan: its tensors, and on CUDA its graphs. Which step comes next is on the device."""
+
+    def __init__(self, decoder: nn.Module, plan: Plan, device: torch.device):
+        # weak: what is kept for a decoder must not keep it
+        self.decoder, self.plan, self.device = ref(decoder), plan, device
+        self.graphs: dict[int, Callable[[], None]] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            new = partial(torch.zeros, device=device)
+            self.x, self.velocity, self.preview = new(plan.shape), new(plan.shape), new(plan.shape)
+            trajectory = plan.trajectory
+            self.cond = new(plan.shape[0], trajectory.num_tokens, plan.dim, dtype=plan.dtype)
+            self.index = new(1, dtype=torch.long)
+            self.times = torch.tensor(trajectory.times, dtype=torch.float32, device=device)
+            self.starts = torch.tensor(trajectory.starts, device=device)
+            self.factors = torch.tensor([*_factors(trajectory)], dtype=torch.float32, device=device)
+            self.offsets = torch.arange(trajectory.window, device=device)
+
+    def begin(self, noise: Tensor) -> None:
+        """Start from noise."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.x.copy_(noise)
+            self.velocity.zero_()  # the first step has none before it
+            self.index.zero_()
+        self.done = self.known = 0
+
+    def extend(self, cond: Tensor) -> None:
+        """Copy what is new of the conditioning vectors."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.cond[:, self.known : cond.shape[1]].copy_(cond[:, self.known :])
+        self.known = cond.shape[1]
+
+    def advance(self, count: int) -> None:
+        """Do so many steps."""
+        plan = self.plan
+        # casts that autocast remembers would be of another graph, or of none
+        cast = torch.autocast(self.device.type, plan.autocast, cache_enabled=False) if plan.autocast else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), cast:
+            if count and count not in self.graphs:
+                state = [tensor.clone() for tensor in (self.x, self.velocity, self.index)]
+                with no_cudnn_attention():
+                    rewind = partial(self._rewind, state)
+                    self.graphs[count] = capture(partial(self._steps, count), rewind, self.device)
+            if count:
+                self.graphs[count]()
+        self.done += count
+
+    def _rewind(self, state: list[Tensor]) -> None:
+        for tensor, before in zip((self.x, self.velocity, self.index), state, strict=True):
+            tensor.copy_(before)
+
+    def _steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def step(self) -> None:
+        """What a graph holds, once or several times."""
+        window = self.starts.index_select(0, self.index) + self.offsets
+        time = self.times.index_select(0, self.index).expand(len(self.x))
+        velocity = self.decoder()(self.x, time, self.cond.index_select(1, window))
+        factors = self.factors.index_select(0, self.index)[0].unbind()
+        for target, (h, now, before) in ((self.preview, factors[:3]), (self.x, factors[3:])):
+            target.copy_(self.x + h * (now * velocity - before * self.velocity))
+        self.velocity.copy_(velocity)
+        self.index.add_(1)
+
+
+def _factors(trajectory: Trajectory) -> Iterator[tuple[float, ...]]:
+    """Of each step, as in `flow.integrate`: h and the weights of the velocities, of the preview and of the state."""
+    end, previous = trajectory.times[-1], None
+    for t, t_next in pairwise(trajectory.times):
+        found: tuple[float, ...] = ()
+        for h in (end - t, t_next - t):
+            half_ratio = 0.0
+            if trajectory.solver != "euler" and previous is not None:
+                half_ratio = 0.5 if trajectory.solver == "adams2" else 0.5 * h / previous
+            found += (h, 1 + half_ratio, half_ratio)
+        yield found
+        previous = t_next - t
