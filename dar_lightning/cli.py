@@ -4,13 +4,15 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from torch import distributed
 
 from dar_lightning.devices import round_convolutions_as_products
-from dar_lightning.errors import OneLineErrors, UserError, find_user_error
+from dar_lightning.errors import OneLineErrors, UserError, find_user_error, naming, phase, require, whole_line
 from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
@@ -49,19 +51,27 @@ tools:
     + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
     + """
 
-all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it"""
+all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it
+and --traceback (or DAR_TRACEBACK=1 in the environment): all that lies behind a one-line error"""
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb. Exits with status 2 and a single line after a user's mistake."""
+    """Run one verb.
+
+    A user's mistake is a single line on stderr, and exit status 2: every UserError, and whatever else is raised before
+    the verb's work has begun (`begin_work`). What is raised later goes on as it is: a traceback, and exit status 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    shown = "--traceback" in argv or os.environ.get("DAR_TRACEBACK", "0") not in ("", "0")
+    argv = [word for word in argv if word != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
-    verb, options = argv[0], [shipped_file(word) for word in argv[1:]]
+    verb = argv[0]
+    phase.working = False
     try:
-        options = import_trusted(options)
+        options = import_trusted([shipped_file(word) for word in argv[1:]])
         if verb in TRAINER_VERBS:
             importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
         elif verb in VERBS:
@@ -74,26 +84,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
         return
-    except ValueError as error:
-        code, said = 2, find_user_error(error)
-        if said is None:
-            raise
     except KeyboardInterrupt:
         code, said = 130, "stopped"
-    except OSError as error:
-        # Where the user's files are opened, OSErrors become UserErrors. A full disk can be met anywhere.
-        if error.errno not in DISK:
+    except Exception as error:
+        code, said = 2, explain(error)
+        if said is None:
             raise
-        code, said = 2, error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if shown:
+            traceback.print_exception(error)
     print(f"dar {verb}: {said}", file=sys.stderr)
     sys.exit(code)
+
+
+def explain(error: Exception) -> str | None:
+    """What an error is in one line; None where its traceback is due."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if mistake := find_user_error(error) if isinstance(error, ValueError) or not phase.working else None:
+        return f"{mistake}{notes}"
+    if isinstance(error, OSError) and error.errno in DISK:  # which can be met anywhere
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return None if phase.working else f"{whole_line(error)}{notes} ({type(error).__name__}; --traceback shows where)"
 
 
 def shipped_file(word: str) -> str:
     """An option's value that names one of our YAML files or pictures, which the working directory need not have."""
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     found = find_shipped(value)
-    return f"{option}{equals}{found}" if os.path.isfile(found) else word
+    if not os.path.isfile(found):
+        return word
+    if found.endswith((".yaml", ".yml")):
+        with naming(f"{found}: not a text in UTF-8"):
+            Path(found).read_text(encoding="utf-8")
+    return f"{option}{equals}{found}"
 
 
 def import_trusted(options: list[str]) -> list[str]:
@@ -117,6 +139,7 @@ def run_function(verb: str, options: list[str]) -> None:
             given = super().parse_args(*args, **kwargs)
             for name in WRITTEN:
                 check_local(given.get(name), name)
+                require(given.get(name) != "", f"{name} is empty: give the name of a folder or file")
             return given
 
     function = getattr(importlib.import_module(f"dar_lightning.commands.{verb}"), verb)

@@ -6,16 +6,17 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from dar_lightning.errors import UserError, one_line, require
+from dar_lightning.errors import UserError, naming, one_line, phase, require
 
 # The disk is full, or became read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -107,16 +108,18 @@ def locked(folder: str | Path, option: str) -> Iterator[None]:
 
     The lock is the operating system's (flock), which goes with its process, however that ends. NFS hands it to the
     server: other machines see it, and it goes when the server gives up a dead one, after its lease (90 s as a rule).
-    Where the file system has no locks, a line says so, and it goes on.
+    Where the file system has no locks, a line says so, and it goes on. A folder that was made for work which an error
+    ends before it begins is deleted again.
 
     Raises:
         UserError: another process has locked it, or it cannot be written; the line names `option`.
     """
     check_local(folder, option)
-    lock = None
+    folder, lock = Path(folder), None
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder) / ".lock").acquire(blocking=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"{option}: another process is writing to {folder}; wait for it or choose another") from error
     except (OSError, NotImplementedError) as error:
@@ -125,7 +128,15 @@ def locked(folder: str | Path, option: str) -> Iterator[None]:
         told = f"WARNING: {option}: the file system of {folder} has no locks; let no other process write there"
         print(told, file=sys.stderr, flush=True)
     with lock or nullcontext():
-        yield
+        try:
+            yield
+        except Exception:
+            if made and not phase.working:
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # somebody else has put something there
+                    for each in made[1:]:
+                        each.rmdir()
+            raise
 
 
 def find_shipped(path: str) -> str:
@@ -148,10 +159,8 @@ def load_class(path: str, option: str, kinds: str) -> Any:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    with naming(f"{option}: not {kinds}"):  # the user's file may raise anything at all
         return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{option}: not {kinds} ({error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,14 +1,20 @@
-"""The figures of the page "How it works", from the package's own schedule and solvers: python docs/figures.py"""
+"""Figures of these pages, from the package's own schedule, solvers and shipped weights: python docs/figures.py"""
 
+import re
+import shlex
+import shutil
+import tempfile
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from dar_lightning import TokenizerConfig
+from dar_lightning.cli import main as dar
 from dar_lightning.tokenizer.flow import SOLVERS, integrate, sampling_times, shift_time
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
@@ -90,8 +96,18 @@ def solver() -> Figure:
     return figure
 
 
+def first_command(page: Path) -> list[str]:
+    """The words after `dar` of the first `dar sample` that a page shows."""
+    line = re.search(r"^dar (sample .*)", page.read_text().replace("\\\n", " "), re.MULTILINE)[1]
+    return shlex.split(line, comments=True)
+
+
 def main() -> None:
-    """Write both figures beside the others."""
+    """Write all of them beside the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        dar([*first_command(Path(__file__).with_name("index.md")), "--output", folder])
+        shutil.copyfile(f"{folder}/stream.webp", IMAGES / "stream.webp")
+        Image.open(f"{folder}/previews.png").save(IMAGES / "previews.jpg", quality=88)
     matplotlib.use("agg")
     with plt.rc_context(STYLE | {"svg.hashsalt": "dar_lightning", "svg.fonttype": "none"}):
         for make in (schedule, solver):

@@ -15,6 +15,7 @@ from tiny_models import fit_ar, fit_tokenizer, make_tokenizer, random_codes, wri
 from dar_lightning import __version__
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main, spell_out_flags
 from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
+from dar_lightning.errors import begin_work
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -191,7 +192,10 @@ def test_an_output_that_lies_in_no_folder(verb, folders, pipeline, tmp_path, cap
     }[verb]
     output = tmp_path / "file" if verb == "quickstart" else tmp_path / "file" / "out"
     line = refusal(capsys, [verb, *options, "--output", output])
-    said = "cannot write weights to {}: .*Not a directory.*" if verb == "export" else "output: {}: Not a directory"
+    said = {
+        "export": "cannot write weights to {}: .*Not a directory.*",
+        "extract": r"output: cannot write {} \(Not a directory\)",
+    }.get(verb, "output: {}: Not a directory")
     assert re.fullmatch(f"dar {verb}: {said.format(re.escape(str(output)))}", line), line
     assert (tmp_path / "file").is_file()
 
@@ -233,9 +237,10 @@ def test_a_pipeline_that_is_none(tmp_path, capsys):
     ],
 )
 def test_a_full_disk_is_one_line_and_an_error_of_the_program_a_traceback(number, file, said, monkeypatch, capsys):
-    """Also where the error names a file: it is not one that the user has named."""
+    """Once the work has begun, also where the error names a file: it is not one that the user has named."""
 
     def compare(results: str) -> None:
+        begin_work()
         raise OSError(number, "No space left on device" if said else "No such file", *([file] if file else []))
 
     monkeypatch.setattr("dar_lightning.commands.compare.compare", compare)

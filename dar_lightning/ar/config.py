@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dar_lightning.ar.order import ORDERS, OrderName
-from dar_lightning.errors import require
+from dar_lightning.errors import MOST_BLOCKS, check_range, require
 
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
@@ -58,6 +58,7 @@ class ARConfig:
     def __post_init__(self):
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_range(1, MOST_BLOCKS, depth=self.depth)
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}: it must be positive and finite")

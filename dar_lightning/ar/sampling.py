@@ -113,6 +113,13 @@ def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
     return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
 
 
+def check_filter(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse what no distribution of tokens can be changed by."""
+    require(temperature > 0, f"temperature is {temperature}: it must be positive (top_k=1 is greedy)")
+    require(top_k >= 0, f"top_k is {top_k}: it must be 0 (off) or positive")
+    require(0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1]")
+
+
 def check_options(
     config: ARConfig, labels: Tensor, temperature: float, top_k: int, top_p: float, prefix: Tensor, count: int
 ) -> None:
@@ -122,9 +129,7 @@ def check_options(
     low, high = map(int, prefix.aminmax()) if prefix.numel() else (0, 0)
     require(1 <= count <= config.num_tokens, f"num_tokens is {count}: this model draws from 1 to {config.num_tokens}")
     require(0 <= first <= last <= null, f"labels are from {first} to {last}: need 0 to {null - 1}")
-    require(temperature > 0, f"temperature is {temperature}: it must be positive (top_k=1 is greedy)")
-    require(top_k >= 0, f"top_k is {top_k}: it must be 0 (off) or positive")
-    require(0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1]")
+    check_filter(temperature, top_k, top_p)
     ordered = config.order == "coarse_to_fine" or not prefix.shape[1]
     require(ordered, f"prefix: this model's order is {config.order}, which does not write the first tokens first")
     fits = len(prefix) == len(labels) and prefix.shape[1] < count

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, begin_work, one_line
 from dar_lightning.files import load_yaml
 from dar_lightning.formats.checkpoint import Weights, pick_weights, read_checkpoint
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -34,6 +34,7 @@ def convert(
     """
     load = _load_llama if input.is_dir() else _load_official
     model = load(input, official_config, part, weights)
+    begin_work()
     model.save_pretrained(output)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{output}: {type(model).__name__}, {count / 1e6:.2f}M parameters, SHA-256 {model_sha256(model)[:12]}")

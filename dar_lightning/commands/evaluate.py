@@ -8,7 +8,7 @@ from typing import Any
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.classes import labels_by_name
 from dar_lightning.devices import choose_device
-from dar_lightning.errors import UserError
+from dar_lightning.errors import MOST_PIXELS, UserError, begin_work, check_range
 from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
 from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
@@ -23,6 +23,7 @@ from dar_lightning.metrics.reconstruction import mean_scores, reconstruction_pro
 from dar_lightning.records.drawn import drawn_facts
 from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
+from dar_lightning.tokenizer.flow import check_diffusion
 
 
 def evaluate(
@@ -84,8 +85,9 @@ def evaluate(
     Raises:
         UserError: a set is missing, empty, of the wrong format, number, range or size, or has an image twice.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    check_diffusion(solver, num_steps)
+    check_range(1, batch_size=batch_size)
+    check_range(1, MOST_PIXELS, image_size=image_size)
     guidance = read_guidance(guidance)
     for option, path in (("--output", output), ("--save_statistics", save_statistics)):
         if path is not None:
@@ -131,7 +133,9 @@ def evaluate(
 
     keep = full or train_set is not None
     reduced = partial(measure, network=network, device=place, batch_size=batch_size, keep=keep)
-    use_stored = stored is not None and check_fits(stored, reference, features, methods["features"]["sha256"])
+    sha256 = methods["features"]["sha256"]
+    use_stored = stored is not None and check_fits(stored, reference, features, sha256, "--reference")
+    begin_work()
     real = None
     if not use_stored or keep or paired:  # whatever compares with images says which
         real = reduced(reference_set, "--reference")

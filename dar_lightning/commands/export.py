@@ -1,13 +1,15 @@
-"""`dar export`: a Lightning checkpoint as a folder in our format, a model or a pipeline; or one for transformers."""
+"""`dar export`: a checkpoint as a folder of ours, a model or a pipeline with its card; or one for transformers."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, require
+from dar_lightning.errors import UserError, begin_work, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.formats.pretrained import resolve_folder
+from dar_lightning.generation.card import CARD, NOTES, model_card
 from dar_lightning.generation.pipeline import EXPORTED, DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
@@ -22,12 +24,14 @@ def export(
     tokenizer: str | None = None,
     shards: Path | None = None,
     pipeline: str | None = None,
-    format: Literal["dar", "transformers"] = "dar",
+    format: Literal["dar", "transformers", "card"] = "dar",
 ) -> None:
     """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
     `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. With
     format "transformers", a folder of the AR model alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline.
+    A pipeline's folder gets a model card, README.md, which format "card" writes anew. It ends with what
+    you have written into NOTES.md beside it.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
@@ -35,14 +39,24 @@ def export(
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
         tokenizer: folder or Hugging Face repository of the tokenizer that an AR model's tokens came from.
         shards: for a pipeline or transformers: image or token shards whose index.json names the classes.
-        pipeline: for transformers, instead of ckpt: a pipeline's folder, "fruit64" or a Hugging Face repository.
-        format: "dar", ours, or "transformers".
+        pipeline: for transformers and card, instead of ckpt: a folder, "fruit64" or a Hugging Face repository.
+        format: "dar", ours, "transformers", or "card", the model card alone.
     """
     if format == "transformers":
         _export_llama(ckpt, output, weights, tokenizer, shards, pipeline)
         return
+    if format == "card":
+        require(pipeline is not None, "pipeline is missing: format 'card' writes the model card of a pipeline")
+        given = [name for name, value in (("ckpt", ckpt), ("tokenizer", tokenizer), ("shards", shards)) if value]
+        require(not given, f"{', '.join(given)}: format 'card' takes a pipeline alone, leave it out")
+        notes = resolve_folder(pipeline) / NOTES
+        text = model_card(DARPipeline.from_pretrained(pipeline), pipeline, _text(notes) or _text(output / NOTES))
+        write_text(output / CARD, text)
+        print(f"{output / CARD}: the model card of {pipeline}")
+        return
     if pipeline is not None:
-        raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need format 'transformers'")
+        others = "format 'transformers' or 'card'"
+        raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need {others}")
     if ckpt is None:
         raise UserError("ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)
@@ -50,13 +64,17 @@ def export(
     if tokenizer is None:
         if shards is not None:
             raise UserError("shards is set without tokenizer: class names belong to a pipeline")
+        begin_work()
         model.save_pretrained(output)
         said = f"{type(model).__name__}, SHA-256 {model_sha256(model)[:12]}"
     else:
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        DARPipeline(decoder, model, _classes(shards)).save_pretrained(output)
+        pipe = DARPipeline(decoder, model, _classes(shards))
+        begin_work()
+        pipe.save_pretrained(output)
+        write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
         said = f"pipeline of {model.config.num_classes} classes"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
@@ -79,6 +97,7 @@ def _export_llama(
         require(shards is None, f"shards is {str(shards)!r}: a pipeline has its classes' names, leave it out")
         source = DARPipeline.from_pretrained(pipeline)
         model, classes, facts = source.ar, source.classes, {"pipeline": pipeline}
+    begin_work()
     save_llama(model, output, classes)
     write_text(output / EXPORTED, json.dumps(facts | {"ema": model.averaged}, indent=2) + "\n")
     print(f"{output}: LlamaForCausalLM of ARModel, SHA-256 {model_sha256(model)[:12]}")
@@ -87,3 +106,8 @@ def _export_llama(
 def _classes(shards: Path | None) -> tuple[str, ...]:
     """The classes that an index.json names."""
     return () if shards is None else tuple(read_json(shards / "index.json").get("classes", []))
+
+
+def _text(path: Path) -> str:
+    """What a file says; nothing where there is none."""
+    return path.read_text() if path.is_file() else ""

@@ -6,16 +6,16 @@ from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_all_are_done
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
+from dar_lightning.data.workers import MOST
 from dar_lightning.devices import check_started_processes, dtype_name
-from dar_lightning.errors import UserError, check_range
-from dar_lightning.files import locked, users_path
+from dar_lightning.errors import MOST_PIXELS, check_range, naming
+from dar_lightning.files import locked
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -66,8 +66,10 @@ def extract(
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
             else.
     """
-    check_range(1, random_crops=random_crops, batch_size=batch_size, image_size=image_size)
-    check_range(0, num_workers=num_workers)
+    check_range(1, 10**4, random_crops=random_crops)
+    check_range(1, MOST_PIXELS, image_size=image_size)
+    check_range(1, batch_size=batch_size)
+    check_range(0, MOST, num_workers=num_workers)
     check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
@@ -94,13 +96,11 @@ def extract(
         found = CodesIndex.load(root, "output")
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
         return
-    with users_path("output"):
-        root.mkdir(parents=True, exist_ok=True)
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
     skipped.add(Bad(*line.partition(": ")[::2]) for lines in done.values() for line in lines)
     skipped.check()
-    try:
+    with naming(f"accelerator {accelerator}, devices {devices}"):
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -110,8 +110,6 @@ def extract(
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
         )
-    except MisconfigurationException as error:
-        raise UserError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from error
     check_started_processes(trainer.world_size, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:

@@ -1,8 +1,9 @@
 """`dar fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults."""
 
+import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,21 +13,22 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import check_started_processes, round_convolutions_as_products
-from dar_lightning.errors import OneLineErrors, UserError, find_user_error, one_line
+from dar_lightning.errors import OneLineErrors, UserError, check_range, naming, require
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
-from dar_lightning.training.callbacks import EarlyStoppingPatience, GlobalBatch, Provenance, StopOnSignal
+from dar_lightning.training.callbacks import EarlyStoppingPatience, Faults, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
 from dar_lightning.training.tokenizer import TokenizerModule
@@ -41,6 +43,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
         for old, instead in TokenizerConfig.REMOVED.items():
             if re.search(rf"\b{old}\b", str(message)):
                 raise UserError(f"model.init_args.config.{old} is {instead}")
+        if "pytorch_lightning." in str(message):
+            raise UserError("pytorch_lightning is another package, whose classes do not fit: write lightning.pytorch")
         super().error(message, ex)
 
 
@@ -72,8 +76,17 @@ class TrainerCLI(LightningCLI):
                     "callbacks": [StopOnSignal(), Provenance(), EarlyStoppingPatience()]
                 },  # and a config's
             )
-        except MisconfigurationException as error:
+        except (MisconfigurationException, RuntimeError) as error:  # also late: a metric that is not logged
+            if isinstance(error, RuntimeError) and not str(error).startswith("Early stopping conditioned on"):
+                raise
             raise UserError(" ".join(str(error).split())) from error
+
+    def _add_instantiators(self) -> None:
+        """What constructors raise gets the name of their class."""
+        super()._add_instantiators()
+        makers = self.parser._instantiators  # Lightning's, of model and data, which note their arguments
+        makers |= {key: _named(make) for key, make in makers.items()}
+        self.parser.add_instantiator(_named(lambda kind, /, *args, **kwargs: kind(*args, **kwargs)), object)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -101,24 +114,23 @@ class TrainerCLI(LightningCLI):
         for place, name, given in self.resolved:  # the config that is kept says what was asked for, see below
             place[name] = given
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
-        try:
+        with naming("trainer"):
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # an unknown strategy; other devices than SLURM's tasks
-            raise find_user_error(error) or UserError(f"trainer: {one_line(error)}") from error
-        except RuntimeError as error:
-            if not (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))):
-                raise
-            raise UserError(
-                f"trainer.callbacks: two of type {found[1]}, whose states in a checkpoint have the same name; leave "
-                "one out or, if it has the option, give it a label"
-            ) from error
+        for callback in trainer.callbacks:
+            name, needs = type(callback).__name__, getattr(callback, "needs", None)
+            if isinstance(needs, str) and not hasattr(self.model, needs):
+                raise UserError(f"trainer.callbacks: {name}: {type(self.model).__name__} has no {needs}; leave it out")
+            if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+                raise UserError(f"trainer.callbacks: {name} trains a run again and again; set the option yourself")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError("trainer.strategy: processes that are copies of this one cannot be resumed alike; use ddp")
         if type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint:
             raise UserError(
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
         check_started_processes(trainer.world_size, "trainer.devices and trainer.num_nodes")
-        trainer.callbacks.insert(0, self.global_batch)  # checkpoint callbacks stay last
+        trainer.callbacks[:0] = [Faults(), self.global_batch]  # checkpoint callbacks stay last
         if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
@@ -176,6 +188,9 @@ class TrainerCLI(LightningCLI):
             import_quantizer(quantizer)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
+        steps = ("accumulate_grad_batches", "check_val_every_n_epoch")
+        check_range(1, **{f"trainer.{name}": config.trainer[name] for name in steps})
+        require(config.trainer.val_check_interval != 0, "trainer.val_check_interval is 0: give batches, or a share")
         trainer, self.root = config.trainer, Path(config.trainer.default_root_dir or "runs/default")
         check_local(trainer.default_root_dir, "trainer.default_root_dir")
         others = self._root_of_another_run(trainer.logger)
@@ -203,3 +218,14 @@ class TrainerCLI(LightningCLI):
         """Put a value there until the classes are made."""
         self.resolved.append((place, name, None if isinstance(place[name], (str, Namespace)) else place[name]))
         place[name] = value
+
+
+def _named(make: Callable) -> Callable:
+    """What makes an object of a class, with the name of the class in its errors."""
+
+    @functools.wraps(make.__call__)  # jsonargparse looks at its parameters
+    def call(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+        with naming(kind.__name__):
+            return make(kind, *args, **kwargs)
+
+    return call

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work
 from dar_lightning.files import read_json, users_path, write_text
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
@@ -83,6 +83,7 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
     claim(out, fresh, from_scratch)
     stages = make_stages(out, from_scratch)
     print(f"{len(stages)} stages, about {sum(stage.minutes for stage in stages):.0f} minutes on two CPU cores.")
+    begin_work()
     stale = False  # a stage that runs makes the results of the later ones old
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}")

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.files import users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
@@ -27,6 +27,7 @@ from dar_lightning.metrics.reconstruction import (
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.records.protocol import Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
+from dar_lightning.tokenizer.flow import check_diffusion
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -65,11 +66,10 @@ def reconstruct(
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
         compile: torch.compile encoder and pixel decoder; on a CPU this needs a C++ compiler.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: must be at least 1")
-    if num_shown < 1:
-        raise UserError(f"num_shown is {num_shown}: show at least one image")
-    if num_exchanged < 0 or num_exchanged == 1:
+    check_diffusion(solver, num_steps)
+    check_range(1, batch_size=batch_size, num_shown=num_shown)
+    check_range(0, num_exchanged=num_exchanged)
+    if num_exchanged == 1:
         raise UserError(f"num_exchanged is {num_exchanged}: another image's tokens need 2 images or more; 0 for none")
     place = choose_device(device)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
@@ -88,6 +88,7 @@ def reconstruct(
     shown, exchanged = (
         set(torch.linspace(0, count - 1, min(number, count)).long().tolist()) for number in (num_shown, num_exchanged)
     )
+    begin_work()
     codebook = CodebookUse(config.codebook_size).to(place)
     decoding = {"solver": solver, "num_steps": num_steps}
     scores, digests, rows, kept = [], [], [], []
@@ -123,6 +124,6 @@ def reconstruct(
     reference = image_set.protocol | {"n": count, "sha256": set_sha256(digests)}
     protocol = Protocol(samples, reference, 2 * [config.image_size], methods, made)
     write_metrics(folder / "reconstruction.json", metrics, protocol)
-    columns = ["original", *(f"group {m}" for m in range(1, config.num_groups + 1))]
-    save_png(image_grid(torch.stack(rows), column_labels=columns), folder / "reconstructions.png")
+    columns = ["original", *(f"{model.schedule.tokens_for_groups(m)} tokens" for m in range(1, config.num_groups + 1))]
+    save_png(image_grid(torch.stack(rows), captions=columns), folder / "reconstructions.png")
     print(f"{output}: {psnr}, SSIM {metrics['ssim']:.3f}, {use:.1%} of the codes in use")

@@ -1,7 +1,9 @@
 """`dar report`: a sweep's tables, plots and sample grids, and the sweep in TensorBoard."""
 
+import shlex
 from pathlib import Path
 
+from dar_lightning.errors import begin_work
 from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples, save_plot
 from dar_lightning.sweeps.results import read_sweep
 from dar_lightning.sweeps.tables import summarize, write_tables
@@ -26,10 +28,11 @@ def report(sweep: str, output: str | None = None) -> None:
     found = read_sweep(sweep)
     folder = found.folder / "report" if output is None else Path(output)
     rows = summarize(found)
+    begin_work()
     print(write_tables(found, rows, folder))
     plots = {"figures.png": plot_metrics(found, rows), "curves.png": plot_curves(found)}
     plots |= {"groups.png": plot_groups(found), "samples.jpg": plot_samples(found)}
     for name, plot in plots.items():
         if plot is not None:
             save_plot(plot, folder / name)
-    print(f"report in {folder}; curves: tensorboard --logdir {write_tensorboard(found)}")
+    print(f"report in {folder}; curves: tensorboard --logdir {shlex.quote(str(write_tensorboard(found)))}")

@@ -12,18 +12,20 @@ from torch import Tensor
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.decode_step import choose_road
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError, check_range
+from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.files import file_sha256, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import draw_alike, middle, prefix_lengths, read_edit, read_photo, tokenize
-from dar_lightning.generation.grids import blend, image_grid, mosaic, save_animation, save_png, to_image
+from dar_lightning.generation.grids import image_grid, save_animation, save_png, stream_frames, to_image
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
 from dar_lightning.records.drawn import NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
+from dar_lightning.tokenizer.flow import check_diffusion
 
 ANIMATED = 16  # images in the animation, at most
 PREVIEW_SECONDS = 0.5  # that it shows each preview for
@@ -65,10 +67,10 @@ def sample(
     """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
 
     Writes `samples.png` (a row per class), `previews.png` (a film strip for the first image of each class: the
-    preview after each group of tokens), `stream.webp` (the same as an animation, of up to 16 images), `images/` (a PNG
-    per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and
-    `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png` or `edited.png` takes the
-    place of `samples.png`.
+    preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
+    images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
+    (n, H, W, 3), `labels`) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png`
+    or `edited.png` takes the place of `samples.png`.
 
     Args:
         output: folder to write to.
@@ -107,6 +109,11 @@ def sample(
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
     """
     place = choose_device(device)
+    check_diffusion(solver, num_steps)
+    check_filter(temperature, top_k, top_p)
+    check_range(1, batch_size=batch_size)
+    check_range(1, 10**6, per_class=per_class)  # all are in memory; `dar predict` draws more
+    check_range(1, 1000, frames=frames)
     sources = {"pipeline": pipeline, "tokenizer": tokenizer, "ar": ar}
     if {name for name, source in sources.items() if source is not None} not in ({"pipeline"}, {"tokenizer", "ar"}):
         raise UserError("give pipeline (a folder, a repository or fruit64), or else tokenizer and ar")
@@ -121,8 +128,6 @@ def sample(
     labels = [pipe.label(name.strip()) for name in names]
     if len({*labels}) < len(labels):
         raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
-    if min(per_class, batch_size, frames) < 1:
-        raise UserError(f"per_class {per_class}, batch_size {batch_size} and frames {frames} must be at least 1")
     seen = pipe.preview_groups(groups, start)
     shown = preview_numbers(num_previews, len(seen))
     given = [name for name, value in (("layout", layout), ("variations", variations), ("image", image)) if value]
@@ -164,6 +169,7 @@ def sample(
         lengths = lengths if variation_strength is None else [kept.shape[1]]
     special |= {"image": image, "mask": mask, "evidence": edit.get("evidence")}
     special = {name: value for name, value in special.items() if value is not None}
+    begin_work()
     jobs = [
         Job(label, number, tokens[:length])
         for length in lengths
@@ -193,10 +199,13 @@ def sample(
         name = f"images/{job.label:03d}-{job.number}{suffix}.png"
         save_png(to_image(images[-1]), folder / name, {METADATA: json.dumps(about)})
 
-    strips, columns = torch.stack(strips), [f"group {seen[m - 1]}" for m in shown]  # (classes, K, 3, H, W)
-    save_png(image_grid(strips[:, [m - 1 for m in shown]], class_names, columns), folder / "previews.png")
-    steps = blend(strips[:ANIMATED].transpose(0, 1), frames)
-    save_animation([mosaic(step) for step in steps], folder / "stream.webp", PREVIEW_SECONDS / frames)
+    strips = torch.stack(strips)  # (classes, K, 3, H, W)
+    counts = [pipe.tokenizer.schedule.tokens_for_groups(m) for m in seen]
+    columns = [f"{counts[m - 1]} tokens" for m in shown]
+    strip = image_grid(strips[:, [m - 1 for m in shown]], class_names, captions=columns)
+    save_png(strip, folder / "previews.png")
+    animation = stream_frames(strips[:ANIMATED], class_names[:ANIMATED], counts, frames)
+    save_animation(animation, folder / "stream.webp", PREVIEW_SECONDS / frames)
     grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), len(wanted)))
     grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * wanted, 3, H, W)
     name, columns = "samples", None

@@ -6,7 +6,7 @@ from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.serve_page import Work, build_page
 from dar_lightning.commands.serve_pictures import CSS
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.generation.pipeline import DARPipeline
 
 FONTS = ["system-ui", "sans-serif"]  # none from elsewhere
@@ -43,9 +43,9 @@ def serve(
         from gradio.route_utils import delete_files_created_by_app
     except ImportError as error:
         raise UserError("serve needs Gradio, which is not installed: pip install 'dar-lightning[demo]'") from error
-    for name, value in (("max_queue", max_queue), ("max_upload_mb", max_upload_mb)):
-        if value <= 0:
-            raise UserError(f"{name} is {value}: it must be positive")
+    check_range(1, max_queue=max_queue)
+    check_range(0.001, 10**6, max_upload_mb=max_upload_mb)
+    check_range(0, 65535, port=port)
     pipe = DARPipeline.from_pretrained(pipeline).to(device=choose_device(device), dtype=torch_dtype(dtype))
     guidance, work = read_guidance(guidance), Work()
     pipe.guidance_scales(guidance)  # says so if it does not fit
@@ -64,9 +64,10 @@ def serve(
             footer_links=[],
             enable_monitoring=False,
         )
-    except OSError as error:
+    except Exception as error:  # a port that is taken, or httpx' of a proxy
         raise UserError(f"host {host}, port {port}: cannot listen there ({error})") from error
     else:
+        begin_work()
         page.block_thread()
     finally:
         work.stop()  # Gradio leaves its threads running, and one inside torch aborts a Python that ends

@@ -16,7 +16,7 @@ from dar_lightning.data.prepare.sources import (
     with_safe_keys,
 )
 from dar_lightning.data.remote import is_remote
-from dar_lightning.errors import UserError, check_range
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range
 from dar_lightning.files import find_shipped
 
 HUB = "hf://"
@@ -65,7 +65,8 @@ def shard(
     Raises:
         UserError: The input is not as described, or `output` holds something else.
     """
-    check_range(1, size=size, max_per_shard=max_per_shard, workers=workers)
+    check_range(1, MOST_PIXELS, size=size)
+    check_range(1, max_per_shard=max_per_shard, workers=workers)
     check_range(1, 100, quality=quality)
     check_range(0, 1, val_fraction=val_fraction, max_bad_share=max_bad_share)
     folder = Path(input).resolve()

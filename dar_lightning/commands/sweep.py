@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work
 from dar_lightning.files import write_text
 from dar_lightning.records.provenance import read_code
 from dar_lightning.sweeps.plan import Stage, Sweep
@@ -97,6 +97,7 @@ def sweep(
         names = "all" if len(others) == len(chosen) else ", ".join(others)
         how = "they are made anew" if redo == "changed" else "--redo changed makes them anew"
         print(f"other code or data made {len(others)} of {len(chosen)} cells, {how}: {names}", flush=True)
+    begin_work()
     runner = Runner(plan, root, wanted)
     runner.prepare()
     if slurm:

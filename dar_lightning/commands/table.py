@@ -14,7 +14,7 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
@@ -32,7 +32,7 @@ from dar_lightning.records.protocol import PAPER_COUNT
 from dar_lightning.records.provenance import provenance
 from dar_lightning.sweeps.tables import markdown_table, spread_text
 from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.flow import SOLVERS
+from dar_lightning.tokenizer.flow import check_diffusion
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
@@ -61,8 +61,7 @@ class Row:
     groups: int | None = None
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise UserError(f"rows: solver is {self.solver!r}: choose from {', '.join(SOLVERS)}")
+        check_diffusion(self.solver, self.num_steps)
         object.__setattr__(self, "guidance", read_guidance(self.guidance))
 
 
@@ -105,6 +104,8 @@ def table(
     """
     if not rows or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{len(rows)} rows, seeds {seeds}: need at least one row, and one seed or several that differ")
+    check_range(1, batch_size=batch_size)
+    check_range(2, num_samples=num_samples)
     place = choose_device(device)
     made = provenance(place, "float32")
     if task == "reconstruct" and any(row.guidance != 1.0 for row in rows):
@@ -123,6 +124,7 @@ def table(
     measuring = {"reference": reference, "features": features, "features_weights": features_weights, "full": full}
     measuring |= {"paired": task == "reconstruct", "batch_size": batch_size, "device": device}
     root, results = Path(output), []
+    begin_work()
     for number, row in enumerate(rows):
         model = row.pipeline or pipeline
         config, num_groups, hashes = models[model]

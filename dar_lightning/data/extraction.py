@@ -21,7 +21,7 @@ from dar_lightning.data.loader import Loader
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import ViewBatches, Views
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work
 from dar_lightning.files import file_sha256, write_text
 from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -138,6 +138,9 @@ class Extractor(L.LightningModule):
             print(f"{self.cache.root}: {done} of {count} token shards are of {names}", flush=True)
         if made not in listed[-1:]:
             write_text(path, json.dumps([*listed, made], indent=2) + "\n")
+
+    def on_predict_start(self) -> None:
+        begin_work()
 
     def on_predict_batch_end(self, outputs: Tensor, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Called by Lightning with the tokens (B, V, N) of a batch."""

@@ -7,10 +7,10 @@ import numpy as np
 from dar_lightning.data.bad_samples import Skipped
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import Crop, ShardDataset, describe, read_label
-from dar_lightning.data.loader import StreamDataModule, at_least
+from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex
-from dar_lightning.errors import UserError
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range
 
 
 class ImageNetDataModule(StreamDataModule):
@@ -66,11 +66,11 @@ class ImageNetDataModule(StreamDataModule):
         max_bad_share: float = 0.01,
     ) -> None:
         super().__init__(train, val, batch_size, num_workers, seed)
-        at_least(1, image_size=image_size, num_classes=num_classes)
+        check_range(1, MOST_PIXELS, **{"data.image_size": image_size})
+        check_range(1, **{"data.num_classes": num_classes})
+        check_range(0, 1, **{"data.max_bad_share": max_bad_share})
         if crop not in get_args(Crop):
             raise UserError(f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
-        if not 0 <= max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share: {max_bad_share} is not a share, give 0 to 1")
         if classes == []:
             raise UserError("data.classes: [] is empty")
         self.image_size, self.crop, self.flip = image_size, crop, flip

@@ -1,6 +1,5 @@
 """DataLoaders with a resumable position, and the base class of both DataModules."""
 
-import re
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
@@ -14,7 +13,7 @@ from dar_lightning.data import workers
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.classes import check_same_classes
 from dar_lightning.data.sampler import EvalSampler, TrainSampler, shuffled
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, check_range
 
 CHECK = 50  # batches between two comparisons of the ranks' bad samples; fewer at the start
 SHARED = {  # what must be the same for a position to mean anything
@@ -23,7 +22,6 @@ SHARED = {  # what must be the same for a position to mean anything
     "samples": "number of training samples",
     "data_sha256": "hash of the training data (shards' names, contents and classes)",
 }
-KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 
 
 class Loader(DataLoader):
@@ -57,17 +55,11 @@ class Loader(DataLoader):
                 start = perf_counter()
             return
         except (UserError, RuntimeError) as error:
-            message = str(error).strip()
-            if isinstance(error, UserError):
-                message = message.rpartition("UserError: ")[2]
-            elif KILLED.search(message):
-                hint = "num_workers=0 may show why, fewer workers need less memory"
-                message = f"num_workers: {' '.join(message.split())}; {hint}"
-            else:
+            if (mistake := workers.user_error(error, "num_workers", 0)) is None:
                 raise
             error.__traceback__ = None  # its frames hold the workers, too
         self._iterator = batches = None  # so the workers end at once
-        raise UserError(message)
+        raise mistake
 
 
 class TrainLoader(Loader):
@@ -113,13 +105,6 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def at_least(least: int, **options: int | None) -> None:
-    """Refuse options of a DataModule that are smaller."""
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise UserError(f"data.{name} is {value}: must be at least {least}")
-
-
 class StreamDataModule(L.LightningDataModule):
     """What both DataModules share: their splits, the two kinds of loader, and the place in the data in checkpoints.
 
@@ -133,8 +118,9 @@ class StreamDataModule(L.LightningDataModule):
 
     def __init__(self, train: str | None, val: str | None, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        at_least(1, batch_size=batch_size)
-        at_least(0, num_workers=num_workers, seed=seed)
+        check_range(1, **{"data.batch_size": batch_size})
+        check_range(0, workers.MOST, **{"data.num_workers": num_workers})
+        check_range(0, **{"data.seed": seed})
         self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._index: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,10 @@ from typing import Any
 
 import torch
 
+from dar_lightning.errors import UserError
+
+MOST = 1024  # worker processes, of one loader
+KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
 SERVER = "DAR_WORKER_SERVER"  # an environment variable that only the server starts with
 STOPS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # of clusters and Ctrl+C, to all processes of a job
 
@@ -38,6 +43,19 @@ def options(num_workers: int, persistent: bool = False) -> dict[str, Any]:
         "worker_init_fn": functools.partial(_belong_to_the_run, dict(os.environ)),
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def user_error(error: Exception, option: str, none: int) -> UserError | None:
+    """The UserError that a loader's error stands for: a worker's own, or the option if one was killed; None for others.
+
+    A worker's arrives with its traceback in its message. `none` is the option's value that does without processes.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return UserError(message.rpartition("UserError: ")[2])
+    if isinstance(error, RuntimeError) and KILLED.search(message):
+        return UserError(f"{option}: {message}; {option}={none} may show why, fewer workers need less memory")
+    return None
 
 
 def _context() -> BaseContext:

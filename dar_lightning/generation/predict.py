@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.sampling import check_filter
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
-from dar_lightning.tokenizer.flow import SOLVERS
+from dar_lightning.tokenizer.flow import check_diffusion
 
 
 class GenerationModule(LightningModule):
@@ -54,8 +55,8 @@ class GenerationModule(LightningModule):
             raise UserError(f"seed is {seed}: need 0 to {2**31 - 1}")
         if rows < 1:
             raise UserError(f"rows is {rows}: must be at least 1")
-        if solver not in SOLVERS:
-            raise UserError(f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
+        check_diffusion(solver, num_steps)
+        check_filter(temperature, top_k, top_p)
         self.path, self.seed, self.rows = pipeline, seed, rows
         self.pipeline = pipe = DARPipeline.from_pretrained(pipeline)
         self.tokenizer, self.ar = pipe.tokenizer, pipe.ar  # so that Lightning moves them

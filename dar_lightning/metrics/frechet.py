@@ -136,13 +136,16 @@ def sha256_of(statistics: Gaussian) -> str:
     return hashlib.sha256(statistics.mean.numpy().tobytes() + statistics.covariance.numpy().tobytes()).hexdigest()
 
 
-def check_fits(stored: StoredStatistics, source: str, features: str, features_sha256: str) -> bool:
-    """Whether stored statistics are of these features; if not, the images beside them must serve (or UserError)."""
+def check_fits(stored: StoredStatistics, source: str, features: str, features_sha256: str, option: str) -> bool:
+    """Whether stored statistics are of these features; if not, the images beside them must serve (or UserError).
+
+    `option` is what the user calls the reference, for the error line.
+    """
     mark = (stored.protocol or {}).get("features_sha256")
     if mark == features_sha256 if mark else features == "inception":
         return True
     if stored.has_images:
         return False
     whose = f"features {mark[:12]}" if mark else "TensorFlow's Inception"
-    mine = f"--features {features} is {features_sha256[:12]}"
-    raise UserError(f"--reference: {source} holds statistics of {whose}; {mine}")
+    mine = f"features {features} is {features_sha256[:12]}"
+    raise UserError(f"{option}: {source} holds statistics of {whose}; {mine}")

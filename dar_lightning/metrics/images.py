@@ -55,9 +55,9 @@ def with_progress(images: ImageSet, batch_size: int, title: str) -> Iterator[Bat
 
 
 class NpzImages:
-    """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,). Decompressed as it is read.
+    """The ADM sample format: `arr_0` uint8 (n, H, W, 3), optionally `labels` (n,), or ADM's `arr_1`.
 
-    The record beside it, of a drawing, names the classes.
+    Decompressed as it is read. The record beside it, of a drawing, names the classes.
     """
 
     def __init__(self, path: Path, option: str) -> None:
@@ -67,12 +67,15 @@ class NpzImages:
                 self.shape, fortran, dtype = _npy_header(file)
             with np.load(path) as arrays:
                 labels = arrays.get("labels")
+                if labels is None and "arr_1" in arrays and arrays["arr_1"].dtype.kind in "iu":
+                    labels = arrays["arr_1"]
         except KeyError as error:
             raise UserError(f"{option}: {path} holds no arr_0, which must be uint8 (n, H, W, 3)") from error
         except UNREADABLE as error:
             raise UserError(f"{option}: {path} is not a readable npz file ({error})") from error
+        order = " in Fortran order: store np.ascontiguousarray of it" if fortran else ""
         if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3:
-            raise UserError(f"{self.name} must be uint8 (n, H, W, 3), values 0 to 255; is {dtype} {self.shape}")
+            raise UserError(f"{self.name} must be uint8 (n, H, W, 3), values 0 to 255; is {dtype} {self.shape}{order}")
         self.size, self.labelled, self.labels = self.shape[1:3], labels is not None, None
         if labels is not None:
             if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
@@ -240,7 +243,8 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     elif path.is_dir():
         images = FolderImages(path, option, image_size)
     else:
-        raise UserError(f"{option}: {source} does not exist; give an npz file, or a folder of shards or of images")
+        what = "is a file of another kind" if path.exists() else "does not exist"
+        raise UserError(f"{option}: {source} {what}; give an npz file, or a folder of shards or of images")
     if len(images) == 0:
         raise UserError(f"{option}: {source} holds no images")
     return images

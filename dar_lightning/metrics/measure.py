@@ -37,7 +37,7 @@ class Measured:
         features = self.network(images.to(self.device))
         if features.shape[:-1] != images.shape[:1]:
             given = f"gave {tuple(features.shape)} for B = {len(images)}"
-            raise UserError(f"--features: the network must give (B, D) features, {given}")
+            raise UserError(f"features: the network must give (B, D) features, {given}")
         self._sums = self._sums or FeatureStatistics(features.shape[1]).to(float64_device(self.device))
         self._sums.update(features[:count].to(self._sums.device))
         if numbers:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from dar_lightning.errors import require
+from dar_lightning.errors import MOST_BLOCKS, check_range, require
 
 # Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
 TABLE_ROWS = 1024
@@ -100,6 +100,8 @@ class TokenizerConfig:
     def __post_init__(self):
         for name in POSITIVE:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        depths = {name: getattr(self, name) for name in ("encoder_depth", "conditioner_depth", "decoder_depth")}
+        check_range(1, MOST_BLOCKS, **depths)
         for name in ("data_std", "time_shift"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}: it must be positive and finite")

@@ -5,9 +5,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from dar_lightning.errors import require
+from dar_lightning.errors import check_range, require
 
 SOLVERS = ("euler", "adams2", "adams2_variable")
+
+
+def check_diffusion(solver: str, num_steps: int | None) -> None:
+    """Refuse a solver that is none, and a number of steps that cannot be taken; None is one per group of tokens."""
+    require(solver in SOLVERS, f"solver is {solver!r}: choose from {', '.join(SOLVERS)}")
+    check_range(1, 10**5, num_steps=num_steps)
 
 
 def shift_time(u, beta: float):
@@ -18,11 +24,6 @@ def shift_time(u, beta: float):
 def sampling_times(num_steps: int, beta: float) -> list[float]:
     """Flow times t_0 = 0, ..., t_{S-1} of S steps, and the end, 1: S + 1 numbers."""
     return [shift_time(i / num_steps, beta) for i in range(num_steps)] + [1.0]
-
-
-def check_solver(solver: str) -> None:
-    """Refuse a solver that there is not."""
-    require(solver in SOLVERS, f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
 
 
 def integrate(
@@ -44,7 +45,7 @@ def integrate(
         After each step i: the state at times[i + 1], and the preview, the same step taken up to the last time. After
         the last step the two are equal.
     """
-    check_solver(solver)
+    check_diffusion(solver, len(times) - 1)
     previous, previous_h = None, 1.0
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, i, t)

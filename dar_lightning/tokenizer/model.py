@@ -16,7 +16,7 @@ from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.diffusion_step import Trajectory, call_steps, replay_steps
 from dar_lightning.tokenizer.encoder import Encoder
-from dar_lightning.tokenizer.flow import check_solver, sampling_times, shift_time
+from dar_lightning.tokenizer.flow import check_diffusion, sampling_times, shift_time
 from dar_lightning.tokenizer.init import TokenizerInit, init_weights
 from dar_lightning.tokenizer.quantizers import make_quantizer
 from dar_lightning.tokenizer.schedule import GroupSchedule
@@ -199,11 +199,10 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         `start` and `correct` are those of `stream`; pairs of no more than `start` groups allow none.
         """
         config, schedule, decoder = self.config, self.schedule, self.decoder
+        check_diffusion(solver, num_steps)
         groups, beta = config.num_groups, config.time_shift
         num_steps = groups if num_steps is None else num_steps
-        require(num_steps >= 1, f"num_steps is {num_steps}: it must be at least 1")
         require(0 <= start < groups, f"start is {start}: it must be from 0 to {groups - 1} groups")
-        check_solver(solver)
         self._check_size(noise.shape[-2:])
         first = start * num_steps // groups  # the step that the start lies in
         starts = tuple(schedule.start(schedule.group_of_step(step, num_steps)) for step in range(first, num_steps))

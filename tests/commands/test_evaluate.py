@@ -129,7 +129,7 @@ def test_saved_statistics_stand_for_their_images(tmp_path):
     assert (protocol["npz"], protocol["n"], protocol["statistics"]) == (file, 30, "mu and sigma as stored")
     assert protocol["statistics_of"]["npz"] == reference
     compare(f"{output},{tmp_path}/images.json")
-    with pytest.raises(UserError, match=r"^--reference: .* holds statistics of features [0-9a-f]{12}; --features"):
+    with pytest.raises(UserError, match=r"^--reference: .* holds statistics of features [0-9a-f]{12}; features"):
         evaluate(samples, file, RED_GREEN, output)
     for option in ("paired", "full"):
         with pytest.raises(UserError, match=f"^--{option}: .* statistics only"):
@@ -203,7 +203,7 @@ MISTAKES = [
     ({"save_statistics": "empty"}, "^--save_statistics .*: is a folder"),
     ({"output": "good.json"}, "^--output .* is --samples or the record beside it"),
     ({"device": "tpu9"}, "device: tpu9"),
-    ({"batch_size": 0}, "^--batch_size 0"),
+    ({"batch_size": 0}, "^batch_size is 0"),
 ]
 
 

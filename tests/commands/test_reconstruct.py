@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, picture, write_images
+from tiny_models import CODES, GROUPS, SIZE, TOKENS, make_tokenizer, picture, write_images
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.reconstruct import reconstruct
@@ -121,8 +121,8 @@ def test_images_alone_suffice(written, paths, tmp_path):
 
 def test_picture(written, by_hand):
     rows = np.concatenate([ORIGINALS[:, None], by_hand[0]], axis=1)[[0, 3, 6]]  # spread over the shards
-    columns = ["original", *(f"group {m}" for m in range(1, 5))]
-    expected = np.asarray(image_grid(torch.from_numpy(rows.astype(np.uint8)), column_labels=columns))
+    columns = ["original", *(f"{TOKENS // GROUPS * m} tokens" for m in range(1, GROUPS + 1))]
+    expected = np.asarray(image_grid(torch.from_numpy(rows.astype(np.uint8)), captions=columns))
     drawn = np.asarray(Image.open(written / "reconstructions.png"))
     assert drawn.shape == expected.shape
     assert np.abs(drawn.astype(int) - expected).max() <= 1

@@ -18,7 +18,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_seed
 from dar_lightning.generation.editing import prefix_lengths
-from dar_lightning.generation.grids import image_grid
+from dar_lightning.generation.grids import LINE, image_grid
 from dar_lightning.generation.pipeline import DARPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
@@ -74,9 +74,9 @@ def test_what_it_writes(whole):
     # the film strip ends with the first image of each class
     strip = pixels_of(whole / "previews.png")
     blank = torch.zeros(4, GROUPS, 3, SIZE, SIZE, dtype=torch.uint8)
-    assert strip.shape == np.asarray(image_grid(blank, CLASSES, ["group 1"] * GROUPS)).shape
-    side = 3 * SIZE  # enlarged to 96
-    assert np.array_equal(strip[-side - 4 : -4, -side - 4 : -4][::3, ::3], images[9])
+    assert strip.shape == np.asarray(image_grid(blank, CLASSES, captions=["8 tokens"] * GROUPS)).shape
+    side, end = 3 * SIZE, len(strip) - LINE - 4  # enlarged to 96; the numbers of tokens stand below
+    assert np.array_equal(strip[end - side : end, -side - 4 : -4][::3, ::3], images[9])
 
 
 def test_an_image_depends_on_seed_class_and_number_alone(pipeline, whole, tmp_path):
@@ -162,11 +162,13 @@ def test_the_animation_shows_every_preview_and_fades_in_between(pipeline, tmp_pa
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("RGB")).astype(int)
     image_grid(torch.from_numpy(arrays(tmp_path)[0]).permute(0, 3, 1, 2)[None]).save(tmp_path / "x.webp", quality=85)
+    last = last[: 3 * SIZE + 8]  # without what is written below
     still = np.asarray(Image.open(tmp_path / "x.webp").convert("RGB")).astype(int)  # as lossy
     assert np.abs(last - still).mean() < 6 < np.abs(np.roll(last, 9, axis=1) - still).mean()
     blank = torch.zeros(1, 2, 3, SIZE, SIZE, dtype=torch.uint8)
-    strip = image_grid(blank, ["red"], ["group 2", "group 4"])
-    assert Image.open(tmp_path / "previews.png").size == strip.size
+    strip = np.asarray(image_grid(blank, ["red"], captions=[f"{TOKENS // 2} tokens", f"{TOKENS} tokens"]))
+    drawn = pixels_of(tmp_path / "previews.png")
+    assert np.array_equal(drawn[-LINE:], strip[-LINE:])
 
 
 def test_numbers_of_previews_and_of_kept_tokens():
@@ -183,7 +185,7 @@ def test_numbers_of_previews_and_of_kept_tokens():
         ({"classes": "violet"}, "class 'violet' is unknown: give 0 to 3 or one of red, green"),
         ({"classes": "red,0"}, "classes is red,0: name each class once"),
         ({"guidance": "strong"}, "guidance is 'strong': give a number, or a,b"),
-        ({"per_class": 0}, "per_class 0"),
+        ({"per_class": 0}, "per_class is 0"),
         ({"prefix": 3}, "prefix is set without layout, variations or image"),
         ({"layout": "PHOTO", "variations": True}, "layout and variations are both set"),
         ({"layout": "PHOTO", "prefix": "2,x"}, "prefix is x: keep from 1 to 7"),
@@ -191,7 +193,7 @@ def test_numbers_of_previews_and_of_kept_tokens():
         ({"layout": "PHOTO", "prefix": 8}, "prefix is 8: keep from 1 to 7 tokens"),
         ({"layout": "no.png"}, "layout: no.png cannot be read: No such file"),
         ({"num_previews": 5}, "num_previews is 5: this tokenizer has from 1 to 4"),
-        ({"frames": 0}, "frames 0 must be at least 1"),
+        ({"frames": 0}, "frames is 0: must be at least 1"),
         ({"tokenizer": "fruit64", "ar": "fruit64"}, "give pipeline .* or else tokenizer and ar"),
         ({"pipeline": None, "ar": "fruit64"}, "give pipeline .* or else tokenizer and ar"),
         ({"temperature": 0.0}, "temperature is 0"),

@@ -68,7 +68,8 @@ def test_an_edit_keeps_what_is_black_and_says_how_to_draw_it_again(pipeline, fil
     expected = image_grid(grid, ["red", "blue"], ["original", "to draw", "0.0", "0.1"])
     assert np.array_equal(pixels_of(tmp_path / "out/edited.png"), expected)
     strip = torch.zeros(2, GROUPS - 1, 3, SIZE, SIZE, dtype=torch.uint8)  # previews begin after the start
-    strip = image_grid(strip, ["red", "blue"], [f"group {m}" for m in range(2, GROUPS + 1)])
+    captions = [f"{TOKENS // GROUPS * m} tokens" for m in range(2, GROUPS + 1)]
+    strip = image_grid(strip, ["red", "blue"], captions=captions)
     assert Image.open(tmp_path / "out/previews.png").size == strip.size
 
     record = json.loads((tmp_path / "out/samples.json").read_text())

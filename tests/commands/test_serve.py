@@ -338,7 +338,7 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_queue": 0}, "max_queue is 0: it must be positive"),
+        ({"max_queue": 0}, "max_queue is 0: must be at least 1"),
         ({"max_upload_mb": -1}, "max_upload_mb is -1"),
         ({"pipeline": "./nowhere"}, "nowhere is not a folder"),
     ],

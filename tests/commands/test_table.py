@@ -209,7 +209,7 @@ def test_an_infinite_psnr(tmp_path):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=lambda path: path.stem)
 def test_every_kind_of_table_of_the_paper_runs(config, pipeline, reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("tokenizer_4096", "fruit64_codes256"):
+    for name in ("tokenizer/codebook4096/exported", "fruit64_codes256"):
         make_tokenizer(codebook_size=2 * CODES).save_pretrained(tmp_path / "runs" / name)
     given = yaml.safe_load(config.read_text())
     words = ["--config", config, "--pipeline", pipeline, "--reference", reference, "--output", tmp_path / "out"]

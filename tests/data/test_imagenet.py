@@ -65,7 +65,7 @@ def test_training_and_validation_must_have_the_same_classes(shards, tmp_path, cl
         ({"image_size": 0}, r"data\.image_size is 0: must be"),
         ({"num_classes": 0}, r"data\.num_classes is 0: must be"),
         ({"crop": "foo"}, r"data\.crop: 'foo' is none of adm, ten_crop, center"),
-        ({"max_bad_share": 2}, r"data\.max_bad_share: 2 is not a share"),
+        ({"max_bad_share": 2}, r"data\.max_bad_share is 2: must be at least 0, at most 1"),
         ({"batch_size": 27}, r"data\.batch_size: 27 x 1 devices x 1 batches per step is more than the 26 training"),
         ({"classes": ["a", "e"]}, r"data\.classes: 'e' is no class, they are 0 to 3 \(a, b, c, d\)"),
         ({"classes": [4]}, r"data\.classes: 4 is no class, they are 0 to 3"),

@@ -3,8 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 
-from dar_lightning.generation.grids import MIN_SIDE, PAD, blend, image_grid, mosaic
+from dar_lightning.generation.grids import (
+    BAR,
+    LINE,
+    MIN_SIDE,
+    PAD,
+    TO_COME,
+    WRITTEN,
+    blend,
+    image_grid,
+    mosaic,
+    stream_frames,
+)
 
 
 def noise(height: int, width: int) -> torch.Tensor:
@@ -49,3 +61,27 @@ def test_a_mosaic_leaves_gaps_white():
     pixels = np.asarray(mosaic(images))[..., 0]
     assert pixels.shape == (2 * 100 + 4, 2 * 100 + 4)
     assert [pixels[50, 50], pixels[50, 150], pixels[150, 50], pixels[150, 150]] == [0, 1, 2, 255]
+
+
+def test_captions_stand_below_the_images():
+    images = noise(MIN_SIDE, MIN_SIDE)
+    plain, labelled = (np.asarray(image_grid(images, captions=texts)) for texts in (None, ["8", "16", "24 tokens"]))
+    assert np.array_equal(labelled[:-LINE], plain)
+    assert [(part < 128).any() for part in np.split(labelled[-LINE:, PAD:], 3, axis=1)] == [True] * 3
+
+
+def test_an_animation_shows_pictures_in_rows_of_four_and_fills_its_bar():
+    strips = torch.tensor([0, 100, 60]).view(1, 3, 1, 1, 1) + torch.arange(5).view(5, 1, 1, 1, 1)
+    frames = stream_frames(strips.expand(5, 3, 3, 96, 96).to(torch.uint8), list("abcde"), [8, 16, 24], steps=4)
+    pixels = [np.asarray(frame) for frame in frames]
+    row = PAD + 100 + LINE
+    assert pixels[0].shape == (2 * row + BAR + LINE + PAD, PAD + 4 * 100, 3)
+    grey = [frame[50, 50, 0] for frame in pixels]
+    assert grey == [0, 25, 50, 75, 100, 90, 80, 70, 60], "as blend"
+    last = pixels[-1]
+    assert [last[50, 50 + 100 * i, 0] for i in range(4)] == [60, 61, 62, 63]
+    assert [last[row + 50, 50 + 100 * i, 0] for i in range(4)] == [64, 255, 255, 255], "gaps are white"
+    bars = [frame[2 * row + 1, PAD:-PAD] for frame in pixels]
+    blue = [(bar == ImageColor.getrgb(WRITTEN)).all(-1).mean() for bar in bars]
+    assert np.allclose(blue, np.linspace(8, 24, 9) / 24, atol=0.003)
+    assert (bars[0][-1] == ImageColor.getrgb(TO_COME)).all()

@@ -39,7 +39,7 @@ def test_order_of_convergence(solver, times, expected):
 
 
 def test_unknown_solver():
-    with pytest.raises(UserError, match="unknown solver 'heun'"):
+    with pytest.raises(UserError, match="solver is 'heun'"):
         next(integrate(lambda x, i, t: x, torch.zeros(1, 1, 1, 1), [0.0, 1.0], "heun"))
 
 

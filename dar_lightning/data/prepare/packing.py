@@ -23,7 +23,7 @@ from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, read_index, write_shard
 from dar_lightning.data.tar import read_headers
 from dar_lightning.data.transforms import resize_short_side
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, begin_work
 from dar_lightning.files import file_sha256, locked, read_json, write_text
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
@@ -174,6 +174,7 @@ def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: 
 
 def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_share: float) -> list[tuple]:
     """What the packer makes of all jobs, under a progress bar; too many bad images end it."""
+    begin_work()
     options = processes.options(workers if workers > 1 else 0) | {"pin_memory": False}
     made, bad, interrupts = [], [], []
     try:
@@ -195,10 +196,8 @@ def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_sh
                         f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far "
                         f"as they were read: {bad[0]['name']!a}: {bad[0]['reason']}, ..."
                     )
-    except UserError as error:  # a worker's comes with its traceback
-        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (UserError, RuntimeError) as error:
+        if (mistake := processes.user_error(error, "workers", 1)) is None:
             raise
-        raise UserError(f"workers is {workers}: one was killed, for lack of memory perhaps; give fewer") from error
+        raise mistake from error
     return made

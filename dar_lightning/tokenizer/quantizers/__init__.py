@@ -1,12 +1,12 @@
 """Quantizers by name: latents to codes and back. Classes of your own by class path; a config alone imports no code."""
 
 import inspect
-from pkgutil import resolve_name
 from typing import Any
 
 from torch import nn
 
-from dar_lightning.errors import UserError, one_line, require
+from dar_lightning.errors import UserError, require
+from dar_lightning.files import load_class
 from dar_lightning.tokenizer.quantizers.bsq import BinarySphericalQuantizer
 from dar_lightning.tokenizer.quantizers.fsq import FiniteScalarQuantizer
 from dar_lightning.tokenizer.quantizers.ibq import IndexBackpropagationQuantizer
@@ -68,11 +68,7 @@ def import_quantizer(name: str) -> None:
     """
     if name in QUANTIZERS:
         return
-    try:
-        found = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"quantizer is {name!r}, which cannot be imported: {one_line(error)}") from error
-    register_quantizer(found, name)
+    register_quantizer(load_class(name, f"quantizer {name}", "a class that can be imported"), name)
 
 
 def make_quantizer(name: str, codebook_size: int, codebook_dim: int, options: dict[str, Any]) -> nn.Module:

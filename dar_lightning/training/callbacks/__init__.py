@@ -4,6 +4,7 @@ from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_warmup import CodebookWarmup
 from dar_lightning.training.callbacks.early_stopping_patience import EarlyStoppingPatience
 from dar_lightning.training.callbacks.ema import EMA
+from dar_lightning.training.callbacks.faults import Faults
 from dar_lightning.training.callbacks.fid import GenerationFID, ReconstructionFID
 from dar_lightning.training.callbacks.global_batch import GlobalBatch
 from dar_lightning.training.callbacks.monitors import (
@@ -25,6 +26,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookWarmup",
     "EarlyStoppingPatience",
+    "Faults",
     "GenerationFID",
     "GlobalBatch",
     "GroupLoss",

@@ -32,6 +32,8 @@ class CodebookWarmup(Callback):
         revive_until: step after which codes are left alone, so that the end of training is undisturbed.
     """
 
+    needs = "tokenizer"  # which model
+
     def __init__(
         self,
         warmup_steps: int,

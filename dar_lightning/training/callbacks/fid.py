@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.sampling import check_filter
 from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import FrozenNetwork, feature_protocol, frechet_name, load_features
@@ -23,6 +24,7 @@ from dar_lightning.metrics.measure import Measured, float64_device
 from dar_lightning.metrics.reconstruction import reconstruct, reconstruction_protocol, reconstruction_scores
 from dar_lightning.records.protocol import FRECHET, Protocol, write_metrics
 from dar_lightning.records.provenance import provenance
+from dar_lightning.tokenizer.flow import check_diffusion
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.training.callbacks.stop import StopOnSignal
 from dar_lightning.training.fsdp import whole_model
@@ -156,6 +158,7 @@ class ReconstructionFID(FrechetCallback):
         super().__init__("r", features, features_weights, every_n_steps, label)
         if num_samples is not None and num_samples < 2:
             raise UserError(f"ReconstructionFID: num_samples is {num_samples}, a Frechet distance needs 2 or more")
+        check_diffusion(solver, num_steps)
         self.num_samples, self.seed = num_samples, seed
         self.options = {"solver": solver, "num_steps": num_steps}
         self._lpips = None if lpips is None else lpips_network(lpips)
@@ -260,6 +263,8 @@ class GenerationFID(FrechetCallback):
         if batch_size < 1 or num_samples < 2:
             given = f"batch_size is {batch_size} and num_samples is {num_samples}"
             raise UserError(f"GenerationFID: {given}, at least 1 and 2 are needed")
+        check_diffusion(solver, num_steps)
+        check_filter(temperature, top_k, top_p)
         self.tokenizer_path, self.source, self.num_samples, self.seed = tokenizer, reference, num_samples, seed
         self.batch_size, self.options = batch_size, {"guidance": read_guidance(guidance), "temperature": temperature}
         self.options |= {"top_k": top_k, "top_p": top_p, "solver": solver, "num_steps": num_steps}
@@ -278,7 +283,7 @@ class GenerationFID(FrechetCallback):
         stored = read_statistics(self.source, option)
         if stored is not None:
             sha256 = feature_protocol(self.features, self._network.network)["sha256"]
-            if check_fits(stored, self.source, self.features, sha256):
+            if check_fits(stored, self.source, self.features, sha256, option):
                 self.reference, self.reference_facts = stored.statistics, {"npz": self.source} | stored.facts()
                 return
         self._images = open_images(self.source, option, self._tokenizer.config.image_size)
@@ -307,18 +312,25 @@ class GenerationFID(FrechetCallback):
         measured, size = Measured(self._network, pl_module.device), self._tokenizer.config.image_size
         stops = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
         batches = images.batches(self.batch_size, trainer.global_rank, trainer.world_size)
-        numbers = itertools.count(trainer.global_rank, trainer.world_size)
+        numbers, mistake = itertools.count(trainer.global_rank, trainer.world_size), None
         for _ in range(math.ceil(len(images) / (self.batch_size * trainer.world_size))):  # of rank 0, which has most
             for stop in stops:
                 stop.obey_in_validation(trainer, pl_module)
-            with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
-                pixels, _ = next(batches, (None, None))
-            if pixels is None:
-                continue
-            if pixels.shape[2:] != (size, size):
-                found = f"has images of {pixels.shape[2]}x{pixels.shape[3]}"
-                raise UserError(f"GenerationFID: {self.source} {found}, the tokenizer makes {size}x{size}")
-            measured.add(pixels, list(itertools.islice(numbers, len(pixels))) if numbered else ())
+            try:
+                with trainer.precision_plugin.val_step_context():  # as `precision` has it; features are outside of it
+                    pixels, _ = next(batches, (None, None))
+                if pixels is not None and pixels.shape[2:] != (size, size):
+                    found = f"has images of {pixels.shape[2]}x{pixels.shape[3]}"
+                    raise UserError(f"GenerationFID: {self.source} {found}, the tokenizer makes {size}x{size}")
+            except UserError as error:  # an image that cannot be decoded: the other ranks are to know
+                mistake, pixels, batches = str(error), None, iter(())
+            if pixels is not None:
+                measured.add(pixels, list(itertools.islice(numbers, len(pixels))) if numbered else ())
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(mistakes := [None] * trainer.world_size, mistake)
+            mistake = next(filter(None, mistakes), None)
+        if mistake is not None:
+            raise UserError(mistake)
         if measured.empty:  # more ranks than batches
             measured.add(torch.zeros(1, 3, size, size, dtype=torch.uint8), count=0)
         return measured

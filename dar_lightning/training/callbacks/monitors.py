@@ -59,6 +59,8 @@ class CodebookMonitor(Callback):
     (1 to the codebook's size), of all devices' tokens since they were last logged.
     """
 
+    needs = "tokenizer"  # which model
+
     def setup(self, trainer, pl_module, stage) -> None:
         self._use = CodebookUse(pl_module.tokenizer.config.codebook_size).to(trainer.strategy.root_device)
 
@@ -81,6 +83,8 @@ class GroupLoss(Callback):
     Args:
         gain_batches: validation batches that the gain is measured on: one decoder pass each.
     """
+
+    needs = "tokenizer"  # which model
 
     def __init__(self, gain_batches: int = 8):
         self.gain_batches = gain_batches
@@ -126,6 +130,8 @@ class PositionLoss(Callback):
     Args:
         num_groups: groups of tokens, as many as the tokenizer has; a divisor of the number of tokens.
     """
+
+    needs = "ar"  # which model
 
     CURVES = ("groups/train_loss", "groups/val_loss", "groups/val_accuracy", "groups/val_entropy", "written/val_loss")
 
@@ -191,6 +197,8 @@ class TokenInfluence(Callback):
     Args:
         num_images: how many of each device's first validation batch; each is decoded up to five times.
     """
+
+    needs = "tokenizer"  # which model
 
     def __init__(self, num_images: int = 16):
         if num_images < 2:

@@ -24,6 +24,8 @@ class Reconstructions(Callback):
         num_strips: how many of them also get a strip: original, then the preview after each group.
     """
 
+    needs = "tokenizer"  # which model
+
     def __init__(self, num_images: int = 16, num_strips: int = 4):
         self.num_images, self.num_strips = num_images, num_strips
 
@@ -57,6 +59,8 @@ class Samples(Callback):
         per_class: images per class.
         guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
     """
+
+    needs = "ar"  # which model
 
     def __init__(
         self,

@@ -16,9 +16,11 @@ class ConfigText(SaveConfigCallback):
     """Lightning's config.yaml beside the logs, and the same as text in TensorBoard: every value that training uses."""
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        if stage == "fit":  # what only reads a run must not replace the config that made it
-            with users_path("trainer.default_root_dir"):
-                super().setup(trainer, pl_module, stage)
+        """Later: what only reads a run, or cannot train, must not replace the config that made it."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        with users_path("trainer.default_root_dir"):
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer, pl_module, stage) -> None:
         text = self.parser.dump(self.config, skip_none=False)

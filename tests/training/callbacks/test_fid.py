@@ -6,23 +6,27 @@ And what they must not do to a run: mistake its precision, grow, keep signals wa
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.distributed as dist
 from tiny_models import CLASSES, SIZE, fit_ar, make_tokenizer, picture
 from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.nn.modules.module import register_module_forward_hook
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dar_lightning import DARPipeline
+from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
 from dar_lightning.cli import main
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import images as image_sets
+from dar_lightning.metrics.features import FrozenNetwork, load_features
 from dar_lightning.records.pixels import image_digests, set_sha256
 from dar_lightning.training.callbacks import EMA, GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
 from dar_lightning.training.optim import OptimizerConfig
@@ -290,7 +294,8 @@ def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsy
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in (*fit_ar(*tokens, tmp_path, max_steps=1), *one, *one)])
     assert caught.value.code == 2
-    assert "dar fit: trainer.callbacks: two of type GenerationFID" in capsys.readouterr().err.splitlines()[-1]
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert "dar fit: trainer: Found more than one stateful callback of type `GenerationFID`" in found
 
 
 def measured(images: str, tokens: str, tokenizer: str, folder: Path, world: int) -> dict:
@@ -317,3 +322,25 @@ def test_two_ranks_measure_what_one_does(images, tokens, tokenizer_folder, two_r
         assert protocols[0] == protocols[1], "the hash of the reference's pixels, too"
     names = ["val/rFD-color_edges", "of many", "one batch", "val/rPSNR", "val/rSSIM"]
     assert {name: two[0][name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
+
+
+def one_broken(folder: str, tokenizer: str) -> None:
+    """Reads a folder whose image number 3 is no image: it is rank 1's."""
+    callback = GenerationFID(tokenizer, folder, 8, "color_edges", batch_size=1)
+    callback._tokenizer = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
+    callback._network = FrozenNetwork(load_features("color_edges"))
+    images = image_sets.open_images(folder, "GenerationFID: reference", SIZE)
+    context = SimpleNamespace(val_step_context=nullcontext)
+    here = SimpleNamespace(callbacks=[], global_rank=dist.get_rank(), world_size=2, precision_plugin=context)
+    callback._measured(images, here, SimpleNamespace(device=torch.device("cpu")), numbered=True)
+
+
+def test_an_image_that_one_rank_cannot_decode_ends_all(pair, tokenizer_folder, tmp_path):
+    """The others would wait for it without end."""
+    for number in range(8):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"none")
+    found = pair(one_broken, str(tmp_path), tokenizer_folder)
+    assert found[0] == found[1]
+    assert "UserError: GenerationFID: reference" in found[0]
+    assert "3.png cannot be decoded" in found[0]
