@@ -53,7 +53,7 @@ def generate(ar: ARModel, labels: Tensor, generator: torch.Generator) -> Tensor:
     cache = StaticCache((config.depth, len(labels), config.kv_heads, config.num_tokens, head_dim), weight)
     cache.buffer.zero_()
     mask = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool, device=weight.device).tril()
-    x, codes = ar.class_embedding(labels)[:, None], []
+    x, codes = ar.class_embedding(labels).values, []
     draws = draw_keys(len(labels), config.num_tokens, generator, weight.device)
     for position in range(config.num_tokens):
         cache.length = position

@@ -5,11 +5,11 @@ import sys
 from benchmarks.machine import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import AR, TOKENIZER, fit_ar, fit_tokenizer, make_tokenizer, write_images, write_tokens
+from tiny_models import AR, TOKENIZER, fit_ar, fit_tokenizer, make_tokenizer, write_images, write_tokens, write_vgg
 from tiny_models import options as option_words
 
 __all__ = ["AR", "TOKENIZER", "callback", "fit_ar", "fit_tokenizer", "make_tokenizer", "option_words"]
-__all__ += ["write_images", "write_tokens"]
+__all__ += ["write_images", "write_tokens", "write_vgg"]
 
 
 def callback(name: str, module: str, /, **options) -> list[str]:

@@ -51,7 +51,7 @@ tools:
     + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
     + """
 
-all verbs also take --trust my_file.MyQuantizer: a class of your own, for weights that name it
+all verbs also take --trust my_file.MyClass: a quantizer or condition of your own, for weights that name it
 and --traceback (or DAR_TRACEBACK=1 in the environment): all that lies behind a one-line error"""
 )
 
@@ -119,12 +119,14 @@ def shipped_file(word: str) -> str:
 
 
 def import_trusted(options: list[str]) -> list[str]:
-    """Options without every `--trust CLASS`: a quantizer class of the user's own, which weights may then name."""
+    """Options without every `--trust CLASS`: a class of the user's own, which weights may then name."""
     kept, words = [], iter(options)
     for word in words:
         name, _, value = word.partition("=")
         if name == "--trust":
-            importlib.import_module("dar_lightning.tokenizer.quantizers").import_quantizer(value or next(words, ""))
+            name = value or next(words, "")
+            importlib.import_module("dar_lightning.tokenizer.quantizers").import_quantizer(name)
+            importlib.import_module("dar_lightning.ar.conditions").import_condition(name)
         else:
             kept.append(word)
     return kept

@@ -49,6 +49,7 @@ class KVCache:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         self.buffer = torch.empty(shape[0], 2, *shape[1:], device=weight.device, dtype=dtype)
         self.length = 0  # of the sequences so far; the model counts on when all layers have written
+        self.real: Tensor | None = None  # (batch, P) bool: False for padding at the start, which nothing attends to
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, heads, n, head_dim) after `length`; return views of all (B, heads, m, head_dim)."""
@@ -61,6 +62,7 @@ class KVCache:
     def keep(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone; nothing is copied, and no memory given back."""
         self.buffer = self.buffer[:, :, :batch]
+        self.real = None if self.real is None else self.real[:batch]
 
 
 def run_block(block: nn.Module, *inputs, recompute: bool):

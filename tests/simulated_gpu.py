@@ -4,6 +4,8 @@ Importing this changes the process for good: do it in a process of its own.
 """
 
 import os
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,22 @@ _setup_privateuseone_for_python_backend("sim", Backend())
 DEVICE = torch.device("sim", 0)
 
 
+class Waits:
+    """Where a real device would make the host wait: (time of the wait, time when what it waits for was made, place)."""
+
+    def __init__(self):
+        self.clock, self.found = lambda: -1, []  # the clock gives a training step
+
+    def note(self, born: int) -> None:
+        frames = [Path(frame.filename) for frame in traceback.extract_stack()]
+        callers = [frame for frame in frames if {"dar_lightning", "lightning"} & {*frame.parts}]
+        self.found.append((self.clock(), born, callers[-1].name))
+
+
+WAITS = Waits()
+READING = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "masked_select", "is_nonzero", "equal")
+
+
 class OnDevice(torch.Tensor):
     """A tensor of that device. Its values are `raw`, a tensor of the CPU, on which everything is computed."""
 
@@ -33,13 +51,14 @@ class OnDevice(torch.Tensor):
     def __new__(cls, raw: torch.Tensor):
         layout = dict(strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype)
         tensor = torch.Tensor._make_wrapper_subclass(cls, raw.shape, device=DEVICE, **layout)
-        tensor.raw = raw
+        tensor.raw, tensor.born = raw, WAITS.clock()
         return tensor
 
     def __repr__(self) -> str:
         return f"OnDevice({self.raw})"
 
     def tolist(self) -> list:
+        WAITS.note(self.born)
         return self.raw.tolist()
 
     @classmethod
@@ -57,6 +76,12 @@ class OnDevice(torch.Tensor):
             same = [tensor for tensor in given if raw_of(tensor) is leaf]  # computed in place
             return same[0] if same else OnDevice(leaf) if target.type == "sim" else leaf
 
+        name = function.overloadpacket.__name__
+        reads = name in READING or (name == "_to_copy" and target.type == "cpu")
+        # A copy between host and device, either way, that is not said to be without a wait.
+        crosses = name == "copy_" and len({isinstance(tensor, OnDevice) for tensor in args[:2]}) == 2
+        if reads or (crosses and not (kwargs.get("non_blocking") or args[2:])):
+            WAITS.note(max(tensor.born for tensor in given if isinstance(tensor, OnDevice)))
         args, kwargs = tree_map(lower, (args, kwargs))
         return tree_map(lift, function(*args, **kwargs))
 

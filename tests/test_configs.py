@@ -38,7 +38,7 @@ BASES |= dict.fromkeys(under("debug"), B) | dict.fromkeys(under("trainer"), V1) 
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]
 BASES |= {name: name.replace("finetune_", "") for name in FINETUNE}
 LPIPS = [f"experiments/quickstart/{name}.yaml" for name in ("lpips_tokenizer", "decoder")]
-BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1}
+BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1} | dict.fromkeys(under("condition"), "experiments/ar/L.yaml")
 VERBS = dict.fromkeys(under("sweeps"), "sweep") | dict.fromkeys(under("evaluate"), "table") | {PREDICT: "predict"}
 VERBS["experiments/quickstart/sample.yaml"] = "sample"
 BASES |= {name: AR if Path(name).stem.startswith("ar") else TOKENIZER for name in under("own")}
@@ -117,6 +117,7 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> list[
     is_tokenizer = config["model"]["class_path"].endswith("TokenizerModule")
     if name in RECIPES:
         words += ["--global_batch=2", "--trainer.check_val_every_n_epoch=null", "--data.init_args.num_workers=0"]
+        words += ["--model.init_args.compile=false"]  # on a CPU this takes a minute
         if is_tokenizer:
             given = given | {"image_size": 64, "repa_layer": 0}
             words += [f"--data.init_args.{split}=data/fruit64/{split}" for split in ("train", "val")]

@@ -122,6 +122,16 @@ def test_encoding_builds_no_distance_matrix_that_training_would_go_back_through(
     assert grown == counting.encode(large) - counting.encode(small)
 
 
+def test_the_decoders_residual_stream_lies_patch_by_patch():
+    """A stream that lies channel by channel would make every norm and product copy it."""
+    model, seen = SequentialDiffusionTokenizer(TokenizerConfig.preset("tiny")), []
+    for block in model.decoder.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.decoder(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.zeros(2, 8, 64))
+    assert len(seen) == 2
+    assert all(x.is_contiguous() for x in seen)
+
+
 def test_recomputation_is_off_unless_asked_for():
     model = TokenizerModule(preset="tiny").tokenizer
     assert [part.recompute for part in (model.encoder, model.conditioner, model.decoder)] == [False] * 3

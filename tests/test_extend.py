@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md and docs/quantizers.md, taken from the pages as they stand there and run."""
+"""The examples of docs/extend.md, quantizers.md and conditions.md, taken from the pages as they stand there and run."""
 
 import json
 import re
@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
+from dar_lightning.ar import conditions
 from dar_lightning.cli import main
+from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import last_scalars
 from dar_lightning.tokenizer import quantizers
@@ -140,6 +143,61 @@ def test_the_page_of_the_quantizers(tmp_path, monkeypatch):
     logged = last_scalars(tmp_path / "runs/fsq/logs", ("train/", "codebook/"))
     assert logged["train/loss"] == pytest.approx(logged["train/flow"])
     assert logged["codebook/use"] <= 2 * 64 / 1600
+
+
+def few_photos(folder: Path) -> None:
+    """What the working directory has comes before what is shipped."""
+    index = ShardIndex.load(ROOT / "data/fruit64/val")
+    reader = ShardReader(index)
+    samples = [reader[number][1:] for number in range(12)]
+    (folder / "data/fruit64/val").mkdir(parents=True)
+    shard = write_shard(folder / "data/fruit64/val/000000.tar", samples)
+    ShardIndex(folder / "data/fruit64/val", (shard,), index.classes).save()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_condition(tmp_path, monkeypatch):
+    """A model of it is trained, saved and asked; where it is not trusted it is not imported."""
+    heading, name = "A condition", "bag_of_words"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    known, quantizers_known = dict(conditions.CONDITIONS), dict(quantizers.QUANTIZERS)
+    monkeypatch.setattr(conditions, "CONDITIONS", dict(known))
+    monkeypatch.setattr(quantizers, "QUANTIZERS", quantizers_known)
+    few_photos(tmp_path)
+    write_files(heading, tmp_path)
+    (text,) = blocks(heading, "python")
+    assert len(text.splitlines()) <= 34
+    shard, extract, fit, export, sample = commands(heading)
+    main(shard)
+    main(extract)
+    main([*fit, *QUICK])
+    monkeypatch.setattr(conditions, "CONDITIONS", dict(known))  # another process
+    with pytest.raises(SystemExit):
+        main([word for word in export if word != "--trust" and name not in word])
+    main(export)
+    main([*sample, "--device=cpu", "--per_class=1"])
+    assert json.loads((tmp_path / "runs/bag/drawn/samples.json").read_text())["prompt"] == ["granny-smith"]
+    config = json.loads((tmp_path / "runs/bag/pipeline/ar/config.json").read_text())
+    assert (config["condition"], config["condition_options"]) == (f"{name}.BagOfWords", {"rows": 256})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_conditions(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    page = (ROOT / "docs/conditions.md").read_text()
+    (tmp_path / "captions.yaml").write_text(re.search(r"```yaml\n# captions.yaml\n(.*?)```", page, flags=re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    few_photos(tmp_path)
+    (text,) = re.findall(r"```bash\n(python .*?)```", page, flags=re.DOTALL)
+    for words in map(shlex.split, text.replace("\\\n", " ").splitlines()):
+        verb = words[3]
+        main([*words[3:], *{"fit": QUICK, "sample": ["--device=cpu", "--per_class=1"]}.get(verb, [])])
+    assert (tmp_path / "runs/captioned/drawn/samples.png").is_file()
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    found = {}
+    exec(program, found)
+    assert found["images"].shape == (2, 3, 64, 64)
 
 
 def test_an_order(tmp_path):

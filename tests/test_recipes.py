@@ -19,6 +19,7 @@ def under(prefix: str, **values) -> dict:
 COMMON = {
     "seed_everything": 0,
     "trainer.precision": "bf16-mixed",
+    f"{MODEL}.compile": True,
     "trainer.gradient_clip_val": 1.0,
     f"{OPTIMIZER}.betas": [0.9, 0.95],
     "data.init_args.seed": 0,
@@ -131,3 +132,12 @@ def test_a_recipe_has_its_numbers(name):
     assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
     # What the paper does not say is called our choice.
     assert sorted(path for path, (_, line) in recipe.items() if "our choice" in line) == sorted(OURS[name])
+
+
+def test_every_run_states_its_precision():
+    """Layers take that of the config below them."""
+    configs = {path: yaml.safe_load(path.read_text()) for path in RECIPES.rglob("*.yaml")}
+    runs = {path: config for path, config in configs.items() if "class_path" in config.get("model", {})}
+    assert len(runs) == 12
+    allowed = {"32-true", "bf16-mixed"}
+    assert {path.name for path, config in runs.items() if config["trainer"].get("precision") not in allowed} == set()

@@ -1,11 +1,12 @@
 """Hyperparameters of the autoregressive model, with the paper's sizes."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dar_lightning.ar.order import ORDERS, OrderName
 from dar_lightning.errors import MOST_BLOCKS, check_range, require
+from dar_lightning.formats.registry import check_plain
 
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
@@ -25,7 +26,7 @@ class ARConfig:
         multiple_of: the SwiGLU width 2/3 * 4 * dim is rounded up to a multiple of this.
         rope_base: base of the 1-D RoPE.
         norm_eps: epsilon of RMSNorm.
-        class_dropout: probability of training a sample as "no class".
+        class_dropout: probability of training a sample as "no class", or as no other condition.
         token_dropout: dropout on token embeddings.
         residual_dropout: dropout on the attention branch's output.
         ffn_dropout: dropout on the feed-forward branch's output.
@@ -35,6 +36,9 @@ class ARConfig:
         order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
             num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".
+        condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens" or "features"
+            (ar.conditions), or the class path of your own, registered by `register_condition`.
+        condition_options: arguments of its class beside the width: numbers, words, and lists of them.
     """
 
     vocab_size: int = 16384
@@ -54,6 +58,8 @@ class ARConfig:
     order: OrderName = "coarse_to_fine"
     order_groups: int = 8
     order_seed: int = 0
+    condition: str = "class"
+    condition_options: dict = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "num_tokens", "num_classes", "dim", "depth", "num_heads", "kv_heads", "multiple_of"):
@@ -73,6 +79,7 @@ class ARConfig:
         divides = groups >= 1 and (self.order != "interleaved" or tokens % groups == 0)
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
+        check_plain(self.condition_options, "condition")
 
     @property
     def kv_heads(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dar_lightning.ar.conditions.class_label import check_labels
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
@@ -59,6 +60,7 @@ class GuidedLogitsProcessor:
         codes, count = self.config.vocab_size, self.config.num_tokens
         prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
         check_options(self.config, labels, temperature, top_k, top_p, prefix, count)
+        check_labels(labels, self.config.num_classes)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.scales = guidance_schedule(guidance, count, token_groups)
         self.guided = any(scale != 1.0 for scale in self.scales)

@@ -1,10 +1,11 @@
-"""ARModel: a class-conditional Llama over image tokens."""
+"""ARModel: a Llama over image tokens, after a prefix that says what to draw (a class, a caption)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.conditions import Condition, make_condition
+from dar_lightning.ar.config import MAX_TOKENS, ARConfig
 from dar_lightning.ar.order import fixed_order
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import require
@@ -29,7 +30,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=self.heads != self.kv_heads
+            q, k, v, attn_mask=mask, is_causal=cache is None and mask is None, enable_gqa=self.heads != self.kv_heads
         )
         return self.out(x.transpose(1, 2).flatten(2))
 
@@ -65,7 +66,7 @@ class Block(nn.Module):
 
 
 class ARModel(nn.Module, PretrainedMixin):
-    """Class-conditional Llama over the token sequence (paper, section 3.2)."""
+    """Llama over the token sequence (paper, section 3.2), conditioned by a prefix of P vectors (ar.conditions)."""
 
     config_class = ARConfig
     pipeline_part = "ar"
@@ -74,7 +75,11 @@ class ARModel(nn.Module, PretrainedMixin):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        options = config.condition_options | ({"num_classes": config.num_classes} if self._by_class else {})
+        condition = make_condition(config.condition, config.dim, options)
+        length = condition.length
+        require(1 <= length <= MAX_TOKENS, f"condition {config.condition}: length is {length}, need 1 to {MAX_TOKENS}")
+        self.add_module("class_embedding" if self._by_class else "condition_embedding", condition)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
         varies = config.order == "random_per_sample"
@@ -90,10 +95,10 @@ class ARModel(nn.Module, PretrainedMixin):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """Cosine and sine of RoPE (N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
+        """Cosine and sine of RoPE (P - 1 + N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
         config, head_dim = self.config, self.config.dim // self.config.num_heads
         frequencies = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.arange(config.num_tokens)[:, None] * frequencies
+        angles = torch.arange(self.max_length)[:, None] * frequencies
         tables = {"rotary": torch.stack([angles.cos(), angles.sin()], dim=-1)}
         if config.order != "random_per_sample":
             tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
@@ -108,6 +113,20 @@ class ARModel(nn.Module, PretrainedMixin):
         return self
 
     @property
+    def _by_class(self) -> bool:
+        return self.config.condition == "class"
+
+    @property
+    def condition(self) -> Condition:
+        """What makes the prefix; a class table keeps the name that it has in released weights."""
+        return self.class_embedding if self._by_class else self.condition_embedding
+
+    @property
+    def max_length(self) -> int:
+        """Places of the longest sequence, P - 1 + N: the last token is drawn, but not read."""
+        return self.condition.length - 1 + self.config.num_tokens
+
+    @property
     def null_class(self) -> int:
         """The label that means "no class"."""
         return self.config.num_classes
@@ -119,13 +138,14 @@ class ARModel(nn.Module, PretrainedMixin):
         shape = batch, self.config.num_tokens
         return draw_per_sample(torch.rand, shape, generator, self.head.weight.device).argsort(dim=1, stable=True)
 
-    def forward(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
+    def forward(self, condition: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits of tokens 1..N under teacher forcing.
 
-        In training mode labels are dropped to "no class" with probability class_dropout.
+        In training mode conditions are dropped to the null one with probability class_dropout.
 
         Args:
-            labels: (B,) int64, 0..num_classes - 1, or null_class.
+            condition: a batch (B, ...) of the model's condition: class labels (B,) int64, 0..num_classes - 1, or
+                null_class; caption tokens (B, P); and so on (ar.conditions).
             codes: (B, N) int64 as they are written. The last one is a target only, it is not read.
             order: (B, N) int64, the codes' places; read by a model of order "random_per_sample" alone, which needs it.
 
@@ -136,43 +156,67 @@ class ARModel(nn.Module, PretrainedMixin):
         count, most = codes.shape[1], self.config.num_tokens
         require(count <= most, f"codes hold {count} tokens: this model has at most {most}")
         if self.training and self.config.class_dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
-            labels = torch.where(dropped, self.null_class, labels)
-        x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes[:, :-1])], dim=1)
-        return self._run(x, order)
+            batch = len(condition)
+            dropped = torch.rand(batch, device=condition.device) < self.config.class_dropout
+            dropped = dropped.view(batch, *[1] * (condition.dim() - 1))
+            condition = torch.where(dropped, self.condition.null(batch), condition)
+        return self._run(*self._sequence(condition, codes[:, :-1]), order)
 
     @no_cudnn_attention()
-    def start(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
-        """Read the class token and the first m < N tokens, codes (B, m), into a new KV cache; `order` as in `forward`.
+    def start(self, condition: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Read the condition and the first m < N tokens, codes (B, m), into a new KV cache; arguments as in `forward`.
 
         Returns:
             (B, vocab_size) logits of token m + 1, and the cache.
         """
         config, weight = self.config, self.token_embedding.weight
         heads, head_dim = config.kv_heads, config.dim // config.num_heads
-        cache = KVCache((config.depth, len(labels), heads, config.num_tokens, head_dim), weight)
-        x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(codes)], dim=1)
-        return self._run(x, order, cache)[:, 0], cache
+        cache = KVCache((config.depth, len(condition), heads, self.max_length, head_dim), weight)
+        x, cache.real = self._sequence(condition, codes)
+        return self._run(x, cache.real, order, cache)[:, 0], cache
 
     @no_cudnn_attention()
     def step(self, tokens: Tensor, cache: KVCache, order: Tensor | None = None) -> Tensor:
         """Append one token per sequence (B,); logits (B, vocab_size) of the next one."""
-        return self._run(self.token_embedding(tokens)[:, None], order, cache)[:, 0]
+        return self._run(self.token_embedding(tokens)[:, None], cache.real, order, cache)[:, 0]
 
-    def _run(self, x: Tensor, order: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """Logits of every position of x (B, L, D); with a cache, which x continues, of the last position alone."""
-        start = 0 if cache is None else cache.length
-        end = start + x.shape[1]
-        # One new token looks at everything in the cache; several need the causal mask, shifted by what is cached.
-        several = cache is not None and x.shape[1] > 1
-        mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start) if several else None
+    def _sequence(self, condition: Tensor, codes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of prefix and codes (B, m): (B, P + m, D); which places of the prefix are real, (B, P) or None."""
+        prefix = self.condition(condition)
+        return torch.cat([prefix.values, self.token_embedding(codes)], dim=1), prefix.real
+
+    def _run(self, x: Tensor, real: Tensor | None, order: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """Logits of N tokens from x (B, P - 1 + N, D); with a cache, which x continues, of its last position alone."""
+        before = self.condition.length - 1  # places that predict no token
         x = self.token_dropout(x)
         if self.place_embedding is not None:
-            x = x + self.place_embedding(order[:, start:end])  # of the token that comes next
+            start = 0 if cache is None else cache.length
+            places = order[:, max(start - before, 0) : start + x.shape[1] - before]  # of the tokens that come next
+            x = x + F.pad(self.place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+        x = self.hidden(x, real, cache)
+        return self.head(self.norm(x[:, before:] if cache is None else x[:, -1:])).float()
+
+    def hidden(self, x: Tensor, real: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, L, D) after all blocks, of embeddings x (B, L, D): what another backbone would do.
+
+        Args:
+            x: the sequence from its prefix on; with a cache, what continues it.
+            real: (B, P) bool, places of the prefix that may be attended to; None: all.
+            cache: takes the new keys and values, and counts on.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + x.shape[1]
+        mask = None
+        # Without a mask attention is causal. One new token looks at everything in the cache; several need the causal
+        # mask, shifted by what is cached. Padding is hidden from all but itself, or its softmax would have no key.
+        if x.shape[1] > 1 and (cache is not None or real is not None):
+            mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start)
+        if real is not None:
+            seen = F.pad(real, (0, end - real.shape[1]), value=True)[:, None, None]  # (B, 1, 1, end)
+            mask = seen if mask is None else mask & seen | mask.triu(start)
         rotary = self.rotary[start:end].float()  # once, not in every block
         for layer, block in enumerate(self.blocks):
             x = run_block(block, x, rotary, mask, cache, layer, recompute=self.recompute)
         if cache is not None:
             cache.length = end
-            x = x[:, -1:]
-        return self.head(self.norm(x)).float()
+        return x

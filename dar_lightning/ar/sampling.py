@@ -37,7 +37,7 @@ def stream_tokens(
 
     Args:
         ar: the model; it is put into evaluation mode while it draws and back afterwards.
-        labels: (B,) int64 classes.
+        labels: (B,) int64 classes, or a batch (B, ...) of the model's own condition (ar.conditions).
         guidance: scale s of logits = uncond + s (cond - uncond): constant, (a, b), linear over the tokens, or another
             schedule (`ar.guidance`). After the last token that it guides, the unconditional half leaves the batch.
         temperature: divides the logits; positive.
@@ -57,10 +57,14 @@ def stream_tokens(
     """
     road = choose_road(ar, static if bias is None else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
-    prefix = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
+    prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix
+    prefix = prefix.to(labels.device)
     check_options(ar.config, labels, temperature, top_k, top_p, prefix, count)
+    ar.condition.check(labels)
     scales = guidance_schedule(guidance, ar.config.num_tokens, token_groups)[:count]
     batch, guided = len(labels), guided_tokens(scales)
+    blind = guided and ar.condition.takes == "nothing"
+    require(not blind, f"guidance is {guidance}: this model has no condition to guide by, leave it at 1")
     order = ar.draw_order(len(labels), generator) if order is None else order
     keys = draw_keys(len(labels), ar.config.num_tokens, generator, labels.device)
 
@@ -69,12 +73,12 @@ def stream_tokens(
     try:
         yield from prefix.unbind(1)
         if guided > prefix.shape[1]:
-            labels = torch.cat([labels, torch.full_like(labels, ar.null_class)])
+            labels = torch.cat([labels, ar.condition.null(batch)])
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         if road != "eager":
             options = scales, guided, count, temperature, top_k, top_p
-            prompt = ar.class_embedding(labels)[:, None]
-            yield from draw_static(ar, Drawing(prompt, None, prefix[:batch], order, keys, *options), road)
+            prompt = ar.condition(labels)
+            yield from draw_static(ar, Drawing(*prompt, prefix[:batch], order, keys, *options), road)
             return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
@@ -124,11 +128,8 @@ def check_options(
     config: ARConfig, labels: Tensor, temperature: float, top_k: int, top_p: float, prefix: Tensor, count: int
 ) -> None:
     """Refuse values outside the ranges of `stream_tokens`, whose num_tokens is `count`, for a model of this config."""
-    null = config.num_classes
-    first, last = map(int, labels.aminmax()) if len(labels) else (0, 0)
     low, high = map(int, prefix.aminmax()) if prefix.numel() else (0, 0)
     require(1 <= count <= config.num_tokens, f"num_tokens is {count}: this model draws from 1 to {config.num_tokens}")
-    require(0 <= first <= last <= null, f"labels are from {first} to {last}: need 0 to {null - 1}")
     check_filter(temperature, top_k, top_p)
     ordered = config.order == "coarse_to_fine" or not prefix.shape[1]
     require(ordered, f"prefix: this model's order is {config.order}, which does not write the first tokens first")

@@ -71,12 +71,13 @@ def export(
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        pipe = DARPipeline(decoder, model, _classes(shards))
+        pipe = DARPipeline(decoder, model, _classes(shards) if model.config.condition == "class" else ())
         begin_work()
         pipe.save_pretrained(output)
         write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
-        said = f"pipeline of {model.config.num_classes} classes"
+        classes, takes = model.condition.num_labels, model.condition.takes
+        said = f"pipeline of {classes} classes" if takes == "labels" else f"pipeline that takes {takes}"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
     print(f"{output}: {said}")
 

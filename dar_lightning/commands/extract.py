@@ -1,5 +1,6 @@
 """`dar extract`: tokenize image shards once and cache the tokens as shards."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,8 @@ from typing import Literal
 import lightning as L
 import torch
 
+from dar_lightning.ar.conditions import FILE
+from dar_lightning.ar.conditions.caption_tokens import CaptionTokens, train_vocabulary
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_all_are_done
 from dar_lightning.data.shards import INDEX, ShardIndex
@@ -14,9 +17,10 @@ from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
 from dar_lightning.data.workers import MOST
 from dar_lightning.devices import check_started_processes, dtype_name
-from dar_lightning.errors import MOST_PIXELS, check_range, naming
-from dar_lightning.files import locked
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range, naming
+from dar_lightning.files import locked, read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
+from dar_lightning.formats.text_encoder import TextEncoder
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 
@@ -35,8 +39,14 @@ def extract(
     accelerator: str = "auto",
     devices: int | str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    vocabulary: int | None = None,
+    encoder: str | None = None,
+    caption_length: int = 16,
 ) -> None:
     """Tokenize image shards into token shards for CodesDataModule.
+
+    Captions of the images go along. With vocabulary or encoder each image needs one; condition.json in `output` then
+    holds the options of an AR model's condition, caption_tokens or features.
 
     One file is written per image shard, whole or not at all, and the index last: a run that was interrupted goes on
     with the shards that are missing, and a finished one is left alone. With several devices, each takes a part of the
@@ -61,6 +71,11 @@ def extract(
         devices: Lightning's: number of devices, or `auto`.
         precision: Lightning's, for weights in float32, however they are stored; the search for the nearest code is
             always in float32. Lower precision changes a few tokens.
+        vocabulary: Pieces of a vocabulary that is trained on the captions, for condition caption_tokens. Needs
+            `tokenizers`: pip install 'dar-lightning[text]'.
+        encoder: A frozen text encoder, a folder or Hugging Face repository of transformers (safetensors), whose
+            features of each caption are stored, for condition features. Needs transformers, of the same extra.
+        caption_length: Tokens of a caption that the AR model will read, at most.
 
     Raises:
         UserError: The tokenizer or the shards cannot be read, too many samples are bad, or `output` holds something
@@ -69,6 +84,9 @@ def extract(
     check_range(1, 10**4, random_crops=random_crops)
     check_range(1, MOST_PIXELS, image_size=image_size)
     check_range(1, batch_size=batch_size)
+    check_range(1, 2**16, caption_length=caption_length, vocabulary=vocabulary)
+    if vocabulary is not None and encoder is not None:
+        raise UserError("vocabulary and encoder are both set: a model reads captions in one of the two ways")
     check_range(0, MOST, num_workers=num_workers)
     check_range(0, 1, max_bad_share=max_bad_share)
     index = ShardIndex.load(shards, "shards", cache_dir)
@@ -88,6 +106,12 @@ def extract(
         "dtype": "float32",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+    network = None if encoder is None else TextEncoder(encoder, caption_length)
+    if network is not None:
+        facts = {"sha256": network.sha256, "channels": network.dim, "length": caption_length}
+        made_by |= {"captioned": True, "encoder": facts}
+    elif vocabulary is not None:
+        made_by["captioned"] = True
     root = Path(output)
     cache = TokenCache(root, index, model.config, made_by, unsaid)
     done = cache.done()
@@ -95,6 +119,7 @@ def extract(
     if not missing and (root / INDEX).exists():
         found = CodesIndex.load(root, "output")
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
+        write_condition(cache, vocabulary, encoder, caption_length)
         return
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
@@ -113,11 +138,37 @@ def extract(
     check_started_processes(trainer.world_size, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
-            module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers)
+            module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers, network)
             predict_until_all_are_done(trainer, module)
         if trainer.is_global_zero:
-            codes = cache.finish(max_bad_share)
+            codes = cache.finish(max_bad_share, encoder)
+            write_condition(cache, vocabulary, encoder, caption_length)
             size = sum(shard.bytes for shard in codes.shards) / 1e6
             print(f"{codes.num_samples} images x {len(views)} crops x {codes.num_tokens} tokens, {size:.1f} MB: {root}")
             if codes.skipped:
                 print(f"{len(codes.skipped)} of {index.num_samples} samples were skipped, {root / INDEX} names them")
+
+
+def write_condition(cache: TokenCache, vocabulary: int | None, encoder: str | None, length: int) -> None:
+    """Write the options of an AR model's condition for these token shards (`ar.conditions.read_options`).
+
+    A vocabulary that is there stays: trained again, it could be another one, and models know its pieces by number.
+    """
+    path = cache.root / FILE
+    asked = {"vocabulary": vocabulary, "encoder": encoder, "caption_length": length}
+    if path.is_file() and read_json(path).get("asked") == asked:
+        return
+    if vocabulary is not None:
+        captions = [text for texts in cache.captions() for text in texts]
+        pieces = train_vocabulary(captions, vocabulary)
+        name, options = "caption_tokens", {"vocabulary": pieces, "length": length}
+        condition = CaptionTokens(1, **options)
+        longer = sum(len(condition.tokens(text)) > length for text in captions)
+        cut = f", {longer} of them longer than caption_length {length} tokens, and cut" if longer else ""
+        print(f"{len(pieces.split())} pieces trained on {len(captions)} captions{cut}")
+    elif encoder is not None:
+        name, options = "features", cache.made_by["encoder"] | {"encoder": encoder}
+    else:
+        return
+    content = {"condition": name, "condition_options": options, "asked": asked}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dar_lightning.ar.conditions import import_condition
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import check_started_processes, round_convolutions_as_products
@@ -181,11 +182,13 @@ class TrainerCLI(LightningCLI):
 
         The config that a run keeps does not name these places: with another default_root_dir it is another run's.
 
-        A quantizer of the user's own is imported: this config is theirs, and names classes anyway.
+        A quantizer or condition of the user's own is imported: this config is theirs, and names classes anyway.
         """
         config = self.config[self.config.subcommand]
         if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):
             import_quantizer(quantizer)
+        if "." in (condition := config.get("model.init_args.config.condition") or ""):
+            import_condition(condition)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
         steps = ("accumulate_grad_batches", "check_val_every_n_epoch")

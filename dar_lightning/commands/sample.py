@@ -1,4 +1,4 @@
-"""`dar sample`: class-conditional image grids, previews, animations and layout control with a pipeline."""
+"""`dar sample`: image grids of classes or prompts, previews, animations and layout control with a pipeline."""
 
 import json
 import shlex
@@ -63,10 +63,12 @@ def sample(
     device: str = "auto",
     dtype: Dtype | None = None,
     compile: bool = False,
+    prompt: list[str] | str | None = None,
+    encoder: str | None = None,
 ) -> None:
-    """Draw images of some classes; write pictures, arrays and everything needed to repeat it.
+    """Draw images of some classes, or of prompts; write pictures, arrays and everything needed to repeat it.
 
-    Writes `samples.png` (a row per class), `previews.png` (a film strip for the first image of each class: the
+    Writes `samples.png` (a row per class or prompt), `previews.png` (a film strip for the first image of each: the
     preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
     images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
     (n, H, W, 3), `labels`) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png`
@@ -78,10 +80,10 @@ def sample(
         tokenizer: instead of a pipeline, with `ar`: a folder or repository, or a checkpoint of `dar fit`.
         ar: the same for the AR model; its classes have numbers and no names.
         classes: class names or numbers, separated by commas, or "all".
-        per_class: images per class.
-        numbers: draw these images of each class, separated by commas, instead of the first ones: of drafts, those to
-            finish. With variations, the one image that is varied.
-        seed: image i of a class is a function of (seed, class, i) alone, whatever the batch size.
+        per_class: images per class or prompt.
+        numbers: draw these images of each class or prompt, separated by commas, instead of the first ones: of drafts,
+            those to finish. With variations, the one image that is varied.
+        seed: image i of a class or prompt is a function of (seed, class or prompt, i) alone, whatever the batch size.
         guidance: scale of classifier-free guidance, "a,b", linear over the tokens, "power_cosine,SCALE,POWER",
             "interval,SCALE,FROM_GROUP,TO_GROUP", or "my_file.MyClass,VALUE,...".
         temperature: of the token distribution.
@@ -107,6 +109,9 @@ def sample(
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
         compile: torch.compile the pixel decoder, for many images; on a CPU this needs a C++ compiler.
+        prompt: instead of classes, what to draw in words, for a model that takes text; or a list of such texts.
+        encoder: the text encoder of a model of features, where it is not where it was in training: a folder or Hugging
+            Face repository.
     """
     place = choose_device(device)
     check_diffusion(solver, num_steps)
@@ -124,10 +129,8 @@ def sample(
         check_compiler(place)
         compile_blocks(pipe.tokenizer.decoder)
     config = pipe.tokenizer.config
-    names = map(str, range(pipe.ar.config.num_classes)) if classes == "all" else classes.split(",")
-    labels = [pipe.label(name.strip()) for name in names]
-    if len({*labels}) < len(labels):
-        raise UserError(f"classes is {classes}: name each class once (per_class draws more of it)")
+    use_encoder(pipe, encoder)
+    labels = choose_labels(pipe, classes, prompt)
     seen = pipe.preview_groups(groups, start)
     shown = preview_numbers(num_previews, len(seen))
     given = [name for name, value in (("layout", layout), ("variations", variations), ("image", image)) if value]
@@ -176,7 +179,8 @@ def sample(
         for label, tokens in zip(labels, kept, strict=True)
         for number in wanted
     ]
-    class_names = [pipe.classes[label] if pipe.classes else str(label) for label in labels]
+    class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
+    numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
     drawn_with["decoding"] = choose_road(pipe.ar)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
@@ -193,10 +197,12 @@ def sample(
         images.append(previews[-1])
         if job.number == wanted[0] and len(strips) < len(labels):
             strips.append(previews)
-        about = {"class": class_names[labels.index(job.label)], "label": job.label, "seed": seed, "number": job.number}
+        about = {"class": class_names[labels.index(job.label)], "label": job.label}
+        about = {"prompt": job.label} if prompt is not None else about
+        about |= {"seed": seed, "number": job.number}
         about |= options | special | drawn_with | {"kept_tokens": len(job.kept), "codes": codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
-        name = f"images/{job.label:03d}-{job.number}{suffix}.png"
+        name = f"images/{numbered[job.label]:03d}-{job.number}{suffix}.png"
         save_png(to_image(images[-1]), folder / name, {METADATA: json.dumps(about)})
 
     strips = torch.stack(strips)  # (classes, K, 3, H, W)
@@ -217,8 +223,9 @@ def sample(
     save_png(image_grid(grid, class_names, columns), folder / f"{name}.png")
 
     pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
-    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([job.label for job in jobs]))
-    given = sources | special | {"classes": ",".join(map(str, labels)), "per_class": per_class, "seed": seed} | options
+    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([numbered[job.label] for job in jobs]))
+    asked = {"classes": ",".join(map(str, labels))} if prompt is None else {"prompt": labels, "encoder": encoder}
+    given = sources | special | asked | {"per_class": per_class, "seed": seed} | options
     given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
     prefixed = keeps and variation_strength is None
     given |= {"prefix": ",".join(map(str, lengths)) if prefixed else None, "batch_size": batch_size}
@@ -228,7 +235,32 @@ def sample(
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     write_drawn(folder / "samples.npz", record, digest)
-    print(f"{output}: {len(jobs)} images of {len(labels)} classes")
+    print(f"{output}: {len(jobs)} images of {len(labels)} {'classes' if prompt is None else 'prompts'}")
+
+
+def choose_labels(pipe: DARPipeline, classes: str, prompt: list[str] | str | None) -> list[int] | list[str]:
+    """What the options ask for: labels of classes, or prompts; each once."""
+    if prompt is None:
+        names = map(str, range(pipe.num_labels)) if classes == "all" else classes.split(",")
+        labels = [pipe.label(name.strip()) for name in names]
+        option, what = f"classes is {classes}", "class"
+    else:
+        if classes != "all":
+            raise UserError("classes and prompt are both set: a model takes one of the two")
+        labels = [prompt] if isinstance(prompt, str) else list(prompt)
+        pipe.condition(labels)  # says so if it cannot be read
+        option, what = f"prompt is {labels}", "prompt"
+    if len({*labels}) < len(labels):
+        raise UserError(f"{option}: name each {what} once (per_class draws more of it)")
+    return labels
+
+
+def use_encoder(pipe: DARPipeline, encoder: str | None) -> None:
+    """Let a pipeline of a text encoder's features find it elsewhere."""
+    if encoder is not None:
+        if not hasattr(pipe.ar.condition, "use_encoder"):
+            raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
+        pipe.ar.condition.use_encoder(encoder)
 
 
 def image_numbers(numbers: str | int | None, per_class: int) -> list[int]:

@@ -3,6 +3,7 @@
 import signal
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.commands.sample import use_encoder
 from dar_lightning.commands.serve_page import Work, build_page
 from dar_lightning.commands.serve_pictures import CSS
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
@@ -21,8 +22,9 @@ def serve(
     guidance: Guidance = 3.0,
     device: str = "auto",
     dtype: Dtype | None = None,
+    encoder: str | None = None,
 ) -> None:
-    """Open a web page: pick a class, seed and guidance, and watch the picture come group by group.
+    """Open a web page: pick a class (or type a prompt), seed and guidance, and watch the picture come group by group.
 
     A photo may give the first tokens (layout control), and be reconstructed from its first groups. Needs Gradio:
     pip install 'dar-lightning[demo]'. Ctrl-C or SIGTERM stop it; visitors' photos are deleted then, and after a day.
@@ -37,6 +39,7 @@ def serve(
             cannot name one.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
+        encoder: the text encoder of a model of features, where it is not where it was in training.
     """
     try:
         import gradio
@@ -47,7 +50,8 @@ def serve(
     check_range(0.001, 10**6, max_upload_mb=max_upload_mb)
     check_range(0, 65535, port=port)
     pipe = DARPipeline.from_pretrained(pipeline).to(device=choose_device(device), dtype=torch_dtype(dtype))
-    guidance, work = read_guidance(guidance), Work()
+    use_encoder(pipe, encoder)
+    guidance, work = 1.0 if pipe.ar.condition.takes == "nothing" else read_guidance(guidance), Work()
     pipe.guidance_scales(guidance)  # says so if it does not fit
     page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype, guidance)
     page.queue(max_size=max_queue, default_concurrency_limit=1)

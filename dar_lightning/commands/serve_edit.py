@@ -71,9 +71,10 @@ def edit_tab(
     pipe: DARPipeline,
     work: Any,
     photo: Any,
-    choices: list[tuple[str, int]],
+    ask: Callable[[str], Any],
     shared: list[Any],
     asked_of: Callable[..., tuple],
+    photo_of: Callable[[str], Image.Image],
     refusal: Callable[[str], Exception],
 ) -> None:
     """Put the tab into the page that is being built.
@@ -83,9 +84,10 @@ def edit_tab(
         pipe: what draws.
         work: where it draws, a `serve_page.Work`.
         photo: the component that takes a photo.
-        choices: names and numbers of the classes.
+        ask: makes the component of the class or prompt, of an elem_id.
         shared: the components of seed, guidance and schedule.
-        asked_of: reads class, seed, guidance, path of a photo, prefix and schedule.
+        asked_of: reads class or prompt, seed, guidance, path of a photo, prefix and schedule.
+        photo_of: reads a photo.
         refusal: what to raise with a message to the visitor.
     """
     side, most = pipe.tokenizer.config.image_size, min(6, pipe.num_groups - 1)
@@ -93,7 +95,7 @@ def edit_tab(
     def on_photo(path: str | None):
         if path is None:
             return None
-        image = to_image(middle(pipe, asked_of(0, 0, 1.0, path, 0, "")[3]))
+        image = to_image(middle(pipe, photo_of(path)))
         return {"image": data_url(image), "mask": data_url(Image.new("RGB", (side, side))), "side": side}
 
     def on_edit(label, seed, guidance, schedule, path, paint, start, evidence) -> Iterator[str]:
@@ -110,7 +112,7 @@ def edit_tab(
     with gr.Row():
         with gr.Column(scale=1):
             photo.render()
-            label = gr.Dropdown(choices, value=0, label="Class", elem_id="edit_label")
+            label = ask("edit_label")
             keep = {"label": "Keep of what was there", "info": "start: groups of steps left out"}
             around = {"label": "As around", "info": "evidence: 8 continues the photo, 0 to 4 change it"}
             sliders = [gr.Slider(0, most, value=0, step=1, **keep), gr.Slider(0, 16, value=EVIDENCE, step=1, **around)]

@@ -46,8 +46,8 @@ from dar_lightning import DARPipeline
 from dar_lightning.generation.drawing import image_seed
 {imports}
 pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
-{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label}, {number}))
-stream = pipe.stream(torch.tensor([{label}]), guidance={guidance!r}{prefix}, generator=[generator])
+{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label!r}, {number}))
+stream = pipe.stream({asked}, guidance={guidance!r}{prefix}, generator=[generator])
 for preview in stream:
     image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
 
@@ -86,14 +86,14 @@ class Work:
 @torch.inference_mode()
 def draw_previews(
     pipe: DARPipeline,
-    label: int,
+    label: int | str,
     seed: int,
     guidance: Guidance,
     photo: Image.Image | None = None,
     prefix: int = 0,
     number: int = 0,
 ) -> Generator[tuple[Image.Image, str, str, list[int]], None, None]:
-    """Draw an image of a class. Closing the iterator stops the work.
+    """Draw an image of a class or prompt. Closing the iterator stops the work.
 
     Yields:
         After each group the preview, enlarged; HTML of all previews so far; HTML of the tokens so far; the tokens.
@@ -118,7 +118,7 @@ def reconstructions(pipe: DARPipeline, photo: Image.Image) -> Generator[Image.Im
 
 def repeat(
     pipeline: str,
-    label: int,
+    label: int | str,
     seed: int,
     guidance: Guidance,
     photo: str | None,
@@ -127,7 +127,8 @@ def repeat(
     number: int = 0,
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
-    options = {"pipeline": pipeline, "classes": label, "per_class": 1, "seed": seed}
+    text = isinstance(label, str)
+    options = {"pipeline": pipeline, "prompt" if text else "classes": label, "per_class": 1, "seed": seed}
     options["guidance"] = guidance_text(guidance)
     options |= {"numbers": number} if number else {}
     parts = dict.fromkeys(("imports", "kept", "prefix"), "")
@@ -137,6 +138,7 @@ def repeat(
         parts["kept"] = f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]\n"
         parts["prefix"] = ", prefix=kept"
     parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
+    parts["asked"] = f"prompts=[{label!r}]" if text else f"torch.tensor([{label}])"
     python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, number=number, guidance=guidance, **parts)
     return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), python
 
@@ -161,7 +163,7 @@ def build_page(
         dtype: what its weights were cast to, for the same code.
         guidance: what the page begins with.
     """
-    config = pipe.tokenizer.config
+    config, takes = pipe.tokenizer.config, pipe.ar.condition.takes
     plain = not isinstance(guidance, str | tuple | list) and 1 <= guidance <= MAX_GUIDANCE
     typed = "" if plain else guidance_text(guidance)  # what the slider cannot say
 
@@ -194,8 +196,8 @@ def build_page(
         return found
 
     def asked_of(
-        label: int, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str
-    ) -> tuple[int, int, Guidance, Image.Image | None, int]:
+        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str
+    ) -> tuple[int | str, int, Guidance, Image.Image | None, int]:
         """What a visitor has asked for, as the arguments of `draw_previews`."""
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
@@ -204,6 +206,10 @@ def build_page(
         if not 0 <= prefix < config.num_tokens:
             raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
+        try:
+            pipe.condition([label])
+        except UserError as error:
+            raise refusal(str(error)) from error
         return label, int(seed), scale, photo, prefix
 
     def draw(inputs: tuple, number: int = 0) -> Iterator[tuple]:
@@ -214,7 +220,7 @@ def build_page(
             yield *shown, *code, (label, seed, number, codes)
 
     def on_draw(
-        label: int, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
+        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
     ) -> Iterator[tuple]:
         yield from draw((label, seed, guidance, path, prefix, schedule))
 
@@ -252,17 +258,23 @@ def build_page(
             raise refusal(NO_PHOTO)
         return (pictures[0], pictures[int(groups)]) if groups in range(1, len(pictures)) else gr.skip()
 
+    def ask(elem_id: str):
+        """The component for what is drawn: a class or a prompt."""
+        if takes == "prompts":
+            return gr.Textbox(label="Prompt", info="what to draw, in words", elem_id=elem_id)
+        names = pipe.classes or map(str, range(pipe.num_labels))
+        choices = [(text, label) for label, text in enumerate(names)]
+        return gr.Dropdown(choices, value=0, label="Class", elem_id=elem_id, visible=takes == "labels")
+
     with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, DAY)) as page:
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):
-                names = pipe.classes or map(str, range(pipe.ar.config.num_classes))
-                choices = [(text, label) for label, text in enumerate(names)]
-                label = gr.Dropdown(choices, value=0, label="Class", elem_id="label")
+                label = ask("label")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                first = guidance if plain else 3
-                scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance")
-                with gr.Accordion("Guidance as a function of the token", open=bool(typed)):
+                first, guided = guidance if plain else 3, takes != "nothing"
+                scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance", visible=guided)
+                with gr.Accordion("Guidance as a function of the token", open=bool(typed), visible=guided):
                     schedule = gr.Textbox(typed, label="Instead of the slider", info=SCHEDULE, elem_id="schedule")
                 with gr.Accordion("Layout from a photo", open=False):
                     photo = photo_input(height=160, elem_id="photo")
@@ -294,7 +306,7 @@ def build_page(
             stop.click(None, cancels=[drawing, drafting, varying, picking])
         with gr.Tab("Edit"):
             drop = photo_input(height=160, elem_id="edit_photo", render=False)
-            edit_tab(gr, pipe, work, drop, choices, [seed, scale, schedule], asked_of, refusal)
+            edit_tab(gr, pipe, work, drop, ask, [seed, scale, schedule], asked_of, photo_of, refusal)
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 given = photo_input(height=400, elem_id="given")

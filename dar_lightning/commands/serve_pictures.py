@@ -32,20 +32,20 @@ CSS = """
 def streamed(
     pipe: DARPipeline,
     numbers: Sequence[int],
-    label: int,
+    label: int | str,
     seed: int,
     guidance: Guidance,
     photo: Image.Image | None = None,
     prefix: int = 0,
     **edit: Tensor | float | None,
 ) -> Generator[Preview, None, None]:
-    """Draw images of a class by their numbers, as `dar sample` does; of a photo, the first `prefix` tokens are kept.
+    """Draw images of a class or prompt by their numbers, as `dar sample` does.
 
-    `edit` are image, known, start and evidence of DARPipeline.stream.
+    Of a photo, the first `prefix` tokens are kept. `edit` are image, known, start and evidence of DARPipeline.stream.
     """
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix].expand(len(numbers), -1)
     options = {"guidance": guidance, "prefix": kept, "generator": generators(seed, [(label, i) for i in numbers])}
-    return pipe.stream(torch.tensor([label] * len(numbers)), **options, **edit)
+    return pipe.stream(pipe.condition([label] * len(numbers)), **options, **edit)
 
 
 @torch.inference_mode()

@@ -36,17 +36,21 @@ def shard(
     seed: int | None = 0,
     workers: int | None = None,
     max_bad_share: float = 0.01,
+    unlabelled: bool = False,
+    captions: str | None = None,
 ) -> None:
     """Make WebDataset shards for ImageNetDataModule.
+
+    Images in a folder that has no folders have no labels. Captions, where there are some, go into each image's `.json`.
 
     Every shard is written whole or not at all, and the index last: repeat the command after an interruption, and it
     keeps the shards that are there and makes what is missing. The same input and options give the same bytes, with
     any number of workers. Images that cannot be decoded are left out, counted and named in `skipped.json`.
 
     Args:
-        input: A folder with a folder of images per class; ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar as
-            distributed; a folder or brace pattern of shards to pack anew; a Hugging Face data set: hf://NAME or a
-            folder that `save_to_disk` wrote.
+        input: A folder with a folder of images per class, or with images; ILSVRC2012_img_train.tar or
+            ILSVRC2012_img_val.tar as distributed; a folder or brace pattern of shards to pack anew; a Hugging Face data
+            set: hf://NAME or a folder that `save_to_disk` wrote.
         output: Folder for the shards and their index.json.
         size: Short side in pixels: larger images are scaled as in ADM and stored as JPEG. Left out, and for images
             that are not larger, the bytes stay as they are.
@@ -61,6 +65,10 @@ def shard(
         seed: Of the order of the images, and of the choice for OUTPUT/val; null keeps the order of the source.
         workers: Processes that work at the same time; one per core when left out.
         max_bad_share: Stop when more than this share of the images cannot be used.
+        unlabelled: Leave the labels away: the folders of a folder are no classes, and images in it count too.
+        captions: The column or JSON field that holds captions, where it is none of captions, caption and text. They
+            come from `.txt` and `.json` files beside images, a folder's metadata.csv or metadata.jsonl (with
+            `file_name`), samples of shards, or a column of a Hugging Face data set.
 
     Raises:
         UserError: The input is not as described, or `output` holds something else.
@@ -72,7 +80,11 @@ def shard(
     folder = Path(input).resolve()
     if folder.is_dir() and Path(output).resolve().is_relative_to(folder):  # it would be a part of its own input
         raise UserError(f"output: {output} is input or lies in it; choose a folder elsewhere")
-    source = open_source(input, labels, split)
+    if unlabelled and (labels is not None or classes is not None):
+        raise UserError("unlabelled is set, and so is labels or classes, which are of labels: leave one out")
+    source = open_source(input, labels, split, unlabelled, captions)
+    if unlabelled:
+        source = replace(source, classes=(), samples=[sample._replace(label=-1) for sample in source.samples])
     if classes is not None:
         source = choose_classes(source, classes)
     elif source.samples:
@@ -81,13 +93,17 @@ def shard(
     total, label_of = len(source.samples), {sample.name: sample.label for sample in source.samples}
     if not total:
         raise UserError(f"input: {input} holds no images")
-    print(f"{input}: {source.kind}, {total} images of {len(source.classes) or 'unnamed'} classes")
+    of = f"of {len(source.classes) or 'unnamed'} classes"
+    of = of if any(sample.label >= 0 for sample in source.samples) else "without labels"
+    captioned = sum(bool(sample.captions) for sample in source.samples)
+    print(f"{input}: {source.kind}, {total} images {of}" + (f", {captioned} with captions" if captioned else ""))
     if source.ignored:
         print(f"{len(source.ignored)} files are not named like images and left out: {source.ignored[0]!a}, ...")
     if source.hidden:
         print(f"{len(source.hidden)} hidden or system files and folders are left out: {source.hidden[0]!a}, ...")
     options = {"size": size, "quality": None if size is None else quality, "max_per_shard": max_per_shard}
     options |= {"val_fraction": val_fraction, "seed": seed}
+    options |= {} if captions is None else {"captions": captions}
     made = make_shards(source, Path(output), options, workers, max_bad_share)
     skipped = [each for _, bad in made for each in bad]
     size_in_mb = sum(entry.bytes for entry, _ in made) / 1e6
@@ -103,7 +119,9 @@ def shard(
         print(f"{len(skipped)} of {total} images skipped; {SKIPPED} beside the index names all")
 
 
-def open_source(input: str, labels: str | None, split: str | None) -> Source:
+def open_source(
+    input: str, labels: str | None, split: str | None, unlabelled: bool = False, captions: str | None = None
+) -> Source:
     """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
     if is_remote(input) and not input.startswith(HUB):
         raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
@@ -116,7 +134,7 @@ def open_source(input: str, labels: str | None, split: str | None) -> Source:
     if split is not None and not is_hf:
         raise UserError(f"split is {split}: only Hugging Face data sets have splits, input is {input}")
     if is_hf:
-        return hf_dataset(input.removeprefix(HUB), split)
+        return hf_dataset(input.removeprefix(HUB), split, captions)
     if is_val:
         return val_archive(path, labels)
     if any(name.endswith(".tar") for name in first):
@@ -124,6 +142,6 @@ def open_source(input: str, labels: str | None, split: str | None) -> Source:
     if input.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar"))):
         return shards(input)
     if path.is_dir():
-        return image_folder(path)
+        return image_folder(path, unlabelled, captions)
     what = "is a file of another kind" if path.exists() else "does not exist"
     raise UserError(f"input: {input} {what}; give a folder, an ILSVRC2012 archive, shards or hf://NAME")

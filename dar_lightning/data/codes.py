@@ -15,8 +15,10 @@ class CodesDataModule(StreamDataModule):
 
     Batches are dictionaries: `codes` (B, N) int64, `label` (B,) int64, `crop` (B,) int64 (the crop's number; the
     index has the names), `key` (list of B strings), `index` (B,) int64 and `valid` (B,) bool, False where validation
-    only fills up. All images are shuffled together in every epoch, and one crop of each is drawn; validation takes the
-    first crop. As with images, batches do not depend on workers, and a resumed run sees those of the unbroken one.
+    only fills up; `label` is -1 where the images have none. Token shards of images with captions give `caption` (list
+    of B strings), and those of `dar extract --encoder` also its `features` (B, length, d) float16. All images are
+    shuffled together in every epoch, and one crop and one caption of each are drawn; validation takes the first. As
+    with images, batches do not depend on workers, and a resumed run sees those of the unbroken one.
 
     Args:
         train: Folder of token shards for training.

@@ -23,6 +23,7 @@ from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, 
 from dar_lightning.data.views import ViewBatches, Views
 from dar_lightning.errors import UserError, begin_work
 from dar_lightning.files import file_sha256, write_text
+from dar_lightning.formats.text_encoder import TextEncoder
 from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
 
@@ -67,7 +68,8 @@ class TokenCache:
         headers = {number: read_header(path) for number, path in enumerate(self.paths) if path.exists()}
         for number, header in headers.items():
             there = self.unsaid | header["made_by"]
-            for name, value in (self.made_by | {"source": self.source(number)}).items():
+            options = {"captioned": None, "encoder": None}  # which not all have
+            for name, value in (options | self.made_by | {"source": self.source(number)}).items():
                 if there.get(name) != value:
                     raise UserError(
                         f"output: {self.paths[number]} was made with {name} {there.get(name)}, now it is {value}; "
@@ -75,15 +77,28 @@ class TokenCache:
                     )
         return {number: header["skipped"] for number, header in headers.items()}
 
-    def finish(self, max_bad_share: float) -> CodesIndex:
+    def captions(self) -> list[list[str]]:
+        """The captions of each image, in order; none for images without."""
+        headers = map(read_header, self.paths)
+        return [texts for header in headers for texts in header.get("captions", [[]] * header["samples"])]
+
+    def finish(self, max_bad_share: float, encoder: str | None = None) -> CodesIndex:
         """Write the index, if all ranks together have not skipped too much."""
         for part in self.root.glob(".*.part"):  # of processes that were killed
             part.unlink(missing_ok=True)
         headers = [read_header(path) for path in self.paths]
         bad = tuple(name for header in headers for name in header["skipped"])
         check_share("shards", bad, self.index.num_samples, max_bad_share)  # each rank has met a part of them only
+        captioned = [bool(texts) for texts in self.captions()]
+        if 0 < sum(captioned) < len(captioned):
+            missing = f"{len(captioned) - sum(captioned)} of {len(captioned)} images have no caption"
+            print(f"shards: {missing}; the token shards count as without captions")
+        made_by = self.made_by.get("encoder")
         codes = CodesIndex(
             root=self.root,
+            labelled=self.index.labelled,
+            captioned=bool(captioned) and all(captioned),
+            encoder=made_by and {"name": encoder} | made_by,
             **{name: self.made_by[name] for name in ("tokenizer", "crops", "num_crops", "image_size")},
             tokenizer_config=self.config.to_dict(),
             num_tokens=self.config.num_tokens,
@@ -104,18 +119,31 @@ class Extractor(L.LightningModule):
     """
 
     def __init__(
-        self, tokenizer, cache: TokenCache, missing: list[int], views: Views, skipped: Skipped, batch_size, num_workers
+        self,
+        tokenizer,
+        cache: TokenCache,
+        missing: list[int],
+        views: Views,
+        skipped: Skipped,
+        batch_size,
+        num_workers,
+        encoder: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.cache, self.missing, self.views, self.skipped = tokenizer, cache, missing, views, skipped
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.codes, self.labels, self.keys, self.bad = [], [], [], []  # of the shard that is being read
+        self.batch_size, self.num_workers, self.encoder = batch_size, num_workers, encoder
+        self._begin()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
+
+    def _begin(self) -> None:
+        """Of the shard that is being read."""
+        self.codes, self.labels, self.keys, self.captions, self.bad = [], [], [], [], []
 
     def predict_dataloader(self) -> Loader:
         """This rank's shards, one after the other."""
         mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
-        batches = ViewBatches(self.cache.index, mine, self.views, max(1, self.batch_size // len(self.views)))
+        size, captioned = max(1, self.batch_size // len(self.views)), bool(self.cache.made_by.get("captioned"))
+        batches = ViewBatches(self.cache.index, mine, self.views, size, captioned)
         return Loader(batches, batch_size=None, **workers.options(self.num_workers))
 
     def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -159,11 +187,16 @@ class Extractor(L.LightningModule):
                 self.codes.append(codes[row])
                 self.labels.append(int(batch["label"][row]))
                 self.keys.append(batch["key"][row])
+                self.captions.append(json.loads(batch["captions"][row]))
         if batch["last"]:
             made_by = cache.made_by | {"tokenizer_config": cache.config.to_dict(), "source": cache.source(number)}
             codes = np.stack(self.codes) if self.codes else codes[:0]
-            write_codes(cache.paths[number], codes, np.array(self.labels, np.int64), self.keys, made_by, self.bad)
-            self.codes, self.labels, self.keys, self.bad = [], [], [], []
+            features = None
+            if self.encoder is not None:
+                features = self.encoder([text for texts in self.captions for text in texts], self.batch_size)
+            labels, captions = np.array(self.labels, np.int64), self.captions if any(self.captions) else None
+            write_codes(cache.paths[number], codes, labels, self.keys, made_by, self.bad, captions, features)
+            self._begin()
 
 
 def predict_until_all_are_done(trainer: L.Trainer, module: Extractor) -> None:

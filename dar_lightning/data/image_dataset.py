@@ -33,7 +33,7 @@ class ShardDataset(Dataset):
     reader: ShardReader  # all samples of the split
     numbers: np.ndarray  # (n,) int64, those that the dataset consists of
     labels: dict[int, int]  # in the shards -> in the items, where it is another
-    num_classes: int | None  # labels in the shards are below it
+    num_classes: int | None  # labels in the shards are below it; 0: there are none
     image_size: int  # side of the square crops
     crop: Crop  # as for ImageNetDataModule
     flip: bool
@@ -110,7 +110,12 @@ def decode(members: dict[str, bytes], draft_size: int | None = None) -> Image.Im
 
 
 def read_label(members: dict[str, bytes], num_classes: int | None) -> int:
-    """The class number of a sample, from its `.cls` member; a BadSample if it has none below num_classes."""
+    """The class number of a sample, from its `.cls` member; a BadSample if it has none below num_classes.
+
+    With num_classes 0, of shards without labels, it is -1.
+    """
+    if num_classes == 0:
+        return -1
     if "cls" not in members:
         raise BadSample("no .cls member, which must hold its class number")
     text = members["cls"][:100].decode(errors="replace").strip()

@@ -1,4 +1,4 @@
-"""ImageNetDataModule: labelled WebDataset shards, ImageNet's or any others, as uint8 batches."""
+"""ImageNetDataModule: WebDataset shards, ImageNet's or any others, with labels or without, as uint8 batches."""
 
 from typing import get_args
 
@@ -16,10 +16,10 @@ from dar_lightning.errors import MOST_PIXELS, UserError, check_range
 class ImageNetDataModule(StreamDataModule):
     """Photos of any kind, ImageNet's or your own, out of WebDataset shards (`KEY.jpg|png|webp`, `KEY.cls`).
 
-    Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, `key` and `shard` (lists of B strings:
-    where the picture comes from), `index` (B,) int64 (the sample's number in the order of the shards) and `valid` (B,)
-    bool, False in validation for samples that only fill up: the last batch of a rank, and the places of bad samples.
-    `transforms.to_float` brings images to [-1, 1] on the device.
+    Batches are dictionaries: `image` (B, 3, S, S) uint8, `label` (B,) int64, -1 in shards without labels, `key` and
+    `shard` (lists of B strings: where the picture comes from), `index` (B,) int64 (the sample's number in the order of
+    the shards) and `valid` (B,) bool, False in validation for samples that only fill up: the last batch of a rank, and
+    the places of bad samples. `transforms.to_float` brings images to [-1, 1] on the device.
 
     The same seed gives the same batches and pixels for any number of workers, and over any number of devices if the
     global batch is kept. Training drops the remainder of an epoch; validation has every sample once.
@@ -85,6 +85,8 @@ class ImageNetDataModule(StreamDataModule):
         skipped.check()
         self._index[split] = index
         if self._classes is not None:
+            if not index.labelled:
+                raise UserError(f"data.classes: {source} has no labels, so there is nothing to choose by")
             self._kept()  # so that a class which is none is found here
         return index
 
@@ -102,6 +104,8 @@ class ImageNetDataModule(StreamDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
+        if not self._any_index.labelled:
+            raise UserError("data.num_classes: the shards have no labels")
         count = self._classes_in_shards if self._classes is None else len(self._classes)
         if count is None:
             raise UserError("data.num_classes: the shards have no index.json with class names, so give the number")
@@ -127,7 +131,8 @@ class ImageNetDataModule(StreamDataModule):
     def _dataset(self, split: str) -> ShardDataset:
         training, reader, skipped = split == "train", ShardReader(self.index(split)), self._skipped[split]
         if self._classes is None:
-            numbers, labels, count = np.arange(len(reader)), {}, self.num_classes
+            numbers, labels = np.arange(len(reader)), {}
+            count = self.num_classes if self.index(split).labelled else 0
         else:
             labels = {number: label for label, number in enumerate(self._kept())}
             kept, unlabelled, count = [], [], self._classes_in_shards

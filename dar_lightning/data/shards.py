@@ -52,6 +52,7 @@ class ShardIndex:
     shards: tuple[Shard, ...]  # damaged ones, too: samples keep their numbers, and those that are lost cannot be read
     classes: tuple[str, ...] = ()  # names of the classes that the labels count; empty when unknown
     url: str | None = None  # the folder that they are copied from
+    labelled: bool = True  # False: no sample has a `.cls` member
     lost: tuple[Bad, ...] = field(default=(), compare=False, repr=False)  # what is known before anything is read
 
     @property
@@ -66,6 +67,7 @@ class ShardIndex:
             "samples": self.num_samples,
             "bytes": sum(shard.bytes for shard in self.shards),
             "classes": list(self.classes),
+            **({} if self.labelled else {"labelled": False}),
             "shards": [asdict(shard) for shard in self.shards],
             # the same for `wids` of the WebDataset project, which reads samples by their number, too
             "__kind__": "wids-shard-index-v1",
@@ -100,18 +102,20 @@ class ShardIndex:
         root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
         if not root.is_dir():
             raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
-        known, classes = {}, ()
+        known, classes, labelled = {}, (), None
         if (root / INDEX).is_file():
             content, shards = read_index(root, option, ("classes",))
             known, classes = {shard.name: shard for shard in shards}, tuple(content["classes"])
+            labelled = content.get("labelled", True) is True
             if any(not name.endswith(".tar") for name in known):
                 raise UserError(f"{option}: {root} holds token shards, images are needed")
         names = names or list(known) or sorted(path.name for path in root.glob("*.tar"))
         if url is None and (missing := [name for name in names if name not in known and not (root / name).exists()]):
             raise UserError(f"{option}: {root / missing[0]} is missing, {len(missing)} of {len(names)} are")
         examined = [_examine(root, url, name, known.get(name)) for name in names]
-        lost = tuple(one for _, bad in examined for one in bad)
-        index = cls(root, tuple(entry for entry, _ in examined), classes, url, lost)
+        lost = tuple(one for _, bad, _ in examined for one in bad)
+        labelled = any(found for *_, found in examined) if labelled is None else labelled
+        index = cls(root, tuple(entry for entry, *_ in examined), classes, url, labelled, lost)
         if index.num_samples == 0:
             raise UserError(f"{option}: no samples in {source}; give a folder of .tar shards")
         if len(lost) >= index.num_samples:
@@ -146,11 +150,13 @@ def _fetch_index(url: str, needed: bool, cache_dir: str | None, option: str) -> 
     return root
 
 
-def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[Bad]]:
-    """A shard's entry, made if there is none, and what is known to be lost of it. Remote ones are trusted."""
+def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tuple[Shard, list[Bad], bool]:
+    """A shard's entry, made if there is none, what is known to be lost of it, and whether samples that were looked at
+    have labels. Remote ones are trusted.
+    """
     path = root / name
     if entry is not None and (url is not None or (path.is_file() and path.stat().st_size == entry.bytes)):
-        return entry, []
+        return entry, [], False
     if url is not None:
         try:
             fetch(f"{url}/{name}", path)
@@ -161,7 +167,8 @@ def _examine(root: Path, url: str | None, name: str, entry: Shard | None) -> tup
     if entry is None:  # of what has no end, who knows how much is missing: one sample at least
         entry = Shard(name, found + bool(contents.damage), path.stat().st_size)
     flaws = ((position, contents.flaw(position)) for position in range(max(found, entry.samples)))
-    return entry, [Bad(f"{name}/{contents.name(position)}", flaw) for position, flaw in flaws if flaw]
+    bad = [Bad(f"{name}/{contents.name(position)}", flaw) for position, flaw in flaws if flaw]
+    return entry, bad, any("cls" in sample.members for sample in contents.samples)
 
 
 def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict, tuple[Shard, ...]]:

@@ -1,5 +1,6 @@
 """The dataset of `dar extract`: all crops of every image. Worker processes import it, so it does without Lightning."""
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dar_lightning.data import transforms
 from dar_lightning.data.bad_samples import Bad
+from dar_lightning.data.captions import MEMBERS, read_captions
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import NEEDED, decode, describe, read_label
 from dar_lightning.data.sampler import sample_generator
@@ -62,12 +64,17 @@ class ViewBatches(Dataset):
     A batch never crosses the edge of a shard: what shares a forward pass, and so each token to the last bit, depends
     neither on the number of devices nor on where an earlier run was interrupted.
 
-    An item is a dictionary: `views` (B, V, 3, S, S) uint8, `label` (B,), `key` (list), `flaw` (a `Bad` of B names
-    and B reasons; views of bad samples are black), `shard` (its number) and `last` (whether the shard ends here).
+    An item is a dictionary: `views` (B, V, 3, S, S) uint8, `label` (B,), -1 in shards without labels, `key` (list),
+    `captions` (list: those of an image in JSON), `flaw` (a `Bad` of B names and B reasons; views of bad samples are
+    black), `shard` (its number) and `last` (whether the shard ends here). With `captioned`, an image without a caption
+    is bad.
     """
 
-    def __init__(self, index: ShardIndex, numbers: list[int], views: Views, batch_size: int) -> None:
-        self.reader, self.views, self.num_classes = ShardReader(index), views, len(index.classes) or None
+    def __init__(
+        self, index: ShardIndex, numbers: list[int], views: Views, batch_size: int, captioned: bool = False
+    ) -> None:
+        self.reader, self.views, self.captioned = ShardReader(index), views, captioned
+        self.num_classes = (len(index.classes) or None) if index.labelled else 0
         self.batches = []  # shard, numbers of its samples in this batch, whether it is the last one
         for number in numbers:
             end = int(self.reader.ends[number])
@@ -84,9 +91,13 @@ class ViewBatches(Dataset):
 
     def _sample(self, number: int) -> dict:
         try:
-            _, key, members = self.reader.read(number, only=NEEDED)
+            _, key, members = self.reader.read(number, only=(*NEEDED, *MEMBERS))
             views, label = self.views.of(decode(members), number), read_label(members, self.num_classes)
+            captions = read_captions(members)
+            if self.captioned and not captions:
+                raise BadSample("no caption")
         except BadSample as bad:
             black = torch.zeros(len(self.views), 3, self.views.size, self.views.size, dtype=torch.uint8)
-            return {"views": black, "label": -1, "key": "", "flaw": describe(self.reader, number, bad)}
-        return {"views": views, "label": label, "key": key, "flaw": Bad()}
+            flaw = describe(self.reader, number, bad)
+            return {"views": black, "label": -1, "key": "", "captions": "[]", "flaw": flaw}
+        return {"views": views, "label": label, "key": key, "captions": json.dumps(captions), "flaw": Bad()}

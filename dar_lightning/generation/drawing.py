@@ -16,21 +16,21 @@ ROWS = 32  # images per forward pass, unless somebody wants another number
 
 
 class Job(NamedTuple):
-    """One image to draw: its class, which image of the class it is, and the tokens (m,) int64 that it starts with."""
+    """One image to draw: its class or prompt, which image of that it is, and the tokens (m,) int64 it starts with."""
 
-    label: int
+    label: int | str
     number: int
     kept: Tensor = torch.empty(0, dtype=torch.long)
 
 
-def image_seed(seed: int, label: int, number: int) -> int:
-    """The seed of image `number` of a class: 63 bits, which is what torch takes (its CPU generator looks at 32)."""
+def image_seed(seed: int, label: int | str, number: int) -> int:
+    """The seed of image `number` of a class or prompt: 63 bits, as torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generators(seed: int, members: Iterable[tuple[int, int]]) -> list[torch.Generator]:
-    """One for each (class, number): what makes an image a function of its seed, class and number."""
+def generators(seed: int, members: Iterable[tuple[int | str, int]]) -> list[torch.Generator]:
+    """One for each (class or prompt, number): what makes an image a function of these and of the seed."""
     return [torch.Generator().manual_seed(image_seed(seed, label, number)) for label, number in members]
 
 
@@ -76,8 +76,8 @@ def draw_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw images in batches, with a progress bar; `options` are those of DARPipeline.stream.
 
-    An image is a function of (seed, class, number, kept tokens), up to rounding. Those that keep different numbers of
-    tokens do not share a batch. With `groups`, tokens and previews of the first groups alone are drawn.
+    An image is a function of (seed, class or prompt, number, kept tokens), up to rounding. Those that keep different
+    numbers of tokens do not share a batch. With `groups`, tokens and previews of the first groups alone are drawn.
 
     Yields:
         Of each job, in order: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,); on the CPU.
@@ -89,7 +89,7 @@ def draw_images(
             alike = list(group)
             for batch in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
                 stream = pipe.stream(
-                    torch.tensor([job.label for job in batch]),
+                    pipe.condition([job.label for job in batch]),
                     prefix=torch.stack([job.kept for job in batch]),
                     generator=generators(seed, [(job.label, job.number) for job in batch]),
                     **options,

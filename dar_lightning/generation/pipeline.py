@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -39,7 +39,7 @@ class Preview:
 
 
 class DARPipeline:
-    """Class-conditional image generation by a tokenizer and an AR model (paper, section 3).
+    """Image generation by a tokenizer and an AR model (paper, section 3), of classes, or of what the model takes.
 
     Args:
         tokenizer: decodes tokens.
@@ -64,14 +64,14 @@ class DARPipeline:
         fixed = "coarse_to_fine" if ar.config.order == "random_per_sample" else ar.config.order
         order = fixed_order(fixed, tokens, ar.config.order_groups, ar.config.order_seed)
         self.token_groups = [1 + bisect(ends, place) for place in order.tolist()]
-        if classes and len(classes) != ar.config.num_classes:
-            raise UserError(f"{len(classes)} class names for an AR model of {ar.config.num_classes} classes")
+        if classes and len(classes) != (count := ar.condition.num_labels):
+            raise UserError(f"{len(classes)} class names for an AR model of {count} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
 
     @torch.no_grad()
     def stream(
         self,
-        labels: Tensor,
+        labels: Tensor | None = None,
         guidance: Guidance | GuidanceSchedule = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -82,6 +82,7 @@ class DARPipeline:
         num_steps: int | None = None,
         generator: Generators = None,
         overlap: bool | None = None,
+        prompts: Sequence[str] | None = None,
         image: Tensor | None = None,
         known: Tensor | None = None,
         start: int = 0,
@@ -94,7 +95,8 @@ class DARPipeline:
         loop over it) stops the work.
 
         Args:
-            labels: (B,) int64 classes.
+            labels: (B,) int64 classes; or a batch (B, ...) of the AR model's own condition. Of a model without
+                condition only B counts.
             guidance: scale, (a, b), linear over the tokens, or another schedule (`ar.guidance`).
             temperature: of the token distribution.
             top_k: keep the k most likely tokens; 0 keeps all.
@@ -106,6 +108,7 @@ class DARPipeline:
             generator: a torch.Generator, or a list with one per image: then an image does not depend on its batch.
             overlap: write the next tokens while a diffusion step runs, on a thread and stream of their own; the images
                 are the same. None does so on CUDA, where neither fills the device alone.
+            prompts: instead of labels, B texts, for a model that takes them.
             image: (B or 1, 3, H, W) in [-1, 1]: what to keep, to start from or to resemble (`generation.inpainting`).
             known: (B or 1, 1, H, W) bool: its pixels that are kept as they are, in every preview.
             start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
@@ -115,16 +118,16 @@ class DARPipeline:
             K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
             arguments.
         """
-        labels = labels.to(self.device)
+        condition = self.condition(labels if prompts is None else prompts)
         groups = self.preview_groups(None, start)
         if noise is not None or image is not None:
-            noise = self.tokenizer.draw_noise(len(labels), generator) if noise is None else noise.to(self.device)
+            noise = self.tokenizer.draw_noise(len(condition), generator) if noise is None else noise.to(self.device)
         edit = Edit(self.tokenizer, noise, image, known, start, evidence)
         # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
-        aside = self.tokenizer.set_noise_aside(len(labels), generator) if noise is None else None
+        aside = self.tokenizer.set_noise_aside(len(condition), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         options |= dict(token_groups=self.token_groups, bias=edit.bias)
-        tokens = stream_in_place(self.ar, labels, prefix=prefix, generator=generator, **options)
+        tokens = stream_in_place(self.ar, condition, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []
         with closing(run_ahead(tokens, self.device) if overlap else tokens) as tokens:
@@ -143,8 +146,8 @@ class DARPipeline:
             for group, images in zip(groups, previews, strict=True):
                 yield Preview(edit.paste(images), torch.stack(codes, dim=1), group)
 
-    def generate(self, labels: Tensor, groups: int | None = None, **options) -> Tensor:
-        """Generate images of classes (B,): (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
+    def generate(self, labels: Tensor | None = None, groups: int | None = None, **options) -> Tensor:
+        """Generate images of classes (B,), or of prompts: (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
 
         With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
         """
@@ -162,6 +165,22 @@ class DARPipeline:
             raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}{more}")
         return range(least, 1 + (count if groups is None else groups))
 
+    def condition(self, asked: Tensor | Sequence[str] | Sequence[int] | None) -> Tensor:
+        """What is asked for, prompts or labels, as a batch of the AR model's condition, on the device of the models."""
+        if asked is None or len(asked) == 0:
+            raise UserError(f"nothing to draw: this model takes {self.ar.condition.takes}, give some")
+        if not isinstance(asked, Tensor):
+            text = isinstance(asked[0], str)
+            asked = self.ar.condition.from_prompts(asked) if text else torch.tensor(asked)
+        return asked.to(self.device)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels are below it: classes, or 1 without condition. UserError for a model that takes text."""
+        if not (count := self.ar.condition.num_labels):
+            raise UserError(f"this model takes {self.ar.condition.takes}, not classes: need prompt (dar sample)")
+        return count
+
     def guidance_scales(self, guidance: Guidance | GuidanceSchedule) -> list[float]:
         """The guidance scale of each token, as `stream` takes it; UserError for one that this pipeline cannot have."""
         return guidance_schedule(guidance, len(self.token_groups), self.token_groups)
@@ -171,10 +190,10 @@ class DARPipeline:
         text = str(name_or_index)
         if text in self.classes:
             return self.classes.index(text)
-        if text.isascii() and text.isdigit() and int(text) < self.ar.config.num_classes:
+        if text.isascii() and text.isdigit() and int(text) < self.num_labels:
             return int(text)
         names = f" or one of {', '.join(self.classes)}" if 0 < len(self.classes) <= 20 else ""
-        raise UserError(f"class {text!r} is unknown: give 0 to {self.ar.config.num_classes - 1}{names}")
+        raise UserError(f"class {text!r} is unknown: give 0 to {self.num_labels - 1}{names}")
 
     @property
     def averaged(self) -> dict[str, bool | None]:

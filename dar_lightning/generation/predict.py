@@ -60,7 +60,7 @@ class GenerationModule(LightningModule):
         self.path, self.seed, self.rows = pipeline, seed, rows
         self.pipeline = pipe = DARPipeline.from_pretrained(pipeline)
         self.tokenizer, self.ar = pipe.tokenizer, pipe.ar  # so that Lightning moves them
-        self.num_classes = pipe.ar.config.num_classes
+        self.num_classes = pipe.num_labels
         guidance = read_guidance(guidance)
         pipe.guidance_scales(guidance)  # says so if it does not fit
         self.options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, solver=solver)

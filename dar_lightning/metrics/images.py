@@ -199,6 +199,7 @@ class DrawnImages:
         self.classes = pipeline.classes
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         pipeline.guidance_scales(options.get("guidance", 1.0))  # says so if it does not fit
+        self.num_labels = pipeline.num_labels
         # What `generate` does without these is said in the protocol, too.
         self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options
 
@@ -224,7 +225,7 @@ class DrawnImages:
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         options = self.options | {"num_steps": self.num_steps}
         for numbers in torch.arange(self.count).split(self.rows)[rank::world_size]:
-            labels = numbers % self.pipeline.ar.config.num_classes
+            labels = numbers % self.num_labels
             members = list(zip(numbers.tolist(), labels.tolist(), strict=True))
             yield draw_rows(self.pipeline, members, self.seed, self.rows, options).cpu(), labels
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from dar_lightning.errors import MOST_BLOCKS, check_range, require
+from dar_lightning.formats.registry import check_plain
 
 # Rows of the query and position tables. More than num_tokens, so that official weights fit any token count.
 TABLE_ROWS = 1024
@@ -118,11 +119,7 @@ class TokenizerConfig:
         require(self.head_dim % 4 == 0, f"head_dim is {self.head_dim}: 2-D RoPE needs a multiple of 4")
         layer, last = self.repa_layer, self.decoder_depth - 1
         require(layer is None or 0 <= layer <= last, f"repa_layer is {layer}: it must be from 0 to {last}, or null")
-        require(len(self.quantizer_options) <= 32, "quantizer_options has more than 32 entries")
-        for name, value in self.quantizer_options.items():
-            plain = type(name) is str and all(map(_is_plain, value if type(value) is list else [value]))
-            need = "it must be a number, a word, true or false, or a list of them"
-            require(plain, f"quantizer_options: {name} is {value!r}: {need}")
+        check_plain(self.quantizer_options, "quantizer")
 
     @property
     def window(self) -> int:
@@ -138,11 +135,6 @@ class TokenizerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, as config.json and checkpoints keep them."""
         return asdict(self)
-
-
-def _is_plain(value: Any) -> bool:
-    """What JSON can write and read as it is."""
-    return type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

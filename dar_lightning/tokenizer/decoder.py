@@ -87,7 +87,7 @@ class PixelDecoder(nn.Module):
         x = rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", p1=patch, p2=patch)
         x = self.conv_in(x)
         height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, P, D); else all blocks would keep it channel by channel
         if self.config.absolute_positions:
             x = x + axial_rotary(height, width, x.shape[-1], device=x.device).flatten(1).to(x.dtype)
         rotary = axial_rotary(height, width, head_dim, device=x.device)

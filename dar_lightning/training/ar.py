@@ -1,15 +1,18 @@
 """ARModule: training of the autoregressive model on token sequences."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dar_lightning.ar.conditions import read_options
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import placed
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
-from dar_lightning.layers import compile_blocks
+from dar_lightning.training.compilation import compile_for_training
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
 
@@ -41,6 +44,7 @@ class ARModule(TrainingModule):
     ):
         super().__init__(optimizer)
         config = choose_config(config, preset, ARConfig)
+        config = replace(config, condition_options=read_options(config.condition_options))
         if config.order not in self.orders:
             raise UserError(
                 f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine, "
@@ -52,18 +56,17 @@ class ARModule(TrainingModule):
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
         if compile:
-            compile_blocks(self.ar)
+            compile_for_training(self.ar)
+        # DDP would send these constants from rank 0 to all in every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in self.ar.tables()]
 
     def check_data(self, data: CodesDataModule) -> None:
-        """Refuse tokens or labels that the model has no embedding for, naming the config's value that does not fit."""
+        """Refuse tokens or conditions that the model has no embedding for, naming the config's value that is wrong."""
         config = self.ar.config
         self.check_num_tokens(data)
-        for name, needed in (("vocab_size", data.codebook_size), ("num_classes", data.num_classes)):
-            if (mine := getattr(config, name)) < needed:
-                raise UserError(f"{name} is {mine} in the config, the data needs {needed}")
-        for split in ("train", "val"):
-            if getattr(data, split) is not None:
-                data.index(split).check_labels(config.num_classes)
+        if config.vocab_size < data.codebook_size:
+            raise UserError(f"vocab_size is {config.vocab_size} in the config, the data needs {data.codebook_size}")
+        self.ar.condition.check_data(data)
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
         if (mine := self.ar.config.num_tokens) != data.num_tokens:
@@ -77,9 +80,13 @@ class ARModule(TrainingModule):
         """Tokens (B, N) of the data as the model writes them, and their places (B, N), or None for their own."""
         return codes, None
 
+    def condition(self, batch: dict) -> Tensor:
+        """What the model is told of each sample, from a batch of the data."""
+        return self.ar.condition.from_data(batch).to(batch["codes"].device)
+
     def training_step(self, batch: dict, batch_idx: int) -> dict:
         codes, order = self.arrange(batch["codes"])
-        logits = self.ar(batch["label"], codes, order)  # (B, N, V)
+        logits = self.ar(self.condition(batch), codes, order)  # (B, N, V)
         token_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
         loss = token_loss.mean()
         return {"loss": loss, "parts": {"loss": loss.detach()}} | in_place({"token_loss": token_loss.detach()}, order)
@@ -88,7 +95,7 @@ class ARModule(TrainingModule):
         """Log means; returns loss, hit and, with an order, entropy of each token (b, N), or None of padding alone."""
         kept, count = counted_rows(batch["valid"])
         codes, order = self.arrange(batch["codes"], torch.Generator().manual_seed(batch_idx))
-        log_p = F.log_softmax(self.ar(batch["label"], codes, order)[kept], dim=-1)  # (b, N, V)
+        log_p = F.log_softmax(self.ar(self.condition(batch), codes, order)[kept], dim=-1)  # (b, N, V)
         codes = codes[kept]
         values = {"token_loss": -log_p.gather(2, codes[:, :, None])[:, :, 0]}
         values["hit"] = (log_p.argmax(dim=-1) == codes).float()

@@ -32,9 +32,11 @@ def step_flops(module: LightningModule, batch: dict) -> int:
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with shapes, torch.device(module.device):
             twin = _twin(module)
-        with _HalfOfTheKeys():
+        with _HalfOfTheKeys(masks=isinstance(twin, ARModule)):
             if isinstance(twin, ARModule):
-                loss = twin.ar(inputs["label"], *twin.arrange(inputs["codes"])).float().mean()
+                with shapes:  # the batch may hold texts: the null condition has their shape
+                    condition = twin.ar.condition.null(len(inputs["codes"]))
+                loss = twin.ar(condition, *twin.arrange(inputs["codes"])).float().mean()
             else:
                 images = to_float(inputs["image"])
                 loss, _ = twin.total_loss(twin.tokenizer.training_losses(images), images)
@@ -43,11 +45,21 @@ def step_flops(module: LightningModule, batch: dict) -> int:
 
 
 class _HalfOfTheKeys(TorchFunctionMode):
-    """Turns causal attention into attention to the first half of the keys: the shapes are those of what it costs."""
+    """Turns causal attention into attention to the first half of the keys: the shapes are those of what it costs.
+
+    With `masks`, attention with a mask is causal too: that of an AR model's training.
+    """
+
+    def __init__(self, masks: bool):
+        super().__init__()
+        self.masks = masks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and kwargs.pop("is_causal", False):
+        attention = func is F.scaled_dot_product_attention
+        if attention and self.masks and kwargs.get("attn_mask") is not None:
+            kwargs |= {"attn_mask": None, "is_causal": True}
+        if attention and kwargs.pop("is_causal", False):
             query, *keys_and_values = args
             args = (query, *(tensor[..., : tensor.shape[-2] // 2, :] for tensor in keys_and_values))
         return func(*args, **kwargs)

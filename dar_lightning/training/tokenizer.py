@@ -11,11 +11,11 @@ from torch.nn.utils import clip_grad_norm_
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float
 from dar_lightning.errors import UserError
-from dar_lightning.layers import compile_blocks
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning.training.compilation import compile_for_training
 from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss, RepaLoss
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
@@ -85,7 +85,7 @@ class TokenizerModule(TrainingModule):
         for part in activation_checkpointing or ():
             self.tokenizer.get_submodule(part).recompute = True
         if compile:
-            compile_blocks(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
+            compile_for_training(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
 
     def freeze_tokens(self) -> None:
         """Keep encoder and codebook, and so the tokens of every image, from now on."""

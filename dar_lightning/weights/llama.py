@@ -80,6 +80,8 @@ def save_llama(ar: ARModel, folder: str | Path, classes: tuple[str, ...] = ()) -
     order = config.order
     fits = not classes or len(classes) == config.num_classes
     require(fits, f"{len(classes)} class names for an AR model of {config.num_classes} classes")
+    by_class = config.condition == "class"
+    require(by_class, f"condition is {config.condition!r}: only models of classes go to transformers")
     require(order != "random_per_sample", f"order is {order!r}: a Llama is not told where its next token belongs")
     tensors = to_llama(config, {name: tensor.detach().cpu() for name, tensor in ar.state_dict().items()})
     about = {"format_version": FORMAT_VERSION, "ema": ar.averaged, "classes": list(classes), "config": config.to_dict()}

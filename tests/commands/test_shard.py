@@ -138,7 +138,7 @@ def test_options_and_inputs_that_cannot_be(tree, tmp_path, capsys):
         (["--input", "no/such/folder"], "does not exist; give a folder"),
         (["--input", tmp_path / "x.zip"], "is a file of another kind"),
         (["--input", tmp_path / "x.tar"], "x.tar can be read; x.tar/#0: not an uncompressed tar file"),
-        (["--input", tree / "apple"], "holds neither folders of images (one per class) nor .tar files"),
+        (["--input", tmp_path / "empty" / "class"], "holds neither images or folders of them nor .tar files"),
         (["--input", tmp_path / "empty"], "holds no images"),
         (["--input", tmp_path / "data"], "holds train, which are no classes; give one of these"),
         (["--input", "https://host/x"], "https://host/x is an address; copy it to this machine first"),

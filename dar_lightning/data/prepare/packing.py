@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dar_lightning.data import workers as processes
+from dar_lightning.data.captions import read_captions, read_object
 from dar_lightning.data.decode import BadSample, decode_rgb, open_image
 from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, read_index, write_shard
@@ -42,6 +43,7 @@ class Packer(Dataset):
     classes: tuple[str, ...]
     size: int | None
     quality: int
+    field: str | None = None  # of captions, in a sample's own JSON
 
     def __getitem__(self, job: tuple[Path, list[Sample], str | None]) -> tuple[Shard, list[dict[str, str]]]:
         path, samples, sha256 = job
@@ -65,8 +67,17 @@ class Packer(Dataset):
             except BadSample as bad:
                 skipped.append({"shard": path.name, "key": sample.key, "name": sample.name, "reason": str(bad)})
                 continue
-            about = {"name": sample.name} | ({"class": self.classes[sample.label]} if self.classes else {})
-            image = {extension: content, "cls": str(sample.label).encode()}
+            about = {"name": sample.name} | (
+                {"class": self.classes[sample.label]} if self.classes and sample.label >= 0 else {}
+            )
+            image = {extension: content} | ({"cls": str(sample.label).encode()} if sample.label >= 0 else {})
+            captions = list(sample.captions)
+            if self.field is not None:
+                captions = captions or read_captions(members, self.field)
+            if captions:
+                about |= read_object(members)
+                if about.get("captions") != captions:
+                    members = members | {"json": json.dumps(about | {"captions": captions}).encode()}
             yield sample.key, {"json": json.dumps(about).encode()} | members | image
 
     def _kept(self, path: Path, samples: list[Sample], skipped: list) -> Shard | None:
@@ -117,7 +128,7 @@ def make_shards(
             for start in range(0, len(samples), step):
                 path = root / part / f"{start // step:06d}.tar"
                 jobs.append((path, samples[start : start + step], known.get(path.name)))
-        packer = Packer(source.read, source.classes, options["size"], options["quality"])
+        packer = Packer(source.read, source.classes, options["size"], options["quality"], options.get("captions"))
         workers = min(workers or os.cpu_count() or 1, len(jobs))
         made = _run(packer, jobs, workers, len(source.samples), max_bad_share)
         for folder in (root / part for part in parts):
@@ -126,7 +137,8 @@ def make_shards(
                 path.unlink(missing_ok=True)
             if bad := [each for _, skipped in mine for each in skipped]:
                 write_text(folder / SKIPPED, json.dumps(bad, indent=1) + "\n")
-            ShardIndex(folder, tuple(entry for entry, _ in mine), source.classes).save()
+            labelled = any(sample.label >= 0 for sample in source.samples)
+            ShardIndex(folder, tuple(entry for entry, _ in mine), source.classes, labelled=labelled).save()
     return made
 
 
@@ -155,7 +167,8 @@ def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: 
     """Write the plan, all that the shards depend on, or compare it with an earlier run's."""
     listing = hashlib.sha256(json.dumps(source.classes).encode())  # of what there is, not of where it lies
     for sample in source.samples:
-        listing.update(json.dumps((sample.key, sample.name, sample.label, sample.size)).encode())
+        captions = (sample.captions,) if sample.captions else ()
+        listing.update(json.dumps((sample.key, sample.name, sample.label, sample.size, *captions)).encode())
     # another encoder gives other bytes
     plan = {"version": 1, "input": listing.hexdigest()} | options | {"pillow": PIL.__version__}
     if (root / PLAN).is_file():

@@ -6,12 +6,13 @@ An image in a folder, in a tar or in a tar inside a tar is the same thing: a spa
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dar_lightning.data import tar
+from dar_lightning.data.captions import TABLES, read_captions, read_table
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import read_label
 from dar_lightning.data.image_files import is_hidden, list_images
@@ -29,10 +30,11 @@ class Sample(NamedTuple):
 
     key: str  # in a shard
     name: str  # in the source, for people
-    label: int
+    label: int  # -1: none
     size: int  # bytes of the encoded image; 0 where that is not known before it is read
     place: Any  # where the source's `read` finds it
     flaw: str = ""  # why it cannot be used, where the listing shows that
+    captions: tuple[str, ...] = ()
 
 
 def read_span(span: Span) -> tuple[bytes, dict[str, bytes]]:
@@ -60,16 +62,23 @@ class Source:
     hidden: tuple[str, ...] = ()  # hidden and system files and folders, which are left out
 
 
-def image_folder(path: Path) -> Source:
+def image_folder(path: Path, unlabelled: bool = False, field: str | None = None) -> Source:
     """A folder with a folder of images for each class, as torchvision's ImageFolder: sorted names give the labels.
 
     Hidden and system folders (`__MACOSX`, ...) are no classes. One that has no images stays one: see `check_classes`.
+    Images of a folder without folders, and all if `unlabelled`, have no labels. Captions come from `.txt` and `.json`
+    files of an image's name, and from the folder's metadata.csv or metadata.jsonl; `field` as in `data.captions`.
     """
     with users_path("input"):
         there = sorted(each.name for each in path.iterdir() if each.is_dir())
+    table = read_table(path, field)
     folders = [name for name in there if not is_hidden(name)]
-    if not folders:
-        raise UserError(f"input: {path} holds neither folders of images (one per class) nor .tar files")
+    if unlabelled or not folders:
+        samples, ignored, hidden = _list_samples(path, path, None, -1, table, field)
+        if not samples:
+            raise UserError(f"input: {path} holds neither images or folders of them nor .tar files")
+        check_table(path, table, samples)
+        return Source("image folder", (), samples, ignored=tuple(ignored), hidden=tuple(hidden))
     splits = [name for name in folders if name.lower() in SPLIT_NAMES]
     # one among others may be a class: there are trains on photos, but hardly trains and tests
     if len(splits) > 1 or len(splits) == len(folders):
@@ -77,20 +86,46 @@ def image_folder(path: Path) -> Source:
     samples, ignored = [], []
     hidden = [name for name in there if is_hidden(name)]
     for label, name in enumerate(folders):
-        files = list_images(path / name)
-        ignored += [file.relative_to(path).as_posix() for file in files.others]
-        hidden += [file.relative_to(path).as_posix() for file in files.hidden]
-        for file in files.images:
-            relative = file.relative_to(path)
-            # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
-            key = file.stem if file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
-            try:
-                status = file.stat()
-                size, flaw = status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a file"
-            except OSError as error:  # a link to nowhere
-                size, flaw = 0, f"cannot be read: {error.strerror}"
-            samples.append(Sample(key, relative.as_posix(), label, size, (str(file), (("", 0, size),)), flaw))
+        found, others, more = _list_samples(path, path / name, name, label, table, field)
+        samples += found
+        ignored += others
+        hidden += more
+    check_table(path, table, samples)
     return Source("image folder", tuple(folders), samples, ignored=tuple(ignored), hidden=tuple(hidden))
+
+
+def _list_samples(
+    root: Path, folder: Path, name: str | None, label: int, table: Mapping[str, list[str]], field: str | None
+) -> tuple[list[Sample], list[str], list[str]]:
+    """The images below a folder, files that are neither images nor their captions, and hidden ones."""
+    files = list_images(folder)
+    samples, beside = [], {file.relative_to(root).as_posix(): file for file in files.others}
+    used = {*TABLES}
+    for file in files.images:
+        relative = file.relative_to(root)
+        # n01440764/n01440764_10026.JPEG says its class already, orange/0001.jpg does not
+        key = file.stem if name and file.stem.startswith(name) else "-".join(relative.with_suffix("").parts)
+        captions, stem = table.get(relative.as_posix(), []), relative.with_suffix("").as_posix()
+        try:
+            status = file.stat()
+            size, flaw = status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a file"
+            near = {end: f"{stem}.{end}" for end in ("json", "txt") if f"{stem}.{end}" in beside}
+            members = {end: beside[other].read_bytes() for end, other in near.items()}
+        except OSError as error:  # a link to nowhere
+            size, flaw, near, members = 0, f"cannot be read: {error.strerror}", {}, {}
+        if beside_it := read_captions(members, field):
+            used |= {*near.values()}
+        captions = captions or beside_it
+        place = (str(file), (("", 0, size),))
+        samples.append(Sample(key, relative.as_posix(), label, size, place, flaw, tuple(captions)))
+    hidden = [file.relative_to(root).as_posix() for file in files.hidden]
+    return samples, [other for other in beside if other not in used], hidden
+
+
+def check_table(path: Path, table: Mapping[str, list[str]], samples: Iterable[Sample]) -> None:
+    """Refuse a table of captions that names images which are not there."""
+    if missing := sorted(table.keys() - {sample.name for sample in samples}):
+        raise UserError(f"input: the metadata of {path} names {missing[0]!a}, which is no image there ({len(missing)})")
 
 
 def check_classes(source: Source) -> None:
@@ -111,7 +146,7 @@ def check_classes(source: Source) -> None:
 def shards(path: str) -> Source:
     """WebDataset shards, to be packed anew with all their members; what a damaged one has lost is listed as flawed."""
     index = ShardIndex.load(path, "input")
-    samples = []
+    samples, count = [], (len(index.classes) or None) if index.labelled else 0
     for shard in index.shards:
         contents = tar.read_headers(index.root / shard.name)
         for position in range(max(len(contents.samples), shard.samples)):
@@ -119,7 +154,7 @@ def shards(path: str) -> Source:
             try:
                 if not flaw:
                     file, members = str(index.root / shard.name), contents.samples[position].members
-                    label, size, place = _locate(file, members, len(index.classes) or None)
+                    label, size, place = _locate(file, members, count)
             except BadSample as bad:
                 flaw = str(bad)
             key = contents.name(position)

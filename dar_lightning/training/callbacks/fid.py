@@ -279,6 +279,7 @@ class GenerationFID(FrechetCallback):
         self._tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.tokenizer_path).requires_grad_(False)
         pipeline = DARPipeline(self._tokenizer, pl_module.ar)  # says so if they do not belong together
         pipeline.guidance_scales(self.options["guidance"])  # and if this does not fit
+        _ = pipeline.num_labels  # or if it takes text
         option = "GenerationFID: reference"
         stored = read_statistics(self.source, option)
         if stored is not None:

@@ -1,11 +1,13 @@
-"""Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes and seeds."""
+"""Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes or prompts."""
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.transforms import to_uint8
+from dar_lightning.generation.grids import image_grid
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.reconstruction import finite_psnr, reconstruct, reconstruction_scores
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -51,13 +53,14 @@ class Reconstructions(Callback):
 
 
 class Samples(Callback):
-    """In each validation, draws a grid with a row per class.
+    """In each validation, draws a grid with a row per class; or per prompt, which is written beside it.
 
     Args:
         tokenizer: folder or Hub repository of the tokenizer that made the training tokens.
         classes: class indices; None takes all, at most 20.
-        per_class: images per class.
+        per_class: images per class or prompt.
         guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
+        prompts: for a model that takes text; None takes the first captions of the validation data, at most 8.
     """
 
     needs = "ar"  # which model
@@ -68,8 +71,10 @@ class Samples(Callback):
         classes: list[int] | None = None,
         per_class: int = 4,
         guidance: Guidance = 1.0,
+        prompts: list[str] | None = None,
     ):
         self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, read_guidance(guidance)
+        self.prompts = prompts
         self.tokenizer: SequentialDiffusionTokenizer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,10 +92,19 @@ class Samples(Callback):
             return
         if self.tokenizer is None:
             self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
-        classes = self.classes or list(range(min(pl_module.ar.config.num_classes, 20)))
-        labels = torch.tensor(classes, device=pl_module.device).repeat_interleave(self.per_class)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
+        pipe, condition = DARPipeline(self.tokenizer, ar), pl_module.ar.condition
+        if text := condition.takes == "prompts":
+            rows = self.prompts or list(dict.fromkeys(batch["caption"]))[:8]
+        else:
+            rows = self.classes or list(range(min(condition.num_labels, 20)))
+        asked = pipe.condition([row for row in rows for _ in range(self.per_class)])
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
         with trainer.precision_plugin.val_step_context():
-            images = DARPipeline(self.tokenizer, ar).generate(labels, guidance=self.guidance, generator=generators)
+            images = to_uint8(pipe.generate(asked, guidance=self.guidance, generator=generators))
+        if text:
+            named = image_grid(images.unflatten(0, (len(rows), self.per_class)), rows)
+            grid = torch.from_numpy(np.array(named)).permute(2, 0, 1)
+        else:
+            grid = make_grid(images, nrow=self.per_class)
         for writer in found:
-            writer.add_image("samples", make_grid(to_uint8(images), nrow=self.per_class), trainer.global_step)
+            writer.add_image("samples", grid, trainer.global_step)

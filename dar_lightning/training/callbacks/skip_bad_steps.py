@@ -1,7 +1,6 @@
 """Skipping of steps whose loss or gradient is NaN or infinite, with a limit in a row."""
 
 import math
-from collections import deque
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dar_lightning.errors import UserError
 from dar_lightning.training.fsdp import own_slice
+from dar_lightning.training.late_reading import LateReading
 
 
 class SkipBadSteps(Callback):
@@ -45,7 +45,7 @@ class SkipBadSteps(Callback):
         self.counts = self.counts.to(pl_module.device)
         self._steps_done = trainer.global_step
         self._buffers: list[Tensor] | None = None  # before the first batch of the step at hand
-        self._read: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # copies of the counts on their way to the host
+        self._late = LateReading()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self._buffers is None:
@@ -74,26 +74,12 @@ class SkipBadSteps(Callback):
             return
         self._steps_done = trainer.global_step
         pl_module.log("train/skipped_steps", self.counts[0])
-        in_a_row = self._in_a_row()
+        _, in_a_row = map(int, self._late.exchange(self.counts) or (0, 0))
         if in_a_row >= self.max_in_a_row:
             raise UserError(
                 f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in "
                 "a row, and these were skipped; look at the data and the learning rate"
             )
-
-    def _in_a_row(self) -> int:
-        """Bad steps in a row: until now on a CPU, until one step ago on a GPU, which is then not waited for."""
-        if self.counts.device.type != "cuda":
-            return int(self.counts[1])
-        copy = torch.empty(2, pin_memory=True).copy_(self.counts, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._read.append((copy, event))
-        if len(self._read) < 2:
-            return 0
-        copy, event = self._read.popleft()
-        event.synchronize()
-        return int(copy[1])
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts.cpu()}

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
+from dar_lightning.training.late_reading import LateReading
 
 
 class StopOnSignal(Callback):
@@ -18,17 +19,22 @@ class StopOnSignal(Callback):
     experiments/cluster/slurm.sh) with 138, SIGINT (Ctrl+C) with 130; a second Ctrl+C interrupts at once. A validation,
     whose step LastStepCheckpoint has saved, ends after the current batch (one of the images that GenerationFID draws,
     too), unless gradients are being accumulated: the step comes first then. A signal to any rank stops all of them
-    after the same step. Ranks that Lightning has started end with 0: with anything else it would kill the run at once.
+    after the same step; several GPUs stop one step later, since none waits to hear of the others' signals. Ranks that
+    Lightning has started end with 0: with anything else it would kill the run at once.
 
-    Lightning's own answer to SIGTERM saves nothing; that to SIGUSR1 under SLURM saves from within the signal, where
-    ranks at different places of a step wait for each other without end.
+    Lightning's own answer to SIGTERM saves nothing, and makes ranks wait for each other before every batch; that to
+    SIGUSR1 under SLURM saves from within the signal, where ranks at different places of a step wait for each other
+    without end.
     """
 
     def __init__(self) -> None:
         self._signal = 0  # number of the one received
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._signal = 0
+        self._signal = int(signal.SIGTERM) if trainer.received_sigterm else 0
+        self._late = LateReading()
+        # Lightning's question, for which nothing sets the flag any more once SIGTERM comes here.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)  # at its end, the Trainer brings back what was before it
 
@@ -53,9 +59,9 @@ class StopOnSignal(Callback):
             return
         number, many = self._signal, trainer.world_size > 1
         if many:  # what any rank has received
-            received = torch.tensor(number, device=pl_module.device)
+            received = torch.full((1,), number, device=pl_module.device)  # torch.tensor would wait for the device
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            number = int(received)
+            (number,) = received.tolist() if validating else self._late.exchange(received) or (0,)
         if not number:
             return
         callbacks = [found for found in trainer.checkpoint_callbacks if isinstance(found, LastStepCheckpoint)]

@@ -11,6 +11,21 @@ from dar_lightning.training.flops import step_flops
 from dar_lightning.training.log_step import is_log_step, log_numbers
 from dar_lightning.training.module import TrainingModule
 
+# Part of a GPU's name -> dense peaks in teraFLOP/s, of bfloat16, TF32 and float32, by its data sheet: where Lightning's
+# table has none under the driver's name, or the twofold one of sparse matrices.
+PEAKS = {"H200 NVL": (835.5, 417.5, 60), "H200": (989.5, 494.7, 67), "H100 NVL": (835.5, 417.5, 60)}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of a device in FLOP/s, None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    if peaks is None:
+        return get_available_flops(device, dtype)
+    low, tf32, exact = peaks
+    rounded = tf32 if torch.get_float32_matmul_precision() != "highest" else exact
+    return 1e12 * (rounded if dtype == torch.float32 else low)
+
 
 class Throughput(Callback):
     """Logs speed, every `trainer.log_every_n_steps` steps, of the time since it was last logged, without validation.
@@ -26,7 +41,7 @@ class Throughput(Callback):
 
     Args:
         peak_tflops: peak of one device in teraFLOP/s, dense, in the precision of the run; None takes it from
-            Lightning's table of GPUs.
+            a table of GPUs.
         flops: count operations; without, `speed/tflops` and `speed/mfu` are left out. Counting takes two to ten seconds
             before the first step.
     """
@@ -44,7 +59,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
         dtype = torch.float16 if trainer.precision.startswith("16") else dtype
-        self._peak = (self.peak_tflops or 0) * 1e12 or get_available_flops(pl_module.device, dtype)
+        self._peak = (self.peak_tflops or 0) * 1e12 or peak_flops(pl_module.device, dtype)
         self._image_flops: float | None = None
         self._begin(trainer)
 

@@ -6,7 +6,7 @@ import traceback
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from simulated_gpu import make_trainer
+from simulated_gpu import WAITS, make_trainer
 from tiny_training import ar_module, image_data, token_data, tokenizer_module
 
 from dar_lightning.data.bad_samples import Bad, Skipped
@@ -15,20 +15,21 @@ from dar_lightning.training import AblationModule, ARModule, callbacks
 images, val_images, tokens, val_tokens, tokenizer, out = sys.argv[1:]
 
 
-def trainer(name: str, *found: callbacks.StopOnSignal) -> Trainer:
+def trainer(name: str, *found: callbacks.StopOnSignal, **changes) -> Trainer:
     folder = f"{out}/{name}"
     options = dict(max_steps=2, val_check_interval=2, check_val_every_n_epoch=None, log_every_n_steps=1)
     # Wrapped tensors and inference mode do not go together.
     options |= dict(inference_mode=False, enable_progress_bar=False, enable_model_summary=False)
     saver = callbacks.LastStepCheckpoint(dirpath=folder)
     logger = TensorBoardLogger(folder)
-    return make_trainer(callbacks=[*found, saver], default_root_dir=folder, logger=logger, **options)
+    return make_trainer(callbacks=[*found, saver], default_root_dir=folder, logger=logger, **options | changes)
 
 
-def watched(name: str, *found) -> Trainer:
+def watched(name: str, *found, **changes) -> Trainer:
     """With what both kinds of training have; FLOPs are counted on fake tensors, which know no such device."""
     names = ("SkipBadSteps", "StopOnSignal", "EMA", "Memory", "OptimizerMonitor")
-    return trainer(name, *found, *(getattr(callbacks, name)() for name in names), callbacks.Throughput(flops=False))
+    found += (*(getattr(callbacks, name)() for name in names), callbacks.Throughput(flops=False))
+    return trainer(name, *found, **changes)
 
 
 def tokenizer_run() -> dict:
@@ -68,6 +69,15 @@ def ablation_training() -> dict:
     return fit(watched("ablation"), ar_run(AblationModule, order="random"))
 
 
+def waits(run: dict, *found) -> list:
+    """Those of the third and fourth of six steps, none of which logs."""
+    changes = dict(max_steps=6, log_every_n_steps=50, limit_val_batches=0, accumulate_grad_batches=2)
+    fit = watched("waits", *found, **changes)
+    WAITS.clock, WAITS.found = lambda: fit.global_step, []
+    fit.fit(**run)
+    return [[step, born, place] for step, born, place in WAITS.found if step in (2, 3)]
+
+
 def bad_samples() -> dict:
     skipped = Skipped("data.train", 100, 0.5)
     skipped.add([Bad("0.tar/1", "empty")])
@@ -82,5 +92,7 @@ for run in (reconstruction_fid, generation_fid, tokenizer_training, ar_training,
     except Exception as error:
         traceback.print_exc()
         results[run.__name__] = str(error).splitlines()[0]
+monitors = callbacks.CodebookMonitor(), callbacks.GroupLoss()
+results["waits"] = {"tokenizer": waits(tokenizer_run(), *monitors), "ar": waits(ar_run(), callbacks.PositionLoss(4))}
 with open(f"{out}/results.json", "w") as file:
     json.dump(results, file)

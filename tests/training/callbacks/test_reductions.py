@@ -42,3 +42,11 @@ def test_every_reduction_is_one_that_nccl_makes(results, run, logged):
     for name, value in results["written"].get(run, {}).items():  # the mean over ranks that all have it
         assert result[f"val/{name}"] == pytest.approx(value, rel=1e-6)
     assert (run in results["written"]) == run.endswith("fid")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "ar"])
+def test_a_step_waits_for_nothing_that_it_has_put_on_the_device(results, part):
+    """With two ranks, accumulation, skipped steps, signals, average, monitors and Lightning's own questions."""
+    waits = [wait for wait in results["waits"][part] if wait[2] != "bad_samples.py"]  # the loader's, every 50 batches
+    assert [wait for wait in waits if wait[0] <= wait[1]] == []  # step, step that made what is waited for, file
+    assert {file for *_, file in waits} == {"late_reading.py"}

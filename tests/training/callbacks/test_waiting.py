@@ -54,3 +54,18 @@ def test_speed_waiting_and_bad_samples_of_all_devices(monkeypatch):
     callback.on_train_batch_end(fake, module, None, {"label": torch.zeros(16)}, 0)
     assert ("data/wait_share", True) not in rows[-1]
     assert rows[-1]["data/images_per_second", False] == 8 * 16 / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "dtype", "tflops"),
+    [
+        ("NVIDIA H200", "highest", torch.bfloat16, 989.5),  # unknown to Lightning's table
+        ("NVIDIA H200", "high", torch.float32, 494.7),
+        ("NVIDIA H100 NVL", "highest", torch.bfloat16, 835.5),  # twice as much there, of sparse matrices
+        ("NVIDIA H100 80GB HBM3", "highest", torch.bfloat16, 989.4),
+    ],
+)
+def test_dense_peaks_by_the_names_that_drivers_give(name, precision, dtype, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert throughput.peak_flops(torch.device("cuda"), dtype) == pytest.approx(1e12 * tflops)

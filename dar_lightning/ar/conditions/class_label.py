@@ -1,0 +1,55 @@
+"""Class labels as the condition (the paper): one learned vector a class, and one for "no class"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dar_lightning.ar.conditions.interface import Condition, Prefix
+from dar_lightning.errors import UserError, require
+
+
+class ClassLabel(Condition, nn.Embedding):
+    """One place: the row of the label in a table of num_classes + 1 vectors, of which the last is "no class".
+
+    Args:
+        dim: width of the model.
+        num_classes: labels are 0..num_classes - 1.
+    """
+
+    takes = "labels"
+
+    def __init__(self, dim: int, num_classes: int = 1000):
+        nn.Embedding.__init__(self, num_classes + 1, dim)
+        self.num_labels = num_classes
+
+    def forward(self, batch: Tensor) -> Prefix:
+        return Prefix(nn.Embedding.forward(self, batch)[:, None])
+
+    def null(self, count: int) -> Tensor:
+        return torch.full((count,), self.num_labels, device=self.weight.device)
+
+    def from_data(self, batch: Mapping[str, Any]) -> Tensor:
+        return batch["label"]
+
+    def check(self, batch: Tensor) -> None:
+        check_labels(batch, self.num_labels)
+
+    def check_data(self, data: Any) -> None:
+        for split in data.splits:
+            if not data.index(split).labelled:
+                raise UserError(
+                    f"data.{split}: its images have no labels, which condition 'class' needs: set config.condition to "
+                    "none, or make shards of a folder per class"
+                )
+        if self.num_labels < data.num_classes:
+            raise UserError(f"num_classes is {self.num_labels} in the config, the data needs {data.num_classes}")
+        for split in data.splits:
+            data.index(split).check_labels(self.num_labels)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """UserError for labels (B,) outside 0..num_classes; the last one is "no class"."""
+    first, last = map(int, labels.aminmax()) if len(labels) else (0, 0)
+    require(0 <= first <= last <= num_classes, f"labels are from {first} to {last}: need 0 to {num_classes - 1}")

@@ -1,0 +1,72 @@
+"""What a condition is: what a picture is asked for, as a prefix of P vectors before the image's tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from dar_lightning.errors import UserError
+
+
+class Prefix(NamedTuple):
+    """What a condition puts before the tokens of images."""
+
+    values: Tensor
+    """(B, P, D) embeddings."""
+    real: Tensor | None = None
+    """(B, P) bool: False where a place is padding, which nothing attends to. None: all are real, the fast path."""
+
+
+class Condition(nn.Module):
+    """Base class of conditions: turns a batch of what is asked for into the prefix that the image's tokens follow.
+
+    It is built as `Cls(dim, **options)`. A batch is one tensor (B, ...): labels (B,), caption tokens (B, P) and so on;
+    "no condition", for dropout and guidance, is a batch too (`null`). Weights of nn.Linear and nn.Embedding start as
+    all of the model's do. All buffers must be saved.
+    """
+
+    length: int = 1
+    """P. The last place predicts the first token."""
+    takes: Literal["labels", "prompts", "nothing"] = "prompts"
+    """What a user asks with."""
+    num_labels: int = 0
+    """Labels are below it; 0 if it takes none."""
+
+    def forward(self, batch: Tensor) -> Prefix:
+        """The prefix of a batch (B, ...)."""
+        raise NotImplementedError
+
+    def null(self, count: int) -> Tensor:
+        """The batch (count, ...) that asks for nothing, on the device of the weights."""
+        raise NotImplementedError
+
+    def from_data(self, batch: Mapping[str, Any]) -> Tensor:
+        """The batch (B, ...) of training samples, which are a batch of CodesDataModule."""
+        raise NotImplementedError
+
+    def from_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """The batch (B, ...) of texts of a user. UserError for one that cannot be read."""
+        raise UserError(f"prompts: this model takes {self.takes}, not text")
+
+    def check(self, batch: Tensor) -> None:
+        """UserError for a batch that a user has made and this cannot read."""
+
+    def check_data(self, data: Any) -> None:
+        """UserError if the samples of a CodesDataModule lack what `from_data` reads."""
+
+
+def check_captions(data: Any, what: str) -> None:
+    """UserError unless the token shards of a CodesDataModule have captions, which `what` needs."""
+    for split in data.splits:
+        if not data.index(split).captioned:
+            raise UserError(
+                f"data.{split}: its token shards have no captions, which {what} needs: run `dar extract` on shards "
+                "with captions"
+            )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """UserError for an empty prompt."""
+    for number, text in enumerate(prompts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"prompts: number {number} is {text!r}: say what to draw")

@@ -1,0 +1,113 @@
+"""Compiled training: a graph for each kind of block, which DDP does not cut and no other use of the model drops.
+
+With a backend that needs no compiler and counts the graphs that it is given.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import SIZE, TOKENS
+from tiny_training import ar_module, tokenizer_module
+from torch.nn.parallel import DistributedDataParallel
+
+from dar_lightning.ar.sampling import generate
+from dar_lightning.tokenizer.blocks import GatedBlock
+
+
+class Counting:
+    """Runs graphs as they are."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list):
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.fixture
+def counting(monkeypatch) -> Iterator[Counting]:
+    """The backend of whatever is compiled; torch's settings are those that training makes."""
+    backend, compiler = Counting(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiler(module, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield backend
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def tokenizer_batch(count: int) -> dict[str, torch.Tensor]:
+    return {"image": torch.randint(256, (count, 3, SIZE, SIZE), dtype=torch.uint8)}
+
+
+def ar_batch(count: int) -> dict[str, torch.Tensor]:
+    return {"codes": torch.zeros(count, TOKENS, dtype=torch.long), "label": torch.zeros(count, dtype=torch.long)}
+
+
+PARTS = {  # blocks of encoder, conditioner and decoder; the Llama's
+    "tokenizer": (lambda: tokenizer_module({"decoder_depth": 2}, compile=True), tokenizer_batch, 3),
+    "ar": (lambda: ar_module(compile=True), ar_batch, 1),
+}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_ddp_cuts_no_block(part, cut, counting, group, monkeypatch):
+    """Buckets of gradients are smaller than a block; with torch's own setting each is cut there."""
+    build, batch, kinds = PARTS[part]
+    module = build()
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    if cut:
+        torch._dynamo.config.optimize_ddp = True
+    wrapped = DistributedDataParallel(module.train(), bucket_cap_mb=0.001)
+    module.forward = module.training_step
+    wrapped(batch(4), 1)["loss"].backward()
+    torch._dynamo.config.optimize_ddp = False
+    assert (counting.graphs > kinds) if cut else (counting.graphs == kinds)
+    if part == "ar":
+        assert not wrapped.modules_buffers, "constants are not sent"
+
+
+def test_other_uses_leave_the_tokenizer_compiled(counting):
+    """Validation, another size of batches, and streams: encoder and conditioner share their blocks' code."""
+    module = tokenizer_module(compile=True)
+    step = lambda: module.train().training_step(tokenizer_batch(4), 1)["loss"].backward()  # noqa: E731
+    step()
+    module.eval()
+    tokenizer = module.tokenizer
+    with torch.no_grad():
+        for count in (4, 3):
+            tokenizer.training_losses(torch.rand(count, 3, SIZE, SIZE))
+            codes = torch.zeros(count, TOKENS, dtype=torch.long)
+            list(tokenizer.stream(codes.split(1, dim=1), tokenizer.draw_noise(count)))
+        tokenizer.condition(codes[:1])
+        tokenizer.tokenize(torch.rand(1, 3, SIZE, SIZE))
+    variants = torch._dynamo.eval_frame._debug_get_cache_entry_list(GatedBlock.forward.__code__)
+    assert len(variants) > 8, "more than torch compiles by itself"
+    seen = counting.graphs
+    step()
+    assert counting.graphs == seen
+
+
+def test_generation_leaves_the_ar_model_compiled(counting, monkeypatch):
+    monkeypatch.setattr("dar_lightning.ar.sampling.packed", lambda ar, rows: ar)  # as on a GPU
+    module = ar_module(compile=True)
+    step = lambda: module.train().training_step(ar_batch(4), 1)["loss"].backward()  # noqa: E731
+    step()
+    module.eval()
+    with torch.no_grad():
+        for count in (4, 3):
+            module.ar(*reversed(ar_batch(count).values()))
+            generate(module.ar, torch.zeros(count, dtype=torch.long), guidance=2.0)
+    seen = counting.graphs
+    step()
+    assert counting.graphs == seen
