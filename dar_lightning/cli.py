@@ -1,5 +1,7 @@
 """The `dar` command: Trainer verbs go to LightningCLI, the others are typed functions read by jsonargparse."""
 
+import atexit
+import gc
 import importlib
 import inspect
 import os
@@ -9,9 +11,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from torch import distributed
-
-from dar_lightning.devices import round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, find_user_error, naming, phase, require, whole_line
 from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
@@ -62,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     A user's mistake is a single line on stderr, and exit status 2: every UserError, and whatever else is raised before
     the verb's work has begun (`begin_work`). What is raised later goes on as it is: a traceback, and exit status 1.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    is_program = argv is None
+    argv = list(sys.argv[1:] if is_program else argv)
     shown = "--traceback" in argv or os.environ.get("DAR_TRACEBACK", "0") not in ("", "0")
     argv = [word for word in argv if word != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb = argv[0]
     phase.working = False
     try:
+        if is_program and verb in (*TRAINER_VERBS, *VERBS):
+            import_for_good(verb)
         options = import_trusted([shipped_file(word) for word in argv[1:]])
         if verb in TRAINER_VERBS:
             importlib.import_module("dar_lightning.commands.fit").TrainerCLI([verb, *options])
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise UserError(f"unknown verb {verb!r}: choose from {', '.join((*TRAINER_VERBS, *VERBS))}")
         # As Lightning does for NCCL only. Where Python ends with Gloo's connections, their threads may abort it.
-        if distributed.is_available() and distributed.is_initialized():
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
@@ -94,6 +97,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exception(error)
     print(f"dar {verb}: {said}", file=sys.stderr)
     sys.exit(code)
+
+
+def import_for_good(verb: str) -> None:
+    """Import a verb's module, with all that it needs, outside of Python's garbage collection.
+
+    These are half a million objects that stay to the end: the collector would look through them again and again, first
+    while they are imported.
+    """
+    gc.disable()
+    atexit.register(gc.unfreeze)  # triton would complain of objects that are never freed
+    importlib.import_module(f"dar_lightning.commands.{'fit' if verb in TRAINER_VERBS else verb}")
+    gc.freeze()
+    gc.enable()
 
 
 def explain(error: Exception) -> str | None:
@@ -136,6 +152,8 @@ def import_trusted(options: list[str]) -> list[str]:
 def run_function(verb: str, options: list[str]) -> None:
     """Call a verb's function with options from the command line and --config files."""
     from jsonargparse import ArgumentParser, auto_cli
+
+    from dar_lightning.devices import round_convolutions_as_products
 
     class Parser(OneLineErrors, ArgumentParser):
         def parse_args(self, *args, **kwargs):

@@ -4,15 +4,27 @@ import logging
 import multiprocessing
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 import torch
 
 SECONDS = 240  # a test that hangs fails after that
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["lightning", "dar_lightning.data.extraction", "dar_lightning.data.imagenet"])
+context.set_forkserver_preload(["preloaded"])
+
+
+def start_server() -> None:
+    """Start what processes are forked from; it finds modules where this process does."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    forkserver.ensure_running()
+    del os.environ["PYTHONPATH"]
+    os.environ |= {} if before is None else {"PYTHONPATH": before}
 
 
 def run(function: Callable, *args, world: int = 1) -> list[int]:
@@ -48,7 +60,8 @@ def _call(function: Callable, args: tuple, rank: int, world: int, port: int) -> 
         os.environ |= {name: str(value) for name, value in (names | {"WORLD_SIZE": world}).items()}
     os.environ["OMP_NUM_THREADS"] = "1"  # for all ranks, however many: another number rounds sums otherwise
     torch.set_num_threads(1)
-    function(*args)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        function(*args)
     if torch.distributed.is_initialized():  # at exit it might abort
         torch.distributed.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """A user's mistake gets one line that names it, status 2 and no traceback, and leaves nothing half-written."""
 
 import errno
+import gc
 import re
 import subprocess
 import sys
@@ -58,9 +59,25 @@ def fit(kind: str, folders: dict[str, str], run: Path, **trainer) -> list[str]:
 
 
 def test_a_mistake_in_a_real_process():
-    run = subprocess.run([sys.executable, "-m", "dar_lightning", "trian"], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert run.stderr.startswith("dar trian: unknown verb 'trian': choose from fit, validate, test, predict, quick")
+    """And without a second's wait, as for --help: nobody asks for torch."""
+    words = [sys.executable, "-X", "importtime", "-m", "dar_lightning", "trian"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    imported = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    (said,) = {*run.stderr.splitlines()} - {*imported}
+    assert (run.returncode, run.stdout) == (2, "")
+    assert said.startswith("dar trian: unknown verb 'trian': choose from fit, validate, test, predict, quick")
+    assert {"dar_lightning", "yaml"} <= (names := {line.rsplit("|", 1)[1].strip() for line in imported})
+    assert not {"torch", "numpy", "lightning"} & names
+
+
+def test_a_program_collects_garbage_but_for_what_it_has_imported(monkeypatch, capsys):
+    before = gc.get_freeze_count()
+    monkeypatch.setattr(sys, "argv", ["dar", "compare", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "--files" in capsys.readouterr().out
+    assert gc.get_freeze_count() > before
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), ([], 2)])
@@ -206,7 +223,7 @@ def test_a_run_whose_folder_lies_in_no_folder(logger, capsys, folders):
     with pytest.raises(SystemExit, match="2"):
         main(run)
     line = capsys.readouterr().err.splitlines()[-1]  # after what Lightning says of devices
-    assert re.match(r"dar fit: trainer.(logger|default_root_dir): .*file/run.*Not a directory", line)
+    assert re.match(r"dar fit: (trainer.(logger|default_root_dir): |cannot write ).*file/run.*Not a directory", line)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without one")

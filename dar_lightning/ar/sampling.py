@@ -1,6 +1,6 @@
 """Sampling from the AR model with a KV cache: guidance, temperature, top-k, top-p; a generator that yields tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def stream_tokens(
     order: Tensor | None = None,
     token_groups: Sequence[int] | None = None,
     static: bool | None = None,
+    bias: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor per step.
 
@@ -48,11 +49,13 @@ def stream_tokens(
         order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
         token_groups: the group of each of the N tokens, from 1, for a guidance that asks for it; None: all are of one.
         static: draw by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA, where it is a graph.
+        bias: gives what is added to the guided logits, (B, V), of tokens at places (B,) of the tokenizer's order; not
+            with a step of static shapes.
 
     Raises:
         UserError: for a value outside the ranges above.
     """
-    road = choose_road(ar, static)
+    road = choose_road(ar, static if bias is None else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix
     prefix = prefix.to(labels.device)
@@ -81,6 +84,8 @@ def stream_tokens(
         logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):
             logits = guide(logits, scales[position]) if position < guided else logits
+            if bias is not None:
+                logits = logits + bias(order[:batch, position])
             tokens = draw_tokens(filter_logits(logits / temperature, top_k, top_p), keys[:, position])
             yield tokens
             if position + 1 == guided:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.decode_step import choose_road
@@ -17,7 +18,7 @@ from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.files import file_sha256, users_path
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
-from dar_lightning.generation.editing import middle, prefix_lengths, read_photo, tokenize
+from dar_lightning.generation.editing import draw_alike, middle, prefix_lengths, read_edit, read_photo, tokenize
 from dar_lightning.generation.grids import image_grid, save_animation, save_png, stream_frames, to_image
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
@@ -28,6 +29,7 @@ from dar_lightning.tokenizer.flow import check_diffusion
 
 ANIMATED = 16  # images in the animation, at most
 PREVIEW_SECONDS = 0.5  # that it shows each preview for
+GREY = 128  # where the grid shows what was drawn anew
 METADATA = "dar"  # the text chunk of a PNG
 
 
@@ -38,6 +40,7 @@ def sample(
     ar: str | None = None,
     classes: str = "all",
     per_class: int = 4,
+    numbers: str | int | None = None,
     seed: int = 0,
     guidance: Guidance = 1.0,
     temperature: float = 1.0,
@@ -45,11 +48,17 @@ def sample(
     top_p: float = 1.0,
     solver: str = "adams2",
     num_steps: int | None = None,
+    groups: int | None = None,
     num_previews: int | None = None,
     frames: int = 4,
     layout: str | None = None,
     variations: bool = False,
     prefix: str | int | None = None,
+    variation_strength: float | None = None,
+    image: str | None = None,
+    mask: str | None = None,
+    start: int = 0,
+    evidence: float | None = None,
     batch_size: int = 32,
     device: str = "auto",
     dtype: Dtype | None = None,
@@ -62,8 +71,8 @@ def sample(
     Writes `samples.png` (a row per class or prompt), `previews.png` (a film strip for the first image of each: the
     preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
     images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
-    (n, H, W, 3), `labels`) and `samples.json`. With `layout` or `variations`, `layout.png` or `variations.png` takes
-    the place of `samples.png`.
+    (n, H, W, 3), `labels`) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png`
+    or `edited.png` takes the place of `samples.png`.
 
     Args:
         output: folder to write to.
@@ -72,6 +81,8 @@ def sample(
         ar: the same for the AR model; its classes have numbers and no names.
         classes: class names or numbers, separated by commas, or "all".
         per_class: images per class or prompt.
+        numbers: draw these images of each class or prompt, separated by commas, instead of the first ones: of drafts,
+            those to finish. With variations, the one image that is varied.
         seed: image i of a class or prompt is a function of (seed, class or prompt, i) alone, whatever the batch size.
         guidance: scale of classifier-free guidance, "a,b", linear over the tokens, "power_cosine,SCALE,POWER",
             "interval,SCALE,FROM_GROUP,TO_GROUP", or "my_file.MyClass,VALUE,...".
@@ -80,12 +91,20 @@ def sample(
         top_p: keep the most likely tokens with this much probability.
         solver: "adams2", "euler" or "adams2_variable".
         num_steps: diffusion steps; None is the number of groups.
+        groups: draw only the tokens of the first groups, and take the preview after them: drafts.
         num_previews: how many of the previews the film strip shows, evenly spaced, the last one always; None is all.
         frames: frames of the animation per preview; those in between fade from one to the next.
         layout: an image file whose first tokens every sample keeps (paper, Fig. 6).
         variations: every sample keeps the first tokens of the class's first image, and draws the others anew.
         prefix: how many tokens to keep for layout or variations, or several numbers, separated by commas; None is one
-            group.
+            group. With image: how many of its first tokens to keep; None is none.
+        variation_strength: with variations: keep all tokens instead, and mix the noise with new noise; 0 changes
+            nothing, 1 takes new noise alone.
+        image: an image file to edit: what mask, start and evidence are about. Its middle square is used.
+        mask: an image file of the same size: white is drawn anew, black is kept, pixel by pixel. Without a mask nothing
+            is kept as it is.
+        start: how many groups' diffusion steps to leave out: the drawing starts from the noised image.
+        evidence: how much the image's tokens are preferred; None is 8, which continues it, 0 to 4 change it.
         batch_size: images at a time.
         device: where to compute: auto, cpu, cuda, cuda:N or mps.
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
@@ -112,34 +131,53 @@ def sample(
     config = pipe.tokenizer.config
     use_encoder(pipe, encoder)
     labels = choose_labels(pipe, classes, prompt)
-    shown = preview_numbers(num_previews, pipe.num_groups)
-    if layout is not None and variations:
-        raise UserError("layout and variations are both set: tokens are kept of one image, give one of them")
-    keeps = layout is not None or variations
+    seen = pipe.preview_groups(groups, start)
+    shown = preview_numbers(num_previews, len(seen))
+    given = [name for name, value in (("layout", layout), ("variations", variations), ("image", image)) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both set: tokens are kept of one image, give one of them")
+    keeps = layout is not None or variations or (image is not None and prefix is not None)
     if prefix is not None and not keeps:
-        raise UserError("prefix is set without layout or variations: give the image whose tokens are to be kept")
+        raise UserError("prefix is set without layout, variations or image: give the image whose tokens are to be kept")
+    wanted = image_numbers(numbers, per_class)
+    if variation_strength is not None and (not variations or prefix is not None or groups is not None):
+        raise UserError("variation_strength is for variations without prefix and groups: all tokens are kept")
+    check_range(0, 1, variation_strength=variation_strength)
+    if variations and numbers is not None and len(wanted) > 1:
+        raise UserError(f"numbers is {numbers}: variations are of one image")
     lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
     options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(solver=solver, num_steps=num_steps)
     pipe.guidance_scales(options["guidance"])  # says so if it does not fit
+    edit = read_edit(pipe, image, mask, start, evidence)
 
-    first, kept = None, torch.empty(len(labels), 0, dtype=torch.long)  # the images (classes, 3, H, W) that give tokens
+    firsts: dict[str, Tensor] = {}  # title: the images (classes, 3, H, W) that the rows of the grid begin with
+    kept = torch.empty(len(labels), 0, dtype=torch.long)
     photo = {"layout_sha256": None, "kept_tokens": None}  # the command names a file, which may change
-    if layout is not None:
-        image = read_photo(layout, f"layout: {layout}")
-        first = middle(pipe, image).expand(len(labels), -1, -1, -1)
-        kept = tokenize(pipe, image).expand(len(labels), -1)
-        photo = {"layout_sha256": file_sha256(Path(layout)), "kept_tokens": kept[0, : max(lengths)].tolist()}
-    elif variations:
-        originals = draw_images(pipe, [Job(label, 0) for label in labels], seed, batch_size, options)
+    special = {"numbers": numbers, "groups": groups, "variation_strength": variation_strength, "start": start or None}
+    if (source := image if layout is None else layout) is not None:
+        which = "image" if layout is None else "layout"
+        picture = read_photo(source, f"{which}: {source}")
+        firsts["original" if layout is None else "reference"] = middle(pipe, picture).expand(len(labels), -1, -1, -1)
+        kept = tokenize(pipe, picture).expand(len(labels), -1)
+        photo |= {f"{which}_sha256": file_sha256(Path(source)), "kept_tokens": kept[0, : max(lengths)].tolist()}
+    if mask is not None:
+        firsts["to draw"] = torch.where(edit["known"], firsts["original"], GREY)
+        photo["mask_sha256"] = file_sha256(Path(mask))
+    if variations:
+        picked, wanted = wanted[0], range(wanted[0] + 1, wanted[0] + 1 + per_class)
+        originals = draw_images(pipe, [Job(label, picked) for label in labels], seed, batch_size, options)
         first, kept = map(torch.stack, zip(*((previews[-1], codes) for previews, codes in originals), strict=True))
+        firsts[f"seed {seed}.{picked}"] = first
+        lengths = lengths if variation_strength is None else [kept.shape[1]]
+    special |= {"image": image, "mask": mask, "evidence": edit.get("evidence")}
+    special = {name: value for name, value in special.items() if value is not None}
     begin_work()
-    start = int(variations)  # image 0 is the one that is varied
     jobs = [
         Job(label, number, tokens[:length])
         for length in lengths
         for label, tokens in zip(labels, kept, strict=True)
-        for number in range(start, start + per_class)
+        for number in wanted
     ]
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
@@ -151,41 +189,46 @@ def sample(
         folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
-    for job, (previews, codes) in zip(jobs, draw_images(pipe, jobs, seed, batch_size, options), strict=True):
+    if variation_strength is None:
+        drawn = draw_images(pipe, jobs, seed, batch_size, options | edit, groups)
+    else:
+        drawn = draw_alike(pipe, jobs, picked, seed, variation_strength, batch_size, solver=solver, num_steps=num_steps)
+    for job, (previews, codes) in zip(jobs, drawn, strict=True):
         images.append(previews[-1])
-        if job.number == start and len(strips) < len(labels):
+        if job.number == wanted[0] and len(strips) < len(labels):
             strips.append(previews)
         about = {"class": class_names[labels.index(job.label)], "label": job.label}
         about = {"prompt": job.label} if prompt is not None else about
         about |= {"seed": seed, "number": job.number}
-        about |= options | drawn_with | {"kept_tokens": len(job.kept), "codes": codes.tolist()}
+        about |= options | special | drawn_with | {"kept_tokens": len(job.kept), "codes": codes.tolist()}
         suffix = f"-{len(job.kept)}" if len(lengths) > 1 else ""
         name = f"images/{numbered[job.label]:03d}-{job.number}{suffix}.png"
         save_png(to_image(images[-1]), folder / name, {METADATA: json.dumps(about)})
 
     strips = torch.stack(strips)  # (classes, K, 3, H, W)
-    counts = [pipe.tokenizer.schedule.tokens_for_groups(m) for m in range(1, pipe.num_groups + 1)]
+    counts = [pipe.tokenizer.schedule.tokens_for_groups(m) for m in seen]
     columns = [f"{counts[m - 1]} tokens" for m in shown]
     strip = image_grid(strips[:, [m - 1 for m in shown]], class_names, captions=columns)
     save_png(strip, folder / "previews.png")
     animation = stream_frames(strips[:ANIMATED], class_names[:ANIMATED], counts, frames)
     save_animation(animation, folder / "stream.webp", PREVIEW_SECONDS / frames)
-    grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), per_class))
-    grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * per_class, 3, H, W)
+    grid = torch.stack(images).unflatten(0, (len(lengths), len(labels), len(wanted)))
+    grid = grid.transpose(0, 1).flatten(1, 2)  # (classes, lengths * wanted, 3, H, W)
     name, columns = "samples", None
-    if first is not None:
-        name, title = ("variations", f"seed {seed}.0") if variations else ("layout", "reference")
-        grid = torch.cat([first[:, None], grid], dim=1)
-        numbers = range(start, start + per_class)
-        columns = [title, *(f"{length} kept, {seed}.{number}" for length in lengths for number in numbers)]
+    if firsts:
+        name = "variations" if variations else "layout" if layout is not None else "edited"
+        grid = torch.cat([*(first[:, None] for first in firsts.values()), grid], dim=1)
+        how = [f"{length} kept, " if keeps else "" for length in lengths]
+        columns = [*firsts, *(f"{each}{seed}.{number}" for each in how for number in wanted)]
     save_png(image_grid(grid, class_names, columns), folder / f"{name}.png")
 
     pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
     digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([numbered[job.label] for job in jobs]))
     asked = {"classes": ",".join(map(str, labels))} if prompt is None else {"prompt": labels, "encoder": encoder}
-    given = sources | asked | {"per_class": per_class, "seed": seed} | options
+    given = sources | special | asked | {"per_class": per_class, "seed": seed} | options
     given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
-    given |= {"prefix": ",".join(map(str, lengths)) if keeps else None, "batch_size": batch_size}
+    prefixed = keeps and variation_strength is None
+    given |= {"prefix": ",".join(map(str, lengths)) if prefixed else None, "batch_size": batch_size}
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}
     record[NAMES] = list(pipe.classes)
@@ -218,6 +261,15 @@ def use_encoder(pipe: DARPipeline, encoder: str | None) -> None:
         if not hasattr(pipe.ar.condition, "use_encoder"):
             raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
         pipe.ar.condition.use_encoder(encoder)
+
+
+def image_numbers(numbers: str | int | None, per_class: int) -> list[int]:
+    """The numbers of the images of each class: those of the option, else 0 to per_class - 1."""
+    words = [] if numbers is None else str(numbers).split(",")
+    found = [int(word) if word.strip().isdecimal() else -1 for word in words]
+    if -1 in found or len({*found}) < len(found):
+        raise UserError(f"numbers is {numbers}: give numbers from 0, each once, separated by commas")
+    return found or list(range(per_class))
 
 
 def preview_numbers(count: int | None, num_groups: int) -> list[int]:

@@ -4,7 +4,8 @@ import signal
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.sample import use_encoder
-from dar_lightning.commands.serve_page import CSS, Work, build_page
+from dar_lightning.commands.serve_page import Work, build_page
+from dar_lightning.commands.serve_pictures import CSS
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError, begin_work, check_range
 from dar_lightning.generation.pipeline import DARPipeline

@@ -1,7 +1,5 @@
-"""The web page of `dar serve`: previews, tokens as coloured cells, code that repeats a drawing."""
+"""The web page of `dar serve`: previews, drafts to pick from, code that repeats a drawing, reconstructions."""
 
-import base64
-import io
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -13,10 +11,19 @@ from PIL import Image
 
 from dar_lightning.ar.guidance import Guidance, guidance_text, read_guidance
 from dar_lightning.commands.sample import command_line
+from dar_lightning.commands.serve_edit import edit_tab
+from dar_lightning.commands.serve_pictures import (
+    draw_several,
+    enlarge,
+    pictures_html,
+    preview_html,
+    streamed,
+    tokens_html,
+)
 from dar_lightning.devices import Dtype
 from dar_lightning.errors import UserError
-from dar_lightning.generation.drawing import image_seed
-from dar_lightning.generation.editing import middle, read_photo, tokenize
+from dar_lightning.generation.drawing import Job
+from dar_lightning.generation.editing import draw_alike, middle, read_photo, tokenize
 from dar_lightning.generation.grids import MIN_SIDE, to_image
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -25,16 +32,13 @@ MAX_SEED = 2**31 - 1
 MAX_GUIDANCE = 10  # of the slider
 SCHEDULE = "1.1,8 or power_cosine,8,1.5 or interval,3,2,5 (scale, first and last group)"
 NO_PHOTO = "drop a photo first"
+NO_PICTURE = "draw a picture first, to its end"
+DRAFTS, DRAFT_GROUP = 8, 2  # after group 1 a picture is a blur, after 2 it shows what lies where
+PICK = """element.addEventListener('click', event => {
+    const figure = event.target.closest('figure');
+    if (figure) trigger('click', {number: Number(figure.dataset.number)});
+});"""
 DAY, SWEEP = 86_400, 600  # seconds: how old a visitor's photo gets, and how often that is looked at
-CSS = """
-.token { display: inline-block; width: 3.2em; margin: 1px; font: 11px/1.6 monospace; text-align: center; }
-.token { background: #eee; color: #eee; }
-.written { color: #222; }
-.kept { outline: 2px solid #222; }
-.group { white-space: nowrap; }
-.preview { display: inline-block; margin: 0 6px 6px 0; text-align: center; font-size: 12px; }
-.preview img { width: 92px; }
-"""
 PYTHON = """\
 import torch
 
@@ -42,7 +46,7 @@ from dar_lightning import DARPipeline
 from dar_lightning.generation.drawing import image_seed
 {imports}
 pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
-{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label!r}, 0))
+{kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label!r}, {number}))
 stream = pipe.stream({asked}, guidance={guidance!r}{prefix}, generator=[generator])
 for preview in stream:
     image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
@@ -87,23 +91,20 @@ def draw_previews(
     guidance: Guidance,
     photo: Image.Image | None = None,
     prefix: int = 0,
-) -> Generator[tuple[Image.Image, str, str], None, None]:
-    """Draw image 0 of a class or prompt, as `dar sample` does. Closing the iterator stops the work.
-
-    With a photo, its first `prefix` tokens are kept.
+    number: int = 0,
+) -> Generator[tuple[Image.Image, str, str, list[int]], None, None]:
+    """Draw an image of a class or prompt. Closing the iterator stops the work.
 
     Yields:
-        After each group the preview, enlarged; HTML of all previews so far; HTML of the tokens so far.
+        After each group the preview, enlarged; HTML of all previews so far; HTML of the tokens so far; the tokens.
     """
-    kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix]
-    generator = torch.Generator().manual_seed(image_seed(seed, label, 0))
-    stream = pipe.stream(pipe.condition([label]), guidance=guidance, prefix=kept, generator=[generator])
     strip = ""
-    with closing(stream):
+    with closing(streamed(pipe, [number], label, seed, guidance, photo, prefix)) as stream:
         for preview in stream:
             image = to_image(preview.images[0])
             strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
-            yield enlarge(image, LARGE), strip, tokens_html(pipe, preview.codes[0].tolist(), prefix)
+            codes = preview.codes[0].tolist()
+            yield enlarge(image, LARGE), strip, tokens_html(pipe, codes, prefix), codes
 
 
 @torch.inference_mode()
@@ -115,27 +116,6 @@ def reconstructions(pipe: DARPipeline, photo: Image.Image) -> Generator[Image.Im
         yield enlarge(to_image(preview[0]), LARGE)
 
 
-def tokens_html(pipe: DARPipeline, codes: list[int], kept: int = 0) -> str:
-    """A row of cells per group: each token in a colour of its own, those to come empty, those kept framed."""
-    config = pipe.tokenizer.config
-    cells = ['<span class="token">·</span>'] * config.num_tokens
-    for place, code in enumerate(codes):
-        kind = "token written kept" if place < kept else "token written"
-        hue = round(360 * (code * 0.618 % 1))  # golden-ratio steps: neighbouring codes get distant hues
-        cells[place] = f'<span class="{kind}" style="background:hsl({hue},70%,80%)">{code}</span>'
-    size = config.num_tokens // config.num_groups
-    rows = (cells[start : start + size] for start in range(0, len(cells), size))
-    return "".join(f'<div class="group">{"".join(row)}</div>' for row in rows)
-
-
-def preview_html(image: Image.Image, caption: str) -> str:
-    """A small picture with a caption, inside the page: a file of its own could be read while it is written."""
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return f'<figure class="preview"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-
-
 def repeat(
     pipeline: str,
     label: int | str,
@@ -144,11 +124,13 @@ def repeat(
     photo: str | None,
     prefix: int,
     dtype: Dtype | None = None,
+    number: int = 0,
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
     text = isinstance(label, str)
     options = {"pipeline": pipeline, "prompt" if text else "classes": label, "per_class": 1, "seed": seed}
     options["guidance"] = guidance_text(guidance)
+    options |= {"numbers": number} if number else {}
     parts = dict.fromkeys(("imports", "kept", "prefix"), "")
     if photo is not None and prefix:
         options |= {"layout": photo, "prefix": prefix}
@@ -157,14 +139,8 @@ def repeat(
         parts["prefix"] = ", prefix=kept"
     parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
     parts["asked"] = f"prompts=[{label!r}]" if text else f"torch.tensor([{label}])"
-    python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, guidance=guidance, **parts)
+    python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, number=number, guidance=guidance, **parts)
     return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), python
-
-
-def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """By the whole factor that brings it to `side` pixels or more, so that pixels stay sharp."""
-    factor = max(1, -(-side // min(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def build_page(
@@ -219,13 +195,14 @@ def build_page(
             raise refusal(str(error)) from error
         return found
 
-    def on_draw(
-        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
-    ) -> Iterator[tuple]:
+    def asked_of(
+        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str
+    ) -> tuple[int | str, int, Guidance, Image.Image | None, int]:
+        """What a visitor has asked for, as the arguments of `draw_previews`."""
         if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
-        photo, file_name = (None, None) if path is None else (photo_of(path), Path(path).name)
-        seed, prefix = int(seed), 0 if photo is None else int(prefix)
+        photo = None if path is None else photo_of(path)
+        prefix = 0 if photo is None else int(prefix)
         if not 0 <= prefix < config.num_tokens:
             raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
@@ -233,9 +210,42 @@ def build_page(
             pipe.condition([label])
         except UserError as error:
             raise refusal(str(error)) from error
-        code = repeat(name, label, seed, scale, file_name, prefix, dtype)
-        for shown in work.steps(draw_previews(pipe, label, seed, scale, photo, prefix)):
-            yield *shown, *code
+        return label, int(seed), scale, photo, prefix
+
+    def draw(inputs: tuple, number: int = 0) -> Iterator[tuple]:
+        label, seed, scale, photo, prefix = asked = asked_of(*inputs)
+        file_name = None if photo is None else Path(inputs[3]).name
+        code = repeat(name, label, seed, scale, file_name, prefix, dtype, number)
+        for *shown, codes in work.steps(draw_previews(pipe, *asked, number)):
+            yield *shown, *code, (label, seed, number, codes)
+
+    def on_draw(
+        label: int | str, seed: float | None, guidance: float, path: str | None, prefix: int, schedule: str = ""
+    ) -> Iterator[tuple]:
+        yield from draw((label, seed, guidance, path, prefix, schedule))
+
+    def on_drafts(*inputs) -> Iterator[tuple]:
+        for shown in work.steps(draw_several(pipe, DRAFTS, DRAFT_GROUP, *asked_of(*inputs))):
+            yield shown, inputs
+
+    def on_alike(last: tuple | None, strength: float):
+        if last is None or len(last[3]) < pipe.ar.config.num_tokens:
+            raise refusal(NO_PICTURE)
+        label, seed, number, codes = last
+        jobs = [Job(label, other, torch.tensor(codes)) for other in range(number + 1, number + 1 + DRAFTS)]
+        found = work.steps(draw_alike(pipe, jobs, number, seed, float(strength), DRAFTS))
+        pictures = [to_image(previews[-1]) for previews, _ in found]
+        return pictures_html(pictures), pictures
+
+    def on_pick(offered: tuple | list | None, event: gr.EventData) -> Iterator[tuple]:
+        """A click on one of the pictures: finish a draft, or show what is finished."""
+        number = getattr(event, "number", None)
+        if not offered or number not in range(DRAFTS):
+            yield (gr.skip(),) * 6
+        elif isinstance(offered, tuple):
+            yield from draw(offered, number)
+        else:
+            yield enlarge(offered[number], LARGE), *(gr.skip(),) * 5
 
     def on_photo(path: str | None):
         if path is None:
@@ -248,16 +258,19 @@ def build_page(
             raise refusal(NO_PHOTO)
         return (pictures[0], pictures[int(groups)]) if groups in range(1, len(pictures)) else gr.skip()
 
+    def ask(elem_id: str):
+        """The component for what is drawn: a class or a prompt."""
+        if takes == "prompts":
+            return gr.Textbox(label="Prompt", info="what to draw, in words", elem_id=elem_id)
+        names = pipe.classes or map(str, range(pipe.num_labels))
+        choices = [(text, label) for label, text in enumerate(names)]
+        return gr.Dropdown(choices, value=0, label="Class", elem_id=elem_id, visible=takes == "labels")
+
     with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, DAY)) as page:
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):
-                if takes == "prompts":
-                    label = gr.Textbox(label="Prompt", info="what to draw, in words", elem_id="label")
-                else:
-                    names = pipe.classes or map(str, range(pipe.num_labels))
-                    choices = [(text, label) for label, text in enumerate(names)]
-                    label = gr.Dropdown(choices, value=0, label="Class", elem_id="label", visible=takes == "labels")
+                label = ask("label")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                 first, guided = guidance if plain else 3, takes != "nothing"
                 scale = gr.Slider(1, MAX_GUIDANCE, value=first, step=0.25, label="Guidance", visible=guided)
@@ -270,18 +283,30 @@ def build_page(
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Stop", elem_id="stop")
+                with gr.Row():
+                    draft = gr.Button(f"{DRAFTS} drafts", elem_id="draft")
+                    alike = gr.Button("More like this", elem_id="alike")
+                strength = gr.Slider(0, 1, value=0.5, step=0.05, label="Variation strength", elem_id="strength")
             with gr.Column(scale=2):
                 shown = {"interactive": False, "format": "png"}
                 with gr.Row():
                     picture = gr.Image(label="Picture", buttons=["download"], elem_id="picture", **shown)
                     tokens = gr.HTML(tokens_html(pipe, []), elem_id="tokens")
                 strip = gr.HTML(elem_id="strip")
+                offers = gr.HTML(elem_id="offers", js_on_load=PICK)
                 with gr.Accordion("Repeat it", open=False):
                     command = gr.Code(language="shell", label="Command line", interactive=False, elem_id="command")
                     python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
             inputs, outputs = [label, seed, scale, photo, prefix, schedule], [picture, strip, tokens, command, python]
-            drawing = start.click(on_draw, inputs, outputs, show_progress="minimal", api_name="draw")
-            stop.click(None, cancels=[drawing])
+            last, offered, quiet = gr.State(), gr.State(), {"show_progress": "minimal"}
+            drawing = start.click(on_draw, inputs, [*outputs, last], **quiet, api_name="draw")
+            drafting = draft.click(on_drafts, inputs, [offers, offered], **quiet, api_name=False)
+            varying = alike.click(on_alike, [last, strength], [offers, offered], **quiet, api_name=False)
+            picking = offers.click(on_pick, offered, [*outputs, last], **quiet, api_name=False)
+            stop.click(None, cancels=[drawing, drafting, varying, picking])
+        with gr.Tab("Edit"):
+            drop = photo_input(height=160, elem_id="edit_photo", render=False)
+            edit_tab(gr, pipe, work, drop, ask, [seed, scale, schedule], asked_of, photo_of, refusal)
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 given = photo_input(height=400, elem_id="given")

@@ -1,8 +1,8 @@
 """Seeded sampling: each image depends on (seed, number) or (seed, class, number) alone, not on its batch."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,11 @@ def image_seed(seed: int, label: int | str, number: int) -> int:
     """The seed of image `number` of a class or prompt: 63 bits, as torch takes (its CPU generator looks at 32)."""
     digest = hashlib.sha256(f"{seed}/{label}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generators(seed: int, members: Iterable[tuple[int | str, int]]) -> list[torch.Generator]:
+    """One for each (class or prompt, number): what makes an image a function of these and of the seed."""
+    return [torch.Generator().manual_seed(image_seed(seed, label, number)) for label, number in members]
 
 
 def image_generator(seed: int, number: int) -> torch.Generator:
@@ -62,29 +67,35 @@ def draw_rows(
 
 
 def draw_images(
-    pipe: DARPipeline, jobs: Sequence[Job], seed: int, batch_size: int, options: dict[str, Any]
+    pipe: DARPipeline,
+    jobs: Sequence[Job],
+    seed: int,
+    batch_size: int,
+    options: dict[str, Any],
+    groups: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw images in batches, with a progress bar; `options` are those of DARPipeline.stream.
 
     An image is a function of (seed, class or prompt, number, kept tokens), up to rounding. Those that keep different
-    numbers of tokens do not share a batch.
+    numbers of tokens do not share a batch. With `groups`, tokens and previews of the first groups alone are drawn.
 
     Yields:
         Of each job, in order: previews (K, 3, H, W) uint8, of which the last is the image, and codes (N,); on the CPU.
     """
-    num_tokens = pipe.ar.config.num_tokens
-    with tqdm(total=sum(num_tokens - len(job.kept) for job in jobs), desc="sample", unit=" tokens") as bar:
+    previews = pipe.preview_groups(groups, options.get("start", 0))
+    num_tokens = pipe.tokenizer.schedule.tokens_for_groups(previews.stop - 1)
+    with tqdm(total=sum(max(num_tokens - len(job.kept), 0) for job in jobs), desc="sample", unit=" tokens") as bar:
         for kept, group in groupby(jobs, lambda job: len(job.kept)):
             alike = list(group)
             for batch in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
                 stream = pipe.stream(
                     pipe.condition([job.label for job in batch]),
                     prefix=torch.stack([job.kept for job in batch]),
-                    generator=[torch.Generator().manual_seed(image_seed(seed, job.label, job.number)) for job in batch],
+                    generator=generators(seed, [(job.label, job.number) for job in batch]),
                     **options,
                 )
                 shown, written = [], kept
-                for preview in stream:
+                for preview in islice(stream, len(previews)):
                     shown.append(to_uint8(preview.images).cpu())
                     count = max(preview.codes.shape[1], kept)
                     bar.update(len(batch) * (count - written))

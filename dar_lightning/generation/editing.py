@@ -1,13 +1,19 @@
-"""Editing by tokens: read a photo, tokenize it, and choose how many of its first tokens a drawing keeps."""
+"""Editing: read a photo and a mask, keep its first tokens or its pixels, and draw images that are like another."""
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from dar_lightning.data.decode import BadSample, decode_rgb
-from dar_lightning.data.transforms import center_crop, to_float, to_tensor
-from dar_lightning.errors import UserError
+from dar_lightning.data.transforms import center_crop, to_float, to_tensor, to_uint8
+from dar_lightning.errors import UserError, require
+from dar_lightning.generation.drawing import Job, generators
+from dar_lightning.generation.inpainting import EVIDENCE
 from dar_lightning.generation.pipeline import DARPipeline
 
 
@@ -40,3 +46,56 @@ def prefix_lengths(prefix: str | int | None, num_tokens: int, num_groups: int) -
     if len({*lengths}) < len(lengths):
         raise UserError(f"prefix is {prefix}: give each number once")
     return lengths
+
+
+def read_edit(
+    pipe: DARPipeline, image: str | None, mask: str | None, start: int, evidence: float | None
+) -> dict[str, Any]:
+    """The options of `dar sample` that edit an image file, as those of DARPipeline.stream; none without an image."""
+    if image is None:
+        given = [name for name, value in (("mask", mask), ("start", start), ("evidence", evidence)) if value]
+        require(not given, f"{', '.join(given)} set without image: give the image that is to be edited")
+        return {}
+    photo = read_photo(image, f"image: {image}")
+    options = {"start": start, "evidence": EVIDENCE if evidence is None else evidence}
+    options |= {"image": to_float(middle(pipe, photo)[None])}
+    if mask is not None:
+        options["known"] = ~read_mask(pipe, read_photo(mask, f"mask: {mask}"), photo.size, f"mask: {mask}")
+    return options
+
+
+def read_mask(pipe: DARPipeline, mask: Image.Image, size: tuple[int, int], name: str = "the mask") -> Tensor:
+    """What to draw anew, (1, 1, H, W) bool: where a mask of the photo's size, cropped as the photo, is white.
+
+    An error's line begins with `name`.
+    """
+    found, right = ("{}x{}".format(*each) for each in (mask.size, size))
+    require(found == right, f"{name} is {found} pixels: need the image's {right}")
+    anew = middle(pipe, mask)[None].float().mean(dim=1, keepdim=True) >= 128
+    require(bool(anew.any()), f"{name} has nothing white: white is what is drawn anew, black what is kept")
+    require(not bool(anew.all()), f"{name} is white all over: nothing of the image is kept; leave the mask out")
+    return anew
+
+
+def mix_noise(noise: Tensor, new: Tensor, strength: float) -> Tensor:
+    """Standard normal noise that is like another: sqrt(1 - strength^2) noise + strength new, strength in [0, 1]."""
+    return math.sqrt(1 - strength**2) * noise + strength * new
+
+
+@torch.no_grad()
+def draw_alike(
+    pipe: DARPipeline, jobs: Sequence[Job], picked: int, seed: int, strength: float, batch_size: int, **options
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images that are like image `picked` of their class: its tokens, which the jobs keep, and its noise, mixed.
+
+    The new noise is that of each job's own number. `options` are those of `tokenizer.previews`: solver, num_steps.
+
+    Yields:
+        As `drawing.draw_images`.
+    """
+    for batch in (jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)):
+        members = ([(job.label, picked) for job in batch], [(job.label, job.number) for job in batch])
+        old, new = (pipe.tokenizer.draw_noise(len(batch), generators(seed, each)) for each in members)
+        codes = torch.stack([job.kept for job in batch])
+        previews = pipe.tokenizer.previews(codes.to(pipe.device), mix_noise(old, new, strength), **options)
+        yield from zip(to_uint8(previews).cpu(), codes, strict=True)

@@ -16,9 +16,10 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import fixed_order
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.pretrained import resolve_folder
+from dar_lightning.generation.inpainting import EVIDENCE, Edit
 from dar_lightning.generation.overlap import run_ahead
 from dar_lightning.layers import Generators
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -82,6 +83,10 @@ class DARPipeline:
         generator: Generators = None,
         overlap: bool | None = None,
         prompts: Sequence[str] | None = None,
+        image: Tensor | None = None,
+        known: Tensor | None = None,
+        start: int = 0,
+        evidence: float = EVIDENCE,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
@@ -104,15 +109,24 @@ class DARPipeline:
             overlap: write the next tokens while a diffusion step runs, on a thread and stream of their own; the images
                 are the same. None does so on CUDA, where neither fills the device alone.
             prompts: instead of labels, B texts, for a model that takes them.
+            image: (B or 1, 3, H, W) in [-1, 1]: what to keep, to start from or to resemble (`generation.inpainting`).
+            known: (B or 1, 1, H, W) bool: its pixels that are kept as they are, in every preview.
+            start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
+            evidence: how much the image's tokens are preferred: 8 to go on as it does, 0 to 4 to change it.
 
         Yields:
-            K previews (`num_groups`); the last one is what `generate` returns for the same arguments.
+            K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
+            arguments.
         """
         condition = self.condition(labels if prompts is None else prompts)
+        groups = self.preview_groups(None, start)
+        if noise is not None or image is not None:
+            noise = self.tokenizer.draw_noise(len(condition), generator) if noise is None else noise.to(self.device)
+        edit = Edit(self.tokenizer, noise, image, known, start, evidence)
         # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
         aside = self.tokenizer.set_noise_aside(len(condition), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        options |= dict(token_groups=self.token_groups)
+        options |= dict(token_groups=self.token_groups, bias=edit.bias)
         tokens = stream_in_place(self.ar, condition, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []
@@ -125,23 +139,31 @@ class DARPipeline:
 
             columns = read()
             first = next(columns)
-            noise = aside() if noise is None else noise.to(self.device)
+            state = aside() if noise is None else edit.state
             # the prefix is checked before, and what the model draws is a token
-            previews = self.tokenizer.stream(chain([first], columns), noise, solver, num_steps, check=False)
-            for group, images in enumerate(previews, start=1):
-                yield Preview(images, torch.stack(codes, dim=1), group)
+            tokens_so_far = chain([first], columns)
+            previews = self.tokenizer.stream(tokens_so_far, state, solver, num_steps, False, start, edit.correct)
+            for group, images in zip(groups, previews, strict=True):
+                yield Preview(edit.paste(images), torch.stack(codes, dim=1), group)
 
     def generate(self, labels: Tensor | None = None, groups: int | None = None, **options) -> Tensor:
         """Generate images of classes (B,), or of prompts: (B, 3, H, W), not clipped to [-1, 1]. Options as in `stream`.
 
         With `groups`, from 1 to K, only the tokens of so many groups are drawn and the preview after them is returned.
         """
-        count = self.num_groups
-        if groups is not None and not 1 <= groups <= count:
-            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}")
-        for preview in islice(self.stream(labels, **options), groups):  # noqa: B007
+        previews = self.preview_groups(groups, options.get("start", 0))
+        for preview in islice(self.stream(labels, **options), len(previews)):  # noqa: B007
             pass
         return preview.images
+
+    def preview_groups(self, groups: int | None, start: int = 0) -> range:
+        """The groups after which there are previews, if only so many are drawn, from diffusion step `start` on."""
+        count, least = self.num_groups, start + 1
+        require(0 <= start < count, f"start is {start}: it must be from 0 to {count - 1} groups")
+        if groups is not None and not least <= groups <= count:
+            more = f", those after start {start} from {least}" if start else ""
+            raise UserError(f"groups is {groups}: this pipeline decodes from 1 to {count}{more}")
+        return range(least, 1 + (count if groups is None else groups))
 
     def condition(self, asked: Tensor | Sequence[str] | Sequence[int] | None) -> Tensor:
         """What is asked for, prompts or labels, as a batch of the AR model's condition, on the device of the models."""

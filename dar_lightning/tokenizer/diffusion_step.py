@@ -40,7 +40,13 @@ class Plan(NamedTuple):
 Conditions = Iterable[tuple[int, Tensor]]  # steps that can be done in all, with the vectors (B, m, D) so far
 
 
-def call_steps(decoder: nn.Module, trajectory: Trajectory, noise: Tensor, conds: Conditions) -> Iterator[Tensor]:
+def call_steps(
+    decoder: nn.Module,
+    trajectory: Trajectory,
+    noise: Tensor,
+    conds: Conditions,
+    correct: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensor]:
     """Decode by calls of the pixel decoder: after each pair of `conds`, the preview of `flow.integrate`.
 
     Args:
@@ -48,12 +54,14 @@ def call_steps(decoder: nn.Module, trajectory: Trajectory, noise: Tensor, conds:
         trajectory: of the decoding.
         noise: (B, 3, H, W) float32.
         conds: see Conditions.
+        correct: gives the velocity to use, of the decoder's.
     """
 
     def velocity(x: Tensor, step: int, t: float) -> Tensor:
         start = trajectory.starts[step]
         time = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-        return decoder(x, time, cond[:, start : start + trajectory.window])
+        v = decoder(x, time, cond[:, start : start + trajectory.window])
+        return v if correct is None else correct(v)
 
     states, done = integrate(velocity, noise, list(trajectory.times), trajectory.solver), 0
     for allowed, cond in conds:  # noqa: B007  (velocity reads cond)

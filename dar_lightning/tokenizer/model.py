@@ -145,14 +145,23 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
         solver: str = "adams2",
         num_steps: int | None = None,
         check: bool = True,
+        start: int = 0,
+        correct: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Decode while tokens arrive: one preview (B, 3, H, W) after each group, the last one the image.
 
         `chunks` are consecutive tokens (B, any number). As soon as a group is complete, its tokens extend the causal
-        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize. Without `check`,
-        whose answer the host waits for, tokens that do not exist are undefined behaviour.
+        conditioner (cached) and its diffusion steps run. The other arguments are those of detokenize, but for:
+
+        Args:
+            check: whether tokens are looked at, for whose answer the host waits; without, wrong ones are undefined
+                behaviour.
+            start: n, from 0 to K - 1: start at uniform time n / K, where `noise` is the state already. Previews come
+                after groups n + 1 to K.
+            correct: gives the velocity to use, of the network's: (B, 3, H, W) both.
         """
-        return self._integrate(enumerate(self._extend_conditions(chunks, check), start=1), noise, solver, num_steps)
+        conds = enumerate(self._extend_conditions(chunks, check), start=1)
+        return self._integrate(conds, noise, solver, num_steps, start, correct)
 
     def _extend_conditions(self, chunks: Iterable[Tensor], check: bool) -> Iterator[Tensor]:
         """After each group, the conditioning vectors (B, tokens so far, D)."""
@@ -177,19 +186,32 @@ class SequentialDiffusionTokenizer(nn.Module, PretrainedMixin):
 
     @torch.no_grad()
     def _integrate(
-        self, conds: Iterator[tuple[int, Tensor]], noise: Tensor, solver: str, num_steps: int | None
+        self,
+        conds: Iterator[tuple[int, Tensor]],
+        noise: Tensor,
+        solver: str,
+        num_steps: int | None,
+        start: int = 0,
+        correct: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """After each pair, groups and their conditioning vectors, the preview of the steps that they allow."""
+        """After each pair, groups and their conditioning vectors, the preview of the steps that they allow.
+
+        `start` and `correct` are those of `stream`; pairs of no more than `start` groups allow none.
+        """
         config, schedule, decoder = self.config, self.schedule, self.decoder
         check_diffusion(solver, num_steps)
-        num_steps = config.num_groups if num_steps is None else num_steps
+        groups, beta = config.num_groups, config.time_shift
+        num_steps = groups if num_steps is None else num_steps
+        require(0 <= start < groups, f"start is {start}: it must be from 0 to {groups - 1} groups")
         self._check_size(noise.shape[-2:])
-        starts = tuple(schedule.start(schedule.group_of_step(step, num_steps)) for step in range(num_steps))
-        times = tuple(sampling_times(num_steps, config.time_shift))
+        first = start * num_steps // groups  # the step that the start lies in
+        starts = tuple(schedule.start(schedule.group_of_step(step, num_steps)) for step in range(first, num_steps))
+        times = (shift_time(start / groups, beta), *sampling_times(num_steps, beta)[first + 1 :])
         trajectory = Trajectory(times, starts, config.window, config.num_tokens, solver)
-        allowed = ((schedule.steps_for_groups(groups, num_steps), cond) for groups, cond in conds)
+        allowed = ((schedule.steps_for_groups(m, num_steps) - first, cond) for m, cond in conds if m > start)
         static = noise.device.type == "cuda" if decoder.static is None else decoder.static
-        run = replay_steps if static and can_capture(decoder) else call_steps
+        replay = static and correct is None and can_capture(decoder)
+        run = replay_steps if replay else partial(call_steps, correct=correct)
         for preview in run(decoder, trajectory, noise.float(), allowed):
             yield preview / config.data_std
 

@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(pipeline, tmp_path, capsys, wo
 def test_the_page_repeats_a_drawing_by_sample_and_by_python(pipeline, tmp_path):
     """The last picture that the page shows is the one that both codes draw."""
     pipe = DARPipeline.from_pretrained(pipeline)
-    *_, (shown, _, _) = draw_previews(pipe, 1, 3, "interval,4,2,3")
+    *_, (shown, *_) = draw_previews(pipe, 1, 3, "interval,4,2,3")
     command, python = repeat(pipeline, 1, 3, INTERVAL, None, 0)
     names: dict = {}
     exec(python, names)  # what the page gives
@@ -189,9 +189,9 @@ def test_the_page_begins_with_what_it_is_given_and_takes_text(start):
     _, _, scale, _, _, schedule = draw.inputs
     values = {3.0: (3.0, ""), 12.5: (3, "12.5"), "interval,4,1,1": (3, "interval,4,1,1"), (1.1, 8.0): (3, "1.1,8")}
     assert (scale.value, schedule.value) == values[start]
-    *_, (_, _, _, command, _) = draw.fn(1, 3, scale.value, None, 0, schedule.value)
+    *_, (_, _, _, command, *_) = draw.fn(1, 3, scale.value, None, 0, schedule.value)
     assert f"--guidance {schedule.value or 3} " in command
-    *_, (_, _, _, command, _) = draw.fn(1, 3, 2, None, 0, "interval,4,2,3")
+    *_, (_, _, _, command, *_) = draw.fn(1, 3, 2, None, 0, "interval,4,2,3")
     assert f"--guidance {INTERVAL} " in command
     for text, message in (
         ("os.path,1", r"guidance is 'os\.path,1': give a number"),
@@ -209,7 +209,7 @@ def test_serve_begins_with_a_class_of_its_owner(tmp_path, monkeypatch):
     page = build_page(gradio, make_pipeline(), "tiny", 1, Work(), guidance="served_steps.Steps,first=5,rest=1,count=3")
     draw = next(each for each in page.fns.values() if each.api_name == "draw")
     text = draw.inputs[-1].value
-    *_, (_, _, _, command, _) = draw.fn(1, 3, 2, None, 0, text)
+    *_, (_, _, _, command, *_) = draw.fn(1, 3, 2, None, 0, text)
     assert f"--guidance {text} " in command
     with pytest.raises(gradio.Error, match="give a number"):
         next(draw.fn(1, 3, 2, None, 0, "served_steps.Steps,6"))

@@ -186,7 +186,7 @@ def test_numbers_of_previews_and_of_kept_tokens():
         ({"classes": "red,0"}, "classes is red,0: name each class once"),
         ({"guidance": "strong"}, "guidance is 'strong': give a number, or a,b"),
         ({"per_class": 0}, "per_class is 0"),
-        ({"prefix": 3}, "prefix is set without layout or variations"),
+        ({"prefix": 3}, "prefix is set without layout, variations or image"),
         ({"layout": "PHOTO", "variations": True}, "layout and variations are both set"),
         ({"layout": "PHOTO", "prefix": "2,x"}, "prefix is x: keep from 1 to 7"),
         ({"layout": "PHOTO", "prefix": "2,2"}, "prefix is 2,2: give each number once"),

@@ -1,6 +1,8 @@
 """The page itself, with a small model that can be made to wait: over Gradio's client, and in a browser."""
 
+import base64
 import io
+import re
 import shutil
 import struct
 import time
@@ -9,14 +11,29 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
 from dar_lightning.commands.serve import serve
-from dar_lightning.commands.serve_page import CSS, NO_PHOTO, Work, build_page, draw_previews, reconstructions
+from dar_lightning.commands.serve_edit import VERSIONS
+from dar_lightning.commands.serve_page import (
+    DRAFT_GROUP,
+    DRAFTS,
+    LARGE,
+    NO_PHOTO,
+    NO_PICTURE,
+    Work,
+    build_page,
+    draw_previews,
+    reconstructions,
+)
+from dar_lightning.commands.serve_pictures import CSS, draw_several, enlarge
 from dar_lightning.data.decode import MAX_PIXELS
 from dar_lightning.errors import UserError
-from dar_lightning.generation.editing import read_photo, tokenize
+from dar_lightning.generation.drawing import Job
+from dar_lightning.generation.editing import draw_alike, middle, read_photo, tokenize
+from dar_lightning.generation.grids import MIN_SIDE, to_image
 
 gradio = pytest.importorskip("gradio", reason="pip install 'dar-lightning[demo]'")
 client = pytest.importorskip("gradio_client")
@@ -26,6 +43,12 @@ MANY_PIXELS = f"the photo cannot be read: more than {MAX_PIXELS} pixels"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # It runs as root in containers, and should ask nobody for anything.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+# Whether an image is black all over.
+BLACK = """image => {
+    const canvas = document.createElement('canvas');
+    canvas.getContext('2d').drawImage(image, 0, 0);
+    return !canvas.getContext('2d').getImageData(0, 0, 32, 32).data.some((value, i) => i % 4 < 3 && value > 0);
+}"""
 # Note each picture that is shown.
 WATCH = """() => {
     window.sources = [];
@@ -116,6 +139,16 @@ def test_bad_input_gets_one_message(page, photos):
         assert str(raised.value) == message
     with pytest.raises(client.exceptions.AppError, match=MANY_PIXELS):
         visitor.predict(client.handle_file(photos["pixels"]), api_name="/reconstruct")
+    edit = {"label": 1, "seed": 3, "guidance": 2, "schedule": "", "path": client.handle_file(photos["good"])}
+    edit |= {"paint": None, "start": 2, "evidence": 8}
+    assert visitor.predict(**edit, api_name="/edit").count("<img") == VERSIONS
+    for change, message in (
+        ({"path": None}, "drop a photo first"),
+        ({"paint": {"mask": "data:,AAAA"}}, "the mask cannot be read: not an image of a known format"),
+        ({"start": 9}, "Value 9 is greater than maximum value 3"),
+    ):
+        with pytest.raises(client.exceptions.AppError, match=message):
+            visitor.predict(**edit | change, api_name="/edit")
     compared, _ = visitor.predict(client.handle_file(photos["good"]), api_name="/reconstruct")
     assert len(compared) == 2
 
@@ -246,6 +279,57 @@ def test_mistakes_get_one_message_each(tab, photos):
     only_message('File(s) exceed the maximum allowed size of 1.0 Mb: "far above.png"')
     tab.set_input_files("#given input[type=file]", photos["pixels"])
     only_message(MANY_PIXELS)
+
+
+@pytest.mark.slow
+def test_a_draft_is_finished_and_varied_in_a_browser(page, tab):
+    def offered() -> list[str]:
+        return tab.eval_on_selector_all("#offers img", "images => images.map(image => image.src)")
+
+    tab.fill("#seed input", "5")
+    tab.click("#alike")
+    wait_for(lambda: NO_PICTURE in " ".join(tab.locator(".toast-body").all_inner_texts()))
+    page.steps.clear()
+    tab.click("#draft")
+    expected = [*draw_several(page.pipe, DRAFTS, DRAFT_GROUP, 0, 5, 3.0)]
+    wait_for(lambda: offered() == re.findall('src="([^"]*)"', expected[-1]))
+    tab.locator("#offers figure").nth(6).click()
+    wait_for(lambda: len(tab.evaluate("window.sources")) == GROUPS)
+    *_, (finished, _, _, codes) = draw_previews(page.pipe, 0, 5, 3.0, number=6)
+    assert difference(tab, tab.evaluate("window.sources")[-1], finished) <= 1
+    drafts = offered()
+    tab.click("#alike")
+    wait_for(lambda: offered() and offered() != drafts)
+    jobs = [Job(0, number, torch.tensor(codes)) for number in range(7, 7 + DRAFTS)]
+    alike = [to_image(previews[-1]) for previews, _ in draw_alike(page.pipe, jobs, 6, 5, 0.5, DRAFTS)]
+    tab.locator("#offers figure").nth(2).click()
+    wait_for(lambda: len(tab.evaluate("window.sources")) == GROUPS + 1)
+    assert difference(tab, tab.evaluate("window.sources")[-1], enlarge(alike[2], LARGE)) <= 1
+
+
+@pytest.mark.slow
+def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
+    tab.get_by_role("tab", name="Edit").click()
+    tab.click("#edit_draw")
+    wait_for(lambda: "drop a photo first" in " ".join(tab.locator(".toast-body").all_inner_texts()))
+    tab.set_input_files("#edit_photo input[type=file]", photos["good"])
+    tab.wait_for_selector("#paint canvas")
+    box = tab.locator("#paint canvas").bounding_box()
+    for top in (0.2, 0.4):  # two strokes, of which the second does not take back the first
+        tab.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + top * box["height"])
+        tab.mouse.down()
+        tab.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + top * box["height"], steps=5)
+        tab.mouse.up()
+    tab.click("#edit_draw")
+    wait_for(lambda: tab.locator("#edited img").count() == VERSIONS)
+    sources = tab.eval_on_selector_all("#edited img", "images => images.map(image => image.src)")
+    contents = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    photo = np.asarray(enlarge(to_image(middle(page.pipe, read_photo(photos["good"]))), MIN_SIDE))
+    for content in contents:
+        kept = (np.asarray(Image.open(io.BytesIO(content))) == photo).all(axis=(1, 2))
+        assert kept[[3 * row for row in (0, 6, 13, 24, 31)]].tolist() == [True, False, False, True, True]
+    tab.click("#edit_clear")
+    wait_for(lambda: tab.locator("#paint .mask").evaluate(BLACK))
 
 
 # ---- options

@@ -1,8 +1,11 @@
 """What the page shows: the pictures of `dar sample`, tokens in their places, code that repeats them, photos refused."""
 
+import base64
+import io
 import re
 import shlex
 import threading
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ from PIL import Image
 from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
-from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions, repeat, tokens_html
+from dar_lightning.commands.serve_edit import painted
+from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions, repeat
+from dar_lightning.commands.serve_pictures import data_url, draw_several, tokens_html
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
 from dar_lightning.devices import torch_dtype
+from dar_lightning.errors import UserError
 from dar_lightning.generation.editing import read_photo
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -37,7 +43,7 @@ def small(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize(("prefix", "dtype"), [(0, None), (3, "bfloat16")])
 def test_the_page_draws_what_the_commands_that_it_offers_draw(pipeline, photo, tmp_path, prefix, dtype):
     pipe = DARPipeline.from_pretrained(pipeline).to(dtype=torch_dtype(dtype))
-    pictures, strips, _ = zip(*draw_previews(pipe, 2, 7, 3.0, read_photo(photo), prefix), strict=True)
+    pictures, strips, *_ = zip(*draw_previews(pipe, 2, 7, 3.0, read_photo(photo), prefix), strict=True)
     assert [strip.count("<img") for strip in strips] == [1, 2, 3, 4]
     assert len({picture.tobytes() for picture in pictures}) == GROUPS
     command, python = repeat(pipeline, 2, 7, 3.0, photo, prefix, dtype)
@@ -100,3 +106,32 @@ def test_work_that_is_stopped_begins_no_step():
     work.step.release()
     other.join()
     assert log[2:] == ["begun", 1, "went on", 2, "closed"]
+
+
+def test_drafts_are_previews_of_the_images_that_they_become(pipe, photo):
+    first, second = draw_several(pipe, 3, 2, 2, 7, 3.0, read_photo(photo), 3)
+    assert first.count("<img") == second.count("<img") == 3
+    *_, (image, *_) = islice(draw_previews(pipe, 2, 7, 3.0, read_photo(photo), 3, number=1), 2)
+    expected = small(image)
+    shown = Image.open(io.BytesIO(base64.b64decode(re.findall('base64,([^"]*)"', second)[1])))
+    assert np.abs(small(shown) - expected).max() <= 1
+    _, python = repeat("x", 2, 7, 3.0, None, 0, number=1)
+    assert "image_seed(7, 2, 1)" in python
+
+
+def test_what_is_painted_becomes_a_mask(pipe):
+    def paint(picture: Image.Image) -> dict[str, str]:
+        return {"mask": data_url(picture)}
+
+    black = Image.new("RGB", (SIZE, SIZE))
+    assert painted(pipe, None) is painted(pipe, {"mask": ""}) is painted(pipe, paint(black)) is None
+    black.paste("white", (0, 0, 8, SIZE))
+    known = painted(pipe, paint(black))
+    assert torch.equal(known, (torch.arange(SIZE) >= 8).expand(1, 1, SIZE, -1))
+    for wrong in ("text", [1], {"mask": 3}, {"mask": "data:image/png;base64,AAAA"}, {"mask": "data:,?"}, {"no": 1}):
+        with pytest.raises(UserError, match=r"^the mask cannot be read: "):
+            painted(pipe, wrong)
+    with pytest.raises(UserError, match=r"^the mask is 16x16 pixels: need the image's 32x32$"):
+        painted(pipe, paint(black.resize((16, 16))))
+    with pytest.raises(UserError, match=r"^the mask is white all over"):
+        painted(pipe, paint(Image.new("RGB", (SIZE, SIZE), "white")))

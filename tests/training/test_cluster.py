@@ -65,7 +65,7 @@ def arguments(tokens, folder: Path, every: int = 1000) -> list[str]:
     """What both nodes are given, but for their number."""
     return [
         *map(str, fit_ar(*tokens, folder, max_steps=STEPS, val_check_interval=3)[1:]),
-        *("--ckpt_path=last", "--data.init_args.batch_size=2", "--data.init_args.num_workers=1"),
+        *("--ckpt_path=last", "--data.init_args.batch_size=2"),
         "--trainer.callbacks+=dar_lightning.training.callbacks.LastStepCheckpoint",
         *(f"--trainer.callbacks.every_n_train_steps={every}", "--trainer.callbacks.save_top_k=0"),
         "--trainer.callbacks+=dar_lightning.training.callbacks.EMA",
@@ -124,6 +124,7 @@ def test_slurm_requeues_and_what_it_saves_is_resumed(tokens, on_one_node, refere
     variables |= {"SLURM_NODELIST": "localhost", "SLURM_JOB_NAME": "dar", "SCONTROL_LOG": str(log)}
     variables["PATH"] = f"{tools}:{variables['PATH']}"
     slow = [f"--trainer.callbacks+={__name__}.Slow", f"--trainer.callbacks.file={step}"]
+    slow.append("--data.init_args.num_workers=1")  # srun's signal reaches workers, too
     command = ["bash", SCRIPTS / "slurm.sh", *arguments(tokens, run_folder), *slow]
     job_script = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + SECONDS

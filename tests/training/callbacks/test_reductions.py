@@ -2,14 +2,19 @@
 
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from killable import run
 
-TESTS = Path(__file__).parents[2]
+
+def run_script(*words: str) -> None:
+    sys.argv = list(words)
+    with redirect_stdout(None), redirect_stderr(None):
+        runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +22,13 @@ def results(images, tokens, tokenizer_folder, tmp_path_factory) -> dict:
     """What each kind of run logged, or the first line of its error; and the metrics that it wrote."""
     folder = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("reduce_on_simulated_gpu.py")
-    paths = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{TESTS / 'training'}", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, script, *images, *tokens, tokenizer_folder, folder]
-    subprocess.run([*map(str, command)], check=True, timeout=300, env=paths, capture_output=True)
+    assert run(run_script, *map(str, (script, *images, *tokens, tokenizer_folder, folder))) == [0]
     written = {path.parts[-3]: json.loads(path.read_text())["metrics"] for path in folder.glob("*/evaluation/*")}
     return json.loads((folder / "results.json").read_text()) | {"written": written}
 
 
 @pytest.mark.parametrize(
-    ("run", "logged"),
+    ("name", "logged"),
     [
         ("reconstruction_fid", ["val/rFD-color_edges", "val/rPSNR", "val/rSSIM", "val/flow"]),
         ("generation_fid", ["val/gFD-color_edges", "val/loss"]),
@@ -35,13 +38,13 @@ def results(images, tokens, tokenizer_folder, tmp_path_factory) -> dict:
         ("bad_samples", ["known"]),
     ],
 )
-def test_every_reduction_is_one_that_nccl_makes(results, run, logged):
-    result = results[run]
+def test_every_reduction_is_one_that_nccl_makes(results, name, logged):
+    result = results[name]
     assert isinstance(result, dict), result
-    assert all(math.isfinite(result[name]) for name in logged)
-    for name, value in results["written"].get(run, {}).items():  # the mean over ranks that all have it
-        assert result[f"val/{name}"] == pytest.approx(value, rel=1e-6)
-    assert (run in results["written"]) == run.endswith("fid")
+    assert all(math.isfinite(result[each]) for each in logged)
+    for metric, value in results["written"].get(name, {}).items():  # the mean over ranks that all have it
+        assert result[f"val/{metric}"] == pytest.approx(value, rel=1e-6)
+    assert (name in results["written"]) == name.endswith("fid")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "ar"])
