@@ -52,7 +52,7 @@ def read_backbone(config: ARConfig) -> tuple[ARConfig, Path | None]:
     for name, size in sizes.items():
         mine = getattr(config, name)
         fits = mine in (getattr(default, name), size)
-        require(fits, f"config.{name} is {mine}: the language model in {folder} has {size}; leave it out")
+        require(fits, f"config.{name} is {mine}: the language model in {folder} has {size}; give that, or none")
     config = dataclasses.replace(config, **sizes)
     derived = language_model_config(config, theirs["max_position_embeddings"], model_type, {}).to_dict()
     own = {name: value for name, value in theirs.items() if name in derived and value != derived[name]}

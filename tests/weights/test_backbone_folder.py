@@ -169,7 +169,7 @@ def test_what_is_refused(folder, module, tmp_path):
             ARModule(ARConfig(**config(where, **changes)))
 
     refuse("backbone_options: folder is nowhere: no such folder", "nowhere")
-    refuse(r"config\.dim is 48: the language model in .* has 24; leave it out", dim=48)
+    refuse(r"config\.dim is 48: the language model in .* has 24; give that, or none", dim=48)
     options = {"folder": str(folder), "model_type": "llama"}
     refuse("model_type is not 'qwen3', which .* is; leave it out", backbone_options=options)
     other = changed(folder, tmp_path / "other")
