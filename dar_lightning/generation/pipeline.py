@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.order import fixed_order
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
@@ -61,9 +60,7 @@ class DARPipeline:
         self.num_groups = counts[tokens]  # that the tokens of the AR model give
         ends = [schedule.tokens_for_groups(m) for m in range(1, self.num_groups)]
         # the group of each token in the order of writing; orders drawn per sample have none, and count as written
-        fixed = "coarse_to_fine" if ar.config.order == "random_per_sample" else ar.config.order
-        order = fixed_order(fixed, tokens, ar.config.order_groups, ar.config.order_seed)
-        self.token_groups = [1 + bisect(ends, place) for place in order.tolist()]
+        self.token_groups = [1 + bisect(ends, place) for place in ar.config.fixed_order().tolist()]
         if classes and len(classes) != (count := ar.condition.num_labels):
             raise UserError(f"{len(classes)} class names for an AR model of {count} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
