@@ -11,6 +11,7 @@ from dar_lightning.ar.decode_step import Drawing, choose_road, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys
+from dar_lightning.ar.jacobi import check_jacobi, draw_jacobi
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
 from dar_lightning.ar.order import IN_GROUPS, placed, written
@@ -35,6 +36,7 @@ def stream_tokens(
     token_groups: Sequence[int] | None = None,
     static: bool | None = None,
     bias: Callable[[Tensor], Tensor] | None = None,
+    jacobi: int = 0,
 ) -> Iterator[Tensor]:
     """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor each.
 
@@ -57,11 +59,14 @@ def stream_tokens(
         static: draw by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA, where it is a graph.
         bias: gives what is added to the guided logits, (B, V), of tokens at places (B,) of the tokenizer's order; not
             with a step of static shapes.
+        jacobi: draw a window of so many tokens at once until they are those of drawing one by one (`ar.jacobi`), not
+            with a step of static shapes; 0 is off.
 
     Raises:
         UserError: for a value outside the ranges above.
     """
-    road = choose_road(ar, static if bias is None else False)
+    check_jacobi(ar.config, jacobi, static)
+    road = choose_road(ar, static if bias is None and not jacobi else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix
     prefix = prefix.to(labels.device)
@@ -82,10 +87,15 @@ def stream_tokens(
             labels = torch.cat([labels, ar.condition.null(batch)])
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         several = ar.config.tokens_per_pass > 1
-        if several or road != "eager":
+        if several or jacobi or road != "eager":
             options = scales, guided, count, temperature, top_k, top_p
             drawing = Drawing(*ar.condition(labels), prefix[:batch], order, keys, *options)
-            yield from draw_passes(ar, drawing, bias) if several else draw_static(ar, drawing, road)
+            if several:
+                yield from draw_passes(ar, drawing, bias)
+            elif jacobi:
+                yield from draw_jacobi(ar, drawing, jacobi, bias)
+            else:
+                yield from draw_static(ar, drawing, road)
             return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
