@@ -56,6 +56,7 @@ def test_layouts(alone, size):
     for each in passes:
         known = {read[place] for place in range(each.stop)} - {*range(-size, 0)}
         assert known == {*range(each.start)}, "all earlier tokens, and no other"
+    assert read == [*range(-1, alone - 1), *range(alone - size, 32 - size)]
 
 
 @pytest.mark.parametrize(("alone", "size"), [(0, 4), (2, 3), (4, 2), (0, 8)])
