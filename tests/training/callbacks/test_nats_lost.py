@@ -7,7 +7,7 @@ from tiny_models import GROUPS, TOKENS, make_ar
 from tiny_training import STILL, ar_module, scalars, token_data, trainer
 
 from dar_lightning.errors import UserError
-from dar_lightning.training import AblationModule
+from dar_lightning.training import AblationModule, ARModule
 from dar_lightning.training.callbacks import Passes
 
 PASSES = {"tokens_per_pass": 2, "sequential_tokens": 2, "order": "strided_in_group", "order_groups": 2}
@@ -58,3 +58,16 @@ def test_groups_and_images_that_there_are_not(tokens):
         Passes(draws=-1)
     with pytest.raises(UserError, match="num_groups is 3: it must divide the 8 tokens"):
         trainer(Passes(num_groups=3)).validate(ar_module(), token_data(tokens), verbose=False)
+
+
+@pytest.mark.parametrize("kind", [ARModule, AblationModule])
+def test_a_training_step_of_several_tokens_a_pass(kind, tokens):
+    """The loss is that of the model's own logits, and every weight learns, those of target places too."""
+    module = ar_module({"tokens_per_pass": 4, "order_groups": GROUPS} | STILL, kind)
+    module.log = module.log_dict = lambda *args, **options: None
+    batch = next(iter(token_data(tokens).train_dataloader()))
+    loss = module.training_step(batch, 0)["loss"]
+    logits = module.ar(batch["label"], batch["codes"])
+    assert torch.equal(loss, F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten(), reduction="none").mean())
+    loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in module.parameters())
