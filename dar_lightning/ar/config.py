@@ -10,6 +10,7 @@ from dar_lightning.ar.order import IN_GROUPS, ORDERS, PER_SAMPLE, OrderName, fix
 from dar_lightning.errors import MOST_BLOCKS, check_range, require
 from dar_lightning.formats.registry import check_plain
 
+PlaceTables = Literal["as_needed", "target", "own_and_target"]
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
 
@@ -43,6 +44,9 @@ class ARConfig:
             the paper's; a model of several has a learned vector for each target place besides.
         sequential_tokens: so many of the first tokens are predicted one a pass. Means nothing where m is 1.
         block_attention: whether the places of one pass see all of each other ("full") or the earlier ones ("causal").
+        place_tables: learned vectors that tell the model where tokens belong (RAR, arXiv 2411.00776): "target", one for
+            the place of the token that comes next; "own_and_target", also one for the place of the token that is read;
+            "as_needed", "target" for the orders that need it and for several tokens a pass, else none.
         condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens" or "features"
             (ar.conditions), or the class path of your own, registered by `register_condition`.
         condition_options: arguments of its class beside the width: numbers, words, and lists of them.
@@ -68,6 +72,7 @@ class ARConfig:
     tokens_per_pass: int = 1
     sequential_tokens: int = 0
     block_attention: Literal["full", "causal"] = "full"
+    place_tables: PlaceTables = "as_needed"
     condition: str = "class"
     condition_options: dict = field(default_factory=dict, hash=False)
 
@@ -89,6 +94,8 @@ class ARConfig:
         divides = groups >= 1 and (self.order not in ("interleaved", *IN_GROUPS) or tokens % groups == 0)
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
+        tables = PlaceTables.__args__
+        require(self.place_tables in tables, f"place_tables is {self.place_tables!r}: choose from {', '.join(tables)}")
         self._check_passes()
         check_plain(self.condition_options, "condition")
 
@@ -99,6 +106,8 @@ class ARConfig:
         even = (tokens - alone) % size == 0
         rest = f"{tokens} - {alone}"
         require(even, f"tokens_per_pass is {size}: it must divide num_tokens - sequential_tokens, {rest}")
+        own = size > 1 and self.place_tables == "own_and_target"
+        require(not own, f"place_tables is own_and_target: with tokens_per_pass {size} it must be target or as_needed")
         if self.order in IN_GROUPS:
             group = tokens // self.order_groups
             whole = f"order {self.order} writes groups of {group} tokens in whole passes"

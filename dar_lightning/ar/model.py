@@ -83,8 +83,10 @@ class ARModel(nn.Module, PretrainedMixin):
         self.add_module("class_embedding" if self._by_class else "condition_embedding", condition)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
-        told = config.order in PER_SAMPLE or config.tokens_per_pass > 1
+        told = config.order in PER_SAMPLE or config.tokens_per_pass > 1 or config.place_tables != "as_needed"
         self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if told else None
+        own = config.place_tables == "own_and_target"
+        self.own_place_embedding = nn.Embedding(config.num_tokens, config.dim) if own else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -174,8 +176,8 @@ class ARModel(nn.Module, PretrainedMixin):
                 null_class; caption tokens (B, P); and so on (ar.conditions).
             codes: (B, N) int64 as they are written. The last one is a target only, it is not read; nor are those of
                 the last pass, of a model of several tokens a pass.
-            order: (B, N) int64, the codes' places, read by a model with a learned vector for each of them. None: the
-                model's one order, where it has one.
+            order: (B, N) int64, the codes' places; read by a model with place tables alone. None: the model's one
+                order, where it has one.
 
         Returns:
             (B, N, vocab_size) float32, whatever the weights are: CUDA's autocast would leave the loss of bfloat16
@@ -250,9 +252,13 @@ class ARModel(nn.Module, PretrainedMixin):
         x = self.token_dropout(x)
         if self.place_embedding is not None:
             order = self.order[None] if order is None else order
-            start = 0 if cache is None else cache.length
-            places = order[:, max(start - before, 0) : start + x.shape[1] - before]  # of the tokens that come next
-            x = x + F.pad(self.place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            start = (0 if cache is None else cache.length) - before  # of x in the written sequence
+            places = order[:, max(start, 0) : start + x.shape[1]]  # of the tokens that come next
+            told = F.pad(self.place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            if self.own_place_embedding is not None:
+                places = order[:, max(start - 1, 0) : start - 1 + x.shape[1]]  # of the tokens that are read
+                told = told + F.pad(self.own_place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            x = x + told
         x = self.hidden(x, real, cache)
         return self.head(self.norm(x[:, before:] if cache is None else x[:, -count:])).float()
 
