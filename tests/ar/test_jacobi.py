@@ -17,7 +17,10 @@ CAPTIONS = {"condition": "caption_tokens", "condition_options": {"vocabulary": "
     ("changes", "options"),
     [
         ({}, {}),
-        ({"num_kv_heads": 1}, {"guidance": (1.5, 4.0), "top_k": 5, "top_p": 0.9, "temperature": 0.8}),
+        (
+            {"num_kv_heads": 1, "place_tables": "own_and_target"},
+            {"guidance": (1.5, 4.0), "top_k": 5, "top_p": 0.9, "temperature": 0.8},
+        ),
         ({"order": "random_per_sample"}, {"guidance": "interval,3,1,2", "token_groups": [1] * 2 + [2] * 3 + [3] * 3}),
         (CAPTIONS, {"guidance": 3.0, "num_tokens": 7}),
     ],
