@@ -111,11 +111,13 @@ def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
     require(
         not (own and static), f"static: only our Llama has the step, backbone is {ar.config.backbone!r}; leave it out"
     )
+    size = ar.config.tokens_per_pass
+    require(size == 1 or not static, f"static: this model predicts {size} tokens a pass, the step one; leave it out")
     layers = [part for part in ar.modules() if isinstance(part, nn.Linear)]
     plain = can_capture(ar) and all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
     require(plain or not static, "static: this model's layers are sharded, replaced or have hooks; leave it out")
     cuda = ar.head.weight.device.type == "cuda"
-    if own or not plain or not (cuda if static is None else static):
+    if own or size > 1 or not plain or not (cuda if static is None else static):
         return "eager"
     compiler = os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc")))
     return "graph, Triton" if cuda and compiler and find_spec("triton") else "graph"

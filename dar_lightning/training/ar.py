@@ -64,7 +64,7 @@ class ARModule(TrainingModule):
                 raise UserError(f"compile: only our Llama's blocks are, backbone is {config.backbone!r}: leave it out")
             compile_for_training(self.ar)
         # DDP would send these constants from rank 0 to all in every forward pass.
-        constants = [*self.ar.tables(), "condition_embedding.tokenizer"]
+        constants = [*self.ar.tables(), "passes", "condition_embedding.tokenizer"]
         if self.ar.backbone is not None:
             constants += [f"backbone.{name}" for name in self.ar.backbone.tables()]
         self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in constants]

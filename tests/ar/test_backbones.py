@@ -61,6 +61,8 @@ def test_a_llama_of_transformers_is_ours(transformers, changes):
     assert choose_road(theirs) == "eager"
     with pytest.raises(UserError, match="static: only our Llama has the step, backbone is 'transformers'"):
         generate(theirs, LABELS, static=True)
+    with pytest.raises(UserError, match="jacobi is 4: it cuts the cache of our Llama, backbone is 'transformers'"):
+        generate(theirs, LABELS, jacobi=4)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -154,6 +156,10 @@ def test_activation_checkpointing_changes_no_gradient(transformers):
         (other("llama", sliding_windows=3), "sliding_windows is 3: a llama has no such option"),
         (other("llama", hidden_act="no"), "transformers makes no llama of them: 'no'"),
         (other("llama", intermediate_size="wide"), "transformers has no such llama: "),
+        (
+            other("llama", {"tokens_per_pass": 2}),
+            "tokens_per_pass is 2: only our Llama predicts several, backbone is 'tran",
+        ),
         (other("llama", lora_rank="4"), "lora_rank '4', lora_alpha None, lora_targets None: need a rank from 0"),
     ],
 )
