@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.decode_step import Drawing, choose_road, draw_static
+from dar_lightning.ar.decode_road import choose_road
+from dar_lightning.ar.decode_step import Drawing, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys

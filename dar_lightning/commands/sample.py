@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar import gumbel
-from dar_lightning.ar.decode_step import choose_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
@@ -65,6 +65,7 @@ def sample(
     compile: bool = False,
     prompt: list[str] | str | None = None,
     encoder: str | None = None,
+    static: bool | None = None,
 ) -> None:
     """Draw images of some classes, or of prompts; write pictures, arrays and everything needed to repeat it.
 
@@ -112,6 +113,8 @@ def sample(
         prompt: instead of classes, what to draw in words, for a model that takes text; or a list of such texts.
         encoder: the text encoder of a model of features, where it is not where it was in training: a folder or Hugging
             Face repository.
+        static: draw the tokens by a step of static shapes, on CUDA as a graph, or by calls of the model; None does the
+            first on CUDA.
     """
     place = choose_device(device)
     check_diffusion(solver, num_steps)
@@ -148,6 +151,7 @@ def sample(
     lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
     options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(solver=solver, num_steps=num_steps)
+    options |= {} if static is None else {"static": static}
     pipe.guidance_scales(options["guidance"])  # says so if it does not fit
     edit = read_edit(pipe, image, mask, start, evidence)
 
@@ -182,7 +186,7 @@ def sample(
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
-    drawn_with["decoding"] = choose_road(pipe.ar)
+    drawn_with["decoding"] = choose_road(pipe.ar, False if edit.get("evidence") else static)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
     with users_path("output"):

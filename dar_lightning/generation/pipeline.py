@@ -87,6 +87,7 @@ class DARPipeline:
         known: Tensor | None = None,
         start: int = 0,
         evidence: float = EVIDENCE,
+        static: bool | None = None,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
@@ -113,6 +114,7 @@ class DARPipeline:
             known: (B or 1, 1, H, W) bool: its pixels that are kept as they are, in every preview.
             start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
             evidence: how much the image's tokens are preferred: 8 to go on as it does, 0 to 4 to change it.
+            static: draw the tokens by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA.
 
         Yields:
             K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
@@ -126,7 +128,7 @@ class DARPipeline:
         # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
         aside = self.tokenizer.set_noise_aside(len(condition), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        options |= dict(token_groups=self.token_groups, bias=edit.bias)
+        options |= dict(token_groups=self.token_groups, bias=edit.bias, static=static)
         tokens = stream_in_place(self.ar, condition, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from dar_lightning.ar.decode_step import choose_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, check_local, read_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
