@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, random_codes, seeds
 
+from benchmarks import kernels
+from dar_lightning import TokenizerConfig
 from dar_lightning.layers import skip_normals
 from dar_lightning.tokenizer import diffusion_step
 
@@ -78,6 +80,11 @@ def test_graphs(pair, monkeypatch):
     assert captured == [(16,), (5,)], "a graph holds no more"
     assert torch.equal(many, pair[0].detokenize(CODES_OF_TWO, NOISE, num_steps=37))
     diffusion_step.steps.forget()
+
+
+def test_kernels_of_a_step():
+    """Counted; docs/performance.md has the number."""
+    assert kernels.of_diffusion_step(TokenizerConfig.preset("v1"), 4) == pytest.approx(653, rel=0.02)
 
 
 def test_two_streams_at_a_time_share_nothing(pair):
