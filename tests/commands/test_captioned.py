@@ -129,7 +129,7 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     assert "class" not in about
 
     pipe = DARPipeline.from_pretrained(tmp_path / "pipeline")
-    *_, (image, _, _) = draw_previews(pipe, prompts[0], 0, 2.0)
+    *_, (image, _, _, _) = draw_previews(pipe, prompts[0], 0, 2.0)
     told, python = repeat(str(tmp_path / "pipeline"), prompts[0], 0, 2.0, None, 0)
     found = {}
     exec(python, found)
