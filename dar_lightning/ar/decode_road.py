@@ -75,7 +75,8 @@ def _triton_runs(device: torch.device) -> bool:
     try:
         from dar_lightning.ar.decode_attention import decode_attention
 
-        decode_attention(new(1, 48), new(2, 1, 1, 2, 16), seen, new(1, 8, 2), position, 1, 1)
+        with torch.cuda.device(device):  # where Triton starts what it has compiled
+            decode_attention(new(1, 48), new(2, 1, 1, 2, 16), seen, new(1, 8, 2), position, 1, 1)
     except Exception as error:  # of an import, a compiler or a driver
         reason = (str(error).strip().splitlines() or [""])[0]
         said = f"Triton does not run here ({type(error).__name__}: {reason})"

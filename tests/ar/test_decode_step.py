@@ -310,10 +310,12 @@ def test_the_road():
     with pytest.raises(UserError, match="static: this model's layers"):
         generate(ar, LABELS, static=True)
     handle.remove()
-    with kernels.fake_cuda():
+    with kernels.fake_cuda(), mock.patch("torch.cuda.device"):
+        decode_road._triton_runs.cache_clear()
         there = kernels.make_model(ARConfig.preset("tiny"))
         assert choose_road(there) == "graph, Triton"
         assert choose_road(there, static=False) == "eager"
+    decode_road._triton_runs.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,8 @@ def test_a_triton_that_does_not_run():
     from dar_lightning.ar import decode_attention
 
     broken = mock.Mock(side_effect=RuntimeError("Python.h: No such file\nand more"))
-    with kernels.fake_cuda(), mock.patch.object(decode_attention, "decode_attention", broken):
+    replaced = mock.patch.object(decode_attention, "decode_attention", broken)
+    with kernels.fake_cuda(), mock.patch("torch.cuda.device"), replaced:
         decode_road._triton_runs.cache_clear()
         there = kernels.make_model(ARConfig.preset("tiny"))
         with pytest.warns(UserWarning, match=r"Triton does not run here \(RuntimeError: Python.h: No such file\)"):
