@@ -59,12 +59,13 @@ def _has_our_layers(ar: nn.Module) -> bool:
         return False
     if any({name: type(part) for name, part in block.named_modules()} != BLOCK for block in ar.blocks):
         return False
-    ends = [type(part) for part in (ar.norm, ar.head, ar.token_embedding, ar.place_embedding or ar.token_embedding)]
+    tables = ar.token_embedding, ar.place_embedding, ar.own_place_embedding
+    embedded = {type(table) for table in tables if table is not None} == {nn.Embedding}
     parts = [ar.norm, ar.head, *(part for block in ar.blocks for part in block.modules())]
     changed = any(getattr(part, "bias", None) is not None or "forward" in vars(part) for part in parts)
     epsilons = {part.eps for part in parts if isinstance(part, nn.RMSNorm)}
-    ours = ends == [nn.RMSNorm, nn.Linear, nn.Embedding, nn.Embedding] and epsilons == {ar.config.norm_eps}
-    return ours and not changed
+    ends = type(ar.norm) is nn.RMSNorm and type(ar.head) is nn.Linear and epsilons == {ar.config.norm_eps}
+    return embedded and ends and not changed
 
 
 @cache
