@@ -34,16 +34,13 @@ def under(*folders: str) -> list[str]:
 # What each file is a layer over; None for a whole config.
 BASES = {name: AR if "codes" in name else TOKENIZER for name in under("data")}
 BASES |= {name: AR if "generation" in name else TOKENIZER for name in under("metrics")}
-BASES |= {name: AR if Path(name).stem == "ar" else TOKENIZER for name in under("monitor")}
+BASES |= {name: TOKENIZER if Path(name).stem == "tokenizer" else AR for name in under("monitor")}
 BASES |= dict.fromkeys(under("debug"), B) | dict.fromkeys(under("trainer"), V1) | {FSDP: AR, LONGER: AR}
 FINETUNE = [name for name in CONFIGS if Path(name).stem.startswith("finetune_")]
 BASES |= {name: name.replace("finetune_", "") for name in FINETUNE}
 LPIPS = [f"experiments/quickstart/{name}.yaml" for name in ("lpips_tokenizer", "decoder")]
-BASES |= (
-    dict.fromkeys(LPIPS, TOKENIZER)
-    | {CODEBOOK: V1}
-    | dict.fromkeys([*under("condition"), ANNEALED], "experiments/ar/L.yaml")
-)
+BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1}
+BASES |= dict.fromkeys([*under("condition", "passes"), ANNEALED], "experiments/ar/L.yaml")
 VERBS = dict.fromkeys(under("sweeps"), "sweep") | dict.fromkeys(under("evaluate"), "table") | {PREDICT: "predict"}
 VERBS["experiments/quickstart/sample.yaml"] = "sample"
 BASES |= {name: AR if Path(name).stem.startswith("ar") else TOKENIZER for name in under("own")}

@@ -4,7 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dar_lightning.ar.order import ORDERS, OrderName
+from torch import Tensor
+
+from dar_lightning.ar.order import IN_GROUPS, ORDERS, PER_SAMPLE, OrderName, fixed_order
 from dar_lightning.errors import MOST_BLOCKS, check_range, require
 from dar_lightning.formats.registry import check_plain
 
@@ -33,13 +35,18 @@ class ARConfig:
         ffn_dropout: dropout on the feed-forward branch's output.
         order: in which order tokens are written: "coarse_to_fine" (the paper), or for ablations "reversed", "random"
             (one permutation), "interleaved" (across groups) or "random_per_sample", whose model is told by a learned
-            embedding where the next token belongs. training.AblationModule trains the others.
-        order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
-            num_tokens below the data's, fewer than the tokenizer has.
+            embedding where the next token belongs; "strided_in_group" and "random_in_group" (per sample) write a group
+            as a whole before the next one. training.AblationModule trains the others.
+        order_groups: groups that "interleaved" and the orders in groups go over, as many as the tokens that the model
+            reads belong to: with num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".
+        tokens_per_pass: m tokens are predicted by one pass, each without knowledge of the others (ar.pass_layout). 1 is
+            the paper's; a model of several has a learned vector for each target place besides.
+        sequential_tokens: so many of the first tokens are predicted one a pass. Means nothing where m is 1.
+        block_attention: whether the places of one pass see all of each other ("full") or the earlier ones ("causal").
         place_tables: learned vectors that tell the model where tokens belong (RAR, arXiv 2411.00776): "target", one for
             the place of the token that comes next; "own_and_target", also one for the place of the token that is read;
-            "as_needed", "target" for the orders that need it and else none.
+            "as_needed", "target" for the orders that need it and for several tokens a pass, else none.
         condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens" or "features"
             (ar.conditions), or the class path of your own, registered by `register_condition`.
         condition_options: arguments of its class beside the width: numbers, words, and lists of them.
@@ -62,6 +69,9 @@ class ARConfig:
     order: OrderName = "coarse_to_fine"
     order_groups: int = 8
     order_seed: int = 0
+    tokens_per_pass: int = 1
+    sequential_tokens: int = 0
+    block_attention: Literal["full", "causal"] = "full"
     place_tables: PlaceTables = "as_needed"
     condition: str = "class"
     condition_options: dict = field(default_factory=dict, hash=False)
@@ -81,12 +91,41 @@ class ARConfig:
         require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
         require(self.order in ORDERS, f"order is {self.order!r}: choose from {', '.join(ORDERS)}")
         groups, seed = self.order_groups, self.order_seed
-        divides = groups >= 1 and (self.order != "interleaved" or tokens % groups == 0)
+        divides = groups >= 1 and (self.order not in ("interleaved", *IN_GROUPS) or tokens % groups == 0)
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
         tables = PlaceTables.__args__
         require(self.place_tables in tables, f"place_tables is {self.place_tables!r}: choose from {', '.join(tables)}")
+        self._check_passes()
         check_plain(self.condition_options, "condition")
+
+    def _check_passes(self) -> None:
+        size, alone, tokens = self.tokens_per_pass, self.sequential_tokens, self.num_tokens
+        require(1 <= size <= tokens, f"tokens_per_pass is {size}: it must be from 1 to num_tokens, {tokens}")
+        require(0 <= alone < tokens, f"sequential_tokens is {alone}: it must be from 0 to {tokens - 1}")
+        even = (tokens - alone) % size == 0
+        rest = f"{tokens} - {alone}"
+        require(even, f"tokens_per_pass is {size}: it must divide num_tokens - sequential_tokens, {rest}")
+        own = size > 1 and self.place_tables == "own_and_target"
+        require(not own, f"place_tables is own_and_target: with tokens_per_pass {size} it must be target or as_needed")
+        if self.order in IN_GROUPS:
+            group = tokens // self.order_groups
+            whole = f"order {self.order} writes groups of {group} tokens in whole passes"
+            require(group % size == 0, f"tokens_per_pass is {size}: {whole}, it must divide {group}")
+            require(alone % size == 0, f"sequential_tokens is {alone}: {whole}, it must be a multiple of {size}")
+        kinds = ("full", "causal")
+        require(self.block_attention in kinds, f"block_attention is {self.block_attention!r}: choose full or causal")
+
+    @property
+    def passes(self) -> int:
+        """Passes over the model that draw one image: w + (N - w) / m."""
+        return self.sequential_tokens + (self.num_tokens - self.sequential_tokens) // self.tokens_per_pass
+
+    def fixed_order(self) -> Tensor:
+        """Places in the order of writing (ar.order): (N,) int64; where each sample has its own, the tokenizer's."""
+        name = "coarse_to_fine" if self.order in PER_SAMPLE else self.order
+        passes = self.tokens_per_pass, self.sequential_tokens
+        return fixed_order(name, self.num_tokens, self.order_groups, self.order_seed, *passes)
 
     @property
     def kv_heads(self) -> int:

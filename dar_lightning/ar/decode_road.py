@@ -45,10 +45,12 @@ def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
     Raises:
         UserError: True, for a model that the step cannot read.
     """
+    size = ar.config.tokens_per_pass
+    require(size == 1 or not static, f"static: this model predicts {size} tokens a pass, the step one; leave it out")
     plain = can_capture(ar) and _has_our_layers(ar)
     require(plain or not static, "static: this model's layers are sharded, replaced or have hooks; leave it out")
     device = next(ar.parameters()).device
-    if not plain or not (device.type == "cuda" if static is None else static):
+    if size > 1 or not plain or not (device.type == "cuda" if static is None else static):
         return "eager"
     return "graph, Triton" if device.type == "cuda" and _triton_runs(device) else "graph"
 

@@ -10,7 +10,7 @@ from dar_lightning.ar.conditions.class_label import check_labels
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.order import fixed_order, placed
+from dar_lightning.ar.order import placed
 from dar_lightning.ar.sampling import check_options, draw_tokens, filter_logits
 from dar_lightning.errors import UserError, require
 from dar_lightning.formats.pretrained import build_config
@@ -87,6 +87,6 @@ class GuidedLogitsProcessor:
     def codes(self, output: Tensor) -> Tensor:
         """The pictures' codes in what `generate` returns, in the tokenizer's order: (B or 2B, 1 + N) -> (B, N)."""
         config, codes = self.config, output[: len(self.keys), 1:]
-        order = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
+        order = config.fixed_order()
         whole = codes.shape[1] == config.num_tokens
         return placed(codes, order.to(codes.device).expand(len(codes), -1)) if whole else codes

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from dar_lightning.ar.conditions import Condition, make_condition
 from dar_lightning.ar.config import MAX_TOKENS, ARConfig
-from dar_lightning.ar.order import fixed_order
+from dar_lightning.ar.order import PER_SAMPLE
+from dar_lightning.ar.pass_layout import last_seen, read_by
 from dar_lightning.devices import no_cudnn_attention
-from dar_lightning.errors import require
+from dar_lightning.errors import UserError, require
 from dar_lightning.formats.pretrained import PretrainedMixin
 from dar_lightning.layers import Generators, KVCache, draw_per_sample, rotate, run_block
 
@@ -82,7 +83,7 @@ class ARModel(nn.Module, PretrainedMixin):
         self.add_module("class_embedding" if self._by_class else "condition_embedding", condition)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
-        told = config.order == "random_per_sample" or config.place_tables != "as_needed"
+        told = config.order in PER_SAMPLE or config.tokens_per_pass > 1 or config.place_tables != "as_needed"
         self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if told else None
         own = config.place_tables == "own_and_target"
         self.own_place_embedding = nn.Embedding(config.num_tokens, config.dim) if own else None
@@ -95,16 +96,36 @@ class ARModel(nn.Module, PretrainedMixin):
         nn.init.zeros_(self.head.weight)
         for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
+        if config.tokens_per_pass > 1:  # saved: no weight's shape tells them
+            self.register_buffer("passes", torch.tensor(self._passes))
 
     def tables(self) -> dict[str, Tensor]:
-        """Cosine and sine of RoPE (P - 1 + N, head_dim / 2, 2), and the order of a model that has one order (N,)."""
+        """Cosine and sine of RoPE (P - 1 + N, head_dim / 2, 2), and the order of a model that has one order (N,).
+
+        Of a model of several tokens a pass also its layout (ar.pass_layout).
+        """
         config, head_dim = self.config, self.config.dim // self.config.num_heads
         frequencies = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.arange(self.max_length)[:, None] * frequencies
         tables = {"rotary": torch.stack([angles.cos(), angles.sin()], dim=-1)}
-        if config.order != "random_per_sample":
-            tables["order"] = fixed_order(config.order, config.num_tokens, config.order_groups, config.order_seed)
+        if config.order not in PER_SAMPLE:
+            tables["order"] = config.fixed_order()
+        if config.tokens_per_pass > 1:
+            tables |= {"read_by": read_by(config), "last_seen": last_seen(config, self.condition.length - 1)}
         return tables
+
+    @property
+    def _passes(self) -> list[int]:
+        config = self.config
+        return [config.tokens_per_pass, config.sequential_tokens, int(config.block_attention == "causal")]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """As torch's; refuses weights that were trained with another number of tokens a pass."""
+        saved = state_dict.get(f"{prefix}passes")
+        if self.config.tokens_per_pass > 1 and saved is not None and saved.tolist() != self._passes:
+            names = "tokens_per_pass, sequential_tokens and block_attention (1: causal)"
+            raise UserError(f"{names} are {self._passes} in the config: the weights were trained with {saved.tolist()}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True):
         """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
@@ -135,10 +156,15 @@ class ARModel(nn.Module, PretrainedMixin):
 
     def draw_order(self, batch: int, generator: Generators = None) -> Tensor:
         """The order in which each sample's tokens are written (`ar.order`), as their places: (batch, N) int64."""
-        if self.config.order != "random_per_sample":
+        config = self.config
+        if config.order not in PER_SAMPLE:
             return self.order.expand(batch, -1)
-        shape = batch, self.config.num_tokens
-        return draw_per_sample(torch.rand, shape, generator, self.head.weight.device).argsort(dim=1, stable=True)
+        drawn = draw_per_sample(torch.rand, (batch, config.num_tokens), generator, self.head.weight.device)
+        if config.order == "random_per_sample":
+            return drawn.argsort(dim=1, stable=True)
+        groups = drawn.unflatten(1, (config.order_groups, -1)).argsort(dim=2, stable=True)
+        first = torch.arange(0, config.num_tokens, groups.shape[2], device=drawn.device)
+        return (groups + first[:, None]).flatten(1)
 
     def forward(self, condition: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits of tokens 1..N under teacher forcing.
@@ -148,7 +174,8 @@ class ARModel(nn.Module, PretrainedMixin):
         Args:
             condition: a batch (B, ...) of the model's condition: class labels (B,) int64, 0..num_classes - 1, or
                 null_class; caption tokens (B, P); and so on (ar.conditions).
-            codes: (B, N) int64 as they are written. The last one is a target only, it is not read.
+            codes: (B, N) int64 as they are written. The last one is a target only, it is not read; nor are those of
+                the last pass, of a model of several tokens a pass.
             order: (B, N) int64, the codes' places; read by a model with place tables alone. None: the model's one
                 order, where it has one.
 
@@ -163,7 +190,37 @@ class ARModel(nn.Module, PretrainedMixin):
             dropped = torch.rand(batch, device=condition.device) < self.config.class_dropout
             dropped = dropped.view(batch, *[1] * (condition.dim() - 1))
             condition = torch.where(dropped, self.condition.null(batch), condition)
-        return self._run(*self._sequence(condition, codes[:, :-1]), order)
+        if self.config.tokens_per_pass == 1:
+            return self._run(*self._sequence(condition, codes[:, :-1]), order)
+        prefix = self.condition(condition)
+        x = torch.cat([prefix.values[:, :-1], self.inputs(prefix.values, codes, 0, count)], dim=1)
+        return self._run(x, prefix.real, order)
+
+    def inputs(self, prompt: Tensor, codes: Tensor, start: int, end: int) -> Tensor:
+        """What a model of several tokens a pass reads at places `start` to `end` - 1: (B, end - start, D).
+
+        Args:
+            prompt: (B, P, D) embeddings of the condition.
+            codes: (B, t) int64 as they are written, all that these places read.
+            start: the first place, from 0; place p predicts token p.
+            end: behind the last place.
+        """
+        source = self.read_by[start:end]
+        tokens = self.token_embedding(F.pad(codes, (1, 0))[:, source.clamp(min=-1) + 1])
+        return torch.where((source < 0)[:, None], prompt[:, -1:], tokens)
+
+    def new_cache(self, rows: int, real: Tensor | None = None) -> KVCache:
+        """An empty KV cache of `rows` sequences, whose condition has these real places, (rows, P) bool or None."""
+        config = self.config
+        shape = config.depth, rows, config.kv_heads, self.max_length, config.dim // config.num_heads
+        cache = KVCache(shape, self.token_embedding.weight)
+        cache.real = real
+        return cache
+
+    @no_cudnn_attention()
+    def read(self, x: Tensor, cache: KVCache, order: Tensor, count: int) -> Tensor:
+        """Append embeddings x (B, n, D) to a cache's sequences; logits (B, count, vocab_size) of the last places."""
+        return self._run(x, cache.real, order, cache, count)
 
     @no_cudnn_attention()
     def start(self, condition: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, KVCache]:
@@ -172,11 +229,10 @@ class ARModel(nn.Module, PretrainedMixin):
         Returns:
             (B, vocab_size) logits of token m + 1, and the cache.
         """
-        config, weight = self.config, self.token_embedding.weight
-        heads, head_dim = config.kv_heads, config.dim // config.num_heads
-        cache = KVCache((config.depth, len(condition), heads, self.max_length, head_dim), weight)
-        x, cache.real = self._sequence(condition, codes)
-        return self._run(x, cache.real, order, cache)[:, 0], cache
+        require(self.config.tokens_per_pass == 1, "start: it is for one token a pass, ar.passes draws several")
+        x, real = self._sequence(condition, codes)
+        cache = self.new_cache(len(condition), real)
+        return self._run(x, real, order, cache)[:, 0], cache
 
     @no_cudnn_attention()
     def step(self, tokens: Tensor, cache: KVCache, order: Tensor | None = None) -> Tensor:
@@ -188,8 +244,10 @@ class ARModel(nn.Module, PretrainedMixin):
         prefix = self.condition(condition)
         return torch.cat([prefix.values, self.token_embedding(codes)], dim=1), prefix.real
 
-    def _run(self, x: Tensor, real: Tensor | None, order: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """Logits of N tokens from x (B, P - 1 + N, D); with a cache, which x continues, of its last position alone."""
+    def _run(
+        self, x: Tensor, real: Tensor | None, order: Tensor | None, cache: KVCache | None = None, count: int = 1
+    ) -> Tensor:
+        """Logits of N tokens from x (B, P - 1 + N, D); with a cache, which x continues, of its last `count` places."""
         before = self.condition.length - 1  # places that predict no token
         x = self.token_dropout(x)
         if self.place_embedding is not None:
@@ -202,7 +260,7 @@ class ARModel(nn.Module, PretrainedMixin):
                 told = told + F.pad(self.own_place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
             x = x + told
         x = self.hidden(x, real, cache)
-        return self.head(self.norm(x[:, before:] if cache is None else x[:, -1:])).float()
+        return self.head(self.norm(x[:, before:] if cache is None else x[:, -count:])).float()
 
     def hidden(self, x: Tensor, real: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, L, D) after all blocks, of embeddings x (B, L, D): what another backbone would do.
@@ -217,8 +275,11 @@ class ARModel(nn.Module, PretrainedMixin):
         mask = None
         # Without a mask attention is causal. One new token looks at everything in the cache; several need the causal
         # mask, shifted by what is cached. Padding is hidden from all but itself, or its softmax would have no key.
-        if x.shape[1] > 1 and (cache is not None or real is not None):
+        blocks = self.config.tokens_per_pass > 1 and self.config.block_attention == "full"
+        if x.shape[1] > 1 and (cache is not None or real is not None or blocks):
             mask = torch.ones(end - start, end, dtype=torch.bool, device=x.device).tril(start)
+            if blocks:
+                mask = torch.arange(end, device=x.device) <= self.last_seen[start:end, None]
         if real is not None:
             seen = F.pad(real, (0, end - real.shape[1]), value=True)[:, None, None]  # (B, 1, 1, end)
             mask = seen if mask is None else mask & seen | mask.triu(start)

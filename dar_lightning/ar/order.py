@@ -5,25 +5,47 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-OrderName = Literal["coarse_to_fine", "reversed", "random", "interleaved", "random_per_sample"]
+OrderName = Literal[
+    "coarse_to_fine",
+    "reversed",
+    "random",
+    "interleaved",
+    "random_per_sample",
+    "strided_in_group",
+    "random_in_group",
+]
 ORDERS: tuple[str, ...] = OrderName.__args__
+PER_SAMPLE = ("random_per_sample", "random_in_group")  # drawn for each sample
+IN_GROUPS = ("strided_in_group", "random_in_group")  # all tokens of a group before those of the next one
 
 
-def fixed_order(name: str, num_tokens: int, num_groups: int, seed: int) -> Tensor:
+def fixed_order(
+    name: str, num_tokens: int, num_groups: int, seed: int, tokens_per_pass: int = 1, sequential_tokens: int = 0
+) -> Tensor:
     """Place, in the tokenizer's sequence, of the token that is written i-th: (num_tokens,) int64.
 
     Args:
-        name: "coarse_to_fine", the tokenizer's own; "reversed"; "random", one permutation drawn from `seed`; or
-            "interleaved": the first token of every group, then the second of every group, and so on.
+        name: "coarse_to_fine", the tokenizer's own; "reversed"; "random", one permutation drawn from `seed`;
+            "interleaved": the first token of every group, then the second of every group, and so on; or
+            "strided_in_group": within a group, the tokens of one pass lie as far from each other as can be.
         num_tokens: how many.
-        num_groups: groups that "interleaved" goes over; it divides num_tokens.
+        num_groups: groups that "interleaved" and "strided_in_group" go over; it divides num_tokens.
         seed: of "random".
+        tokens_per_pass: m of "strided_in_group": n tokens of a group are written as 0, n/m, 2 n/m, ..., 1, n/m + 1, ...
+        sequential_tokens: the first tokens, which "strided_in_group" leaves as they are.
     """
     places = torch.arange(num_tokens, device="cpu")
     if name == "reversed":
         return places.flip(0)
     if name == "random":
         return torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed), device="cpu")
+    if name == "strided_in_group":
+        parts = []
+        for group in places.split(num_tokens // num_groups):
+            alone = min(max(sequential_tokens - int(group[0]), 0), len(group))
+            rest = len(group) - alone
+            parts += [group[:alone], group[alone:].view(tokens_per_pass, rest // tokens_per_pass).T.flatten()]
+        return torch.cat(parts)
     return places.view(num_groups, -1).T.flatten() if name == "interleaved" else places
 
 

@@ -1,6 +1,7 @@
 """Sampling from the AR model with a KV cache: guidance, temperature, top-k, top-p; a generator that yields tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from dar_lightning.ar.decode_step import Drawing, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys
+from dar_lightning.ar.jacobi import check_jacobi, draw_jacobi
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.onednn import packed
-from dar_lightning.ar.order import placed
+from dar_lightning.ar.order import IN_GROUPS, placed, written
+from dar_lightning.ar.pass_layout import check_prefix
+from dar_lightning.ar.passes import draw_passes
 from dar_lightning.errors import require
 from dar_lightning.layers import Generators
 
@@ -33,8 +37,11 @@ def stream_tokens(
     token_groups: Sequence[int] | None = None,
     static: bool | None = None,
     bias: Callable[[Tensor], Tensor] | None = None,
+    jacobi: int = 0,
 ) -> Iterator[Tensor]:
-    """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor per step.
+    """Yield the tokens of a batch as they are written, first those of the prefix, then one (B,) tensor each.
+
+    Those of one pass come together, of a model of several tokens a pass (`config.tokens_per_pass`).
 
     Args:
         ar: the model; it is put into evaluation mode while it draws and back afterwards.
@@ -44,7 +51,8 @@ def stream_tokens(
         temperature: divides the logits; positive.
         top_k: keep the k most likely tokens; 0 keeps all, 1 is greedy.
         top_p: keep the most likely tokens that hold this much probability, in (0, 1].
-        prefix: (B, m) int64 tokens that are kept as they are (layout control), m < num_tokens.
+        prefix: (B, m) int64 tokens that are kept as they are (layout control), as they are written, m < num_tokens; of
+            a model of several tokens a pass, m must end a pass.
         generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
         num_tokens: how many tokens to draw in all; None is all N.
         order: (B, N) from `ar.draw_order`, the places of the tokens; None draws it.
@@ -52,11 +60,14 @@ def stream_tokens(
         static: draw by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA, where it is a graph.
         bias: gives what is added to the guided logits, (B, V), of tokens at places (B,) of the tokenizer's order; not
             with a step of static shapes.
+        jacobi: draw a window of so many tokens at once until they are those of drawing one by one (`ar.jacobi`), not
+            with a step of static shapes; 0 is off.
 
     Raises:
         UserError: for a value outside the ranges above.
     """
-    road = choose_road(ar, static if bias is None else False)
+    check_jacobi(ar.config, jacobi, static)
+    road = choose_road(ar, static if bias is None and not jacobi else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix
     prefix = prefix.to(labels.device)
@@ -76,10 +87,16 @@ def stream_tokens(
         if guided > prefix.shape[1]:
             labels = torch.cat([labels, ar.condition.null(batch)])
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
-        if road != "eager":
+        several = ar.config.tokens_per_pass > 1
+        if several or jacobi or road != "eager":
             options = scales, guided, count, temperature, top_k, top_p
-            prompt = ar.condition(labels)
-            yield from draw_static(ar, Drawing(*prompt, prefix[:batch], order, keys, *options), road)
+            drawing = Drawing(*ar.condition(labels), prefix[:batch], order, keys, *options)
+            if several:
+                yield from draw_passes(ar, drawing, bias)
+            elif jacobi:
+                yield from draw_jacobi(ar, drawing, jacobi, bias)
+            else:
+                yield from draw_static(ar, drawing, road)
             return
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
@@ -101,16 +118,27 @@ def stream_tokens(
 def stream_in_place(ar: ARModel, labels: Tensor, **options) -> Iterator[Tensor]:
     """Yield the tokens of a batch in the tokenizer's order, one (B,) tensor each. Arguments as in stream_tokens.
 
-    A model of another order than coarse to fine writes all its tokens first; with `num_tokens`, those that it has
-    written so far stay in its own order.
+    A prefix is in the tokenizer's order, too. A model of an order within groups writes a group first; one of another
+    order than coarse to fine, all its tokens. With `num_tokens`, those that it has written so far of them stay in its
+    own order.
     """
-    if ar.config.order == "coarse_to_fine":
+    config = ar.config
+    if config.order == "coarse_to_fine":
         yield from stream_tokens(ar, labels, **options)
         return
     order = options.pop("order", None)
     order = ar.draw_order(len(labels), options.get("generator")) if order is None else order
-    tokens = torch.stack(list(stream_tokens(ar, labels, order=order, **options)), dim=1)
-    yield from (placed(tokens, order) if tokens.shape[1] == order.shape[1] else tokens).unbind(1)
+    grouped = config.order in IN_GROUPS
+    prefix = options.pop("prefix", None)
+    if prefix is not None and prefix.shape[1]:
+        check_prefix(config, prefix.shape[1])
+        options["prefix"] = written(prefix.to(order.device), order[:, : prefix.shape[1]])
+    tokens = stream_tokens(ar, labels, order=order, **options)
+    size = config.num_tokens // config.order_groups if grouped else config.num_tokens
+    for start in range(0, config.num_tokens, size):
+        if columns := list(islice(tokens, size)):
+            group, places = torch.stack(columns, dim=1), order[:, start : start + size] - start
+            yield from (placed(group, places) if len(columns) == size else group).unbind(1)
 
 
 def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
@@ -132,8 +160,7 @@ def check_options(
     low, high = map(int, prefix.aminmax()) if prefix.numel() else (0, 0)
     require(1 <= count <= config.num_tokens, f"num_tokens is {count}: this model draws from 1 to {config.num_tokens}")
     check_filter(temperature, top_k, top_p)
-    ordered = config.order == "coarse_to_fine" or not prefix.shape[1]
-    require(ordered, f"prefix: this model's order is {config.order}, which does not write the first tokens first")
+    check_prefix(config, prefix.shape[1])
     fits = len(prefix) == len(labels) and prefix.shape[1] < count
     require(fits, f"prefix is {tuple(prefix.shape)}: need ({len(labels)}, fewer than {count})")
     known = 0 <= low <= high < config.vocab_size

@@ -12,6 +12,7 @@ from torch import Tensor
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
 from dar_lightning.errors import UserError, begin_work, check_range
@@ -66,6 +67,7 @@ def sample(
     prompt: list[str] | str | None = None,
     encoder: str | None = None,
     static: bool | None = None,
+    jacobi: int = 0,
 ) -> None:
     """Draw images of some classes, or of prompts; write pictures, arrays and everything needed to repeat it.
 
@@ -115,6 +117,8 @@ def sample(
             Face repository.
         static: draw the tokens by a step of static shapes, on CUDA as a graph, or by calls of the model; None does the
             first on CUDA.
+        jacobi: draw a window of so many tokens at once until they are those of drawing one by one: faster for one image
+            or a few (docs/beyond.md). 0 is off.
     """
     place = choose_device(device)
     check_diffusion(solver, num_steps)
@@ -152,6 +156,8 @@ def sample(
     options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(solver=solver, num_steps=num_steps)
     options |= {} if static is None else {"static": static}
+    options |= {"jacobi": jacobi} if jacobi else {}
+    check_jacobi(pipe.ar.config, jacobi, static)
     pipe.guidance_scales(options["guidance"])  # says so if it does not fit
     edit = read_edit(pipe, image, mask, start, evidence)
 
@@ -186,7 +192,8 @@ def sample(
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
-    drawn_with["decoding"] = choose_road(pipe.ar, False if edit.get("evidence") else static)
+    calls = False if edit.get("evidence") else static  # a bias is added to what the model says
+    drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
     with users_path("output"):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.order import fixed_order
 from dar_lightning.ar.sampling import stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
@@ -61,9 +60,7 @@ class DARPipeline:
         self.num_groups = counts[tokens]  # that the tokens of the AR model give
         ends = [schedule.tokens_for_groups(m) for m in range(1, self.num_groups)]
         # the group of each token in the order of writing; orders drawn per sample have none, and count as written
-        fixed = "coarse_to_fine" if ar.config.order == "random_per_sample" else ar.config.order
-        order = fixed_order(fixed, tokens, ar.config.order_groups, ar.config.order_seed)
-        self.token_groups = [1 + bisect(ends, place) for place in order.tolist()]
+        self.token_groups = [1 + bisect(ends, place) for place in ar.config.fixed_order().tolist()]
         if classes and len(classes) != (count := ar.condition.num_labels):
             raise UserError(f"{len(classes)} class names for an AR model of {count} classes")
         self.tokenizer, self.ar, self.classes = tokenizer, ar, tuple(classes)
@@ -88,6 +85,7 @@ class DARPipeline:
         start: int = 0,
         evidence: float = EVIDENCE,
         static: bool | None = None,
+        jacobi: int = 0,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
 
@@ -115,6 +113,8 @@ class DARPipeline:
             start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
             evidence: how much the image's tokens are preferred: 8 to go on as it does, 0 to 4 to change it.
             static: draw the tokens by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA.
+            jacobi: draw a window of so many tokens at once until they are those of drawing one by one (`ar.jacobi`);
+                for one image or a few. 0 is off.
 
         Yields:
             K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
@@ -128,7 +128,7 @@ class DARPipeline:
         # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
         aside = self.tokenizer.set_noise_aside(len(condition), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        options |= dict(token_groups=self.token_groups, bias=edit.bias, static=static)
+        options |= dict(token_groups=self.token_groups, bias=edit.bias, static=static, jacobi=jacobi)
         tokens = stream_in_place(self.ar, condition, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []

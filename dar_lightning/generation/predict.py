@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -35,6 +36,8 @@ class GenerationModule(LightningModule):
         num_steps: diffusion steps; None is the number of groups.
         groups: draw only the tokens of the first groups and take the preview after them; None draws all.
         rows: images per forward pass. Another number gives, up to rounding, the same images.
+        jacobi: draw a window of so many tokens at once until they are those of drawing one by one (`ar.jacobi`); 0 is
+            off.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class GenerationModule(LightningModule):
         num_steps: int | None = None,
         groups: int | None = None,
         rows: int = ROWS,
+        jacobi: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= seed < 2**31:
@@ -64,6 +68,8 @@ class GenerationModule(LightningModule):
         guidance = read_guidance(guidance)
         pipe.guidance_scales(guidance)  # says so if it does not fit
         self.options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, solver=solver)
+        check_jacobi(pipe.ar.config, jacobi)
+        self.options |= {"jacobi": jacobi} if jacobi else {}
         self.options["num_steps"] = pipe.tokenizer.config.num_groups if num_steps is None else num_steps
         self.options["groups"] = pipe.num_groups if groups is None else groups
 

@@ -102,7 +102,8 @@ class SampleWriter(BasePredictionWriter):
         dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
         weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
         made = provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")
-        self.made = json.dumps(made | {"decoding": choose_road(pl_module.pipeline.ar)}) + "\n"
+        decoding = "Jacobi" if "jacobi" in pl_module.options else choose_road(pl_module.pipeline.ar)
+        self.made = json.dumps(made | {"decoding": decoding}) + "\n"
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: list[int], *_: Any

@@ -58,7 +58,7 @@ class ARModule(TrainingModule):
         if compile:
             compile_for_training(self.ar)
         # DDP would send these constants from rank 0 to all in every forward pass.
-        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in self.ar.tables()]
+        self._ddp_params_and_buffers_to_ignore = [f"ar.{name}" for name in (*self.ar.tables(), "passes")]
 
     def check_data(self, data: CodesDataModule) -> None:
         """Refuse tokens or conditions that the model has no embedding for, naming the config's value that is wrong."""

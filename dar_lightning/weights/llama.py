@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import PER_SAMPLE
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import atomic_path, read_json, write_text
 from dar_lightning.formats.pretrained import (
@@ -82,7 +83,9 @@ def save_llama(ar: ARModel, folder: str | Path, classes: tuple[str, ...] = ()) -
     require(fits, f"{len(classes)} class names for an AR model of {config.num_classes} classes")
     by_class = config.condition == "class"
     require(by_class, f"condition is {config.condition!r}: only models of classes go to transformers")
-    told = f"order is {order!r}" if order == "random_per_sample" else f"place_tables is {config.place_tables!r}"
+    size = config.tokens_per_pass
+    require(size == 1, f"tokens_per_pass is {size}: a Llama predicts one token a pass")
+    told = f"order is {order!r}" if order in PER_SAMPLE else f"place_tables is {config.place_tables!r}"
     require(ar.place_embedding is None, f"{told}: a Llama is not told where its next token belongs")
     tensors = to_llama(config, {name: tensor.detach().cpu() for name, tensor in ar.state_dict().items()})
     about = {"format_version": FORMAT_VERSION, "ema": ar.averaged, "classes": list(classes), "config": config.to_dict()}

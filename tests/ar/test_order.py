@@ -5,12 +5,12 @@ import torch
 from tiny_models import GROUPS, SIZE, TOKENS, make_ar, make_tokenizer, seeds
 
 from dar_lightning import ARModel, DARPipeline
-from dar_lightning.ar.order import ORDERS, fixed_order, placed, written
+from dar_lightning.ar.order import ORDERS, PER_SAMPLE, fixed_order, placed, written
 from dar_lightning.ar.sampling import generate, stream_tokens
 from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
-FIXED = [name for name in ORDERS if name != "random_per_sample"]
+FIXED = [name for name in ORDERS if name not in PER_SAMPLE]
 
 
 def test_fixed_orders_are_permutations():

@@ -1,4 +1,4 @@
-"""Callbacks: checkpoints, EMA, signals, monitors, FID in validation, pictures."""
+"""Callbacks: checkpoints, EMA, signals, monitors, passes, FID in validation, pictures."""
 
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.callbacks.codebook_warmup import CodebookWarmup
@@ -15,6 +15,7 @@ from dar_lightning.training.callbacks.monitors import (
     PositionLoss,
     TokenInfluence,
 )
+from dar_lightning.training.callbacks.passes import Passes
 from dar_lightning.training.callbacks.pictures import Reconstructions, Samples
 from dar_lightning.training.callbacks.provenance import Provenance
 from dar_lightning.training.callbacks.skip_bad_steps import SkipBadSteps
@@ -33,6 +34,7 @@ __all__ = [
     "LastStepCheckpoint",
     "Memory",
     "OptimizerMonitor",
+    "Passes",
     "PositionLoss",
     "Provenance",
     "ReconstructionFID",
