@@ -27,7 +27,7 @@ FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that ha
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes `NAME.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and beside it `NAME.json`, the protocol.
+    """Writes `NAME.npz` (`arr_0` uint8 (n, H, W, 3), and `labels` of classes) and beside it `NAME.json`, the protocol.
 
     Until all are drawn, the pieces of `data.LabelsDataModule` lie in `NAME.parts/`, each written whole or not at all,
     with the settings they were drawn with. The same command, started again, draws what is missing; with other settings
@@ -151,7 +151,9 @@ class SampleWriter(BasePredictionWriter):
                 for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
                     part.unlink()
             pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-            digest = write_npz(self.path, pieces, self.shape, self.data.labels.numpy())
+            classed = pl_module.pipeline.ar.condition.takes == "labels"
+            labels = self.data.labels.numpy() if classed else None
+            digest = write_npz(self.path, pieces, self.shape, labels)
             runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob("drawn_by-*.json"))]
             about = {NAMES: list(pl_module.pipeline.classes), "provenance": runs}
             write_drawn(self.path, self.settings | about, digest)
