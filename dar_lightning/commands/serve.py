@@ -53,7 +53,7 @@ def serve(
     use_encoder(pipe, encoder)
     guidance, work = 1.0 if pipe.ar.condition.takes == "nothing" else read_guidance(guidance), Work()
     pipe.guidance_scales(guidance)  # says so if it does not fit
-    page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype, guidance)
+    page = build_page(gradio, pipe, pipeline, max_upload_mb, work, dtype, guidance, encoder)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     try:
