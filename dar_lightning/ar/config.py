@@ -79,7 +79,10 @@ class ARConfig:
         divides = groups >= 1 and (self.order != "interleaved" or tokens % groups == 0)
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
-        check_plain(self.condition_options, "condition")
+        options = self.condition_options
+        fits = self.condition != "class" or not options
+        require(fits, f"condition_options: condition 'class' has no {', '.join(map(str, options))}: num_classes is all")
+        check_plain(options, "condition")
 
     @property
     def kv_heads(self) -> int:
