@@ -136,7 +136,7 @@ COMMANDS = {
 
 
 # Options that any text may be right for; those of numbers that may be negative.
-ANY_TEXT = {"output", "save_statistics", "cache_dir", "title", "budget", "name", "host"}
+ANY_TEXT = {"captions", "output", "save_statistics", "cache_dir", "title", "budget", "name", "host"}
 ANY_TEXT |= {"trainer.default_root_dir", "trainer.model_registry"}
 SIGNED = {"seed", "seeds", "guidance"}
 

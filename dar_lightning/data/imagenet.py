@@ -104,11 +104,10 @@ class ImageNetDataModule(StreamDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        if not self._any_index.labelled:
-            raise UserError("data.num_classes: the shards have no labels")
         count = self._classes_in_shards if self._classes is None else len(self._classes)
         if count is None:
-            raise UserError("data.num_classes: the shards have no index.json with class names, so give the number")
+            lack = "index.json with class names, so give the number" if self._any_index.labelled else "labels"
+            raise UserError(f"data.num_classes: the shards have no {lack}")
         return count
 
     @property

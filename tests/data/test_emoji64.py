@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks import prompts
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex
 from dar_lightning.files import file_sha256
+from dar_lightning.metrics.color_edges import ColorEdges
 
 DATA = Path(__file__).parents[2] / "data"
 COUNTS = {"train": 2187, "val": 279, "val_styles": 97}
@@ -65,3 +67,29 @@ def test_rules_of_the_script():
     for image in (np.zeros((64, 64, 3), np.uint8), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)):
         back = np.asarray(Image.open(io.BytesIO(script.webp(Image.fromarray(image)))).convert("RGB")).astype(int)
         assert np.abs(back - image).max() <= 16
+
+
+def test_the_prompts_benchmark_tells_a_model_that_follows_from_one_that_does_not(tmp_path, monkeypatch):
+    """Stand-ins for a model: one draws the very picture that is asked for, one the same picture for all prompts."""
+    pictures = prompts.read_pictures(DATA / "emoji64")
+    places = {text: number for number, text in enumerate(pictures.prompts)}
+
+    def measured(drawn_as) -> dict:
+        def draw(pipe, jobs, *_):
+            return [(pictures.images[[drawn_as(places[job.label])]], None) for job in jobs]
+
+        monkeypatch.setattr(prompts, "draw_images", draw)
+        found = prompts.rows(None, pictures, ColorEdges(), 40, 1.0, 0, tmp_path / "grid.png")
+        return {(row["prompts"], row["pictures"]): row for row in found}
+
+    faithful, deaf = measured(lambda number: number), measured(lambda number: 0)
+    for split in prompts.SPLITS:
+        assert faithful[split, "drawn"]["name"] == faithful[split, "drawn"]["style"] == 1
+        assert faithful[split, "drawn"]["name error"] == 0
+        assert deaf[split, "drawn"]["name"] < 0.1
+        assert 0.15 < deaf[split, "drawn"]["style"] < 0.6
+        assert faithful[split, "real"] == deaf[split, "real"]
+        assert 0 <= faithful[split, "real"]["name"] < 1
+        assert faithful[split, "chance"]["name"] <= round(2 / (len(pictures.names) - 1), 4)
+        assert abs(faithful[split, "chance"]["style"] - 1 / 3) < 0.03
+    assert Image.open(tmp_path / "grid.png").width > 12 * 64

@@ -123,7 +123,7 @@ def test_hyperparameters_are_plain(run):
     plain = (int, float, str, bool, type(None))
     for found in (TokenizerModule(preset="tiny").hparams, torch.load(run[0])["hyper_parameters"]):
         config = dict(found["config"])
-        options = config.pop("quantizer_options", {})
+        options = config.pop("quantizer_options", {}) | config.pop("condition_options", {})
         assert all(isinstance(value, plain) for value in (*config.values(), *options.values()))
         assert all(isinstance(value, (*plain, dict)) for value in dict(found).values())
 
