@@ -163,9 +163,10 @@ def test_word_pieces_are_those_of_tokenizers():
     theirs = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     ours = conditions.CaptionTokens(8, vocabulary)
-    long = ["apple" * 20, "apple" * 20 + "s", "apple " + "a" * 10**5]  # of 100, 101 and more letters
+    long = ["no" * 50, "no" * 50 + "o"]  # of 100 letters, and of 101, which is [UNK]
     for text in [*texts, "unseen words, £5", "no to apple ## [PAD]", *long]:
         assert ours.tokens(text) == theirs.encode(" ".join(words(text))).ids
+    assert len(ours.tokens(long[0])) > 1 == len(ours.tokens(long[1]))
     with pytest.raises(UserError, match="vocabulary is 5: the letters of the captions alone are"):
         train_vocabulary(texts, 5)
 
