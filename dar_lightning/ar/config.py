@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dar_lightning.ar.order import ORDERS, OrderName
 from dar_lightning.errors import MOST_BLOCKS, check_range, require
 from dar_lightning.formats.registry import check_plain
 
+PlaceTables = Literal["as_needed", "target", "own_and_target"]
 MAX_TOKENS = 2**16  # no weight's shape tells num_tokens, so a broken config is noticed here
 
 
@@ -36,6 +37,9 @@ class ARConfig:
         order_groups: groups that "interleaved" goes over, as many as the tokens read by the model belong to: with
             num_tokens below the data's, fewer than the tokenizer has.
         order_seed: of "random".
+        place_tables: learned vectors that tell the model where tokens belong (RAR, arXiv 2411.00776): "target", one for
+            the place of the token that comes next; "own_and_target", also one for the place of the token that is read;
+            "as_needed", "target" for the orders that need it and else none.
         condition: what pictures are asked for: "class" (the paper), "none", "caption_tokens" or "features"
             (ar.conditions), or the class path of your own, registered by `register_condition`.
         condition_options: arguments of its class beside the width: numbers, words, and lists of them.
@@ -58,6 +62,7 @@ class ARConfig:
     order: OrderName = "coarse_to_fine"
     order_groups: int = 8
     order_seed: int = 0
+    place_tables: PlaceTables = "as_needed"
     condition: str = "class"
     condition_options: dict = field(default_factory=dict, hash=False)
 
@@ -79,6 +84,8 @@ class ARConfig:
         divides = groups >= 1 and (self.order != "interleaved" or tokens % groups == 0)
         require(divides, f"order_groups is {groups}: it must divide num_tokens, {tokens}")
         require(0 <= seed < 2**31, f"order_seed is {seed}: it must be from 0 to {2**31 - 1}")
+        tables = PlaceTables.__args__
+        require(self.place_tables in tables, f"place_tables is {self.place_tables!r}: choose from {', '.join(tables)}")
         options = self.condition_options
         fits = self.condition != "class" or not options
         require(fits, f"condition_options: condition 'class' has no {', '.join(map(str, options))}: num_classes is all")

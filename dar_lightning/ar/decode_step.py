@@ -154,7 +154,8 @@ class DecodeStep:
             self.layers = [self._weights(block) for block in ar.blocks]
             self.norm, self.head = ar.norm.weight.detach(), self._pack(ar.head.weight)
             self.embedding, self.rotary = ar.token_embedding.weight.detach(), ar.rotary
-            self.places = None if ar.place_embedding is None else ar.place_embedding.weight.detach()
+            tables = ar.place_embedding, ar.own_place_embedding
+            self.places = tuple(table.weight.detach() for table in tables if table is not None)
             shape = 2, n, config.kv_heads, self.capacity, config.dim // config.num_heads
             self.caches = [new(shape, dtype=plan.dtype) for _ in ar.blocks]  # zeros: masked positions are read
             self.nothing = new(n, config.dim, dtype=plan.dtype)
@@ -245,17 +246,22 @@ class DecodeStep:
         finish(self.state, x, added, self.norm, self.head, self.size.eps, both, self.plan.top_k, self.plan.nucleus)
 
 
-def _embed(state: State, embedding: Tensor, places: Tensor | None, rotary: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """What is read at the position, (n, D), and the angles of RoPE there, (1, head_dim / 2, 2)."""
+def _embed(
+    state: State, embedding: Tensor, places: tuple[Tensor, ...], rotary: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """What is read at the position, (n, D), and the angles of RoPE there, (1, head_dim / 2, 2).
+
+    `places`: none, or tables (N, D) of the next token's place and, if there is one, of the read token's.
+    """
     prompt = state.prompt.shape[1]
     index = state.position - (prompt - 1)  # of the token that comes next, negative before the prompt's end
     before = state.tokens.index_select(1, (index - 1).clamp(min=0))[:, 0]
     x = F.embedding(before.repeat(n // len(before)), embedding)
     first = state.prompt[:n].index_select(1, state.position.clamp(max=prompt - 1))[:, 0]
     x = torch.where(index > 0, x, first)
-    if places is not None:
-        place = F.embedding(state.order[:n].index_select(1, index.clamp(min=0))[:, 0], places)
-        x = torch.where(index >= 0, x + place, x)
+    for back, table in enumerate(places):
+        place = F.embedding(state.order[:n].index_select(1, (index - back).clamp(min=0))[:, 0], table)
+        x = torch.where(index >= back, x + place, x)
     return x, rotary.index_select(0, state.position).float()
 
 

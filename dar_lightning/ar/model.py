@@ -82,8 +82,10 @@ class ARModel(nn.Module, PretrainedMixin):
         self.add_module("class_embedding" if self._by_class else "condition_embedding", condition)
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.token_dropout)
-        varies = config.order == "random_per_sample"
-        self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if varies else None
+        told = config.order == "random_per_sample" or config.place_tables != "as_needed"
+        self.place_embedding = nn.Embedding(config.num_tokens, config.dim) if told else None
+        own = config.place_tables == "own_and_target"
+        self.own_place_embedding = nn.Embedding(config.num_tokens, config.dim) if own else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -133,7 +135,7 @@ class ARModel(nn.Module, PretrainedMixin):
 
     def draw_order(self, batch: int, generator: Generators = None) -> Tensor:
         """The order in which each sample's tokens are written (`ar.order`), as their places: (batch, N) int64."""
-        if self.place_embedding is None:
+        if self.config.order != "random_per_sample":
             return self.order.expand(batch, -1)
         shape = batch, self.config.num_tokens
         return draw_per_sample(torch.rand, shape, generator, self.head.weight.device).argsort(dim=1, stable=True)
@@ -147,7 +149,8 @@ class ARModel(nn.Module, PretrainedMixin):
             condition: a batch (B, ...) of the model's condition: class labels (B,) int64, 0..num_classes - 1, or
                 null_class; caption tokens (B, P); and so on (ar.conditions).
             codes: (B, N) int64 as they are written. The last one is a target only, it is not read.
-            order: (B, N) int64, the codes' places; read by a model of order "random_per_sample" alone, which needs it.
+            order: (B, N) int64, the codes' places; read by a model with place tables alone. None: the model's one
+                order, where it has one.
 
         Returns:
             (B, N, vocab_size) float32, whatever the weights are: CUDA's autocast would leave the loss of bfloat16
@@ -190,9 +193,14 @@ class ARModel(nn.Module, PretrainedMixin):
         before = self.condition.length - 1  # places that predict no token
         x = self.token_dropout(x)
         if self.place_embedding is not None:
-            start = 0 if cache is None else cache.length
-            places = order[:, max(start - before, 0) : start + x.shape[1] - before]  # of the tokens that come next
-            x = x + F.pad(self.place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            order = self.order[None] if order is None else order
+            start = (0 if cache is None else cache.length) - before  # of x in the written sequence
+            places = order[:, max(start, 0) : start + x.shape[1]]  # of the tokens that come next
+            told = F.pad(self.place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            if self.own_place_embedding is not None:
+                places = order[:, max(start - 1, 0) : start - 1 + x.shape[1]]  # of the tokens that are read
+                told = told + F.pad(self.own_place_embedding(places), (0, 0, x.shape[1] - places.shape[1], 0))
+            x = x + told
         x = self.hidden(x, real, cache)
         return self.head(self.norm(x[:, before:] if cache is None else x[:, -1:])).float()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.places import merge_place_tables
 from dar_lightning.errors import UserError, begin_work, require
 from dar_lightning.files import read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -28,10 +29,10 @@ def export(
 ) -> None:
     """Write the model of a training checkpoint in our format; with a tokenizer, a pipeline of the two.
 
-    `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. With
-    format "transformers", a folder of the AR model alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline.
-    A pipeline's folder gets a model card, README.md, which format "card" writes anew. It ends with what
-    you have written into NOTES.md beside it.
+    `config.json` of each model says whether these are EMA weights, `export.json` which checkpoint they come from. Two
+    tables of places in an AR model become one, with equal logits. With format "transformers", a folder of the AR model
+    alone that LlamaForCausalLM reads, of a checkpoint or of a pipeline. A pipeline's folder gets a model card,
+    README.md, which format "card" writes anew. It ends with what you have written into NOTES.md beside it.
 
     Args:
         ckpt: a checkpoint of `dar fit`, of a tokenizer or an AR model.
@@ -61,6 +62,8 @@ def export(
     if ckpt is None:
         raise UserError("ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)
+    if isinstance(model, ARModel):
+        merge_place_tables(model)
     facts = {"checkpoint": str(ckpt), "ema": model.averaged}
     if tokenizer is None:
         if shards is not None:

@@ -21,7 +21,7 @@ from dar_lightning.commands.serve_pictures import (
     tokens_html,
 )
 from dar_lightning.devices import Dtype
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.generation.drawing import Job
 from dar_lightning.generation.editing import draw_alike, middle, read_photo, tokenize
 from dar_lightning.generation.grids import MIN_SIDE, to_image
@@ -33,13 +33,14 @@ MAX_GUIDANCE = 10  # of the slider
 MAX_PROMPT = 1000  # letters
 SCHEDULE = "1.1,8 or power_cosine,8,1.5 or interval,3,2,5 (scale, first and last group)"
 NO_PHOTO = "drop a photo first"
+GONE = "the photo is no longer here: drop it again"
 NO_PICTURE = "draw a picture first, to its end"
 DRAFTS, DRAFT_GROUP = 8, 2  # after group 1 a picture is a blur, after 2 it shows what lies where
 PICK = """element.addEventListener('click', event => {
     const figure = event.target.closest('figure');
     if (figure) trigger('click', {number: Number(figure.dataset.number)});
 });"""
-DAY, SWEEP = 86_400, 600  # seconds: how old a visitor's photo gets, and how often that is looked at
+HOUR, SWEEP = 3600, 600  # seconds: how old files of visitors and pictures get, and how often that is looked at
 PYTHON = """\
 import torch
 
@@ -183,11 +184,12 @@ def build_page(
         return gr.Error(message, print_exception=False)
 
     def photo_of(path: str) -> Image.Image:
-        size = Path(path).stat().st_size / 1e6
-        if size > max_upload_mb:
-            raise refusal(f"the photo has {size:.1f} MB: at most {max_upload_mb:g} MB are read")
         try:
+            size = Path(path).stat().st_size / 1e6
+            require(size <= max_upload_mb, f"the photo has {size:.1f} MB: at most {max_upload_mb:g} MB are read")
             return read_photo(path)
+        except FileNotFoundError as error:
+            raise refusal(GONE) from error
         except UserError as error:
             raise refusal(str(error)) from error
 
@@ -273,7 +275,7 @@ def build_page(
         choices = [(text, label) for label, text in enumerate(names)]
         return gr.Dropdown(choices, value=0, label="Class", elem_id=elem_id, visible=takes == "labels")
 
-    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, DAY)) as page:
+    with gr.Blocks(title="D-AR", analytics_enabled=False, delete_cache=(SWEEP, HOUR)) as page:
         gr.Markdown(f"# D-AR: {name}\nA picture appears while its {config.num_tokens} tokens are still being written.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=1):

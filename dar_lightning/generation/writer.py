@@ -54,6 +54,8 @@ class SampleWriter(BasePredictionWriter):
             raise UserError("SampleWriter writes what GenerationModule draws for a LabelsDataModule: give it as data")
         trainer.predict_loop.return_predictions = False  # Lightning would keep all images
         settings = pl_module.protocol | self.data.protocol | {"piece_size": self.data.piece_size}
+        self.classed = pl_module.pipeline.ar.condition.takes == "labels"
+        settings |= {} if self.classed else {"classes": "none: no condition"}
         settings |= {"device": trainer.strategy.root_device.type, "precision": trainer.precision}
         settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         self.settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
@@ -151,8 +153,7 @@ class SampleWriter(BasePredictionWriter):
                 for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
                     part.unlink()
             pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-            classed = pl_module.pipeline.ar.condition.takes == "labels"
-            labels = self.data.labels.numpy() if classed else None
+            labels = self.data.labels.numpy() if self.classed else None
             digest = write_npz(self.path, pieces, self.shape, labels)
             runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob("drawn_by-*.json"))]
             about = {NAMES: list(pl_module.pipeline.classes), "provenance": runs}

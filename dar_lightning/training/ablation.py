@@ -1,4 +1,4 @@
-"""AblationModule: AR training with other token orders, or on the first tokens alone."""
+"""AblationModule: AR training with other token orders, annealed shuffled ones, or on the first tokens alone."""
 
 import torch
 from lightning.pytorch import Callback
@@ -7,6 +7,7 @@ from torch import Tensor
 from dar_lightning.ar.order import ORDERS, written
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
+from dar_lightning.training.annealing import Annealing
 from dar_lightning.training.ar import ARModule
 
 
@@ -21,10 +22,21 @@ class AblationModule(ARModule):
     comparable: their sum over an image's tokens is a bound on the same joint entropy. For the Frechet distance of an
     order, add a GenerationFID.
 
-    Args: those of ARModule.
+    With `annealing`, a falling share of the training samples is written in shuffled orders (`training.annealing`).
+    Validation, sampling and export are in the order `config.order`. train/shuffled is the share.
+
+    Args:
+        annealing: from which step to which the share falls, and what is shuffled; nothing by default.
+        args: those of ARModule.
+        kwargs: those of ARModule.
     """
 
     orders = ORDERS
+
+    def __init__(self, *args, annealing: Annealing = Annealing(), **kwargs):  # noqa: B008  (frozen)
+        super().__init__(*args, **kwargs)
+        annealing.check(self.ar)
+        self.annealing = annealing
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
         mine, theirs, groups = self.ar.config.num_tokens, data.num_tokens, self.ar.config.order_groups
@@ -43,5 +55,15 @@ class AblationModule(ARModule):
         return [PositionLoss(self.ar.config.order_groups)]
 
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        order = self.ar.draw_order(len(codes), generator)
+        if self.training and self.annealing.end:
+            order = self.annealing.draw(self.ar, len(codes), self.global_step)
+        else:
+            order = self.ar.draw_order(len(codes), generator)
         return written(codes, order), order
+
+    def training_step(self, batch: dict, batch_idx: int) -> dict:
+        outputs = super().training_step(batch, batch_idx)
+        if self.annealing.end:
+            share = self.annealing.share(self.global_step)
+            outputs["parts"]["shuffled"] = torch.full((), share, device=self.device)
+        return outputs

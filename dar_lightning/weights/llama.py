@@ -73,8 +73,8 @@ def save_llama(ar: ARModel, folder: str | Path, classes: tuple[str, ...] = ()) -
         classes: names of the classes, which config.json keeps.
 
     Raises:
-        UserError: if the model has another order for each sample or another number of classes, or the folder cannot be
-            written.
+        UserError: if the model is told the places of its tokens or has another number of classes, or the folder cannot
+            be written.
     """
     config, folder = ar.config, Path(folder)
     order = config.order
@@ -82,7 +82,8 @@ def save_llama(ar: ARModel, folder: str | Path, classes: tuple[str, ...] = ()) -
     require(fits, f"{len(classes)} class names for an AR model of {config.num_classes} classes")
     by_class = config.condition == "class"
     require(by_class, f"condition is {config.condition!r}: only models of classes go to transformers")
-    require(order != "random_per_sample", f"order is {order!r}: a Llama is not told where its next token belongs")
+    told = f"order is {order!r}" if order == "random_per_sample" else f"place_tables is {config.place_tables!r}"
+    require(ar.place_embedding is None, f"{told}: a Llama is not told where its next token belongs")
     tensors = to_llama(config, {name: tensor.detach().cpu() for name, tensor in ar.state_dict().items()})
     about = {"format_version": FORMAT_VERSION, "ema": ar.averaged, "classes": list(classes), "config": config.to_dict()}
     values = llama_config(config) | {"dtype": str(ar.head.weight.dtype).removeprefix("torch."), SECTION: about}

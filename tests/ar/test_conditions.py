@@ -89,7 +89,13 @@ def test_padding_is_not_seen(short):
 
 
 @pytest.mark.parametrize(
-    "changes", [CAPTIONS, {"condition": "tests.Ragged"}, {"order": "random_per_sample"} | CAPTIONS]
+    "changes",
+    [
+        CAPTIONS,
+        {"condition": "tests.Ragged"},
+        {"order": "random_per_sample"} | CAPTIONS,
+        {"place_tables": "own_and_target"} | CAPTIONS,
+    ],
 )
 @torch.no_grad()
 def test_cached_steps_are_teacher_forcing(changes):

@@ -43,6 +43,7 @@ MODELS = {
     "grouped heads": {"num_kv_heads": 1},
     "reversed": {"order": "reversed"},
     "orders per sample": {"order": "random_per_sample"},
+    "two tables of places": {"order": "interleaved", "order_groups": 4, "place_tables": "own_and_target"},
 }
 
 

@@ -14,6 +14,7 @@ from dar_lightning.ar.conditions import ClassLabel
 from dar_lightning.cli import main
 from dar_lightning.commands import export as command
 from dar_lightning.commands.evaluate import evaluate
+from dar_lightning.commands.serve_page import Work, build_page
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.images import DrawnImages
 
@@ -56,9 +57,15 @@ def test_guidance_without_condition(root, tmp_path, capsys):
     predict = ["predict", "--model=dar_lightning.generation.predict.GenerationModule", "--model.init_args.guidance=3"]
     predict += [f"--model.init_args.pipeline={root}/none", "--data=dar_lightning.generation.labels.LabelsDataModule"]
     predict += ["--data.init_args.num_images=4", f"--trainer.default_root_dir={tmp_path}/predicted"]
+    predict.append("--trainer.callbacks+=dar_lightning.generation.writer.SampleWriter")
+    predict += [f"--trainer.callbacks.output={tmp_path}/predicted/samples.npz", "--trainer.accelerator=cpu"]
     for words in (fit(root, tmp_path / "run", {"condition": "none"}, *samples), draw, measure, predict):
         assert re.search(f"guidance is 3(.0)?: {BLIND}", said(capsys, words))
         assert not list(tmp_path.iterdir())
+    main([*predict, "--model.init_args.guidance=1"])
+    assert set(np.load(tmp_path / "predicted/samples.npz")) == {"arr_0"}  # there are no labels
+    about = json.loads((tmp_path / "predicted/samples.json").read_text())
+    assert about["classes"] == "none: no condition"
 
 
 @pytest.mark.parametrize(
@@ -100,3 +107,14 @@ def test_class_names_go_to_whatever_takes_labels(root, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"shards is .*: class names are of no use to a model that takes nothing"):
         command.export(Path("none"), output=tmp_path / "none", **common)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_page_reads_no_book(root):
+    gradio = pytest.importorskip("gradio")
+    options = {"vocabulary": "[PAD] [UNK] a", "length": 2}
+    pipe = DARPipeline(make_tokenizer(), make_ar(condition="caption_tokens", condition_options=options))
+    page = build_page(gradio, pipe, "tiny", max_upload_mb=1, work=Work())
+    (draw,) = [each.fn for each in page.fns.values() if each.api_name == "draw"]
+    with pytest.raises(gradio.Error, match="the prompt has 1001 letters: at most 1000 are read"):
+        next(draw("a" * 1001, 0, 1, None, 0))
+    assert {each.max_length for each in page.blocks.values() if getattr(each, "label", "") == "Prompt"} == {1000}

@@ -8,18 +8,24 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
+from benchmarks.serve import visit
 from dar_lightning.commands.serve import serve
 from dar_lightning.commands.serve_edit import VERSIONS
 from dar_lightning.commands.serve_page import (
     DRAFT_GROUP,
     DRAFTS,
+    GONE,
     LARGE,
     NO_PHOTO,
     NO_PICTURE,
@@ -166,6 +172,45 @@ def test_a_visitor_who_stops_ends_the_work(page, monkeypatch):
     assert len(list(page.client().submit(**INPUTS, api_name="/draw"))) == GROUPS, "the next visitor is served"
 
 
+@pytest.mark.slow
+def test_closed_tabs_are_worked_for_no_more(page, monkeypatch):
+    """Neither the one whose picture is being drawn, nor the one that waits."""
+    page.steps.clear()
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(page, "delay", 0.2)
+        drawing = pool.submit(visit, page.url, 0, leave_after=2)
+        wait_for(lambda: page.steps)
+        waiting = visit(page.url, 1, leave_after=0)
+        assert drawing.result().previews == 2
+        assert waiting.previews == 0
+        time.sleep(0.2 * TOKENS)  # in which one of them would be drawn
+    assert len(page.steps) < TOKENS - 1
+    assert visit(page.url, 2).previews == GROUPS, "the next visitor is served"
+
+
+@pytest.mark.slow
+def test_twenty_at_once_are_told_their_places_and_served(page, monkeypatch):
+    monkeypatch.setattr(page, "delay", 0.01)
+    monkeypatch.setattr(page.page._queue, "max_size", 20)
+    with ThreadPoolExecutor(20) as pool:
+        seen = list(pool.map(partial(visit, page.url), range(20)))
+    assert [each.failure for each in seen] == [""] * 20
+    assert [each.previews for each in seen] == [GROUPS] * 20
+    places = [place for each in seen for place in each.queued[:1]]
+    assert len(places) == 20
+    assert max(place for place, _ in places) > 5
+    assert all(1 <= place <= length <= 20 for place, length in places)
+
+
+@pytest.mark.slow
+def test_a_photo_that_was_cleaned_up_is_asked_for_again(page, photos):
+    with open(photos["good"], "rb") as content:
+        (path,) = httpx.post(f"{page.url}gradio_api/upload", files={"files": content}).json()
+    assert visit(page.url, 0, path).failure == ""
+    Path(path).unlink()
+    assert GONE in visit(page.url, 0, path).failure
+
+
 # ---- in a browser
 
 
@@ -227,6 +272,19 @@ def test_previews_and_a_layout_in_a_browser(page, tab, photos, monkeypatch):
     tab.click("#stop")
     time.sleep(2 * page.delay * TOKENS)  # in which a drawing would end
     assert len(page.steps) < TOKENS - 1
+
+
+@pytest.mark.slow
+def test_who_waits_sees_the_queue_in_a_browser(page, tab, monkeypatch):
+    page.steps.clear()
+    monkeypatch.setattr(page, "delay", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(visit, page.url, 0)
+        wait_for(lambda: page.steps)
+        tab.click("#draw")
+        wait_for(lambda: "queue: 1/1" in tab.inner_text("#picture"))
+        assert first.result().failure == ""
+    wait_for(lambda: tab.locator("#tokens .written").count() == TOKENS)
 
 
 @pytest.mark.slow
@@ -340,6 +398,7 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
     [
         ({"max_queue": 0}, "max_queue is 0: must be at least 1"),
         ({"max_upload_mb": -1}, "max_upload_mb is -1"),
+        ({"root_path": "dar"}, "root_path is dar: need a path from /, or an address from http:// or https://"),
         ({"pipeline": "./nowhere"}, "nowhere is not a folder"),
     ],
 )

@@ -1,5 +1,6 @@
 """What the page shows: the pictures of `dar sample`, tokens in their places, code that repeats them, photos refused."""
 
+import asyncio
 import base64
 import io
 import re
@@ -15,6 +16,7 @@ from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
 from dar_lightning.commands.serve_edit import painted
+from dar_lightning.commands.serve_limit import BodyLimit
 from dar_lightning.commands.serve_page import Work, draw_previews, reconstructions, repeat
 from dar_lightning.commands.serve_pictures import data_url, draw_several, tokens_html
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
@@ -135,3 +137,29 @@ def test_what_is_painted_becomes_a_mask(pipe):
         painted(pipe, paint(black.resize((16, 16))))
     with pytest.raises(UserError, match=r"^the mask is white all over"):
         painted(pipe, paint(Image.new("RGB", (SIZE, SIZE), "white")))
+
+
+@pytest.mark.parametrize(
+    ("said", "sent", "seen"),
+    [
+        ("8", [4, 4], ["http.request"] * 2),
+        ("9", [4, 5], [413]),
+        ("", [4, 4, 4], ["http.request"] * 2 + ["http.disconnect"]),
+    ],
+)
+def test_large_requests_are_not_read(said, sent, seen):
+    messages, log = iter([{"type": "http.request", "body": bytes(size)} for size in sent]), []
+
+    async def app(scope, receive, send):
+        for _ in sent:
+            log.append((await receive())["type"])
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        log.extend([message["status"]] if "status" in message else [])
+
+    headers = [(b"content-length", said.encode())] if said else []
+    asyncio.run(BodyLimit(app, most=8)({"type": "http", "headers": headers}, receive, send))
+    assert log == seen
