@@ -74,8 +74,8 @@ def sample(
     Writes `samples.png` (a row per class or prompt), `previews.png` (a film strip for the first image of each: the
     preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
     images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
-    (n, H, W, 3), `labels`) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png`
-    or `edited.png` takes the place of `samples.png`.
+    (n, H, W, 3), and `labels` of classes) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`,
+    `variations.png` or `edited.png` takes the place of `samples.png`.
 
     Args:
         output: folder to write to.
@@ -234,7 +234,9 @@ def sample(
     save_png(image_grid(grid, class_names, columns), folder / f"{name}.png")
 
     pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
-    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([numbered[job.label] for job in jobs]))
+    classed = pipe.ar.condition.takes == "labels"
+    classed = np.array([job.label for job in jobs]) if classed else None
+    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, classed)
     asked = {"classes": ",".join(map(str, labels))} if prompt is None else {"prompt": labels, "encoder": encoder}
     given = sources | special | asked | {"per_class": per_class, "seed": seed} | options
     given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
@@ -267,11 +269,11 @@ def choose_labels(pipe: DARPipeline, classes: str, prompt: list[str] | str | Non
 
 
 def use_encoder(pipe: DARPipeline, encoder: str | None) -> None:
-    """Let a pipeline of a text encoder's features find it elsewhere."""
-    if encoder is not None:
-        if not hasattr(pipe.ar.condition, "use_encoder"):
-            raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
+    """Load the text encoder of a pipeline of its features, if it is one; None: from where it was in training."""
+    if hasattr(pipe.ar.condition, "use_encoder"):
         pipe.ar.condition.use_encoder(encoder)
+    elif encoder is not None:
+        raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
 
 
 def image_numbers(numbers: str | int | None, per_class: int) -> list[int]:

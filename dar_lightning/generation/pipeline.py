@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import stream_in_place
+from dar_lightning.ar.sampling import check_guided, stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json, write_text
@@ -120,6 +120,7 @@ class DARPipeline:
             K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
             arguments.
         """
+        require(labels is None or prompts is None, "labels and prompts are both given: a model takes one of the two")
         condition = self.condition(labels if prompts is None else prompts)
         groups = self.preview_groups(None, start)
         if noise is not None or image is not None:
@@ -185,7 +186,9 @@ class DARPipeline:
 
     def guidance_scales(self, guidance: Guidance | GuidanceSchedule) -> list[float]:
         """The guidance scale of each token, as `stream` takes it; UserError for one that this pipeline cannot have."""
-        return guidance_schedule(guidance, len(self.token_groups), self.token_groups)
+        scales = guidance_schedule(guidance, len(self.token_groups), self.token_groups)
+        check_guided(self.ar, scales, guidance)
+        return scales
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class, by its name or by its number (as int or digits)."""
