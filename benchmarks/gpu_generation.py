@@ -2,22 +2,26 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import tiny
 from benchmarks.gpu_bench import Bench
 from benchmarks.machine import describe, synchronize
 from benchmarks.rows import compile_graphs
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
+from dar_lightning.ar import decode_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.sampling import generate
 
 GUIDANCE = 4.0
+ROADS = "graph, Triton", "graph", "eager"
 # Times what reading weights and cache takes; XL's at 64 is what issue and docs promise.
 TOKEN_GOALS = {("XL", 64): 1.6, ("B", 64): 1.9, ("XL", 1): 2.4, ("B", 1): 4.4}
 
@@ -111,7 +115,7 @@ def threads(bench: Bench) -> Iterator[dict]:
     labels, count = torch.zeros(batch, dtype=torch.long, device=bench.device), bench.size(64, 2)
 
     def draw() -> None:
-        generate(ar, labels, guidance=GUIDANCE, num_tokens=count)
+        generate(ar, labels, guidance=GUIDANCE, num_tokens=count, static=False)  # each token calls attention anew
         synchronize(bench.device)
 
     for allowed in (False, True):
@@ -150,34 +154,73 @@ def bytes_of_a_token(config: ARConfig, rows: int) -> float:
     return 2 * (matrices + cache)
 
 
+@contextmanager
+def road(name: str) -> Iterator[bool]:
+    """Draw on one of ROADS; gives the option `static` for it."""
+    kernel = mock.patch.object(decode_road, "_triton_runs", return_value=False) if name == "graph" else nullcontext()
+    with kernel:
+        yield name != "eager"
+
+
 @torch.no_grad()
 def tokens(bench: Bench) -> Iterator[dict]:
-    """Milliseconds of a drawn token with guidance, against reading weights and cache once."""
+    """Milliseconds of a drawn token with guidance, against reading weights and cache once: on each road.
+
+    The goals are of the fastest one, which drawing takes by itself. Calls of the model draw fewer tokens, to save time.
+    """
     for size in ("XL", "B"):
         ar = ar_model(bench, size)
-        count = ar.config.num_tokens
-        for batch in (64, 1):
+        for batch, name in product((64, 1), ROADS if bench.on_gpu else ROADS[1:]):
             labels = torch.zeros(bench.size(batch, min(batch, 2)), dtype=torch.long, device=bench.device)
+            with road(name) as static:
+                taken = choose_road(ar, static)
 
-            def draw(some: int | None = None, ar: ARModel = ar, labels: Tensor = labels) -> None:
-                generate(ar, labels, guidance=GUIDANCE, num_tokens=some)
+                def draw(some: int, ar: ARModel = ar, labels: Tensor = labels, static: bool = static) -> Tensor:
+                    return generate(ar, labels, guidance=GUIDANCE, num_tokens=some, static=static)
 
-            first = bench.first_seconds(draw)
-            floor = bench.milliseconds_of(read=bytes_of_a_token(ar.config, 2 * len(labels)))
-            few = bench.size(16, 2)
-            facts = {"first_call_seconds": first, "kernels": bench.kernels(partial(draw, few)) / few}
-            facts |= {"peak_memory_mb": bench.memory(draw)}
-            goal = TOKEN_GOALS[size, batch] if floor else None
-            taken = bench.milliseconds(draw) / count
-            yield bench.row(f"{size}, batch {batch}, guided", taken, "ms", floor, at_most=goal, **facts)
+                count = bench.size(32, 2) if taken == "eager" else ar.config.num_tokens
+                every, few = partial(draw, count), bench.size(16, 2)
+                first = bench.first_seconds(every)
+                floor = bench.milliseconds_of(read=bytes_of_a_token(ar.config, 2 * len(labels)))
+                facts = {"road": taken, "tokens": count, "first_call_seconds": first}
+                facts |= {"kernels": bench.kernels(partial(draw, few)) / few, "peak_memory_mb": bench.memory(every)}
+                goal = TOKEN_GOALS[size, batch] if floor and taken == ROADS[0] else None
+                milliseconds = bench.milliseconds(every) / count
+            yield bench.row(f"{size}, batch {batch}, guided: {taken}", milliseconds, "ms", floor, at_most=goal, **facts)
         del ar
         bench.drop()
+    yield from equal_tokens(bench)
+
+
+def equal_tokens(bench: Bench) -> Iterator[dict]:
+    """Tokens of each road in float32, where rounding seldom decides, against those of calls of the model."""
+    ar, count = filled(ar_model(bench, "B").float()), bench.size(8, 2)
+    labels = torch.zeros(count, dtype=torch.long, device=bench.device)
+    draw = partial(generate, ar, labels, guidance=GUIDANCE)
+    expected = draw(generator=seeded(count), static=False)
+    for name in ROADS[:2] if bench.on_gpu else ROADS[1:2]:
+        with road(name) as static:
+            found, taken = draw(generator=seeded(count), static=static), choose_road(ar, static)
+        what = f"B, {taken}: tokens as by calls"
+        yield bench.row(what, share(found, expected.cpu()), at_least=0.95, is_speed=False, road=taken)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """A new model without the zeros at its end, which let all of it pass for equal."""
+    for weight in model.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.02)
+    return model
 
 
 @torch.no_grad()
 def decoding(bench: Bench) -> Iterator[dict]:
-    """Milliseconds of decoding all tokens by v1 in bfloat16, against its products at the device's peak."""
-    model = tokenizer(bench)
+    """Milliseconds of decoding all tokens by v1 in bfloat16, against its products at the device's peak.
+
+    By calls of the decoder, by a step that is replayed, which decoding on CUDA takes by itself, and by torch's own
+    CUDA graphs.
+    """
+    model = filled(tokenizer(bench))
     config = model.config
     flops = bench.size(2689e9, 1e9)  # an image; tests/test_counts.py
     generator = torch.Generator(bench.device).manual_seed(0)
@@ -188,9 +231,17 @@ def decoding(bench: Bench) -> Iterator[dict]:
         noise = model.draw_noise(batch)
         return lambda: model.detokenize(codes, noise)
 
-    goals = {("as it is", 64): 2.2, ("CUDA graphs", 1): 3.0, ("CUDA graphs", 64): 2.2}
-    for how, batches in (("as it is", (1, 8, 64)), ("CUDA graphs", (1, 64))):
-        if how == "CUDA graphs":
+    decode, ways = call(2), {"calls": False, "step": True}
+    model.decoder.static = ways["calls"]
+    expected = decode().cpu()
+    model.decoder.static = ways["step"]
+    off = error(decode(), expected)
+    yield bench.row("decode v1: error of the step against calls", off, at_most=0.01, is_speed=False)
+    goals = {("calls", 64): 2.2, ("step", 1): 3.0, ("step", 64): 2.2, ("CUDA graphs", 1): 3.0, ("CUDA graphs", 64): 2.2}
+    for how, batches in (("calls", (1, 8, 64)), ("step", (1, 64)), ("CUDA graphs", (1, 64))):
+        if how in ways:
+            model.decoder.static = ways[how]
+        else:
             compile_graphs(model.conditioner, model.decoder)
         for batch in batches:
             decode = call(bench.size(batch, min(batch, 2)))

@@ -20,11 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dar_lightning import ARConfig, ARModel
+from dar_lightning import ARConfig, ARModel, TokenizerConfig
 from dar_lightning.ar import decode_step
 from dar_lightning.ar.decode_step import DecodeStep, Plan
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import guide
+from dar_lightning.tokenizer import diffusion_step
+from dar_lightning.tokenizer.decoder import PixelDecoder
 
 H200 = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
 RUN = re.compile(r"^ +(?:\w+ = )?(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.\w+\.\w+\.default)\(", re.MULTILINE)
@@ -62,13 +64,13 @@ def fake_cuda() -> ExitStack:
     return stack
 
 
-def make_model(config: ARConfig) -> nn.Module:
-    """A model with bfloat16 weights, on the device of `fake_cuda`."""
+def make_model(config: ARConfig | TokenizerConfig) -> nn.Module:
+    """An AR model, or a pixel decoder, with bfloat16 weights, on the device of `fake_cuda`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return ARModel(config).eval()
+            return (ARModel if isinstance(config, ARConfig) else PixelDecoder)(config).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -131,3 +133,16 @@ def inductor_kernels(config: ARConfig, rows: int) -> Counter[str]:
         step = make_step(one, rows)
         step.step(True, step.capacity, compiled=True)
     return found
+
+
+def of_diffusion_step(config: TokenizerConfig, rows: int) -> int:
+    """Kernels of a step of the pixel decoder with the solver's update, of bfloat16 weights: the graph's of one step."""
+    with fake_cuda():
+        decoder = make_model(config)
+        trajectory = diffusion_step.Trajectory((0.0, 0.5, 1.0), (0, 0), config.window, config.num_tokens, "adams2")
+        shape = rows, 3, config.image_size, config.image_size
+        plan = diffusion_step.Plan(trajectory, shape, config.conditioner_dim, torch.bfloat16, None, ())
+        step = diffusion_step.DiffusionStep(decoder, plan, torch.device("cuda"))
+        with OneAttention(), Kernels() as kernels:
+            step.step()
+    return kernels.count

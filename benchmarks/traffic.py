@@ -30,7 +30,8 @@ from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, Token
 from dar_lightning.tokenizer.blocks import axial_rotary
 
 # An H100's peak; what large products and streams of memory are taken to reach.
-PEAK, PRODUCTS, MEMORY = 989e12, 600e12, 0.85 * 3.35e12
+PEAK, PRODUCTS, STREAMED = 989e12, 600e12, 0.85
+MEMORY = STREAMED * 3.35e12
 GFLOP = {"v1": 1294, "B": 153, "L": 509, "XL": 1174}  # of a sample: tests/test_counts.py, tests/training/test_flops.py
 BATCH = {"v1": 16, "B": 64, "L": 64, "XL": 32}  # of the recipes
 PRODUCT_OPS = ("mm", "addmm", "bmm", "_scaled_dot_product", "convolution")

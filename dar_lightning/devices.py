@@ -54,6 +54,17 @@ _found: list[bool] = []  # the setting that each thread within no_cudnn_attentio
 _lock = threading.Lock()
 
 
+def kernel_settings() -> tuple:
+    """Settings of the process that choose among CUDA's kernels: a graph holds those that it was captured with."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        precision = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # torch 2.9 and newer, where somebody has set fp32_precision of these
+        precision = matmul.fp32_precision, cudnn.conv.fp32_precision
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    return *precision, reduced, torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+
+
 @contextmanager
 def no_cudnn_attention() -> Iterator[None]:
     """Attention without cuDNN, which would make and keep a plan for every sequence length, in each thread.

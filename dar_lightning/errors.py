@@ -75,7 +75,8 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     while error is not None and id(error) not in seen:  # raised while it is handled, an error can be its own cause
         seen.add(id(error))
         found = error if isinstance(error, UserError) else found
-        error = error.__cause__ or error.__context__
+        whole = isinstance(error, UserError) and error.__suppress_context__  # raised `from None`, or from its cause
+        error = error.__cause__ or (None if whole else error.__context__)
     return found
 
 

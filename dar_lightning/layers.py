@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -89,38 +89,66 @@ def check_compiler(device: torch.device) -> None:
     require(found, f"compile: on a CPU this needs a C++ compiler, and there is no {compiler}: leave it out")
 
 
+def recompile_limit() -> str:
+    """The name of dynamo's limit of compiled variants of a function, which is another one before torch 2.7."""
+    return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+
+
 WARM_UPS = 2  # calls before a CUDA graph is captured: the first one compiles and makes libraries' workspaces
+STREAMS = 32  # torch hands out so many in turn, then the first one again
 _capturing = Lock()
+_of_stream: WeakValueDictionary[int, "Graphs"] = WeakValueDictionary()  # who captures on it
 
 
-def capture(
-    function: Callable[[], object], rewind: Callable[[], object], device: torch.device, pool: tuple | None = None
-) -> Callable[[], object]:
-    """A function as a CUDA graph, to be called again and again on any stream; on another device, the function itself.
+class Graphs:
+    """CUDA graphs of one step, of which one runs at a time: they share a stream to capture on, and memory.
+
+    A graph keeps the workspace of cuBLAS that its stream had. So graphs that may run at the same time, those of
+    different steps, need different streams: the first STREAMS steps of a process that live together get them.
 
     Args:
-        function: reads and writes tensors that stay where they are, and asks the device for no value.
-        rewind: makes the next call of `function` do what the last one did. Called after each call before the capture,
-            which itself computes nothing.
-        device: of the tensors.
-        pool: of torch.cuda.graph_pool_handle, memory that graphs share of which one runs at a time.
+        device: of the step's tensors.
     """
-    if device.type != "cuda":
-        return function
-    # a stream of its own, and with it a workspace of cuBLAS: another graph may run at the same time
-    with _capturing, torch.cuda.device(device):
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = self.pool = None  # until the first capture
+
+    def capture(
+        self, function: Callable[[], object], rewind: Callable[[], object], warm_up: Callable[[], object] | None = None
+    ) -> Callable[[], object]:
+        """A function as a graph, to be called again and again on any stream; on another device, the function itself.
+
+        Args:
+            function: reads and writes tensors that stay where they are, and asks the device for no value.
+            rewind: makes the next call of `function` do what the last one did. Called after each call before the
+                capture, which itself computes nothing.
+            warm_up: what is called before the capture, if less than `function` runs all kernels of it once.
+        """
+        if self.device.type != "cuda":
+            return function
+        with _capturing, torch.cuda.device(self.device):
+            if self.stream is None:
+                self.stream, self.pool = self._free_stream(), torch.cuda.graph_pool_handle()
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UPS):
+                    (warm_up or function)()
+                    rewind()
+            current.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on with their own work on the device
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 function()
-                rewind()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on with their own work on the device
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            function()
-    return graph.replay
+        return graph.replay
+
+    def _free_stream(self) -> "torch.cuda.Stream":
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream()
+            if _of_stream.setdefault(stream.cuda_stream, self) is self:
+                break
+        return stream
 
 
 def can_capture(model: nn.Module) -> bool:
@@ -168,10 +196,11 @@ class IdleSteps:
                 self.idle[model] = idle[-self.kept :]
             self._drop(idle[: -self.kept])
 
-    def forget(self, model: nn.Module) -> None:
-        """Give back the memory of a model's idle steps, which else stay as long as the model."""
+    def forget(self) -> None:
+        """Give back the memory of all idle steps, which else stay as long as their models."""
         with self.lock:
-            idle = self.idle.pop(model, [])
+            idle = [step for kept in self.idle.values() for step in kept]
+            self.idle.clear()
         self._drop(idle)
 
     def _drop(self, steps: list[tuple[Any, list[int], Any, Any]]) -> None:

@@ -65,7 +65,7 @@ steps() {
 dar shard --input $from/ILSVRC2012_img_train.tar --output data/imagenet/train
 dar shard --input $from/ILSVRC2012_img_val.tar --output data/imagenet/val
 END
-    step tokenizer runs/tokenizer/v1/exported/config.json 7 224 40 << END
+    step tokenizer runs/tokenizer/v1/exported/config.json 7 264 40 << END
 dar fit --config experiments/tokenizer/v1.yaml $tokenizer
 dar export --ckpt runs/tokenizer/v1/checkpoints/last.ckpt --output runs/tokenizer/v1/exported
 END
@@ -73,7 +73,7 @@ END
 dar table --config experiments/evaluate/solvers.yaml --pipeline runs/tokenizer/v1/exported --reference data/imagenet/val \
 $rebuild --output runs/tables/solvers
 END
-    step codebook4096 runs/tokenizer/codebook4096/exported/config.json 7 56 40 << END
+    step codebook4096 runs/tokenizer/codebook4096/exported/config.json 7 64 40 << END
 dar fit --config experiments/tokenizer/v1.yaml --config experiments/tokenizer/codebook4096.yaml $codebook
 dar export --ckpt runs/tokenizer/codebook4096/checkpoints/last.ckpt --output runs/tokenizer/codebook4096/exported
 END
@@ -87,9 +87,9 @@ dar extract --tokenizer runs/tokenizer/v1/exported --shards data/imagenet/train 
 dar extract --tokenizer runs/tokenizer/v1/exported --shards data/imagenet/val --output data/imagenet_codes/val \
 --crops center
 END
-    model B 4 40 14
+    model B 4 48 14
     table guidance_B B 20 4
-    model L 8 128 35
+    model L 8 144 35
     table guidance_L L 39 8
     table partial_tokens L 39 5
     model XL 17 304 41

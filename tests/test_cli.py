@@ -156,6 +156,7 @@ CONFIG, CALLBACKS = "model.init_args.config", "dar_lightning.training.callbacks"
         ("tokenizer", "data.init_args.val={root}/empty", "data.val: no samples in"),
         ("tokenizer", "data.init_args.train={root}/label", "0003: its label is '4', the classes are 0 to 3"),
         *(("ar", f"{CONFIG}.{name}={value}", name) for name, value in (("num_classes", 3), ("vocab_size", 31))),
+        ("ar", f"{CONFIG}.num_classes=5", "num_classes is 5 in the config: the data names 4 classes"),
         ("ar", f"{CONFIG}.num_tokens=9", "num_tokens"),
         *(
             ("ar", f"data.init_args.{x}={{root}}/token_label", "has label 4: .*num_classes is 4")

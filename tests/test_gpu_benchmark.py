@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, traffic
+from benchmarks import gpu, gpu_training, traffic
 from benchmarks.gpu_bench import Bench
 from dar_lightning.errors import UserError
 
@@ -19,7 +19,9 @@ def test_the_rehearsal_runs_every_item(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert {row["item"] for row in rows} == {*gpu.ITEMS} == {*gpu.ORDER}
     judged = [row for row in rows if row["passed"] is not None]
-    assert {row["item"] for row in judged} == {1, 4, 9, 10}  # what is right, not what is fast
+    assert {row["item"] for row in judged} == {1, 4, 7, 8, 9, 10}  # what is right, not what is fast
+    assert {row["road"] for row in rows if row["item"] == 7} == {"graph", "eager"}
+    assert {row["value"] for row in judged if row["item"] == 7} == {1.0}
     table = (tmp_path / "gpu.md").read_text()
     assert all(row["what"] in table for row in rows)
     floors = [row for row in rows if row.get("floor")]
@@ -79,6 +81,21 @@ def test_without_a_gpu_it_says_so(tmp_path):
             gpu.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match=r"^only: 11 is no item, they are 1 to 10$"):
         gpu.main(["--output", str(tmp_path), "--only", "11"])
+
+
+def test_goals_of_training_are_what_the_counted_traffic_allows(monkeypatch):
+    """On an H100, as the page has it; 45% are above it."""
+    bench = Bench(torch.device("cuda"), True, Path())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    allowed = {
+        row["model"]: row["mfu_allowed"] for row in json.loads((traffic.RESULTS / "traffic.json").read_text())["rows"]
+    }
+    for name in gpu_training.FLOPS:
+        assert gpu_training.FLOPS[name] == 1e9 * traffic.GFLOP[name]
+        assert gpu_training.allowed_mfu(bench, name) == pytest.approx(allowed[name], rel=0.01)
+        assert gpu_training.allowed_mfu(bench, name) < gpu_training.WISHED
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some other")
+    assert gpu_training.allowed_mfu(bench, "v1") is None
 
 
 def test_traffic_of_fused_kernels_is_what_they_read_and_write():

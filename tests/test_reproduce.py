@@ -56,6 +56,19 @@ def test_the_plan_says_what_it_takes_and_runs_nothing(folder):
     assert f"{hours} hours of one H100; all estimates" in said
 
 
+def test_its_hours_are_those_of_the_recipes(folder):
+    """A recipe's header gives hours on 8 GPUs, the plan of one."""
+    hours = {
+        name: int(of) for name, of in re.findall(r"^(\w+) +to do +\d+ +(\d+) +\d+$", run("--plan").stdout, re.MULTILINE)
+    }
+    recipes = {"tokenizer": "tokenizer/v1", "codebook4096": "tokenizer/codebook4096"}
+    recipes |= {f"model_{size}": f"ar/{size}" for size in ("B", "L", "XL", "XXL")}
+    for step, recipe in recipes.items():
+        header = (ROOT / f"experiments/{recipe}.yaml").read_text()
+        (told,) = re.findall(r"^# .*Time: estimate, (\d+) hours on 8 H100", header, re.MULTILINE)
+        assert hours[step] == 8 * int(told), step
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of options
 def test_its_commands_parse(folder, capsys):
     """One of each kind: other sizes and sweeps differ in names of files, which are all there."""

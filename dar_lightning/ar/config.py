@@ -102,7 +102,10 @@ class ARConfig:
         tables = PlaceTables.__args__
         require(self.place_tables in tables, f"place_tables is {self.place_tables!r}: choose from {', '.join(tables)}")
         self._check_passes()
-        check_plain(self.condition_options, "condition")
+        options = self.condition_options
+        fits = self.condition != "class" or not options
+        require(fits, f"condition_options: condition 'class' has no {', '.join(map(str, options))}: num_classes is all")
+        check_plain(options, "condition")
         check_plain(self.backbone_options, "backbone", nested=True)
 
     def _check_passes(self) -> None:

@@ -4,27 +4,22 @@ All that changes from token to token is on the device, the position among it, so
 and waits for nothing. On a CPU, `ar.sampling` calls the model, whose cache grows; both draw the same tokens.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_lightning.ar.decode_road import Road
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import guide
-from dar_lightning.devices import no_cudnn_attention
-from dar_lightning.errors import require
-from dar_lightning.layers import IdleSteps, can_capture, capture, rotate
+from dar_lightning.devices import kernel_settings, no_cudnn_attention
+from dar_lightning.layers import Graphs, IdleSteps, recompile_limit, rotate
 
 BUCKET = 32  # positions: without Triton, attention reads the filled ones, rounded up to a multiple of this
 COMPILED_SHAPES = 256  # of one function: dynamo's own limit of 8 is for functions that change by mistake
-
-Road = Literal["eager", "graph", "graph, Triton"]
 
 
 class Plan(NamedTuple):
@@ -37,6 +32,7 @@ class Plan(NamedTuple):
     nucleus: bool  # whether top_p is below 1
     dtype: torch.dtype  # of products and of the cache
     triton: bool  # attention by our kernel, and the rest compiled
+    settings: tuple = ()  # of torch that choose kernels
 
 
 class Drawing(NamedTuple):
@@ -92,44 +88,14 @@ class Size(NamedTuple):
 steps = IdleSteps(kept=2)  # each with its cache
 
 
-def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
-    """How a model's tokens are drawn: one call of the model each, or replays of a step.
-
-    Args:
-        ar: the model.
-        static: None takes the step on CUDA, where its weights are plain tensors and no module has a hook. True and
-            False say it; on a CPU the step is not captured.
-
-    Returns:
-        "eager"; "graph", with torch's attention over buckets of positions; or "graph, Triton", compiled and with our
-        kernel, where Triton and the C compiler that it needs are there.
-
-    Raises:
-        UserError: True, for a model that the step cannot read.
-    """
-    own = ar.backbone is not None
-    require(
-        not (own and static), f"static: only our Llama has the step, backbone is {ar.config.backbone!r}; leave it out"
-    )
-    size = ar.config.tokens_per_pass
-    require(size == 1 or not static, f"static: this model predicts {size} tokens a pass, the step one; leave it out")
-    layers = [part for part in ar.modules() if isinstance(part, nn.Linear)]
-    plain = can_capture(ar) and all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
-    require(plain or not static, "static: this model's layers are sharded, replaced or have hooks; leave it out")
-    cuda = ar.head.weight.device.type == "cuda"
-    if own or size > 1 or not plain or not (cuda if static is None else static):
-        return "eager"
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc")))
-    return "graph, Triton" if cuda and compiler and find_spec("triton") else "graph"
-
-
 def draw_static(ar: nn.Module, drawing: Drawing, road: Road) -> Iterator[Tensor]:
     """Yield the tokens after the prefix, one (B,) tensor each, by a step that is kept for the next drawing."""
     weight = ar.head.weight
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     rows, prompt = len(drawing.prefix), drawing.prompt.shape[1]
-    plan = Plan(rows, len(drawing.prompt) > rows, prompt, drawing.top_k, drawing.top_p < 1, dtype, "Triton" in road)
+    about = (rows, len(drawing.prompt) > rows, prompt, drawing.top_k, drawing.top_p < 1, dtype)
+    plan = Plan(*about, "Triton" in road, kernel_settings())
     with steps.use(ar, plan, partial(DecodeStep, ar, plan)) as step:
         step.begin(drawing)
         for index in range(1 - prompt, drawing.count):
@@ -153,7 +119,7 @@ class DecodeStep:
         self.capacity = plan.prompt + tokens - 1
         self.copies: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self.graphs: dict[tuple[bool, int], Callable[[], None]] = {}
-        self.pool = None  # memory of all graphs
+        self.captured = Graphs(device)
         n = plan.rows * (1 + plan.guided)
         with torch.inference_mode(False), torch.no_grad():
             new = partial(torch.zeros, device=device)
@@ -203,6 +169,7 @@ class DecodeStep:
                     part.copy_(weight)
             for target, source in ((state.prompt, drawing.prompt), (state.order, drawing.order)):
                 target.copy_(source)
+            state.seen[:, : self.plan.prompt].fill_(True)  # the last drawing's may hide some
             if drawing.real is not None:
                 state.seen[:, : self.plan.prompt].copy_(drawing.real)
             state.keys.copy_(drawing.keys)
@@ -227,11 +194,9 @@ class DecodeStep:
 
     def _captured(self, both: bool, length: int) -> Callable[[], None]:
         step = partial(self.step, both, length, compiled=self.plan.triton)
-        if self.device.type == "cuda" and self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
         rewind = partial(self.state.position.fill_, self.at)  # the rest is written again as it is
         with no_cudnn_attention():
-            return capture(step, rewind, self.device, self.pool)
+            return self.captured.capture(step, rewind)
 
     def step(self, both: bool, length: int, compiled: bool = False) -> None:
         """What a graph holds; attention reads at most `length` positions.
@@ -346,7 +311,7 @@ def _compiled(function: Callable) -> Callable:
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call(*arguments):
-        with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
+        with torch._dynamo.config.patch({recompile_limit(): COMPILED_SHAPES}):
             return compiled(*arguments)
 
     return call

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.decode_step import Drawing, choose_road, draw_static
+from dar_lightning.ar.decode_road import choose_road
+from dar_lightning.ar.decode_step import Drawing, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
 from dar_lightning.ar.gumbel import draw_keys
@@ -74,8 +75,7 @@ def stream_tokens(
     ar.condition.check(labels)
     scales = guidance_schedule(guidance, ar.config.num_tokens, token_groups)[:count]
     batch, guided = len(labels), guided_tokens(scales)
-    blind = guided and ar.condition.takes == "nothing"
-    require(not blind, f"guidance is {guidance}: this model has no condition to guide by, leave it at 1")
+    check_guided(ar, scales, guidance)
     order = ar.draw_order(len(labels), generator) if order is None else order
     keys = draw_keys(len(labels), ar.config.num_tokens, generator, labels.device)
 
@@ -143,6 +143,12 @@ def stream_in_place(ar: ARModel, labels: Tensor, **options) -> Iterator[Tensor]:
 def generate(ar: ARModel, labels: Tensor, **options) -> Tensor:
     """Draw all tokens of a batch: (B, num_tokens) int64. Arguments as in stream_tokens, order as in stream_in_place."""
     return torch.stack(list(stream_in_place(ar, labels, **options)), dim=1)
+
+
+def check_guided(ar: ARModel, scales: Sequence[float], guidance: Guidance | GuidanceSchedule) -> None:
+    """Refuse guidance, of which these are the tokens' scales, for a model without a condition to guide by."""
+    blind = guided_tokens(scales) and ar.condition.takes == "nothing"
+    require(not blind, f"guidance is {guidance}: this model has no condition to guide by, leave it at 1")
 
 
 def check_filter(temperature: float, top_k: int, top_p: float) -> None:

@@ -39,7 +39,8 @@ def export(
         output: folder for config.json and model.safetensors, or for the pipeline.
         weights: "ema", the averaged weights; "raw", those that the optimizer works on; "auto", EMA if the run kept one.
         tokenizer: folder or Hugging Face repository of the tokenizer that an AR model's tokens came from.
-        shards: for a pipeline or transformers: image or token shards whose index.json names the classes.
+        shards: for a pipeline or transformers: image or token shards whose index.json names the classes; of no use to a
+            model of prompts, or of nothing.
         pipeline: for transformers and card, instead of ckpt: a folder, "fruit64" or a Hugging Face repository.
         format: "dar", ours, "transformers", or "card", the model card alone.
     """
@@ -73,13 +74,15 @@ def export(
     else:
         if not isinstance(model, ARModel):
             raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
+        classes, takes = model.condition.num_labels, model.condition.takes
+        useless = shards is not None and takes != "labels"
+        require(not useless, f"shards is {str(shards)!r}: class names are of no use to a model that takes {takes}")
         decoder = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
-        pipe = DARPipeline(decoder, model, _classes(shards) if model.config.condition == "class" else ())
+        pipe = DARPipeline(decoder, model, _classes(shards))
         begin_work()
         pipe.save_pretrained(output)
         write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
-        classes, takes = model.condition.num_labels, model.condition.takes
         said = f"pipeline of {classes} classes" if takes == "labels" else f"pipeline that takes {takes}"
     write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
     print(f"{output}: {said}")

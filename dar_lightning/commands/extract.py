@@ -119,7 +119,7 @@ def extract(
     if not missing and (root / INDEX).exists():
         found = CodesIndex.load(root, "output")
         print(f"{output} is complete: {found.num_samples} images x {len(views)} crops x {found.num_tokens} tokens")
-        write_condition(cache, vocabulary, encoder, caption_length)
+        write_condition(cache, vocabulary, network, caption_length)
         return
     skipped = Skipped("shards", index.num_samples, max_bad_share)
     skipped.add(index.lost)
@@ -142,33 +142,38 @@ def extract(
             predict_until_all_are_done(trainer, module)
         if trainer.is_global_zero:
             codes = cache.finish(max_bad_share, encoder)
-            write_condition(cache, vocabulary, encoder, caption_length)
+            write_condition(cache, vocabulary, network, caption_length)
             size = sum(shard.bytes for shard in codes.shards) / 1e6
             print(f"{codes.num_samples} images x {len(views)} crops x {codes.num_tokens} tokens, {size:.1f} MB: {root}")
             if codes.skipped:
                 print(f"{len(codes.skipped)} of {index.num_samples} samples were skipped, {root / INDEX} names them")
 
 
-def write_condition(cache: TokenCache, vocabulary: int | None, encoder: str | None, length: int) -> None:
+def write_condition(cache: TokenCache, vocabulary: int | None, network: TextEncoder | None, length: int) -> None:
     """Write the options of an AR model's condition for these token shards (`ar.conditions.read_options`).
 
     A vocabulary that is there stays: trained again, it could be another one, and models know its pieces by number.
     """
-    path = cache.root / FILE
+    if vocabulary is None and network is None:
+        return
+    path, encoder = cache.root / FILE, network and network.name
     asked = {"vocabulary": vocabulary, "encoder": encoder, "caption_length": length}
-    if path.is_file() and read_json(path).get("asked") == asked:
+    found = read_json(path) if path.is_file() else {}
+    before = found.get("asked", {})
+    if before == asked:
         return
-    if vocabulary is not None:
-        captions = [text for texts in cache.captions() for text in texts]
-        pieces = train_vocabulary(captions, vocabulary)
+    captions = [text for texts in cache.captions() for text in texts]
+    if network is None:
+        kept = before.get("vocabulary") == vocabulary
+        pieces = found["condition_options"]["vocabulary"] if kept else train_vocabulary(captions, vocabulary)
         name, options = "caption_tokens", {"vocabulary": pieces, "length": length}
-        condition = CaptionTokens(1, **options)
-        longer = sum(len(condition.tokens(text)) > length for text in captions)
-        cut = f", {longer} of them longer than caption_length {length} tokens, and cut" if longer else ""
-        print(f"{len(pieces.split())} pieces trained on {len(captions)} captions{cut}")
-    elif encoder is not None:
-        name, options = "features", cache.made_by["encoder"] | {"encoder": encoder}
+        counts = [len(tokens) for tokens in map(CaptionTokens(1, **options).tokens, captions)]
+        said = f"{len(pieces.split())} pieces {'kept, for' if kept else 'trained on'}"
     else:
-        return
+        name, options = "features", cache.made_by["encoder"] | {"encoder": encoder}
+        counts, said = network.count_tokens(captions) if captions else [], "features of"
+    longer = sum(count > length for count in counts)
+    cut = f", {longer} of them longer than caption_length {length} tokens, and cut" if longer else ""
+    print(f"{said} {len(captions)} captions{cut}")
     content = {"condition": name, "condition_options": options, "asked": asked}
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dar_lightning.ar import gumbel
-from dar_lightning.ar.decode_step import choose_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
@@ -66,6 +66,7 @@ def sample(
     compile: bool = False,
     prompt: list[str] | str | None = None,
     encoder: str | None = None,
+    static: bool | None = None,
     jacobi: int = 0,
 ) -> None:
     """Draw images of some classes, or of prompts; write pictures, arrays and everything needed to repeat it.
@@ -73,8 +74,8 @@ def sample(
     Writes `samples.png` (a row per class or prompt), `previews.png` (a film strip for the first image of each: the
     preview after each group, with the number of tokens below it), `stream.webp` (the same as an animation, of up to 16
     images), `images/` (a PNG per image, which carries its seed, class and settings), `samples.npz` (`arr_0` uint8
-    (n, H, W, 3), `labels`) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`, `variations.png`
-    or `edited.png` takes the place of `samples.png`.
+    (n, H, W, 3), and `labels` of classes) and `samples.json`. With `layout`, `variations` or `image`, `layout.png`,
+    `variations.png` or `edited.png` takes the place of `samples.png`.
 
     Args:
         output: folder to write to.
@@ -114,6 +115,8 @@ def sample(
         prompt: instead of classes, what to draw in words, for a model that takes text; or a list of such texts.
         encoder: the text encoder of a model of features, where it is not where it was in training: a folder or Hugging
             Face repository.
+        static: draw the tokens by a step of static shapes, on CUDA as a graph, or by calls of the model; None does the
+            first on CUDA.
         jacobi: draw a window of so many tokens at once until they are those of drawing one by one: faster for one image
             or a few (docs/beyond.md). 0 is off.
     """
@@ -152,8 +155,9 @@ def sample(
     lengths = prefix_lengths(prefix, config.num_tokens, config.num_groups) if keeps else [0]
     options: dict[str, Any] = dict(guidance=read_guidance(guidance), temperature=temperature, top_k=top_k, top_p=top_p)
     options |= dict(solver=solver, num_steps=num_steps)
+    options |= {} if static is None else {"static": static}
     options |= {"jacobi": jacobi} if jacobi else {}
-    check_jacobi(pipe.ar.config, jacobi)
+    check_jacobi(pipe.ar.config, jacobi, static)
     pipe.guidance_scales(options["guidance"])  # says so if it does not fit
     edit = read_edit(pipe, image, mask, start, evidence)
 
@@ -188,7 +192,8 @@ def sample(
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
-    drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar)
+    calls = False if edit.get("evidence") else static  # a bias is added to what the model says
+    drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
     with users_path("output"):
@@ -229,7 +234,9 @@ def sample(
     save_png(image_grid(grid, class_names, columns), folder / f"{name}.png")
 
     pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
-    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, np.array([numbered[job.label] for job in jobs]))
+    classed = pipe.ar.condition.takes == "labels"
+    classed = np.array([job.label for job in jobs]) if classed else None
+    digest = write_npz(folder / "samples.npz", [pixels], pixels.shape, classed)
     asked = {"classes": ",".join(map(str, labels))} if prompt is None else {"prompt": labels, "encoder": encoder}
     given = sources | special | asked | {"per_class": per_class, "seed": seed} | options
     given |= {"num_previews": num_previews, "frames": frames, "layout": layout, "variations": variations or None}
@@ -262,11 +269,11 @@ def choose_labels(pipe: DARPipeline, classes: str, prompt: list[str] | str | Non
 
 
 def use_encoder(pipe: DARPipeline, encoder: str | None) -> None:
-    """Let a pipeline of a text encoder's features find it elsewhere."""
-    if encoder is not None:
-        if not hasattr(pipe.ar.condition, "use_encoder"):
-            raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
+    """Load the text encoder of a pipeline of its features, if it is one; None: from where it was in training."""
+    if hasattr(pipe.ar.condition, "use_encoder"):
         pipe.ar.condition.use_encoder(encoder)
+    elif encoder is not None:
+        raise UserError(f"encoder is {encoder}: condition {pipe.ar.config.condition!r} needs none, leave it out")
 
 
 def image_numbers(numbers: str | int | None, per_class: int) -> list[int]:

@@ -63,8 +63,8 @@ def serve(
     use_encoder(pipe, encoder)
     guidance, work = 1.0 if pipe.ar.condition.takes == "nothing" else read_guidance(guidance), Work()
     pipe.guidance_scales(guidance)  # says so if it does not fit
-    name = Path(pipeline).resolve().name if Path(find_shipped(pipeline)).is_dir() else pipeline
-    page = build_page(gradio, pipe, name, max_upload_mb, work, dtype, guidance)
+    names = [shown_name(pipeline), encoder and shown_name(encoder)]
+    page = build_page(gradio, pipe, names[0], max_upload_mb, work, dtype, guidance, names[1])
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     try:
@@ -91,3 +91,8 @@ def serve(
         work.stop()  # Gradio leaves its threads running, and one inside torch aborts a Python that ends
         delete_files_created_by_app(page, age=None)  # again: what a step wrote after Gradio had deleted all
         signal.signal(signal.SIGTERM, before)
+
+
+def shown_name(source: str) -> str:
+    """What visitors are told: of a folder the last name alone, not where it is."""
+    return Path(source).resolve().name if Path(find_shipped(source)).is_dir() else source

@@ -113,8 +113,8 @@ def edit_tab(
         with gr.Column(scale=1):
             photo.render()
             label = ask("edit_label")
-            keep = {"label": "Keep of what was there", "info": "start: groups of steps left out"}
-            around = {"label": "As around", "info": "evidence: 8 continues the photo, 0 to 4 change it"}
+            keep = {"label": "Start from the photo", "info": "start: groups of steps left out"}
+            around = {"label": "Match the photo", "info": "evidence: 8 continues the photo, 0 to 4 change it"}
             sliders = [gr.Slider(0, most, value=0, step=1, **keep), gr.Slider(0, 16, value=EVIDENCE, step=1, **around)]
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="edit_draw")

@@ -30,6 +30,7 @@ from dar_lightning.generation.pipeline import DARPipeline
 LARGE = 384  # pixels that the page gives to the picture, at least
 MAX_SEED = 2**31 - 1
 MAX_GUIDANCE = 10  # of the slider
+MAX_PROMPT = 1000  # letters
 SCHEDULE = "1.1,8 or power_cosine,8,1.5 or interval,3,2,5 (scale, first and last group)"
 NO_PHOTO = "drop a photo first"
 GONE = "the photo is no longer here: drop it again"
@@ -126,6 +127,7 @@ def repeat(
     prefix: int,
     dtype: Dtype | None = None,
     number: int = 0,
+    encoder: str | None = None,
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
     text = isinstance(label, str)
@@ -139,9 +141,10 @@ def repeat(
         parts["kept"] = f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]\n"
         parts["prefix"] = ", prefix=kept"
     parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
+    parts["cast"] += "" if encoder is None else f"\npipe.ar.condition.use_encoder({encoder!r})"
     parts["asked"] = f"prompts=[{label!r}]" if text else f"torch.tensor([{label}])"
     python = PYTHON.format(pipeline=pipeline, label=label, seed=seed, number=number, guidance=guidance, **parts)
-    return command_line("sample", options | {"dtype": dtype, "output": "runs/drawn"}), python
+    return command_line("sample", options | {"encoder": encoder, "dtype": dtype, "output": "runs/drawn"}), python
 
 
 def build_page(
@@ -152,6 +155,7 @@ def build_page(
     work: Work,
     dtype: Dtype | None = None,
     guidance: Guidance = 3.0,
+    encoder: str | None = None,
 ):
     """The page, as gradio.Blocks.
 
@@ -163,6 +167,7 @@ def build_page(
         work: where it draws.
         dtype: what its weights were cast to, for the same code.
         guidance: what the page begins with.
+        encoder: the text encoder that was named, for the same code.
     """
     config, takes = pipe.tokenizer.config, pipe.ar.condition.takes
     plain = not isinstance(guidance, str | tuple | list) and 1 <= guidance <= MAX_GUIDANCE
@@ -208,6 +213,8 @@ def build_page(
         if not 0 <= prefix < config.num_tokens:
             raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
+        if len(str(label)) > MAX_PROMPT:
+            raise refusal(f"the prompt has {len(str(label))} letters: at most {MAX_PROMPT} are read")
         try:
             pipe.condition([label])
         except UserError as error:
@@ -217,7 +224,7 @@ def build_page(
     def draw(inputs: tuple, number: int = 0) -> Iterator[tuple]:
         label, seed, scale, photo, prefix = asked = asked_of(*inputs)
         file_name = None if photo is None else Path(inputs[3]).name
-        code = repeat(name, label, seed, scale, file_name, prefix, dtype, number)
+        code = repeat(name, label, seed, scale, file_name, prefix, dtype, number, encoder)
         for *shown, codes in work.steps(draw_previews(pipe, *asked, number)):
             yield *shown, *code, (label, seed, number, codes)
 
@@ -263,7 +270,7 @@ def build_page(
     def ask(elem_id: str):
         """The component for what is drawn: a class or a prompt."""
         if takes == "prompts":
-            return gr.Textbox(label="Prompt", info="what to draw, in words", elem_id=elem_id)
+            return gr.Textbox(label="Prompt", info="what to draw, in words", max_length=MAX_PROMPT, elem_id=elem_id)
         names = pipe.classes or map(str, range(pipe.num_labels))
         choices = [(text, label) for label, text in enumerate(names)]
         return gr.Dropdown(choices, value=0, label="Class", elem_id=elem_id, visible=takes == "labels")

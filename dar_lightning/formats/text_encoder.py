@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, one_line, whole_line
 from dar_lightning.files import file_sha256
 from dar_lightning.formats.pretrained import resolve_folder
 
@@ -16,7 +16,7 @@ FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 class TextEncoder(nn.Module):
-    """A text encoder and its tokenizer: BERT-like models, T5's encoder, CLIP's or SigLIP's text model. Runs in float32.
+    """A text encoder and its tokenizer: BERT-like models, T5's encoder, CLIP's text model. Runs in float32.
 
     Args:
         source: a local folder with config.json, a tokenizer and .safetensors files, or a Hugging Face repository.
@@ -25,7 +25,7 @@ class TextEncoder(nn.Module):
 
     Raises:
         UserError: transformers is missing; there is no such folder, or no safetensors in it; transformers cannot read
-            it without its own code.
+            it without its own code; it cannot encode texts of that length.
     """
 
     def __init__(self, source: str | Path, length: int, option: str = "encoder"):
@@ -58,10 +58,20 @@ class TextEncoder(nn.Module):
         self.name, self.length, self.dim = str(source), length, config.hidden_size
         digests = [file_sha256(path) for path in files]
         self.sha256 = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        try:  # two texts, as batches have: it may know no padding or no mask, or fewer places
+            self(["a", "a " * min(length, 512)])
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{option}: {source} cannot encode texts of up to {length} tokens: {whole_line(error)}"
+            ) from error
 
     def train(self, mode: bool = True):
         """It stays in evaluation mode."""
         return super().train(False)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, uncut, of which `forward` reads `length`."""
+        return [len(ids) for ids in self.tokenizer(list(texts), return_attention_mask=False)["input_ids"]]
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str], batch_size: int = 64) -> list[np.ndarray]:

@@ -1,7 +1,9 @@
 """Model card of a pipeline: the README.md of its folder, as Hugging Face's Hub shows it."""
 
+import shlex
 from pathlib import Path
 
+from dar_lightning.ar.conditions import Condition
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -22,18 +24,28 @@ picture sharpens with each group. Written by `dar export` of dar_lightning.
 {rows}
 {classes}
 ```bash
-dar sample --pipeline {source} --guidance 3 --output drawn
+dar sample --pipeline {source}{option} --output drawn
 dar serve --pipeline {source}
 ```
 
 ```python
-import torch
-from dar_lightning import DARPipeline
+{imports}from dar_lightning import DARPipeline
 
 pipe = DARPipeline.from_pretrained("{source}")
-images = pipe.generate(torch.tensor([0, 1]), guidance=3.0)  # (2, 3, {size}, {size}), not clipped to [-1, 1]
+images = pipe.generate({asked})  # (2, 3, {size}, {size}), not clipped to [-1, 1]
 ```
 """
+
+
+def how_to_ask(condition: Condition) -> dict[str, str]:
+    """What the commands and the Python of a card say to a model of this condition, for two images."""
+    if condition.takes == "prompts":
+        option = f" --prompt {shlex.quote(condition.example)} --guidance 3"
+        return {"imports": "", "option": option, "asked": f"prompts={[condition.example] * 2!r}, guidance=3.0"}
+    guided = condition.takes == "labels"
+    labels = f"torch.tensor([0, {1 if condition.num_labels > 1 else 0}])"
+    option, asked = (" --guidance 3", f"{labels}, guidance=3.0") if guided else ("", labels)
+    return {"imports": "import torch\n", "option": option, "asked": asked}
 
 
 def model_card(pipe: DARPipeline, source: str, notes: str = "") -> str:
@@ -61,4 +73,5 @@ def model_card(pipe: DARPipeline, source: str, notes: str = "") -> str:
     classes = f"\nClasses: {names}.\n" if names else ""
     name = Path(source).name.replace("_", " ")
     given = dict(name=name, source=source, size=tokenizer.image_size, tokens=ar.num_tokens, groups=pipe.num_groups)
+    given |= how_to_ask(pipe.ar.condition)
     return TEXT.format(**given, rows=rows, classes=classes) + (f"\n{notes.strip()}\n" if notes.strip() else "")

@@ -72,8 +72,14 @@ def read_mask(pipe: DARPipeline, mask: Image.Image, size: tuple[int, int], name:
     found, right = ("{}x{}".format(*each) for each in (mask.size, size))
     require(found == right, f"{name} is {found} pixels: need the image's {right}")
     anew = middle(pipe, mask)[None].float().mean(dim=1, keepdim=True) >= 128
-    require(bool(anew.any()), f"{name} has nothing white: white is what is drawn anew, black what is kept")
-    require(not bool(anew.all()), f"{name} is white all over: nothing of the image is kept; leave the mask out")
+    require(
+        bool(anew.any()),
+        f"{name} has nothing white in its middle square: white is what is drawn anew, black what is kept",
+    )
+    require(
+        not bool(anew.all()),
+        f"{name} is white all over its middle square: nothing of the image is kept; leave the mask out",
+    )
     return anew
 
 

@@ -122,8 +122,12 @@ def spread(x: Tensor, known: Tensor, reach: int) -> Tensor:
 
 
 def fill(x: Tensor, known: Tensor, sweeps: int = 32) -> Tensor:
-    """x (B, 3, H, W) where known; elsewhere smooth: Laplace's equation, coarse to fine, with so many sweeps a level."""
-    return _fill(torch.where(known, x, 0), known.to(x).expand(len(x), -1, -1, -1), sweeps)
+    """x (B, 3, H, W) where known (B, 1, H, W), either of which may be one for all; elsewhere smooth.
+
+    Laplace's equation, coarse to fine, with so many sweeps a level.
+    """
+    x, known = torch.broadcast_tensors(x, known)
+    return _fill(torch.where(known, x, 0), known.to(x), sweeps)
 
 
 def _fill(total: Tensor, weight: Tensor, sweeps: int) -> Tensor:

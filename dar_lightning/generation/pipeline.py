@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.sampling import stream_in_place
+from dar_lightning.ar.sampling import check_guided, stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json, write_text
@@ -84,6 +84,7 @@ class DARPipeline:
         known: Tensor | None = None,
         start: int = 0,
         evidence: float = EVIDENCE,
+        static: bool | None = None,
         jacobi: int = 0,
     ) -> Iterator[Preview]:
         """Generate, and show the picture after each group of tokens.
@@ -111,6 +112,7 @@ class DARPipeline:
             known: (B or 1, 1, H, W) bool: its pixels that are kept as they are, in every preview.
             start: n of K groups: start the diffusion from the noised image instead of from noise, n steps later.
             evidence: how much the image's tokens are preferred: 8 to go on as it does, 0 to 4 to change it.
+            static: draw the tokens by a step of static shapes (`ar.decode_step`), or not; None does so on CUDA.
             jacobi: draw a window of so many tokens at once until they are those of drawing one by one (`ar.jacobi`);
                 for one image or a few. 0 is off.
 
@@ -118,6 +120,7 @@ class DARPipeline:
             K previews (`num_groups`), K - n with `start`; the last one is what `generate` returns for the same
             arguments.
         """
+        require(labels is None or prompts is None, "labels and prompts are both given: a model takes one of the two")
         condition = self.condition(labels if prompts is None else prompts)
         groups = self.preview_groups(None, start)
         if noise is not None or image is not None:
@@ -126,7 +129,7 @@ class DARPipeline:
         # drawn where the tokens are, or on the CPU while the first of them are written: the same random numbers
         aside = self.tokenizer.set_noise_aside(len(condition), generator) if noise is None else None
         options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        options |= dict(token_groups=self.token_groups, bias=edit.bias, jacobi=jacobi)
+        options |= dict(token_groups=self.token_groups, bias=edit.bias, static=static, jacobi=jacobi)
         tokens = stream_in_place(self.ar, condition, prefix=prefix, generator=generator, **options)
         overlap = self.device.type == "cuda" if overlap is None else overlap
         codes: list[Tensor] = []
@@ -183,7 +186,9 @@ class DARPipeline:
 
     def guidance_scales(self, guidance: Guidance | GuidanceSchedule) -> list[float]:
         """The guidance scale of each token, as `stream` takes it; UserError for one that this pipeline cannot have."""
-        return guidance_schedule(guidance, len(self.token_groups), self.token_groups)
+        scales = guidance_schedule(guidance, len(self.token_groups), self.token_groups)
+        check_guided(self.ar, scales, guidance)
+        return scales
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class, by its name or by its number (as int or digits)."""

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from dar_lightning.ar.decode_step import choose_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, check_local, read_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
@@ -27,7 +27,7 @@ FREE = ("pipeline", "ema")  # the same images may be drawn from a folder that ha
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes `NAME.npz` (`arr_0` uint8 (n, H, W, 3), `labels`) and beside it `NAME.json`, the protocol.
+    """Writes `NAME.npz` (`arr_0` uint8 (n, H, W, 3), and `labels` of classes) and beside it `NAME.json`, the protocol.
 
     Until all are drawn, the pieces of `data.LabelsDataModule` lie in `NAME.parts/`, each written whole or not at all,
     with the settings they were drawn with. The same command, started again, draws what is missing; with other settings
@@ -54,6 +54,8 @@ class SampleWriter(BasePredictionWriter):
             raise UserError("SampleWriter writes what GenerationModule draws for a LabelsDataModule: give it as data")
         trainer.predict_loop.return_predictions = False  # Lightning would keep all images
         settings = pl_module.protocol | self.data.protocol | {"piece_size": self.data.piece_size}
+        self.classed = pl_module.pipeline.ar.condition.takes == "labels"
+        settings |= {} if self.classed else {"classes": "none: no condition"}
         settings |= {"device": trainer.strategy.root_device.type, "precision": trainer.precision}
         settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         self.settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
@@ -152,7 +154,8 @@ class SampleWriter(BasePredictionWriter):
                 for part in self.path.parent.glob(f".{glob.escape(name)}.*.part"):  # of processes that were killed
                     part.unlink()
             pieces = (np.load(self._file(piece)) for piece in self.data.pieces)
-            digest = write_npz(self.path, pieces, self.shape, self.data.labels.numpy())
+            labels = self.data.labels.numpy() if self.classed else None
+            digest = write_npz(self.path, pieces, self.shape, labels)
             runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.parts.glob("drawn_by-*.json"))]
             about = {NAMES: list(pl_module.pipeline.classes), "provenance": runs}
             write_drawn(self.path, self.settings | about, digest)

@@ -178,13 +178,11 @@ class ShardImages(_EncodedImages):
 
 
 class DrawnImages:
-    """Class-balanced samples of a pipeline: image i is of class i mod num_classes and depends on (seed, i) alone.
+    """Samples of a pipeline: image i depends on (seed, i) alone, and is of class i mod num_classes, if there are any.
 
     A forward pass has `rows` images, whatever batch size is asked for, since that changes the rounding. `num_steps` and
     `options` are those of `DARPipeline.stream`: guidance, temperature, top_k, top_p, solver.
     """
-
-    labelled = True
 
     def __init__(
         self,
@@ -200,6 +198,7 @@ class DrawnImages:
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         pipeline.guidance_scales(options.get("guidance", 1.0))  # says so if it does not fit
         self.num_labels = pipeline.num_labels
+        self.labelled = pipeline.ar.condition.takes == "labels"
         # What `generate` does without these is said in the protocol, too.
         self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options
 
@@ -209,7 +208,7 @@ class DrawnImages:
             "tokenizer_sha256": model_sha256(self.pipeline.tokenizer),
             "ar_sha256": model_sha256(self.pipeline.ar),
             "ema": self.pipeline.averaged,
-            "classes": "balanced: image i is of class i mod num_classes",
+            "classes": "balanced: image i is of class i mod num_classes" if self.labelled else "none: no condition",
             "seed": self.seed,
             "token_draws": gumbel.METHOD,
             "steps": self.num_steps,
@@ -227,7 +226,8 @@ class DrawnImages:
         for numbers in torch.arange(self.count).split(self.rows)[rank::world_size]:
             labels = numbers % self.num_labels
             members = list(zip(numbers.tolist(), labels.tolist(), strict=True))
-            yield draw_rows(self.pipeline, members, self.seed, self.rows, options).cpu(), labels
+            images = draw_rows(self.pipeline, members, self.seed, self.rows, options).cpu()
+            yield images, labels if self.labelled else None
 
 
 def open_images(source: str, option: str, image_size: int | None) -> ImageSet:

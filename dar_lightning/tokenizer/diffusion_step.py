@@ -10,9 +10,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from dar_lightning.devices import no_cudnn_attention
-from dar_lightning.layers import IdleSteps, capture
+from dar_lightning.devices import kernel_settings, no_cudnn_attention
+from dar_lightning.layers import Graphs, IdleSteps
 from dar_lightning.tokenizer.flow import integrate
+
+MOST = 16  # steps in a graph
 
 steps = IdleSteps(kept=2)
 
@@ -35,6 +37,7 @@ class Plan(NamedTuple):
     dim: int  # of conditioning vectors
     dtype: torch.dtype  # of the same
     autocast: torch.dtype | None  # what autocast casts to, if it is on
+    settings: tuple  # of torch that choose kernels
 
 
 Conditions = Iterable[tuple[int, Tensor]]  # steps that can be done in all, with the vectors (B, m, D) so far
@@ -72,7 +75,8 @@ def call_steps(
 
 
 def replay_steps(decoder: nn.Module, trajectory: Trajectory, noise: Tensor, conds: Conditions) -> Iterator[Tensor]:
-    """The same by a step that is kept for the next decoding; as many steps as a pair allows are one graph.
+    """The same by a step that is kept for the next decoding; the steps that a pair allows are one graph,
+    or several of at most MOST.
 
     What it yields lasts until it is asked for more.
     """
@@ -82,7 +86,7 @@ def replay_steps(decoder: nn.Module, trajectory: Trajectory, noise: Tensor, cond
     with ExitStack() as stack:
         for allowed, cond in conds:
             if step is None:
-                plan = Plan(trajectory, tuple(noise.shape), cond.shape[-1], cond.dtype, autocast)
+                plan = Plan(trajectory, tuple(noise.shape), cond.shape[-1], cond.dtype, autocast, kernel_settings())
                 step = stack.enter_context(steps.use(decoder, plan, partial(DiffusionStep, decoder, plan, device)))
                 step.begin(noise)
             step.extend(cond)
@@ -97,6 +101,7 @@ class DiffusionStep:
         # weak: what is kept for a decoder must not keep it
         self.decoder, self.plan, self.device = ref(decoder), plan, device
         self.graphs: dict[int, Callable[[], None]] = {}
+        self.captured = Graphs(device)
         with torch.inference_mode(False), torch.no_grad():
             new = partial(torch.zeros, device=device)
             self.x, self.velocity, self.preview = new(plan.shape), new(plan.shape), new(plan.shape)
@@ -128,13 +133,13 @@ class DiffusionStep:
         # casts that autocast remembers would be of another graph, or of none
         cast = torch.autocast(self.device.type, plan.autocast, cache_enabled=False) if plan.autocast else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), cast:
-            if count and count not in self.graphs:
-                state = [tensor.clone() for tensor in (self.x, self.velocity, self.index)]
-                with no_cudnn_attention():
-                    rewind = partial(self._rewind, state)
-                    self.graphs[count] = capture(partial(self._steps, count), rewind, self.device)
-            if count:
-                self.graphs[count]()
+            for size in [MOST] * (count // MOST) + [count % MOST] * (count % MOST > 0):
+                if size not in self.graphs:
+                    rewind = partial(self._rewind, [tensor.clone() for tensor in (self.x, self.velocity, self.index)])
+                    with no_cudnn_attention():
+                        function = partial(self._steps, size)
+                        self.graphs[size] = self.captured.capture(function, rewind, warm_up=self.step)
+                self.graphs[size]()
         self.done += count
 
     def _rewind(self, state: list[Tensor]) -> None:

@@ -1,6 +1,8 @@
 """ARModule: training of the autoregressive model on token sequences."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,22 @@ class ARModule(TrainingModule):
     def setup(self, stage: str) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
             self.check_data(data)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another condition: its weights may fit, and would mean other words."""
+        now, noted = self.ar.config.to_dict(), checkpoint.get("hyper_parameters")
+        config = noted.get("config") if isinstance(noted, Mapping) else None
+        was = now | (config if isinstance(config, Mapping) else {})
+        pairs = {"condition": (was["condition"], now["condition"])}
+        before, after = was["condition_options"], now["condition_options"]
+        pairs |= {f"condition_options.{name}": (before.get(name), after.get(name)) for name in before | after}
+        pairs.pop("condition_options.encoder", None)  # a place, which may change: sha256 says which encoder
+        for name, (old, new) in pairs.items():
+            if old != new:
+                raise UserError(
+                    f"cannot resume: config.{name} was {old!r:.60} in the checkpoint and is {new!r:.60} now; use the "
+                    "same, or start a new run from its weights"
+                )
 
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N) of the data as the model writes them, and their places (B, N), or None for their own."""

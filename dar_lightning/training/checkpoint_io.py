@@ -51,6 +51,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{error}; the next older checkpoint is {newest}, for --ckpt_path") from error
         if not any(hasattr(self.module, part) for part in PARTS):
             return checkpoint
+        if hasattr(self.module, "check_checkpoint"):
+            self.module.check_checkpoint(checkpoint)
         # With EMAWeightAveraging there are two sets: the average, and what the optimizer works on.
         for key in ("state_dict", *checkpoint.keys() & {"current_model_state"}):
             part, tensors = split_model(checkpoint, key, path)

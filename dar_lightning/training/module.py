@@ -16,6 +16,7 @@ from dar_lightning.errors import UserError
 from dar_lightning.formats.pretrained import build_config
 from dar_lightning.tokenizer import diffusion_step
 from dar_lightning.training.batch_plan import TrainingPlan
+from dar_lightning.training.compilation import keep_graphs_whole
 from dar_lightning.training.log_step import is_log_step
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw, use_options
 
@@ -43,6 +44,11 @@ class TrainingModule(LightningModule):
         self._schedule = made["lr_scheduler"]["scheduler"]
         return made
 
+    def on_fit_start(self) -> None:
+        """Compiled blocks stay whole in this thread, too, which may not be the one that built the model."""
+        if any(part._compiled_call_impl is not None for part in self.modules()):
+            keep_graphs_whole()
+
     def on_train_start(self) -> None:
         """Train with the optimizer's options of this run, not with the checkpoint's, and say which were others."""
         schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
@@ -55,9 +61,8 @@ class TrainingModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Give back what callbacks' drawings have kept for the next one, since training needs the memory."""
-        for part in self.modules():
-            decode_step.steps.forget(part)
-            diffusion_step.steps.forget(part)
+        decode_step.steps.forget()
+        diffusion_step.steps.forget()
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         seed_batch(self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)

@@ -11,7 +11,7 @@ from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar import backbones
 from dar_lightning.ar.backbones import Backbone, merge_lora
 from dar_lightning.ar.backbones.language_model import MODEL_TYPES
-from dar_lightning.ar.decode_step import choose_road
+from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.sampling import generate
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256

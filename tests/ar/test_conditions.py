@@ -169,8 +169,10 @@ def test_word_pieces_are_those_of_tokenizers():
     theirs = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     ours = conditions.CaptionTokens(8, vocabulary)
-    for text in [*texts, "unseen words, £5", "no to apple ## [PAD]"]:
+    long = ["no" * 50, "no" * 50 + "o"]  # of 100 letters, and of 101, which is [UNK]
+    for text in [*texts, "unseen words, £5", "no to apple ## [PAD]", *long]:
         assert ours.tokens(text) == theirs.encode(" ".join(words(text))).ids
+    assert len(ours.tokens(long[0])) > 1 == len(ours.tokens(long[1]))
     with pytest.raises(UserError, match="vocabulary is 5: the letters of the captions alone are"):
         train_vocabulary(texts, 5)
 
@@ -211,6 +213,9 @@ def test_what_a_text_model_refuses(asked, said):
 def test_prompts_are_for_models_of_text():
     with pytest.raises(UserError, match="prompts: this model takes labels, not text"):
         make_pipeline().generate(prompts=["red"])
+    pipe = DARPipeline(make_tokenizer(), make_ar(**CAPTIONS))
+    with pytest.raises(UserError, match="labels and prompts are both given: a model takes one of the two"):
+        pipe.generate(torch.zeros(1, 5, dtype=torch.long), prompts=["red"])
 
 
 @pytest.mark.parametrize(
@@ -225,6 +230,7 @@ def test_prompts_are_for_models_of_text():
             r"not registered, and a config imports no code: call register_condition\(Where\)",
         ),
         ({"condition": "none", "condition_options": {"file": "x"}}, "file is 'x': none has no options"),
+        ({"condition_options": {"num_classes": 5}}, "condition 'class' has no num_classes: num_classes is all"),
         ({"condition": "caption_tokens"}, "vocabulary has 0 pieces and is none: give `file`"),
         ({"condition": "tests.Ragged", "condition_options": {"length": 2**20}}, "length is 1048576, need 1 to 65536"),
         (

@@ -1,6 +1,6 @@
 """The decoding step of static shapes draws what the model draws, is one graph, and asks the host for nothing."""
 
-from contextlib import contextmanager
+import copy
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
-from dar_lightning.ar import decode_step, sampling
+from dar_lightning.ar import decode_road, decode_step, sampling
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan, choose_road
+from dar_lightning.ar.decode_road import choose_road
+from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan
 from dar_lightning.ar.gumbel import draw_keys
+from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import generate, stream_tokens
 from dar_lightning.errors import UserError
-from dar_lightning.layers import capture
 
 LABELS = torch.tensor([0, 3, 1])
 CASES = {
@@ -77,8 +78,8 @@ def test_weights_that_train_and_weights_that_move():
         assert torch.equal(after, generate(ar, LABELS, static=False, generator=seeds(0, 1, 2)))
         assert not torch.equal(before, after)
         before = after
-    decode_step.steps.forget(ar)
-    assert ar not in decode_step.steps.idle
+    decode_step.steps.forget()
+    assert not decode_step.steps.idle
 
 
 def test_two_drawings_at_a_time_share_nothing():
@@ -115,6 +116,29 @@ def test_a_prompt_of_several_places():
     draw = [torch.stack([*decode_step.draw_static(ar, each, "graph")], 1) for each in (one, other, hidden, changed)]
     assert not torch.equal(draw[0], draw[1])
     assert torch.equal(draw[2], draw[3])
+
+
+def test_a_kept_step_forgets_the_padding_of_the_last_drawing():
+    ar = make_ar()
+    angles = torch.arange(10)[:, None] * 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    ar.rotary = torch.stack([angles.cos(), angles.sin()], -1)
+    padded = torch.tensor([[True, False, False]] * 4)
+    drawings = [a_drawing(ar, 3, real) for real in (None, padded, None)]
+    draw = [torch.stack([*decode_step.draw_static(ar, each, "graph")], 1) for each in drawings]
+    assert len(decode_step.steps.idle[ar]) == 1
+    assert not torch.equal(draw[0], draw[1])
+    assert torch.equal(draw[0], draw[2])
+
+
+def test_a_step_of_other_settings_is_another_one(monkeypatch):
+    """A graph would go on with the kernels that it was captured with."""
+    ar, draw = make_ar(), partial(generate, labels=LABELS, static=True, num_tokens=1)
+    draw(ar)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", not torch.backends.cudnn.deterministic)
+    draw(ar)
+    monkeypatch.undo()
+    draw(ar)
+    assert len(decode_step.steps.idle[ar]) == 2
 
 
 def test_one_graph_for_all_positions():
@@ -162,12 +186,12 @@ def test_a_step_asks_the_host_for_nothing(triton):
 
 
 class Replays:
-    """Stands for `capture`: no dispatch mode sees what a replay runs, as the host launches none of its kernels."""
+    """Stands for `Graphs`: no dispatch mode sees what a replay runs, as the host launches none of its kernels."""
 
     def __init__(self):
         self.captured, self.runs = 0, 0
 
-    def __call__(self, function, rewind, device, pool=None):
+    def capture(self, function, rewind):
         function()
         rewind()
         self.captured += 1
@@ -194,7 +218,8 @@ class Log(TorchDispatchMode):
 
 def test_a_token_is_one_replay_and_the_copy_that_is_handed_out(monkeypatch):
     """Two graphs, with the unconditional half and without it; nothing else for as long as the model has its weights."""
-    monkeypatch.setattr(decode_step, "capture", replays := Replays())
+    replays = Replays()
+    monkeypatch.setattr(decode_step, "Graphs", lambda device: replays)
     ar, options = make_ar(), CASES["some tokens"] | {"static": True}
     first = generate(ar, LABELS, generator=seeds(4, 5, 6), **options)
     assert torch.equal(first, generate(ar, LABELS, generator=seeds(4, 5, 6), **options | {"static": False}))
@@ -261,6 +286,22 @@ def test_the_kernel_draws_the_same(interpreted, monkeypatch):
     assert torch.equal(generate(ar, LABELS, generator=seeds(4, 5, 6), **options), expected)
 
 
+class Negated(ARModel):
+    def hidden(self, *inputs):
+        return -super().hidden(*inputs)
+
+
+class Scaled(torch.nn.RMSNorm):
+    pass
+
+
+def exchanged(part: str, other: torch.nn.Module) -> ARModel:
+    """A model with another part."""
+    ar = copy.deepcopy(make_ar())
+    ar.set_submodule(part, other)
+    return ar
+
+
 def test_the_road():
     ar = make_ar()
     assert choose_road(ar) == "eager", "on a CPU"
@@ -270,40 +311,51 @@ def test_the_road():
     with pytest.raises(UserError, match="static: this model's layers"):
         generate(ar, LABELS, static=True)
     handle.remove()
-    with kernels.fake_cuda():
+    with kernels.fake_cuda(), mock.patch("torch.cuda.device"):
+        decode_road._triton_runs.cache_clear()
         there = kernels.make_model(ARConfig.preset("tiny"))
-        with mock.patch("shutil.which", return_value="/usr/bin/gcc"):
-            assert choose_road(there) == "graph, Triton"
-            with mock.patch.object(decode_step, "find_spec", return_value=None):
-                assert choose_road(there) == "graph"
-            assert choose_road(there, static=False) == "eager"
-        with mock.patch("shutil.which", return_value=None), mock.patch.dict("os.environ", clear=True):
-            assert choose_road(there) == "graph", "Triton has no C compiler"
+        assert choose_road(there) == "graph, Triton"
+        assert choose_road(there, static=False) == "eager"
+    decode_road._triton_runs.cache_clear()
 
 
-def test_a_capture(monkeypatch):
-    """The calls that warm up are undone; the graph is captured on a stream that waits, and is waited for."""
-    log = []
+@pytest.mark.parametrize(
+    "other",
+    [
+        Negated(make_ar().config),
+        exchanged("blocks.1.ffn_norm", Scaled(64)),
+        exchanged("blocks.0.ffn", torch.nn.Sequential()),
+        exchanged("blocks.0.attention_norm", torch.nn.RMSNorm(64, eps=1e-2)),
+        exchanged("head", torch.nn.Linear(64, 16)),
+        exchanged("token_embedding", torch.nn.EmbeddingBag(16, 64)),
+        exchanged("blocks.0.attention.query_norm", torch.nn.Identity()),
+    ],
+    ids=["hidden", "norm", "feed-forward", "epsilon", "bias", "embedding", "one more part"],
+)
+def test_other_layers_are_called(other, monkeypatch):
+    """The step reads the weights itself, and would draw other tokens than the model does."""
+    plain = make_ar()
+    monkeypatch.setattr(decode_road, "_triton_runs", lambda device: True)
+    monkeypatch.setattr(ARModel, "parameters", lambda model: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    assert choose_road(plain) == "graph, Triton"
+    assert choose_road(other) == "eager"
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="static: this model's layers are sharded, replaced"):
+        choose_road(other, static=True)
 
-    @contextmanager
-    def noted(name, *_, **options):
-        log.append((name, *sorted(options)))
-        yield
 
-    def stream(name):
-        return SimpleNamespace(wait_stream=lambda other: log.append((name, "waits")))
+def test_a_triton_that_does_not_run():
+    """Its kernel is tried once: it needs a compiler, Python's headers and a driver, and is the one to say so."""
+    pytest.importorskip("triton")
+    from dar_lightning.ar import decode_attention
 
-    fake = SimpleNamespace(
-        device=partial(noted, "device"),
-        stream=partial(noted, "stream"),
-        graph=partial(noted, "graph"),
-        current_stream=lambda: stream("current"),
-        Stream=lambda: stream("side"),
-        CUDAGraph=lambda: SimpleNamespace(replay="replay"),
-    )
-    monkeypatch.setattr(torch, "cuda", fake)
-    ran = capture(lambda: log.append("run"), lambda: log.append("rewind"), torch.device("cuda"), (0, 1))
-    assert ran == "replay"
-    warm = ["run", "rewind"] * 2
-    graph = ("graph", "capture_error_mode", "pool", "stream")
-    assert log == [("device",), ("side", "waits"), ("stream",), *warm, ("current", "waits"), graph, "run"]
+    broken = mock.Mock(side_effect=RuntimeError("Python.h: No such file\nand more"))
+    replaced = mock.patch.object(decode_attention, "decode_attention", broken)
+    with kernels.fake_cuda(), mock.patch("torch.cuda.device"), replaced:
+        decode_road._triton_runs.cache_clear()
+        there = kernels.make_model(ARConfig.preset("tiny"))
+        with pytest.warns(UserWarning, match=r"Triton does not run here \(RuntimeError: Python.h: No such file\)"):
+            assert choose_road(there) == "graph"
+        assert choose_road(there) == "graph"
+    broken.assert_called_once()
+    decode_road._triton_runs.cache_clear()

@@ -1,7 +1,10 @@
 """Captions on their whole road: token shards, training, export, `dar sample --prompt`, the page; what is refused."""
 
+import copy
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from dar_lightning.commands.serve_page import draw_previews, repeat
 from dar_lightning.commands.shard import shard
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
+from dar_lightning.generation.card import model_card
 from dar_lightning.training import ARModule
 from dar_lightning.training.flops import step_flops
 
@@ -35,7 +39,10 @@ class LettersEncoder(nn.Module):
 
     def __init__(self, source, length):
         super().__init__()
-        self.length = length
+        self.name, self.length = source, length
+
+    def count_tokens(self, texts):
+        return [len(text) for text in texts]
 
     def forward(self, texts, batch_size=64):
         numbers = [np.array([[ord(letter), 1] for letter in text], np.float16) for text in texts]
@@ -80,6 +87,19 @@ def features(root):
         return tokens(root, "features", encoder="letters")
 
 
+def test_captions_that_are_cut_are_counted(root, features, words, monkeypatch, capsys):
+    """Of features; and of tokens, whose vocabulary stays when only the length changes."""
+    monkeypatch.setattr(command, "TextEncoder", LettersEncoder)
+    tokens(root, "counted", encoder="letters")
+    assert "features of 16 captions, 8 of them longer than caption_length 5 tokens, and cut" in capsys.readouterr().out
+    monkeypatch.setattr(command, "train_vocabulary", None)
+    before = Path(words, "condition.json").read_text()
+    tokens(root, "words", vocabulary=9, caption_length=2)
+    assert read(words) == {"vocabulary": WORDS, "length": 2}
+    assert "9 pieces kept, for 16 captions, 8 of them longer than caption_length 2" in capsys.readouterr().out
+    Path(words, "condition.json").write_text(before)
+
+
 def test_captions_of_a_batch(words, features):
     data = CodesDataModule(features, features, batch_size=8)
     (batch,) = data.val_dataloader()
@@ -108,6 +128,12 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     fit = fit_ar(words, words, run, max_steps=2, val_check_interval=2)
     fit += [f"--model.init_args.config={json.dumps(config(words, 'caption_tokens'))}", LAST, *samples.split()]
     main([*fit, "--trainer.callbacks.per_class=2"])
+    # another length has the same weights, and would be another model
+    other = f"--model.init_args.config={json.dumps(config(words, 'caption_tokens', length=4))}"
+    with pytest.raises(SystemExit):
+        main([*fit, other, "--ckpt_path=last"])
+    said = "cannot resume: config.condition_options.length was 5 in the checkpoint and is 4 now"
+    assert said in capsys.readouterr().err
     (event,) = EventAccumulator(str(run / "logs")).Reload().Images("samples")
     assert event.height == 404  # four prompts, each to the left of two pictures
     assert event.width > 250
@@ -120,7 +146,7 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     main(["sample", *common, f"--prompt={json.dumps(prompts)}", f"--output={tmp_path}/both"])
     main(["sample", *common, f"--prompt={prompts[0]}", f"--output={tmp_path}/one"])
     both, one = (np.load(tmp_path / name / "samples.npz") for name in ("both", "one"))
-    assert both["labels"].tolist() == [0, 0, 1, 1]
+    assert set(both) == {"arr_0"}  # prompts are no classes
     assert np.abs(both["arr_0"][:2].astype(int) - one["arr_0"]).max() <= 1
     record = json.loads((tmp_path / "both/samples.json").read_text())
     assert (record["prompt"], record["classes"]) == (prompts, prompts)
@@ -129,7 +155,11 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     assert "class" not in about
 
     pipe = DARPipeline.from_pretrained(tmp_path / "pipeline")
-    *_, (image, _, _, _) = draw_previews(pipe, prompts[0], 0, 2.0)
+    *_, (image, *_) = draw_previews(pipe, prompts[0], 0, 2.0)
+    (written,) = re.findall(r"```python\n(.*?)```", (tmp_path / "pipeline/README.md").read_text(), flags=re.DOTALL)
+    exec(written, card := {})
+    assert card["images"].shape == (2, 3, 32, 32)
+    assert "--prompt picture --guidance 3 --output" in (tmp_path / "pipeline/README.md").read_text()
     told, python = repeat(str(tmp_path / "pipeline"), prompts[0], 0, 2.0, None, 0)
     found = {}
     exec(python, found)
@@ -139,6 +169,28 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     shown = ((found["image"][0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(shown - drawn).max() <= 1
     assert np.abs(np.asarray(image)[:: image.width // 32, :: image.width // 32].astype(int) - drawn).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_samples_of_features(root, features, tmp_path, monkeypatch, capsys):
+    """Captions of the validation data need no encoder, prompts do, from the start; it is not kept."""
+    run = fit_ar(features, features, tmp_path / "run", max_steps=2, val_check_interval=2)
+    run.append(f"--model.init_args.config={json.dumps(config(features, 'features'))}")
+    run += ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples", "--trainer.callbacks.per_class=1"]
+    run.append(f"--trainer.callbacks.tokenizer={root}/tokenizer")
+    prompted = [*run, "--trainer.callbacks.prompts=[ab, cd]", f"--trainer.default_root_dir={tmp_path}/prompted"]
+    with pytest.raises(SystemExit):
+        main(prompted)
+    assert "encoder: letters is not a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    main(run)
+    monkeypatch.setattr("dar_lightning.ar.conditions.features.TextEncoder", LettersEncoder)
+    main(prompted)
+    heights = [
+        EventAccumulator(str(tmp_path / name / "logs")).Reload().Images("samples")[0].height
+        for name in ("run", "prompted")
+    ]
+    assert heights[0] > 1.5 * heights[1]  # four captions, two prompts
 
 
 def test_a_training_step_of_features(features, words):
@@ -156,6 +208,9 @@ def test_a_training_step_of_features(features, words):
     ):
         changed = read(features) | {"sha256": other}
         module = ARModule(make_ar(condition="features", condition_options=changed).config)
+        moved = {"hyper_parameters": {"config": module.ar.config.to_dict()}}
+        moved["hyper_parameters"]["config"]["condition_options"] = changed | {"encoder": "elsewhere"}
+        module.check_checkpoint(moved)
         with pytest.raises(UserError, match=said):
             module.check_data(CodesDataModule(folder, folder))
 
@@ -164,18 +219,19 @@ def read(folder) -> dict:
     return conditions.read_options({"file": f"{folder}/condition.json"})
 
 
-def test_prompts_of_features(features, monkeypatch):
+def test_prompts_of_features(features, monkeypatch, caplog):
     monkeypatch.setattr("dar_lightning.ar.conditions.features.TextEncoder", LettersEncoder)
     ar = make_ar(condition="features", condition_options=read(features))
     batch = ar.condition.from_prompts(["ab", "abcdefg"])
     assert batch[:, :, 0].tolist() == [[0, 0, 0, 97, 98], [97, 98, 99, 100, 101]]
+    assert caplog.messages == ["prompt 'abcdefg' has 7 tokens: cut to the first 5"]
+    assert not copy.deepcopy(ar).condition._encoders  # EMA copies models
     prefix = ar.condition(torch.cat([batch, ar.condition.null(1)]))
     assert prefix.real.int().tolist() == [[0, 0, 0, 1, 1], [1] * 5, [0, 0, 0, 0, 1]]
     assert torch.equal(prefix.values[2, -1], ar.condition.null_embedding.weight[0])
     monkeypatch.setattr(LettersEncoder, "sha256", "c" * 64)
-    ar.condition.use_encoder("elsewhere")
     with pytest.raises(UserError, match="encoder: elsewhere has weights cccccccccccc, the model was trained on"):
-        ar.condition.from_prompts(["ab"])
+        ar.condition.use_encoder("elsewhere")
 
 
 def test_flops_count_the_prefix(words, features):
@@ -249,5 +305,10 @@ def test_prompts_that_are_refused(pipeline, tmp_path, capsys, words, said):
 
 def test_no_condition_on_the_command_line(tmp_path):
     DARPipeline(make_tokenizer(), make_ar(condition="none")).save_pretrained(tmp_path / "pipeline")
+    card = model_card(DARPipeline.from_pretrained(tmp_path / "pipeline"), str(tmp_path / "pipeline"))
+    (written,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(written, found := {})
+    assert found["images"].shape == (2, 3, 32, 32)
+    assert "--guidance" not in card
     main(["sample", f"--pipeline={tmp_path}/pipeline", f"--output={tmp_path}/out", "--per_class=3", "--device=cpu"])
-    assert np.load(tmp_path / "out/samples.npz")["labels"].tolist() == [0, 0, 0]
+    assert set(np.load(tmp_path / "out/samples.npz")) == {"arr_0"}

@@ -53,7 +53,7 @@ def test_a_mask_is_cropped_as_its_photo():
 
 def test_an_edit_keeps_what_is_black_and_says_how_to_draw_it_again(pipeline, files, tmp_path):
     options = {"classes": "red,2", "per_class": 2, "guidance": 2.0, "image": files["photo"], "mask": files["mask"]}
-    sample(str(tmp_path / "out"), pipeline, **options, start=1, evidence=4)
+    sample(str(tmp_path / "out"), pipeline, **options, start=1, evidence=4, static=True)
     images, photo = drawn(tmp_path / "out"), np.asarray(picture(3)).astype(int)
     anew = pixels_of(Path(files["mask"])) > 0
     assert len(images) == 4
@@ -73,6 +73,7 @@ def test_an_edit_keeps_what_is_black_and_says_how_to_draw_it_again(pipeline, fil
     assert Image.open(tmp_path / "out/previews.png").size == strip.size
 
     record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert (record["static"], record["decoding"]) == (True, "eager"), "a bias is added to what the model says"
     for name, which in (("image_sha256", "photo"), ("mask_sha256", "mask")):
         assert record[name] == hashlib.sha256(Path(files[which]).read_bytes()).hexdigest()
     main([*shlex.split(record["command"])[1:-1], str(tmp_path / "again")])
@@ -85,10 +86,13 @@ def test_an_edit_keeps_what_is_black_and_says_how_to_draw_it_again(pipeline, fil
 
 
 def test_an_image_may_also_give_the_first_tokens(pipeline, files, tmp_path):
-    sample(str(tmp_path), pipeline, classes="1", per_class=1, image=files["photo"], prefix="2,6", evidence=0)
+    sample(
+        str(tmp_path), pipeline, classes="1", per_class=1, image=files["photo"], prefix="2,6", evidence=0, static=True
+    )
     about = json.loads(Image.open(tmp_path / "images/001-0-6.png").text["dar"])
     tokens = make_pipeline().tokenizer.tokenize(to_float(to_tensor(picture(3))[None]))[0].tolist()
     assert (about["codes"][:6], about["evidence"], about["image"]) == (tokens[:6], 0, files["photo"])
+    assert about["decoding"] == "graph"
 
 
 def test_a_draft_that_is_finished_is_the_image_of_its_number(pipeline, tmp_path):
@@ -141,8 +145,14 @@ def test_numbers_of_images():
         ({"mask": "MASK"}, "mask set without image: give the image that is to be edited"),
         ({"start": 2, "evidence": 3}, "start, evidence set without image"),
         ({"image": "PHOTO", "mask": "TALL"}, "mask: .*tall.png is 32x40 pixels: need the image's 32x32"),
-        ({"image": "PHOTO", "mask": "BLACK"}, "mask: .*black.png has nothing white: white is what is drawn anew"),
-        ({"image": "PHOTO", "mask": "WHITE"}, "mask: .*white.png is white all over: nothing of the image is kept"),
+        (
+            {"image": "PHOTO", "mask": "BLACK"},
+            "mask: .*black.png has nothing white in its middle square: white is what is drawn anew",
+        ),
+        (
+            {"image": "PHOTO", "mask": "WHITE"},
+            "mask: .*white.png is white all over its middle square: nothing of the image is kept",
+        ),
         ({"image": "no.png"}, "image: no.png cannot be read: No such file"),
         ({"image": "PHOTO", "mask": "no.png"}, "mask: no.png cannot be read: No such file"),
         ({"image": "PHOTO", "start": 4}, "start is 4: it must be from 0 to 3 groups"),

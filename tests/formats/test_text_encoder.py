@@ -1,34 +1,24 @@
 """The frozen text encoder against transformers itself, on networks made here; what it reads, and what it does not."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from tiny_encoder import WORDS, write_encoder
 
 from dar_lightning.errors import UserError
 from dar_lightning.files import file_sha256
 from dar_lightning.formats.text_encoder import TextEncoder
 
 TEXTS = ["a red apple", "apple", "red red red red apple a"]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "apple"]
 
 
-@pytest.fixture(params=["bert", "t5"])
+@pytest.fixture(params=["bert", "t5", "clip"])
 def folder(request, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    if request.param == "bert":
-        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-        config = transformers.BertConfig(vocab_size=len(WORDS), **sizes)
-        network = transformers.BertModel(config)
-    else:
-        config = transformers.T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        network = transformers.T5ForConditionalGeneration(config)
-    network.eval().save_pretrained(tmp_path)
-    return tmp_path, network
+    pytest.importorskip("transformers")
+    return tmp_path, write_encoder(tmp_path, request.param)
 
 
 def test_features_are_those_of_the_network(folder):
@@ -38,7 +28,10 @@ def test_features_are_those_of_the_network(folder):
     assert not encoder.train().network.training
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder(TEXTS, batch_size=2)
-    network = getattr(network, "encoder", network) if network.config.is_encoder_decoder else network
+    network = getattr(
+        network, "text_model", getattr(network, "encoder", network) if network.config.is_encoder_decoder else network
+    )
+    assert encoder.count_tokens(TEXTS) == [5, 3, 8]
     for text, features in zip(TEXTS, found, strict=True):
         ids = [2, *(WORDS.index(word) for word in text.split()), 3]
         ids = ids if len(ids) <= 6 else [*ids[:5], 3]
@@ -63,4 +56,23 @@ def test_a_folder_that_transformers_cannot_read(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"model_type": "none-such"}')
     with pytest.raises(UserError, match="encoder: transformers cannot read"):
+        TextEncoder(tmp_path, 4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_texts_longer_than_its_places(kind, tmp_path):
+    pytest.importorskip("transformers")
+    write_encoder(tmp_path, kind)
+    TextEncoder(tmp_path, 32)
+    with pytest.raises(UserError, match=r"encoder: .* cannot encode texts of up to 33 tokens: "):
+        TextEncoder(tmp_path, 33)
+
+
+@pytest.mark.parametrize(("lacks", "key"), [("mask", "model_input_names"), ("padding", "pad_token")])
+def test_a_tokenizer_without_what_is_needed(lacks, key, tmp_path):
+    pytest.importorskip("transformers")
+    write_encoder(tmp_path, "bert")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"mask": ["input_ids"], "padding": None}[lacks]}))
+    with pytest.raises(UserError, match=f"cannot encode texts of up to 4 tokens: .*{lacks}"):
         TextEncoder(tmp_path, 4)

@@ -144,6 +144,16 @@ def test_a_row_alone_is_its_row_of_a_batch():
             assert torch.allclose(alone, batch[some], atol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "masks"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_one_image_or_mask_is_for_all(count, masks):
+    pipe, images = make_pipeline(), photos(count)
+    known = torch.rand(masks, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) < 0.5
+    each = {"image": images.expand(3, -1, -1, -1), "known": known.expand(3, -1, -1, -1)}
+    drawn, expected = draw(pipe, image=images, known=known)[-1].images, draw(pipe, **each)[-1].images
+    assert torch.allclose(drawn, expected, atol=1e-5)
+    assert torch.equal(drawn * known, images * known + 0 * drawn)
+
+
 def test_overlapped_and_in_turns_are_equal(pipe):
     options = {"image": photos(), "known": HALF, "start": 1}
     ahead, turns = (draw(pipe, overlap=overlap, **options)[-1].images for overlap in (True, False))

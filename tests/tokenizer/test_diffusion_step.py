@@ -1,12 +1,15 @@
 """Decoding by a step of static shapes gives the bits of calls of the decoder, in one graph or one for each group."""
 
 from contextlib import closing
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from tiny_models import CODES, GROUPS, SIZE, make_tokenizer, random_codes, seeds
 
+from benchmarks import kernels
+from dar_lightning import TokenizerConfig
 from dar_lightning.layers import skip_normals
 from dar_lightning.tokenizer import diffusion_step
 
@@ -45,10 +48,11 @@ def test_graphs(pair, monkeypatch):
     _, model = pair
     captured, runs = [], []
 
-    def capture(function, rewind, device):
+    def capture(function, rewind, warm_up):
         captured.append(function.args)
         before = [tensor.clone() for tensor in (step.x, step.velocity, step.index)]
-        function()
+        warm_up()
+        assert int(step.index) == int(before[2]) + 1, "one step warms up"
         rewind()
         for tensor, old in zip((step.x, step.velocity, step.index), before, strict=True):
             assert torch.equal(tensor, old)
@@ -62,16 +66,25 @@ def test_graphs(pair, monkeypatch):
         return step
 
     step = None
-    monkeypatch.setattr(diffusion_step, "capture", capture)
+    monkeypatch.setattr(diffusion_step, "Graphs", lambda device: SimpleNamespace(capture=capture))
     monkeypatch.setattr(diffusion_step, "DiffusionStep", make)
-    diffusion_step.steps.forget(model.decoder)
+    diffusion_step.steps.forget()
     model.previews(CODES_OF_TWO, NOISE)
     assert captured == [(1,)]
     model.detokenize(CODES_OF_TWO, NOISE)
     model.detokenize(CODES_OF_TWO, NOISE)
     assert captured == [(1,), (GROUPS,)]
     assert len(runs) == GROUPS + 2
-    diffusion_step.steps.forget(model.decoder)
+    captured.clear()
+    many = model.detokenize(CODES_OF_TWO, NOISE, num_steps=37)
+    assert captured == [(16,), (5,)], "a graph holds no more"
+    assert torch.equal(many, pair[0].detokenize(CODES_OF_TWO, NOISE, num_steps=37))
+    diffusion_step.steps.forget()
+
+
+def test_kernels_of_a_step():
+    """Counted; docs/performance.md has the number."""
+    assert kernels.of_diffusion_step(TokenizerConfig.preset("v1"), 4) == pytest.approx(653, rel=0.02)
 
 
 def test_two_streams_at_a_time_share_nothing(pair):

@@ -4,15 +4,19 @@ With a backend that needs no compiler and counts the graphs that it is given.
 """
 
 from collections.abc import Iterator
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from tiny_models import SIZE, TOKENS
-from tiny_training import ar_module, tokenizer_module
+from tiny_training import ar_module, token_data, tokenizer_module, trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from dar_lightning.ar.sampling import generate
+from dar_lightning.layers import recompile_limit
 from dar_lightning.tokenizer.blocks import GatedBlock
 
 
@@ -75,6 +79,31 @@ def test_ddp_cuts_no_block(part, cut, counting, group, monkeypatch):
     assert (counting.graphs > kinds) if cut else (counting.graphs == kinds)
     if part == "ar":
         assert not wrapped.modules_buffers, "constants are not sent"
+
+
+def test_the_settings_hold_in_the_thread_that_trains(tokens):
+    """From torch 2.15 on, each thread has dynamo's settings of its own."""
+    module, found = ar_module(compile=True), []
+
+    class Settings(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            torch._dynamo.config.optimize_ddp = True
+
+        def on_sanity_check_start(self, trainer, pl_module):
+            found.append((torch._dynamo.config.optimize_ddp, getattr(torch._dynamo.config, recompile_limit())))
+
+    fit = trainer(Settings(), max_steps=1, num_sanity_val_steps=1)
+    with torch.compiler.set_stance("force_eager"):
+        thread = Thread(target=fit.fit, args=(module, token_data(tokens)))
+        thread.start()
+        thread.join()
+    assert found == [(False, 64)]
+
+
+def test_the_limit_of_older_torch(monkeypatch):
+    assert recompile_limit() == "recompile_limit"
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace(cache_size_limit=8))
+    assert recompile_limit() == "cache_size_limit"
 
 
 def test_other_uses_leave_the_tokenizer_compiled(counting):

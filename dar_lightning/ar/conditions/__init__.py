@@ -72,7 +72,7 @@ def make_condition(name: str, dim: int, options: dict[str, Any]) -> Condition:
     registry.check_options(kind, "condition", name, options, skip=1)
     require(issubclass(kind, Condition), f"condition {name} is no Condition: inherit from ar.conditions.Condition")
     made = kind(dim, **options)
-    registry.check_made(made, "condition", name, ("length",))
+    registry.check_made(made, "condition", name, ())
     return made
 
 

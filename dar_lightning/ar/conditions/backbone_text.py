@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dar_lightning.ar.conditions.caption_tokens import say_cut
-from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts
+from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts, say_cut
 from dar_lightning.errors import UserError, one_line, require
 
 

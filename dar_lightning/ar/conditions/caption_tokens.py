@@ -1,20 +1,18 @@
 """Captions as learned tokens: a small WordPiece vocabulary, kept in the model's config; no text encoder is needed."""
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts
+from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts, say_cut
 from dar_lightning.errors import UserError, require
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"  # the first two pieces of every vocabulary
 INSIDE = "##"  # begins a piece that goes on with a word
-log = logging.getLogger(__name__)
+LONGEST = 100  # letters of a word that is cut into pieces, as in Hugging Face's tokenizers
 
 
 class CaptionTokens(Condition):
@@ -40,6 +38,8 @@ class CaptionTokens(Condition):
         require(known, f"condition_options: vocabulary has {len(pieces)} pieces and is none: {need}")
         require(length >= 1, f"condition_options: length is {length}: it must be at least 1")
         self.length, self.pieces = length, {piece: number for number, piece in enumerate(pieces)}
+        self.longest = max(map(len, pieces))  # letters of a piece
+        self.example = max((piece for piece in pieces[2:] if not piece.startswith(INSIDE)), key=len, default="")
         self.embedding = nn.Embedding(len(pieces), dim)
 
     def forward(self, batch: Tensor) -> Prefix:
@@ -50,7 +50,7 @@ class CaptionTokens(Condition):
 
     def tokens(self, text: str) -> list[int]:
         """All tokens of a caption."""
-        return [token for word in words(text) for token in word_pieces(word, self.pieces)]
+        return [token for word in words(text) for token in word_pieces(word, self.pieces, self.longest)]
 
     def from_data(self, batch: Mapping[str, Any]) -> Tensor:
         return self._padded([self.tokens(text) for text in batch["caption"]])
@@ -62,7 +62,7 @@ class CaptionTokens(Condition):
             if len(tokens) > self.length:
                 say_cut(text, len(tokens), self.length)
             if {*tokens} == {1}:
-                raise UserError(f"prompts: {text!r} holds no word that this model has seen")
+                raise UserError(f"prompts: {text!r:.60} holds no word that this model has seen")
         return self._padded(found)
 
     def _padded(self, found: list[list[int]]) -> Tensor:
@@ -78,23 +78,23 @@ class CaptionTokens(Condition):
         check_captions(data, "condition 'caption_tokens'")
 
 
-@cache
-def say_cut(text: str, count: int, length: int) -> None:
-    """Warn, once, that a prompt of `count` tokens is cut."""
-    log.warning("prompt %r has %d tokens: cut to the first %d", text, count, length)
-
-
 def words(text: str) -> list[str]:
     """Words and single signs of a text, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def word_pieces(word: str, pieces: Mapping[str, int]) -> list[int]:
-    """WordPiece: from the left the longest piece that there is, [UNK] for a word that has none somewhere."""
+def word_pieces(word: str, pieces: Mapping[str, int], longest: int) -> list[int]:
+    """WordPiece: from the left the longest piece that there is; none has more than `longest` letters.
+
+    [UNK] for a word that has none somewhere, or more than 100 letters.
+    """
+    if len(word) > LONGEST:
+        return [pieces[UNKNOWN]]
     tokens, start = [], 0
     while start < len(word):
         inside = INSIDE if start else ""
-        ends = (end for end in range(len(word), start, -1) if inside + word[start:end] in pieces)
+        last = min(len(word), start + longest)
+        ends = (end for end in range(last, start, -1) if inside + word[start:end] in pieces)
         if (end := next(ends, None)) is None:
             return [pieces[UNKNOWN]]
         tokens.append(pieces[inside + word[start:end]])

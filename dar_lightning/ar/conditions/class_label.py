@@ -43,8 +43,9 @@ class ClassLabel(Condition, nn.Embedding):
                     f"data.{split}: its images have no labels, which condition 'class' needs: set config.condition to "
                     "none, or make shards of a folder per class"
                 )
-        if self.num_labels < data.num_classes:
-            raise UserError(f"num_classes is {self.num_labels} in the config, the data needs {data.num_classes}")
+        named = data.num_classes
+        if named and named != self.num_labels:  # too many would train to the end, and then fit no names
+            raise UserError(f"num_classes is {self.num_labels} in the config: the data names {named} classes")
         for split in data.splits:
             data.index(split).check_labels(self.num_labels)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts
+from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts, say_cut
 from dar_lightning.errors import UserError, require
 from dar_lightning.formats.text_encoder import TextEncoder
 
@@ -18,7 +18,7 @@ class EncoderFeatures(Condition):
     All zeros are "no caption": one learned vector in the last place, so that it knows nothing of a caption's length.
     Options come from the condition.json that `dar extract --encoder` writes. The encoder is no part of the model: it is
     loaded for prompts, from `encoder` or from where `use_encoder` says, and must have the SHA-256 that made the
-    training features.
+    training features. Longer prompts are cut, which is said.
 
     Args:
         dim: width of the model.
@@ -39,6 +39,10 @@ class EncoderFeatures(Condition):
         self.null_embedding = nn.Embedding(1, dim)
         self._source, self._encoders = encoder, []  # in a list: no submodule, whose weights would be saved
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, as that of EMA, have no encoder."""
+        return self.__dict__ | {"_encoders": []}
+
     def forward(self, batch: Tensor) -> Prefix:
         real = batch.ne(0).any(dim=-1)  # (B, P)
         asked = real.any(dim=1)[:, None]
@@ -54,21 +58,30 @@ class EncoderFeatures(Condition):
     def from_data(self, batch: Mapping[str, Any]) -> Tensor:
         return batch["features"]
 
-    def use_encoder(self, source: str) -> None:
-        """Load the encoder of prompts from another place than where the training features' one was."""
-        self._source, self._encoders = source, []
+    def use_encoder(self, source: str | None = None) -> None:
+        """Load the encoder of prompts, from `source` or where that of the training features was.
+
+        Raises:
+            UserError: it cannot be read, or is another one.
+        """
+        source = self._source if source is None else source
+        encoder = TextEncoder(source, self.length)
+        if encoder.sha256 != self.sha256:
+            raise UserError(
+                f"encoder: {source} has weights {encoder.sha256[:12]}, the model was trained on features of "
+                f"{self.sha256[:12]}: give that encoder"
+            )
+        self._encoders = [encoder]
 
     def from_prompts(self, prompts: Sequence[str]) -> Tensor:
         check_prompts(prompts)
         if not self._encoders:
-            encoder = TextEncoder(self._source, self.length)
-            if encoder.sha256 != self.sha256:
-                raise UserError(
-                    f"encoder: {self._source} has weights {encoder.sha256[:12]}, the model was trained on features of "
-                    f"{self.sha256[:12]}: give that encoder"
-                )
-            self._encoders.append(encoder)
-        found = map(torch.from_numpy, self._encoders[0](prompts))
+            self.use_encoder()
+        (encoder,) = self._encoders
+        for text, count in zip(prompts, encoder.count_tokens(prompts), strict=True):
+            if count > self.length:
+                say_cut(text, count, self.length)
+        found = map(torch.from_numpy, encoder(prompts))
         return torch.stack([F.pad(each, (0, 0, self.length - len(each), 0)) for each in found])
 
     def check(self, batch: Tensor) -> None:

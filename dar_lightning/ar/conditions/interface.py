@@ -1,11 +1,15 @@
 """What a condition is: what a picture is asked for, as a prefix of P vectors before the image's tokens."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from dar_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Prefix(NamedTuple):
@@ -29,6 +33,8 @@ class Condition(nn.Module):
     """P. The last place predicts the first token."""
     takes: Literal["labels", "prompts", "nothing"] = "prompts"
     """What a user asks with."""
+    example: str = "a red apple"
+    """A prompt that model cards show."""
     num_labels: int = 0
     """Labels are below it; 0 if it takes none."""
 
@@ -70,3 +76,9 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for number, text in enumerate(prompts):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"prompts: number {number} is {text!r}: say what to draw")
+
+
+@lru_cache(maxsize=64)  # a prompt is encoded for each batch of its pictures
+def say_cut(text: str, count: int, length: int) -> None:
+    """Warn of a prompt that is cut."""
+    log.warning("prompt %.60r has %d tokens: cut to the first %d", text, count, length)

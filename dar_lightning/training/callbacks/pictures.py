@@ -1,12 +1,16 @@
 """Image grids in TensorBoard: reconstructions and previews of fixed images, samples of fixed classes or prompts."""
 
+from copy import copy
+
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.data.transforms import to_uint8
+from dar_lightning.errors import require
 from dar_lightning.generation.grids import image_grid
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.reconstruction import finite_psnr, reconstruct, reconstruction_scores
@@ -60,7 +64,8 @@ class Samples(Callback):
         classes: class indices; None takes all, at most 20.
         per_class: images per class or prompt.
         guidance: scale, (a, b), linear over the tokens, or another schedule as text (`ar.guidance`).
-        prompts: for a model that takes text; None takes the first captions of the validation data, at most 8.
+        prompts: for a model that takes text; None takes the first samples of the validation data with their captions,
+            at most 8.
     """
 
     needs = "ar"  # which model
@@ -75,12 +80,23 @@ class Samples(Callback):
     ):
         self.path, self.classes, self.per_class, self.guidance = tokenizer, classes, per_class, read_guidance(guidance)
         self.prompts = prompts
+        self.asked: Tensor | None = None  # what the rows show, (rows, ...); None: samples of the validation data
         self.tokenizer: SequentialDiffusionTokenizer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(self.guidance, str):  # it may not fit the groups, which is found now, not after an epoch
-            tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path)
-            DARPipeline(tokenizer, pl_module.ar).guidance_scales(self.guidance)
+        if stage not in ("fit", "validate"):
+            return
+        # What does not fit is found now, not after an epoch.
+        pipe = DARPipeline(SequentialDiffusionTokenizer.from_pretrained(self.path), pl_module.ar)
+        pipe.guidance_scales(self.guidance)
+        condition = copy(pl_module.ar.condition)  # the text encoder that prompts may need goes with the copy
+        if self.prompts:
+            self.asked = condition.from_prompts(self.prompts)
+        elif condition.takes != "prompts":
+            self.asked = pipe.condition(self.classes or list(range(min(condition.num_labels, 20))))
+            condition.check(self.asked)
+        else:
+            require(not self.classes, f"Samples: classes is {self.classes}: this model takes prompts")
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
@@ -92,17 +108,17 @@ class Samples(Callback):
             return
         if self.tokenizer is None:
             self.tokenizer = SequentialDiffusionTokenizer.from_pretrained(self.path).to(pl_module.device)
-        pipe, condition = DARPipeline(self.tokenizer, ar), pl_module.ar.condition
-        if text := condition.takes == "prompts":
-            rows = self.prompts or list(dict.fromkeys(batch["caption"]))[:8]
-        else:
-            rows = self.classes or list(range(min(condition.num_labels, 20)))
-        asked = pipe.condition([row for row in rows for _ in range(self.per_class)])
+        pipe, asked, names = DARPipeline(self.tokenizer, ar), self.asked, self.prompts
+        if asked is None:  # captions need not be prompts that could be read; their features are there
+            texts = batch.get("caption", batch["key"])
+            names = list(dict.fromkeys(texts))[:8]
+            asked = ar.condition.from_data(batch)[[texts.index(name) for name in names]]
+        asked = pipe.condition(asked.repeat_interleave(self.per_class, dim=0))
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
         with trainer.precision_plugin.val_step_context():
             images = to_uint8(pipe.generate(asked, guidance=self.guidance, generator=generators))
-        if text:
-            named = image_grid(images.unflatten(0, (len(rows), self.per_class)), rows)
+        if names:
+            named = image_grid(images.unflatten(0, (len(names), self.per_class)), names)
             grid = torch.from_numpy(np.array(named)).permute(2, 0, 1)
         else:
             grid = make_grid(images, nrow=self.per_class)

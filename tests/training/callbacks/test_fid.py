@@ -15,6 +15,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from tiny_models import CLASSES, SIZE, fit_ar, make_tokenizer, picture
 from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.nn.modules.module import register_module_forward_hook
@@ -28,7 +29,15 @@ from dar_lightning.errors import UserError
 from dar_lightning.metrics import images as image_sets
 from dar_lightning.metrics.features import FrozenNetwork, load_features
 from dar_lightning.records.pixels import image_digests, set_sha256
-from dar_lightning.training.callbacks import EMA, GenerationFID, LastStepCheckpoint, ReconstructionFID, StopOnSignal
+from dar_lightning.tokenizer import diffusion_step
+from dar_lightning.training.callbacks import (
+    EMA,
+    GenerationFID,
+    LastStepCheckpoint,
+    ReconstructionFID,
+    Samples,
+    StopOnSignal,
+)
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
@@ -90,6 +99,31 @@ def run(folder: Path, *callbacks, save_every: int | None = None, **options):
 
 def written(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "evaluation").iterdir())}
+
+
+class Watch(Callback):
+    """Lets frozen tokenizers decode by steps that are kept, as on CUDA, and counts those that are idle."""
+
+    def __init__(self, *callbacks):
+        self.callbacks, self.idle = callbacks, []
+
+    def on_validation_start(self, trainer, pl_module):
+        for tokenizer in (getattr(callback, "_tokenizer", None) or callback.tokenizer for callback in self.callbacks):
+            tokenizer.decoder.static = True
+
+    def on_validation_batch_end(self, *_):
+        self.idle.append(len(diffusion_step.steps.idle))
+
+
+def test_no_step_of_a_frozen_tokenizer_is_kept_after_validation(images, tokens, tokenizer_folder, tmp_path):
+    drawing = GenerationFID(tokenizer_folder, images[1], 2, NETWORK, batch_size=2)
+    samples = Samples(tokenizer_folder, classes=[0], per_class=1)
+    samples.tokenizer = make_tokenizer()
+    watch = Watch(drawing, samples)
+    run = trainer(drawing, samples, watch, folder=tmp_path, limit_val_batches=1)
+    run.validate(ar_module(), token_data(tokens), verbose=False)
+    assert watch.idle == [2]
+    assert not diffusion_step.steps.idle
 
 
 @pytest.mark.parametrize("count", [7, 5])
