@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.machine import RESULTS, ROOT, child_environment, options, record
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "dist", "results", ".*_cache")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "dist", ".*_cache")
 
 
 def mutants(only: list[str]) -> list[dict]:

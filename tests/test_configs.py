@@ -130,7 +130,8 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> list[
         more = (f"--model.init_args.config={json.dumps(given | sizes)}", *more)
     if not is_tokenizer:
         sizes = {"num_tokens": given.get("num_tokens", 32), "codebook_size": given.get("vocab_size", 64)}
-        tokens = write_tokens(folder / "tokens", 6, **sizes)
+        names = map(str, range(given.get("num_classes", ARConfig().num_classes)))
+        tokens = write_tokens(folder / "tokens", 6, names, **sizes)
         words += [f"--data.init_args.train={tokens}", f"--data.init_args.val={tokens}"]
     main(["fit", *words, *more])
     return list((folder / "run" / "logs").glob("events.out.*"))

@@ -87,11 +87,12 @@ def write_tokens(
 ) -> str:
     """Token shards of random_codes, classes in turn."""
     folder.mkdir(parents=True)
+    classes = tuple(classes)
     path, labels = folder / "000000.safetensors", np.arange(count) % len(classes)
     codes = random_codes(count, num_tokens, codebook_size).astype(np.uint16)[:, None]
     write_codes(path, codes, labels, [f"{i:04d}" for i in range(count)], {})
     shards = (describe(path, count),)
-    CodesIndex(folder, "0" * 64, {}, "center", 1, SIZE, num_tokens, codebook_size, tuple(classes), shards).save()
+    CodesIndex(folder, "0" * 64, {}, "center", 1, SIZE, num_tokens, codebook_size, classes, shards).save()
     return str(folder)
 
 

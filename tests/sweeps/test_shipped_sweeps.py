@@ -115,7 +115,8 @@ def test_the_first_step_of_the_last_cell(name, tmp_path, capsys):
         words = [f"--{CONFIG}.{key}={value}" for key, value in NARROW[kind].items()] + ONE_STEP.split()
         if kind == "AblationModule":
             tokens = max(64, config["num_tokens"])  # those that the data has
-            data = write_tokens(tmp_path / f"tokens{number}", 4, num_tokens=tokens, codebook_size=config["vocab_size"])
+            sizes = {"num_tokens": tokens, "codebook_size": config["vocab_size"]}
+            data = write_tokens(tmp_path / f"tokens{number}", 4, map(str, range(config["num_classes"])), **sizes)
             words += [f"--data.init_args.train={data}", f"--data.init_args.val={data}"]
         else:
             words += ["--data.init_args.train=data/fruit64/train", "--data.init_args.val=data/fruit64/val"]
