@@ -196,8 +196,11 @@ class ARModel(nn.Module, PretrainedMixin):
             dropped = torch.rand(batch, device=condition.device) < self.config.class_dropout
             dropped = dropped.view(batch, *[1] * (condition.dim() - 1))
             condition = torch.where(dropped, self.condition.null(batch), condition)
-        if self.config.tokens_per_pass == 1:
+        if (size := self.config.tokens_per_pass) == 1:
             return self._run(*self._sequence(condition, codes[:, :-1]), order)
+        alone = self.config.sequential_tokens
+        whole = count <= alone or (count - alone) % size == 0  # tokens of a pass see each other's places
+        require(whole, f"codes hold {count} tokens: this model predicts {size} a pass, they must end one")
         prefix = self.condition(condition)
         x = torch.cat([prefix.values[:, :-1], self.inputs(prefix.values, codes, 0, count)], dim=1)
         return self._run(x, prefix.real, order)

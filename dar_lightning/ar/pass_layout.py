@@ -37,6 +37,13 @@ def pass_end(config: ARConfig, written: int) -> int:
     return written + (1 if written < config.sequential_tokens else config.tokens_per_pass)
 
 
+def check_groups(config: ARConfig, size: int) -> None:
+    """UserError unless groups of the config's order lie within the tokenizer's groups, of `size` tokens each."""
+    mine = config.num_tokens // config.order_groups
+    within = f"a group of the order has {mine} tokens, one of the tokenizer {size}: whole ones must fit into it"
+    require(size % mine == 0, f"order_groups is {config.order_groups}: {within}")
+
+
 def check_prefix(config: ARConfig, length: int) -> None:
     """UserError unless the first `length` tokens of the tokenizer's order may be given to a model of this config.
 

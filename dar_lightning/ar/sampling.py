@@ -67,6 +67,7 @@ def stream_tokens(
         UserError: for a value outside the ranges above.
     """
     check_jacobi(ar.config, jacobi, static)
+    require(bias is None or not static, "static is true: a bias on the logits (evidence of an image) is drawn without")
     road = choose_road(ar, static if bias is None and not jacobi else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix

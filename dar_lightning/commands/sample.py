@@ -201,7 +201,7 @@ def sample(
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
     if variation_strength is None:
-        drawn = draw_images(pipe, jobs, seed, batch_size, options | edit, groups)
+        drawn = draw_images(pipe, jobs, seed, batch_size, options | edit | {"static": calls}, groups)
     else:
         drawn = draw_alike(pipe, jobs, picked, seed, variation_strength, batch_size, solver=solver, num_steps=num_steps)
     for job, (previews, codes) in zip(jobs, drawn, strict=True):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dar_lightning.ar.guidance import Guidance, guidance_text, read_guidance
+from dar_lightning.ar.pass_layout import check_prefix
 from dar_lightning.commands.sample import command_line
 from dar_lightning.commands.serve_edit import edit_tab
 from dar_lightning.commands.serve_pictures import (
@@ -210,13 +211,15 @@ def build_page(
             raise refusal(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
         photo = None if path is None else photo_of(path)
         prefix = 0 if photo is None else int(prefix)
-        if not 0 <= prefix < config.num_tokens:
-            raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {config.num_tokens - 1}")
+        most = pipe.ar.config.num_tokens - 1
+        if not 0 <= prefix <= most:
+            raise refusal(f"the tokens to keep are {prefix}: give a number from 0 to {most}")
         scale = guidance_of(schedule.strip()) if schedule.strip() else guidance
         if len(str(label)) > MAX_PROMPT:
             raise refusal(f"the prompt has {len(str(label))} letters: at most {MAX_PROMPT} are read")
         try:
             pipe.condition([label])
+            check_prefix(pipe.ar.config, prefix)
         except UserError as error:
             raise refusal(str(error)) from error
         return label, int(seed), scale, photo, prefix
@@ -287,8 +290,9 @@ def build_page(
                     schedule = gr.Textbox(typed, label="Instead of the slider", info=SCHEDULE, elem_id="schedule")
                 with gr.Accordion("Layout from a photo", open=False):
                     photo = photo_input(height=160, elem_id="photo")
-                    some = max(1, config.num_tokens // 16)
-                    prefix = gr.Slider(0, config.num_tokens - 1, value=some, step=1, label="Tokens to keep of it")
+                    most = pipe.ar.config.num_tokens - 1
+                    some = max(1, config.num_tokens // 16) if pipe.ar.config.tokens_per_pass == 1 else 0
+                    prefix = gr.Slider(0, most, value=some, step=1, label="Tokens to keep of it")
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Stop", elem_id="stop")

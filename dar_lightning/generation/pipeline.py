@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule
 from dar_lightning.ar.model import ARModel
+from dar_lightning.ar.order import IN_GROUPS
+from dar_lightning.ar.pass_layout import check_groups
 from dar_lightning.ar.sampling import check_guided, stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
@@ -58,6 +60,8 @@ class DARPipeline:
                 f"runs, or that is no whole number of groups ({', '.join(map(str, counts))})"
             )
         self.num_groups = counts[tokens]  # that the tokens of the AR model give
+        if ar.config.order in IN_GROUPS:
+            check_groups(ar.config, schedule.num_tokens // schedule.num_groups)
         ends = [schedule.tokens_for_groups(m) for m in range(1, self.num_groups)]
         # the group of each token in the order of writing; orders drawn per sample have none, and count as written
         self.token_groups = [1 + bisect(ends, place) for place in ar.config.fixed_order().tolist()]

@@ -4,7 +4,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from dar_lightning.ar.order import ORDERS, written
+from dar_lightning.ar.order import IN_GROUPS, ORDERS, written
+from dar_lightning.ar.pass_layout import check_groups
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.errors import UserError
 from dar_lightning.training.annealing import Annealing
@@ -42,6 +43,9 @@ class AblationModule(ARModule):
         mine, theirs, groups = self.ar.config.num_tokens, data.num_tokens, self.ar.config.order_groups
         if mine > theirs:
             raise UserError(f"num_tokens is {mine} in the config: the data has {theirs} per image")
+        grouped = self.ar.config.order in IN_GROUPS or (self.annealing.end and self.annealing.within == "group")
+        if grouped and data.num_groups is not None:
+            check_groups(self.ar.config, theirs // data.num_groups)
         if mine < theirs and data.num_groups is not None and groups * theirs != data.num_groups * mine:
             raise UserError(
                 f"order_groups is {groups} in the config: num_tokens {mine} must be that many groups of the "

@@ -88,11 +88,12 @@ class ARModule(TrainingModule):
             self.check_data(data)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another condition: its weights may fit, and would mean other words."""
+        """Refuse a checkpoint of another config: its weights may fit, and would mean other words, or another order."""
         now, noted = self.ar.config.to_dict(), checkpoint.get("hyper_parameters")
         config = noted.get("config") if isinstance(noted, Mapping) else None
         was = now | (config if isinstance(config, Mapping) else {})
-        pairs = {"condition": (was["condition"], now["condition"])}
+        names = now.keys() - {"condition_options"}
+        pairs = {name: (was[name], now[name]) for name in sorted(names) if not name.endswith("_dropout")}
         before, after = was["condition_options"], now["condition_options"]
         pairs |= {f"condition_options.{name}": (before.get(name), after.get(name)) for name in before | after}
         pairs.pop("condition_options.encoder", None)  # a place, which may change: sha256 says which encoder

@@ -160,6 +160,9 @@ def test_activation_checkpointing_changes_no_gradient(transformers):
             other("llama", {"tokens_per_pass": 2}),
             "tokens_per_pass is 2: only our Llama predicts several, backbone is 'tran",
         ),
+        (other("llama", lora_targets=["q_proj"]), "alpha must be positive, and both need lora_rank"),
+        (other("llama", lora_rank=2, lora_alpha=0), "alpha must be positive, and both need lora_rank"),
+        (other("llama", pad_token_id=5), "pad_token_id is 5: codes have a table"),
         (other("llama", lora_rank="4"), "lora_rank '4', lora_alpha None, lora_targets None: need a rank from 0"),
     ],
 )

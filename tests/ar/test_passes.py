@@ -200,6 +200,21 @@ def test_prefixes_off_a_border_are_refused(changes, length, message):
         generate(several(**changes), LABELS, prefix=codes()[:, :length])
 
 
+def test_teacher_forcing_off_a_border_is_refused():
+    """A pass that is cut would see fewer of its own places, and give other logits."""
+    ar = several(size=4)
+    assert torch.allclose(ar(LABELS, codes()[:, :4]), ar(LABELS, codes())[:, :4], atol=1e-5)
+    with pytest.raises(UserError, match="codes hold 5 tokens: this model predicts 4 a pass, they must end one"):
+        ar(LABELS, codes()[:, :5])
+
+
+def test_groups_of_an_order_lie_within_those_of_the_tokenizer():
+    ar = make_ar(order="strided_in_group", order_groups=2)
+    with pytest.raises(UserError, match="order_groups is 2: a group of the order has 4 tokens, one of the tokenizer 2"):
+        DARPipeline(make_tokenizer(), ar)
+    assert DARPipeline(make_tokenizer(), make_ar(order="strided_in_group", order_groups=GROUPS)).num_groups == GROUPS
+
+
 def test_what_was_trained_with_one_number_refuses_another(tmp_path):
     ar = several(4)
     ar.save_pretrained(tmp_path)

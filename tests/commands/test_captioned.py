@@ -211,6 +211,9 @@ def test_a_training_step_of_features(features, words):
         moved = {"hyper_parameters": {"config": module.ar.config.to_dict()}}
         moved["hyper_parameters"]["config"]["condition_options"] = changed | {"encoder": "elsewhere"}
         module.check_checkpoint(moved)
+        moved["hyper_parameters"]["config"]["rope_base"] = 1e4 + 1
+        with pytest.raises(UserError, match=r"cannot resume: config.rope_base was 10001\.0 .* and is 10000\.0 now"):
+            module.check_checkpoint(moved)
         with pytest.raises(UserError, match=said):
             module.check_data(CodesDataModule(folder, folder))
 

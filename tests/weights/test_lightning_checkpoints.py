@@ -134,8 +134,10 @@ def test_hyperparameters_are_plain(run):
 
 
 def test_another_model_and_weights_that_are_no_numbers(run, edited):
-    with pytest.raises(UserError, match=r"missing blocks\.1"):
+    with pytest.raises(UserError, match=r"config\.depth was 1 in the checkpoint and is 2 now"):
         SafeCheckpointIO(module(depth=2)).load_checkpoint(run[0])
+    with pytest.raises(UserError, match=r"missing blocks\.1"):
+        SafeCheckpointIO(module(depth=2)).load_checkpoint(edited(hyper_parameters={}))
     with pytest.raises(UserError, match="is of the ar part"):
         SafeCheckpointIO(TokenizerModule(preset="tiny")).load_checkpoint(run[0])
     for key in ("state_dict", "current_model_state"):

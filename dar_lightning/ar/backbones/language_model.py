@@ -30,6 +30,7 @@ CODES = "codes have a table and a head of their own, untied; leave it out"
 REFUSED = {name: f"set config.{ours}" for name, ours in SIZES.items()} | {
     "vocab_size": CODES,
     "tie_word_embeddings": CODES,
+    "pad_token_id": CODES,
     "auto_map": "code of others is not run",
     "quantization_config": "quantized weights are not trained",
     "attn_implementation": "attention is torch's (sdpa)",
@@ -75,11 +76,14 @@ class LanguageModel(Backbone):
         names = isinstance(lora_targets or [], list) and all(isinstance(name, str) for name in lora_targets or [])
         lora = f"lora_rank {lora_rank!r}, lora_alpha {lora_alpha!r}, lora_targets {lora_targets!r}"
         require(numbers and names, f"backbone_options: {lora}: need a rank from 0, a number and a list of layers")
+        whole = lora_alpha is None and not lora_targets  # without a rank, all of the model would train
+        fits = whole or (lora_rank and (lora_alpha is None or lora_alpha > 0))
+        require(fits, f"backbone_options: {lora}: alpha must be positive, and both need lora_rank")
         values = language_model_config(config, length, model_type, options)
         try:
             # never "flash" and the like, which may be code from the Hub
             self.trunk = _transformers().AutoModel.from_config(values, attn_implementation="sdpa")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"backbone_options: transformers makes no {model_type} of them: {one_line(error)}"
             ) from error

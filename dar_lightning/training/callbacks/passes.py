@@ -52,6 +52,11 @@ class Passes(Callback):
         for name, needed in {**needs, "tokens_per_pass": 1}.items():
             found = getattr(self.reference.config, name)
             require(found == needed, f"Passes: reference {self.path}: {name} is {found}, need {needed}")
+        ours, theirs = (
+            {name: value for name, value in of.condition_options.items() if name != "encoder"}  # a place
+            for of in (config, self.reference.config)
+        )
+        require(ours == theirs, f"Passes: reference {self.path}: condition_options differ, such as its vocabulary")
         self._lost = BinnedMean(config.num_tokens).to(device)
 
     @torch.no_grad()
@@ -73,10 +78,11 @@ class Passes(Callback):
         values = {"val/passes": pl_module.ar.config.passes}
         if self.draws and not trainer.sanity_checking:
             asked = self._asked[torch.arange(self.draws, device=self._asked.device) % len(self._asked)]
-            generators = [torch.Generator().manual_seed(number) for number in range(self.draws)]
-            start = time.perf_counter()
-            with trainer.precision_plugin.val_step_context():
-                generate(pl_module.ar, asked, generator=generators).cpu()  # waits for a GPU
+            for _ in range(2):  # the first drawing of a shape may compile and capture graphs
+                generators = [torch.Generator().manual_seed(number) for number in range(self.draws)]
+                start = time.perf_counter()
+                with trainer.precision_plugin.val_step_context():
+                    generate(pl_module.ar, asked, generator=generators).cpu()  # waits for a GPU
             values["val/seconds_per_image"] = (time.perf_counter() - start) / self.draws
         if self.reference is not None:
             lost = self._lost.pop().cpu().view(self.num_groups, -1).sum(dim=1)
