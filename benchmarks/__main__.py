@@ -30,6 +30,8 @@ def settings(given: Namespace) -> list[tuple[str, Setting]]:
     """What to measure: (row, setting)."""
     device, found = choose_device(given.device), []
     for name in given.rows:
+        if name not in ROWS:
+            raise UserError(f"rows: {name} is none of {', '.join(ROWS)}")
         row = ROWS[name]
         dtype = getattr(torch, given.dtype) if row.lowers else torch.float32
         compiled = given.compile if row.compiles else "none"

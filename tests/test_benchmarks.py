@@ -43,6 +43,8 @@ def test_rows_are_chosen_and_large_ones_left_out(tmp_path):
     assert rows["tiny"]["calls"] == 3
     with pytest.raises(UserError, match=r"^sizes XL: encode have none of them$"):
         main(["--rows", "encode", "--sizes", "XL"])
+    with pytest.raises(UserError, match=r"^rows: guided is none of encode, decode, "):
+        main(["rows", "--rows", "guided"])
 
 
 @pytest.mark.slow
