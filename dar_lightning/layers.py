@@ -197,7 +197,7 @@ class IdleSteps:
             self._drop(idle[: -self.kept])
 
     def forget(self) -> None:
-        """Give back the memory of all idle steps, which else stay as long as their models."""
+        """Free all idle steps, which else stay in memory as long as their models."""
         with self.lock:
             idle = [step for kept in self.idle.values() for step in kept]
             self.idle.clear()

@@ -267,5 +267,5 @@ def _number(word: str) -> int | float | str:
 
 
 def _shown(value: Any) -> Any:
-    """3.0 as 3, so that texts of equal values are equal."""
+    """A whole number without its fraction (3.0 as 3), so that equal values give equal texts."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -84,7 +84,7 @@ class TrainerCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
 
     def _add_instantiators(self) -> None:
-        """What constructors raise gets the name of their class."""
+        """Name the class in each error that a constructor raises."""
         super()._add_instantiators()
         makers = self.parser._instantiators  # Lightning's, of model and data, which note their arguments
         makers |= {key: _named(make) for key, make in makers.items()}
@@ -221,7 +221,7 @@ class TrainerCLI(LightningCLI):
         return root if ours else None
 
     def _resolve(self, place: Namespace, name: str, value: Any) -> None:
-        """Put a value there until the classes are made."""
+        """Set an option to a resolved value, until the classes are made."""
         self.resolved.append((place, name, None if isinstance(place[name], (str, Namespace)) else place[name]))
         place[name] = value
 

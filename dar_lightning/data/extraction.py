@@ -136,7 +136,7 @@ class Extractor(L.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than ranks
 
     def _begin(self) -> None:
-        """Of the shard that is being read."""
+        """Empty the lists of what was extracted from the shard that is being read."""
         self.codes, self.labels, self.keys, self.captions, self.bad = [], [], [], [], []
 
     def predict_dataloader(self) -> Loader:

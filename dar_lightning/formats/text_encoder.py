@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
             ) from error
 
     def train(self, mode: bool = True):
-        """It stays in evaluation mode."""
+        """Stay in evaluation mode, whatever mode the model is put into."""
         return super().train(False)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:

@@ -114,7 +114,7 @@ class DiffusionStep:
             self.offsets = torch.arange(trajectory.window, device=device)
 
     def begin(self, noise: Tensor) -> None:
-        """Start from noise."""
+        """Set the state to the noise (B, 3, H, W) that the diffusion starts from."""
         with torch.inference_mode(False), torch.no_grad():
             self.x.copy_(noise)
             self.velocity.zero_()  # the first step has none before it
@@ -122,13 +122,13 @@ class DiffusionStep:
         self.done = self.known = 0
 
     def extend(self, cond: Tensor) -> None:
-        """Copy what is new of the conditioning vectors."""
+        """Copy the conditioning vectors that have become known since the last call."""
         with torch.inference_mode(False), torch.no_grad():
             self.cond[:, self.known : cond.shape[1]].copy_(cond[:, self.known :])
         self.known = cond.shape[1]
 
     def advance(self, count: int) -> None:
-        """Do so many steps."""
+        """Run the next `count` diffusion steps."""
         plan = self.plan
         # casts that autocast remembers would be of another graph, or of none
         cast = torch.autocast(self.device.type, plan.autocast, cache_enabled=False) if plan.autocast else nullcontext()
@@ -151,7 +151,7 @@ class DiffusionStep:
             self.step()
 
     def step(self) -> None:
-        """What a graph holds, once or several times."""
+        """One diffusion step: decoder and solver update. A CUDA graph captures one, or several."""
         window = self.starts.index_select(0, self.index) + self.offsets
         time = self.times.index_select(0, self.index).expand(len(self.x))
         velocity = self.decoder()(self.x, time, self.cond.index_select(1, window))

@@ -60,7 +60,7 @@ class TrainingModule(LightningModule):
             rank_zero_info(f"optimizer.{name} was {was} in the checkpoint and is {now} {step}")
 
     def on_validation_end(self) -> None:
-        """Give back what callbacks' drawings have kept for the next one, since training needs the memory."""
+        """Free the idle decoding steps that callbacks' drawings have kept, since training needs the memory."""
         decode_step.steps.forget()
         diffusion_step.steps.forget()
 

@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def make_cache(self) -> BackboneCache:
-        """A cache of nothing, for sampling."""
+        """A new, empty cache, for sampling."""
         return BackboneCache()
 
     def tables(self) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class EncoderFeatures(Condition):
         self._source, self._encoders = encoder, []  # in a list: no submodule, whose weights would be saved
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies, as that of EMA, have no encoder."""
+        """State for copies, such as the average of EMA: without the text encoder."""
         return self.__dict__ | {"_encoders": []}
 
     def forward(self, batch: Tensor) -> Prefix:
