@@ -50,7 +50,7 @@ tools:
     + "\n".join(f"  {verb:13} {what}" for verb, what in VERBS.items())
     + """
 
-all verbs also take --trust my_file.MyClass: a quantizer or condition of your own, for weights that name it
+all verbs also take --trust my_file.MyClass: a quantizer, condition or backbone of your own, for weights that name it
 and --traceback (or DAR_TRACEBACK=1 in the environment): all that lies behind a one-line error"""
 )
 
