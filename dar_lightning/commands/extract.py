@@ -16,7 +16,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
 from dar_lightning.data.workers import MOST
-from dar_lightning.devices import check_started_processes, dtype_name
+from dar_lightning.devices import check_srun, check_started_processes, dtype_name
 from dar_lightning.errors import MOST_PIXELS, UserError, check_range, naming
 from dar_lightning.files import locked, read_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -125,6 +125,7 @@ def extract(
     skipped.add(index.lost)
     skipped.add(Bad(*line.partition(": ")[::2]) for lines in done.values() for line in lines)
     skipped.check()
+    check_srun()
     with naming(f"accelerator {accelerator}, devices {devices}"):
         trainer = L.Trainer(
             accelerator=accelerator,
@@ -135,7 +136,7 @@ def extract(
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
         )
-    check_started_processes(trainer.world_size, "devices")
+    check_started_processes(trainer.num_nodes * trainer.num_devices, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
             module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers, network)

@@ -3,16 +3,19 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from tiny_models import fit_ar, fit_tokenizer, options, write_images, write_tokens
 
 from dar_lightning.cli import main
-from dar_lightning.devices import check_started_processes
+from dar_lightning.devices import check_srun, check_started_processes
 from dar_lightning.errors import UserError
 from dar_lightning.files import check_keys, load_yaml, locked
 from dar_lightning.training import module
@@ -162,7 +165,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 1, "torchrun"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, 2, None),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NAME": "bash"}, 1, None),  # srun --pty
-        ({"SLURM_NTASKS": "2"}, 1, None),  # a script of sbatch has this one, without srun
+        ({"SLURM_NTASKS": "2"}, 1, None),  # see check_srun
+        ({"SLURM_NTASKS": "1"}, 2, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}, 2, None),
+        ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, None),
         ({"WORLD_SIZE": "2"}, 1, None),
     ],
 )
@@ -174,6 +180,40 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
         return
     with pytest.raises(UserError, match=f"^devices make {world_size} process.*{launcher} has started"):
         check_started_processes(world_size, "devices")
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, True),  # a script of sbatch
+        ({"SLURM_NTASKS": "1"}, True),  # a shell of salloc
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, False),
+        ({"SLURM_NTASKS": "2", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_tasks_of_slurm_that_srun_has_not_started(variables, refused, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="write srun before dar") if refused else nullcontext():
+        check_srun()
+
+
+class Notice(Callback):
+    """The notice of SLURM's time limit, while a run is still being prepared."""
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_notice_before_the_first_step(tokens, tmp_path, monkeypatch, capsys):
+    for name in ("SLURM_NTASKS=1", "SLURM_PROCID=0", "SLURM_LOCALID=0", "SLURM_NODEID=0", "SLURM_JOB_ID=1"):
+        monkeypatch.setenv(*name.split("="))
+    words = [str(word) for word in fit_ar(tokens, tokens, tmp_path / "run", num_sanity_val_steps=1)]
+    line = refusal(capsys, [*words, *SAVES, f"--trainer.callbacks+={__name__}.Notice"])
+    assert "SIGUSR1 came before the first step, nothing is saved; SLURM's --time must be longer" in line
+    assert list(tmp_path.rglob("*.ckpt")) == []
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_srun_with_two_tasks_and_one_device(tokens, tmp_path, monkeypatch, capsys):

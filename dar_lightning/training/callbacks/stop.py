@@ -2,14 +2,42 @@
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dar_lightning.errors import UserError, phase
 from dar_lightning.training.callbacks.checkpoint import LastStepCheckpoint
 from dar_lightning.training.late_reading import LateReading
+
+
+@contextmanager
+def refusing_early_notice() -> Iterator[None]:
+    """End with a UserError at a SIGUSR1 that comes before training does: there is nothing to save, only to do again.
+
+    From the first step on, StopOnSignal answers it. Lightning, which finds an answer, leaves its own out (see there).
+    """
+
+    def refuse(number: int, frame: FrameType | None) -> None:
+        if not phase.working:  # at the end of training, one more says nothing new
+            raise UserError(
+                "SIGUSR1 came before the first step, nothing is saved; SLURM's --time must be longer than the notice "
+                "of --signal by the time to start and to train in"
+            )
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGUSR1, refuse)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 class StopOnSignal(Callback):
