@@ -15,25 +15,24 @@
 
 soonest=${SOONEST:-60} # seconds; a notice sooner after the start means that --time leaves none to train in
 
-early= ending=
-trap 'if [ "$SECONDS" -lt "$soonest" ]; then early=$SECONDS; else ending=yes; kill -USR1 "$step"; fi' USR1
+# srun hands signals to all tasks, but while it starts them it loses them.
+notice=
+trap 'notice=${notice:-$SECONDS}; while kill -USR1 "$step"; do sleep 10; done >/dev/null 2>&1 &' USR1
 
 srun --kill-on-bad-exit=1 dar fit "$@" \
-    --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" & # hands signals to all tasks
+    --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" &
 step=$!
-while kill -0 "$step" 2>/dev/null; do # a signal interrupts wait; while srun starts its tasks, it loses signals
-    if [ "$early" ]; then kill "$step"; sleep 1; else wait "$step"; fi
-done
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal interrupts wait
 wait "$step"
 status=$?
 
 # 138: saved (see StopOnSignal), 143: that at SIGTERM, which a more urgent job has sent to the tasks, or ended by srun
 # because another task was done first. Less: the run has come to its end, or to a user's mistake.
 if [ "$status" -gt 128 ]; then
-    if [ "$ending" ] || [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]; then
+    if [ "${notice:--1}" -ge "$soonest" ] || [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]; then
         scontrol requeue "$SLURM_JOB_ID"
-    elif [ "$early" ]; then
-        echo "slurm.sh: not put back: the notice of the time limit came $early s after the start; give a --time that is" \
+    elif [ "$notice" ]; then
+        echo "slurm.sh: not put back: the notice of the time limit came $notice s after the start; give a --time that is" \
             "longer than the notice (--signal, here 300 s) by the time to start and to train in" >&2
         status=2
     fi

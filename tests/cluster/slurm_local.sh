@@ -36,6 +36,7 @@ AuthType=auth/munge
 CredType=cred/munge
 # A job that was put back waits for its old credential to expire: not two minutes, but the least that there is.
 AuthInfo=socket=$dir/munge.socket,cred_expire=5
+CommunicationParameters=NoAddrCache
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/slurmctld.own

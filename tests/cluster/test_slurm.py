@@ -158,9 +158,10 @@ def test_four_tasks_on_two_nodes(slurm, tokens, tmp_path, four_tasks):
 
 
 def test_a_limit_that_is_shorter_than_the_notice(slurm, too_short):
+    """slurm.sh says so where the run has begun, `dar` where it has not."""
     assert slurm.wait_for_end(too_short) == ("FAILED", "2:0", 0)
-    (line,) = [line for line in slurm.log(too_short).splitlines() if line.startswith("slurm.sh: ")]
-    assert line.startswith("slurm.sh: not put back: the notice of the time limit came ")
+    said = ("slurm.sh: not put back: the notice of the time limit came ", "dar fit: SIGUSR1 came before the first step")
+    assert sum(line.startswith(said) for line in slurm.log(too_short).splitlines()) == 1
 
 
 def test_tasks_of_srun_that_are_not_those_of_the_run(slurm, tokens):
