@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
-SECONDS = 90  # what does not happen within these fails its test
+SECONDS = 180  # what does not happen within these fails its test
 
 
 class Slurm:

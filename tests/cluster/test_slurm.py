@@ -1,7 +1,9 @@
 """experiments/cluster/slurm.sh and a sweep's job script on a real SLURM: the bits of a run that nothing happened to."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import killable
@@ -142,8 +144,9 @@ def test_two_tasks_whatever_happens(slurm, tokens, tmp_path, too_short, four_tas
     assert "dar fit: cannot resume: " in slurm.log(job)
     assert "Traceback" not in slurm.log(job)
 
-    job = fit(slurm, "--nodelist=node1,node2", words=words)
-    assert slurm.wait_for_end(job) == ("COMPLETED", "0:0", 0)
+    path, modules = f"{Path(sys.executable).parent}:{os.environ['PATH']}", [Path(__file__).parent, *sys.path]
+    job = fit(slurm, "--nodelist=node1,node2", words=words, PATH=path, PYTHONPATH=":".join(map(str, modules)))
+    assert slurm.wait_for_end(job) == ("COMPLETED", "0:0", 0)  # the program itself, this time
     assert went_on(slurm, job) == [11]
     unbroken = arguments(tokens, tmp_path / "unbroken", tmp_path / "pauses", batch_size=2)
     assert killable.run(main, ["fit", *unbroken, "--trainer.devices=2"], world=2) == [0, 0]
