@@ -177,12 +177,12 @@ def test_tasks_of_srun_that_are_not_those_of_the_run(slurm, tokens):
         'srun --ntasks=1 dar fit "$@" --trainer.devices=2\necho "status $?"\n'
         'dar fit "$@" --trainer.devices=2\necho "status $?"\n'
     )
-    job = slurm.submit("--ntasks-per-node=2", "--nodes=1", "--output=slurm-%j.log", script, *words)
+    job = slurm.submit("--ntasks=2", "--ntasks-per-node=2", "--nodes=1", "--output=slurm-%j.log", script, *words)
     assert slurm.wait_for_end(job) == ("COMPLETED", "0:0", 0)
     log = slurm.log(job)
-    assert log.count("status 2\n") == 3
+    assert log.count("status 2\n") == 3, log
     assert "Traceback" not in log
-    assert log.count("write srun") == 2
+    assert "dar fit: SLURM_NTASKS is 2, but srun has not started this process: write srun before dar" in log
     assert not (slurm.root / "wrong").exists()
 
 
