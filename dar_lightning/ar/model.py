@@ -12,7 +12,7 @@ from dar_lightning.ar.pass_layout import last_seen, read_by
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError, require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, KVCache, draw_per_sample, rotate, run_block
+from dar_lightning.layers import Generators, KVCache, TableModule, draw_per_sample, rotate, run_block
 
 
 class Attention(nn.Module):
@@ -67,7 +67,7 @@ class Block(nn.Module):
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
 
 
-class ARModel(nn.Module, PretrainedMixin):
+class ARModel(TableModule, PretrainedMixin):
     """Llama over the token sequence (paper, section 3.2), conditioned by a prefix of P vectors (ar.conditions)."""
 
     config_class = ARConfig
@@ -130,16 +130,6 @@ class ARModel(nn.Module, PretrainedMixin):
             names = "tokens_per_pass, sequential_tokens and block_attention (1: causal)"
             raise UserError(f"{names} are {self._passes} in the config: the weights were trained with {saved.tolist()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
-        before = getattr(self, "rotary", None)
-        super()._apply(fn, recurse)
-        if before is None:  # another backbone, which sees to its own
-            return self
-        if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
-            self.rotary = self.tables()["rotary"].to(self.rotary.device)
-        return self
 
     @property
     def _by_class(self) -> bool:

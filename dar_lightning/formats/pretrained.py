@@ -53,10 +53,6 @@ class PretrainedMixin(
     pipeline_part: str
     averaged: bool | None = None
 
-    def tables(self) -> dict[str, Tensor]:
-        """Non-persistent buffers by name: no weights, but numbers that follow from the config."""
-        return {}
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
@@ -185,9 +181,6 @@ def build_model(
         model.to(dtypes.pop())
     if not any(tensor.is_meta for tensor in tensors.values()):
         model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
-        with torch.device("cpu"):
-            for name, table in model.tables().items():
-                setattr(model, name, table)
     return model
 
 

@@ -193,7 +193,7 @@ class Buffered(Backbone):
 
 
 def test_own_classes_that_are_refused(monkeypatch):
-    monkeypatch.setattr(backbones, "BACKBONES", dict(backbones.BACKBONES))
+    monkeypatch.setattr(backbones.BACKBONES, "classes", dict(backbones.BACKBONES.classes))
     backbones.register_backbone(Buffered, "tests.Buffered")
     backbones.register_backbone(nn.GRU, "tests.GRU")
     for name, options, said in (

@@ -36,7 +36,7 @@ class Ragged(Condition):
 
 @pytest.fixture(autouse=True)
 def own_class(monkeypatch):
-    monkeypatch.setattr(conditions, "CONDITIONS", dict(conditions.CONDITIONS))
+    monkeypatch.setattr(conditions.CONDITIONS, "classes", dict(conditions.CONDITIONS.classes))
     conditions.register_condition(Ragged, "tests.Ragged")
 
 

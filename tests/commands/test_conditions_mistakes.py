@@ -96,7 +96,7 @@ class Named(ClassLabel):
 
 
 def test_class_names_go_to_whatever_takes_labels(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditions, "CONDITIONS", dict(conditions.CONDITIONS))
+    monkeypatch.setattr(conditions.CONDITIONS, "classes", dict(conditions.CONDITIONS.classes))
     conditions.register_condition(Named, "tests.Named")
     made = {"own": make_ar(condition="tests.Named", condition_options={"num_classes": 4})}
     made["none"] = make_ar(condition="none")

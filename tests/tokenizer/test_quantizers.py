@@ -54,7 +54,7 @@ def tokenizer(request) -> SequentialDiffusionTokenizer:
 
 
 def test_all_are_tested():
-    assert [*KINDS] == [name for name in quantizers.QUANTIZERS if "." not in name]
+    assert [*KINDS] == [name for name in quantizers.QUANTIZERS.classes if "." not in name]
 
 
 def test_codes_are_those_that_training_reads(tokenizer):
@@ -284,7 +284,7 @@ class Half(nn.Module):
 @pytest.fixture
 def own(monkeypatch) -> str:
     """The name of a registered class of one's own."""
-    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(quantizers.QUANTIZERS))
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", dict(quantizers.QUANTIZERS.classes))
     quantizers.register_quantizer(Half)
     return f"{__name__}.Half"
 
@@ -299,7 +299,7 @@ def test_a_class_of_ones_own(own, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     assert isinstance(SequentialDiffusionTokenizer.from_pretrained(tmp_path).quantizer, Half)
     assert quantizers.register_quantizer(Half, "another.name") is Half
-    assert quantizers.QUANTIZERS["another.name"] is Half
+    assert quantizers.QUANTIZERS.classes["another.name"] is Half
     taken = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | config_of(own, loss="flow")))
     with pytest.raises(UserError, match="names a loss flow: give it another name"):
         taken.training_losses(torch.zeros(2, 3, SIZE, SIZE))

@@ -97,8 +97,7 @@ class LanguageModel(Backbone):
 
     def tables(self) -> dict[str, Tensor]:
         rotary = self.trunk.rotary_emb
-        with torch.device("cpu"):
-            made = type(rotary)(config=self.trunk.config)
+        made = type(rotary)(config=self.trunk.config)
         return {f"trunk.rotary_emb.{name}": table for name, table in made.named_buffers()}
 
     def forward(
