@@ -37,15 +37,20 @@ def check_range(least: float, most: float = math.inf, **options: float | None) -
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Turn whatever is raised into a UserError that names the option: for what a library makes of its value.
+def naming(option: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what is raised into a UserError that names the option: for what a library makes of its value.
+
+    Args:
+        option: what the line begins with.
+        kinds: errors that become one; none given: all.
 
     Raises:
         UserError: something was raised; if it was one, that one.
     """
+    kinds = kinds or (Exception,)
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         raise find_user_error(error) or UserError(f"{option}: {whole_line(error)}") from error
 
 

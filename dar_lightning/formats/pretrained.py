@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, naming, one_line, require
 from dar_lightning.files import SHIPPED, atomic_path, find_shipped, read_json, write_text
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -59,10 +59,8 @@ class PretrainedMixin(
         Older weights in it are replaced. `kwargs` are those of huggingface_hub.ModelHubMixin (push_to_hub, ...).
         UserError if the folder cannot be written.
         """
-        try:
+        with naming(f"cannot write weights to {save_directory}", OSError):
             return super().save_pretrained(save_directory, **kwargs)
-        except OSError as error:
-            raise UserError(f"cannot write weights to {save_directory}: {one_line(error)}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin has removed config.json. It comes back last, so an interrupted save leaves a folder that is refused
@@ -95,11 +93,10 @@ class PretrainedMixin(
         origin = folder / CONFIG_NAME
         values = read_json(origin)
         for name, needed in (("model_type", cls.__name__), ("format_version", FORMAT_VERSION)):
-            if (found := values.pop(name, None)) != needed:
-                raise UserError(f"{origin}: {name} is {found!r}, need {needed!r}")
+            found = values.pop(name, None)
+            require(found == needed, f"{origin}: {name} is {found!r}, need {needed!r}")
         averaged = values.pop("ema", None)
-        if not isinstance(averaged, bool | None):
-            raise UserError(f"{origin}: ema is {averaged!r}, need true or false")
+        require(isinstance(averaged, bool | None), f"{origin}: ema is {averaged!r}, need true or false")
         config = build_config(cls.config_class, values, origin)
         model = build_model(cls, config, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         model.averaged = averaged
@@ -116,8 +113,7 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         return path
     if str(path_or_repo) in SHIPPED_NAMES:
         return SHIPPED / str(path_or_repo)
-    if path.exists():
-        raise UserError(f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    require(not path.exists(), f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     # A repository's name has one slash at most: whatever is a path on this machine, mistyped, asks no network.
     if path.is_absolute() or str(path_or_repo).startswith(".") or (path.parent != Path() and path.parent.is_dir()):
         raise UserError(f"{path_or_repo} is not a folder: no such folder")
@@ -129,12 +125,9 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU; UserError if it is missing, truncated, or not safetensors."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: need a safetensors file")
-    try:
+    require(path.is_file(), f"{path} is missing: need a safetensors file")
+    with naming(f"cannot read {path}", OSError, SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def build_config(config_class: type, values: Mapping[str, Any], origin: Any):

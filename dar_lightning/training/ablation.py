@@ -7,7 +7,7 @@ from torch import Tensor
 from dar_lightning.ar.order import IN_GROUPS, ORDERS, written
 from dar_lightning.ar.pass_layout import check_groups
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.training.annealing import Annealing
 from dar_lightning.training.ar import ARModule
 
@@ -41,8 +41,7 @@ class AblationModule(ARModule):
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
         mine, theirs, groups = self.ar.config.num_tokens, data.num_tokens, self.ar.config.order_groups
-        if mine > theirs:
-            raise UserError(f"num_tokens is {mine} in the config: the data has {theirs} per image")
+        require(mine <= theirs, f"num_tokens is {mine} in the config: the data has {theirs} per image")
         grouped = self.ar.config.order in IN_GROUPS or (self.annealing.end and self.annealing.within == "group")
         if grouped and data.num_groups is not None:
             check_groups(self.ar.config, theirs // data.num_groups)

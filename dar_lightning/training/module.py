@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dar_lightning.ar import decode_step
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import build_config
 from dar_lightning.tokenizer import diffusion_step
 from dar_lightning.training.batch_plan import TrainingPlan
@@ -98,8 +98,7 @@ class TrainingModule(LightningModule):
 def choose_config(config: Any, preset: str | None, kind: type) -> Any:
     """The config of this kind that a module is given: itself, the name of a preset, or what checkpoints keep of it."""
     if preset is not None:
-        if config != kind():
-            raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
+        require(config == kind(), f"preset is {preset!r} and config is given too: keep one of them")
         return kind.preset(preset)
     # Checkpoints keep a mapping. In the annotation of `config`, configs would pass unchecked.
     return build_config(kind, config, "config") if isinstance(config, Mapping) else config
@@ -113,8 +112,7 @@ def init_from_pretrained(module: nn.Module, path_or_repo: str) -> Any:
     saved = type(module).from_pretrained(path_or_repo)
     source, target = saved.state_dict(), module.state_dict()
     fitting = {name: source[name] for name in target if name in source and source[name].shape == target[name].shape}
-    if not fitting:
-        raise UserError(f"init_from {path_or_repo}: no tensor there fits this config")
+    require(fitting, f"init_from {path_or_repo}: no tensor there fits this config")
     fresh = module.load_state_dict(fitting, strict=False).missing_keys
     rank_zero_info(f"init_from {path_or_repo}: loaded {len(fitting)} of {len(target)} tensors")
     for title, names in (("start fresh", fresh), ("were not used", [name for name in source if name not in fitting])):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def configure_adamw(
     `max_steps` of the whole run is needed where the learning rate descends, `steps_per_epoch` for decay_epochs alone.
     """
     if config.decay_epochs:
-        if math.isinf(steps_per_epoch):
-            raise UserError("optimizer decay_epochs needs data with an end: use decay_steps")
+        require(not math.isinf(steps_per_epoch), "optimizer decay_epochs needs data with an end: use decay_steps")
         config = replace(config, decay_steps=round(config.decay_epochs * steps_per_epoch), decay_epochs=0.0)
     if config.decay_steps and not 0 < max_steps < math.inf:
         raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")

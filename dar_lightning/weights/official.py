@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.formats.checkpoint import PickledConfig, Weights, pick_weights, read_checkpoint
 from dar_lightning.formats.pretrained import build_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -47,8 +47,7 @@ def load_official_tokenizer(
     carried = checkpoint.get("config")
     carried = getattr(carried, "_data", None) if isinstance(carried, PickledConfig) else carried
     configs = [tokenizer_config(each, has_repa_head) for each in (config, carried) if each is not None]
-    if not configs:
-        raise UserError(f"{origin} carries no config: pass config, the official YAML as a dict {{'model': {{...}}}}")
+    require(configs, f"{origin} carries no config: pass config, the official YAML as a dict {{'model': {{...}}}}")
     if configs[0] != configs[-1]:
         raise UserError(f"{origin} carries a config that differs from the given one: pass none to use the file's")
     if not has_repa_head:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dar_lightning.ar.config import PRESETS, ARConfig
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.formats.pretrained import build_config
 from dar_lightning.tokenizer.config import TokenizerConfig
 
@@ -138,10 +138,7 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
     shapes = {"dim": dim, "vocab_size": vocab_size, "num_classes": classes - 1, "depth": depth}
     if config is None:
         heads = [preset["num_heads"] for preset in PRESETS.values() if (preset["dim"], preset["depth"]) == (dim, depth)]
-        if not heads:
-            raise UserError(
-                f"width {dim}, depth {depth} are no released size: pass config, the constructor's arguments"
-            )
+        require(heads, f"width {dim}, depth {depth} are no released size: pass config, the constructor's arguments")
         return ARConfig(**shapes, num_heads=heads[0])
     if not isinstance(config, Mapping):
         raise UserError(f"{origin} is a {type(config).__name__}: need the official constructor's arguments by name")
@@ -159,8 +156,7 @@ def ar_config(config: Mapping[str, Any] | None, state: Mapping[str, Tensor]) -> 
 
 def _section(config: Any, name: str, origin: str) -> dict[str, Any]:
     section = config.get(name) if isinstance(config, Mapping) else None
-    if not isinstance(section, Mapping):
-        raise UserError(f"{origin} has no section {name!r}")
+    require(isinstance(section, Mapping), f"{origin} has no section {name!r}")
     if tensors := [str(key) for key, value in section.items() if isinstance(value, Tensor)]:
         raise UserError(f"{origin}: {', '.join(tensors)} must be plain values, not tensors")
     return dict(section)

@@ -98,5 +98,4 @@ class EncoderFeatures(Condition):
                     f"{self.sha256[:12]}: run `dar extract --encoder` with the one that you mean"
                 )
             theirs, ours = (made_by["length"], made_by["channels"]), (self.length, self.channels)
-            if theirs != ours:
-                raise UserError(f"data.{split}: its features have length and channels {theirs}, the config {ours}")
+            require(theirs == ours, f"data.{split}: its features have length and channels {theirs}, the config {ours}")

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.training.fsdp import own_slice
 from dar_lightning.training.late_reading import LateReading
 
@@ -29,8 +29,7 @@ class SkipBadSteps(Callback):
     """
 
     def __init__(self, max_in_a_row: int = 10) -> None:
-        if max_in_a_row < 1:
-            raise UserError(f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
+        require(max_in_a_row >= 1, f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
         self.max_in_a_row = max_in_a_row
         self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
 
