@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dar_lightning.commands.fit import TrainerCLI
 from dar_lightning.weights import load_official_ar, load_official_tokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
+from dar_lightning.weights.official import AR_NAMES, TOKENIZER_NAMES, official_name
 
 STEPS = 12
 OURS = "--trainer.callbacks+=dar_lightning.training.callbacks"

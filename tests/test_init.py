@@ -13,7 +13,7 @@ from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, Token
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.init import TokenizerInit
-from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
+from dar_lightning.weights.official import AR_NAMES, TOKENIZER_NAMES, official_name
 
 GOLDENS = Path(__file__).parent / "goldens" / "init"
 # Of the full widths, which decide every rule, and of two blocks each.

@@ -53,6 +53,10 @@ class PretrainedMixin(
     pipeline_part: str
     averaged: bool | None = None
 
+    def tables(self) -> dict[str, Tensor]:
+        """Buffers that are not saved, by name, computed anew: numbers that follow from the config."""
+        return {}
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
@@ -168,12 +172,16 @@ def build_model(
     `origin`, and `names` gives the file's name for a tensor of the model.
     """
     model = build_on_meta(model_class, config, len(tensors), origin)
-    check_tensors(model, tensors, origin, names)
+    wanted = {names(name): tensor for name, tensor in model.state_dict().items()}
+    compare_tensors(wanted, tensors, origin, model_class.__name__)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     if not any(tensor.is_meta for tensor in tensors.values()):
         model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
+        with torch.device("cpu"):
+            for name, table in model.tables().items():
+                setattr(model, name, table)
     return model
 
 
@@ -192,14 +200,6 @@ def build_on_meta(model_class: type, config: Any, num_tensors: int, origin: Any)
         raise UserError(f"{origin}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
-
-
-def check_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
-) -> None:
-    """Refuse weights that do not fit a module exactly, or hold NaN or infinity; see build_model for the arguments."""
-    wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
-    compare_tensors(wanted, tensors, origin, type(module).__name__)
 
 
 def compare_tensors(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: Any, model: str) -> None:

@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from dar_lightning.ar import decode_step
 from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import build_config
+from dar_lightning.layers import compile_blocks, recompile_limit
 from dar_lightning.tokenizer import diffusion_step
 from dar_lightning.training.batch_plan import TrainingPlan
-from dar_lightning.training.compilation import keep_graphs_whole
 from dar_lightning.training.log_step import is_log_step
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw, use_options
+
+VARIANTS = 64  # of a compiled block's code, by shapes, grad mode and cache; a run needs about ten
 
 
 class TrainingModule(LightningModule):
@@ -37,6 +39,11 @@ class TrainingModule(LightningModule):
     def model(self) -> nn.Module:
         """The tokenizer or the AR model."""
         return self.tokenizer if hasattr(self, "tokenizer") else self.ar
+
+    def compile_parts(self, *parts: nn.Module) -> None:
+        """Compile the blocks of modules with a list `blocks`, in place; no setting of torch cuts or drops a graph."""
+        keep_graphs_whole()
+        compile_blocks(*parts)
 
     def configure_optimizers(self) -> dict[str, Any]:
         plan = TrainingPlan.of(self.trainer)
@@ -93,6 +100,18 @@ class TrainingModule(LightningModule):
         """Log means over this rank's `count` rows as means over all rows of all ranks."""
         # a float, since ranks average the weights: integers would be cut
         self.log_dict(means, batch_size=float(count), sync_dist=True, prog_bar=prog_bar)
+
+
+def keep_graphs_whole() -> None:
+    """Change two settings of dynamo, which from torch 2.15 on belong to a thread: call this in the one that trains.
+
+    DDP's optimizer would cut a block where a bucket of gradients is full, for the overlap that separate blocks have
+    anyway (`optimize_ddp`). And the blocks of encoder and conditioner share code of which training, validation, small
+    batches and streaming need variants: after 8, torch compiles no more.
+    """
+    settings, limit = torch._dynamo.config, recompile_limit()
+    settings.optimize_ddp = False
+    setattr(settings, limit, max(getattr(settings, limit), VARIANTS))
 
 
 def choose_config(config: Any, preset: str | None, kind: type) -> Any:

@@ -39,10 +39,8 @@ class OptimizerConfig:
         lengths = (self.warmup_steps, self.decay_steps, self.decay_epochs)
         if self.lr <= 0 or min(self.weight_decay, self.final_lr, *lengths) < 0:
             raise UserError(f"optimizer needs a positive lr and no negative value, not {self}")
-        if self.decay_steps and self.decay_epochs:
-            raise UserError(
-                f"optimizer has decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}: one must be 0"
-            )
+        both = f"decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}"
+        require(not (self.decay_steps and self.decay_epochs), f"optimizer has {both}: one must be 0")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Learning rate at a step (from 0), divided by lr; decay_epochs is not read."""

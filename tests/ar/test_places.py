@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import GROUPS, TOKENS, make_ar, random_codes, seeds
 
-from dar_lightning.ar.places import merge_place_tables
+from dar_lightning.ar.model import merge_place_tables
 from dar_lightning.ar.sampling import generate, stream_tokens
 from dar_lightning.errors import UserError
 from dar_lightning.weights.llama import save_llama

@@ -13,7 +13,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.cli import main
 from dar_lightning.errors import UserError
 from dar_lightning.training import AblationModule
-from dar_lightning.training.annealing import Annealing
+from dar_lightning.training.ablation import Annealing
 from dar_lightning.training.module import seed_batch
 
 TABLES = {"place_tables": "own_and_target", "order_groups": GROUPS}

@@ -6,10 +6,9 @@ from typing import Any
 
 from dar_lightning.ar.conditions.backbone_text import BackboneText
 from dar_lightning.ar.conditions.caption_tokens import CaptionTokens
-from dar_lightning.ar.conditions.class_label import ClassLabel
+from dar_lightning.ar.conditions.class_label import ClassLabel, NoCondition
 from dar_lightning.ar.conditions.features import EncoderFeatures
 from dar_lightning.ar.conditions.interface import Condition, Prefix
-from dar_lightning.ar.conditions.none import NoCondition
 from dar_lightning.errors import UserError
 from dar_lightning.formats.registry import Registry
 

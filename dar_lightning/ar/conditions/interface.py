@@ -64,11 +64,8 @@ class Condition(nn.Module):
 def check_captions(data: Any, what: str) -> None:
     """UserError unless the token shards of a CodesDataModule have captions, which `what` needs."""
     for split in data.splits:
-        if not data.index(split).captioned:
-            raise UserError(
-                f"data.{split}: its token shards have no captions, which {what} needs: run `dar extract` on shards "
-                "with captions"
-            )
+        said = f"data.{split}: its token shards have no captions, which {what} needs"
+        require(data.index(split).captioned, f"{said}: run `dar extract` on shards with captions")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

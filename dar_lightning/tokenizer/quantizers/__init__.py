@@ -5,11 +5,10 @@ from typing import Any
 from torch import nn
 
 from dar_lightning.formats.registry import Registry
-from dar_lightning.tokenizer.quantizers.bsq import BinarySphericalQuantizer
 from dar_lightning.tokenizer.quantizers.fsq import FiniteScalarQuantizer
 from dar_lightning.tokenizer.quantizers.ibq import IndexBackpropagationQuantizer
 from dar_lightning.tokenizer.quantizers.interface import Quantized, Quantizer
-from dar_lightning.tokenizer.quantizers.lfq import LookupFreeQuantizer
+from dar_lightning.tokenizer.quantizers.lfq import BinarySphericalQuantizer, LookupFreeQuantizer
 from dar_lightning.tokenizer.quantizers.simvq import SimVectorQuantizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 

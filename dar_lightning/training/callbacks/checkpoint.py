@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dar_lightning.errors import UserError, require
+from dar_lightning.errors import UserError
 
 
 class LastStepCheckpoint(ModelCheckpoint):
@@ -74,7 +74,8 @@ class LastStepCheckpoint(ModelCheckpoint):
 
     def _save_end(self, trainer) -> None:
         self.save_now(trainer)
-        require(self._problem is None, f"{self._problem}; the same command trains again from the checkpoint before")
+        if self._problem is not None:
+            raise UserError(f"{self._problem}; the same command trains again from the checkpoint before")
 
     def _should_skip_saving_checkpoint(self, trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or trainer.fit_loop.epoch_loop._should_accumulate()
