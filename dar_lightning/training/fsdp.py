@@ -95,10 +95,11 @@ class FSDP2Strategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Shard the model and its average; the optimizer, made after this, works on the slices."""
         module, trainer = self.lightning_module, self.lightning_module.trainer
-        said, known = "trainer.strategy: FSDP2Strategy shards", trainer.precision in ("32-true", "bf16-mixed")
+        said = "trainer.strategy: FSDP2Strategy shards"
         require(hasattr(module, "ar"), f"{said} AR models, this is a {type(module).__name__}: use ddp")
         own = module.ar.config.backbone
         require(module.ar.backbone is None, f"{said} our Llama, backbone is {own!r}: use ddp")
+        known = trainer.precision in ("32-true", "bf16-mixed")
         require(known, f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         policy = mixed_precision() if trainer.precision == "bf16-mixed" else MixedPrecisionPolicy()
