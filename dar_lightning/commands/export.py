@@ -1,13 +1,12 @@
 """`dar export`: a checkpoint as a folder of ours, a model or a pipeline with its card; or one for transformers."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.places import merge_place_tables
 from dar_lightning.errors import UserError, begin_work, require
-from dar_lightning.files import read_json, write_text
+from dar_lightning.files import read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import resolve_folder
 from dar_lightning.generation.card import CARD, NOTES, model_card
@@ -84,7 +83,7 @@ def export(
         write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
         said = f"pipeline of {classes} classes" if takes == "labels" else f"pipeline that takes {takes}"
-    write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
+    write_json(output / EXPORTED, facts)
     print(f"{output}: {said}")
 
 
@@ -106,7 +105,7 @@ def _export_llama(
         model, classes, facts = source.ar, source.classes, {"pipeline": pipeline}
     begin_work()
     save_llama(model, output, classes)
-    write_text(output / EXPORTED, json.dumps(facts | {"ema": model.averaged}, indent=2) + "\n")
+    write_json(output / EXPORTED, facts | {"ema": model.averaged})
     print(f"{output}: LlamaForCausalLM of ARModel, SHA-256 {model_sha256(model)[:12]}")
 
 

@@ -15,8 +15,8 @@ from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError, begin_work, check_range
-from dar_lightning.files import file_sha256, users_path
+from dar_lightning.errors import UserError, begin_work, check_range, naming
+from dar_lightning.files import file_sha256
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import draw_alike, middle, prefix_lengths, read_edit, read_photo, tokenize
@@ -196,7 +196,7 @@ def sample(
     drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
-    with users_path("output"):
+    with naming("output", OSError):
         folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class

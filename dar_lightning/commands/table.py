@@ -15,7 +15,7 @@ from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
 from dar_lightning.errors import UserError, begin_work, check_range
-from dar_lightning.files import read_json, write_text
+from dar_lightning.files import check_same, read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
@@ -141,7 +141,7 @@ def table(
                 else:
                     _reconstruct(model, row, seed, reference, batch_size, place, folder / SAMPLES)
                 found = asked | evaluate(samples, output=out, image_size=config.image_size, **measuring)
-                write_text(folder / MEASURED, json.dumps(found, indent=2) + "\n")
+                write_json(folder / MEASURED, found)
             measured.append(found)
         results.append(_summary(row, model, config, num_groups, measured))
     _write(root, title, frechet_name(features), results, made)
@@ -183,9 +183,7 @@ def _read(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    for name, value in asked.items():
-        if found.get(name) != value:
-            raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
+    check_same(f"{path} has", found, asked)
     record = read_drawn(folder / SAMPLES)
     return found if record is None or record[PIXELS] == found["protocol"]["samples"]["sha256"] else None
 
@@ -270,7 +268,7 @@ def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], 
     if frechet != "FID" or samples != PAPER_COUNT:
         caveat = f"Small scale: {caveat} This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
     summary = {"title": title, "caveat": caveat, "rows": results, "provenance": made}
-    write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(root / "table.json", summary, ensure_ascii=False)
 
     metrics, papers = (list(dict.fromkeys(name for row in results for name in row[of])) for of in ("metrics", "paper"))
     settings = [[str(row["settings"][name]) for name in varied] for row in results]

@@ -21,7 +21,7 @@ from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
 from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_text
+from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_json
 
 INDEX = "index.json"
 VERSION = 1
@@ -76,7 +76,7 @@ class ShardIndex:
                 {"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes} for shard in self.shards
             ],
         }
-        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
+        write_json(self.root / INDEX, content, indent=1)
 
     @classmethod
     def load(cls, source: str | Path, option: str = "shards", cache_dir: str | None = None) -> "ShardIndex":

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, StackDataset
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, check_range
 
 
 class PieceSampler(DistributedSampler):
@@ -47,10 +47,7 @@ class LabelsDataModule(L.LightningDataModule):
         super().__init__()
         if (num_images is None) == (per_class is None):
             raise UserError(f"num_images is {num_images} and per_class {per_class}: give one of the two")
-        given = {"num_images": num_images, "per_class": per_class, "batch_size": batch_size, "piece_size": piece_size}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: must be at least 1")
+        check_range(1, num_images=num_images, per_class=per_class, batch_size=batch_size, piece_size=piece_size)
         if classes is not None and (not classes or len(set(classes)) < len(classes)):
             raise UserError(f"classes is {classes}: name each class once, or leave it out for all")
         self.num_images, self.per_class, self.classes = num_images, per_class, classes

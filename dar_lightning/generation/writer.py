@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, check_local, read_json, write_text
+from dar_lightning.files import atomic_path, check_local, check_same, read_json, write_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.records.drawn import NAMES, write_drawn
@@ -81,13 +81,8 @@ class SampleWriter(BasePredictionWriter):
                 name = self.protocol_path.name
                 raise UserError(f"output: {self.path} is there, without its {name}; delete it or rename")
             return self.data.pieces
-        record = read_json(there)
-        for name, ours in self.settings.items():
-            if name not in FREE and record.get(name) != ours:
-                raise UserError(
-                    f"output: {there} tells of images with {name} {record.get(name)}, now it is {ours}; "
-                    "choose another output or delete it and what it describes"
-                )
+        settings = {name: ours for name, ours in self.settings.items() if name not in FREE}
+        check_same(f"{there} tells of images with", read_json(there), settings)
         return [] if self.done else [piece for piece in self.data.pieces if not self._is_whole(piece)]
 
     def _file(self, piece: range) -> Path:
@@ -124,7 +119,7 @@ class SampleWriter(BasePredictionWriter):
     def _save(self, piece: range) -> None:
         # Not before: settings that no image can be drawn with would stand in the way of the right ones.
         if not self.settings_path.is_file():
-            write_text(self.settings_path, json.dumps(self.settings, indent=2) + "\n")
+            write_json(self.settings_path, self.settings)
         # Provenance, a file for each kind of process, so that ranks need not agree who writes.
         made = self.parts / f"drawn_by-{hashlib.sha256(self.made.encode()).hexdigest()[:12]}.json"
         if not made.is_file():

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.data.tar import Walk
-from dar_lightning.errors import UserError
-from dar_lightning.files import users_path
+from dar_lightning.errors import UserError, naming
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -24,7 +23,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 def first_names(path: Path, count: int = 10) -> list[str]:
     """Names of the first files in a tar, damaged or not, to tell what it is."""
-    with users_path("input"), path.open("rb") as file:
+    with naming("input", OSError), path.open("rb") as file:
         members = Walk(file)
         return [member.name for member in islice((each for each in members if each.isreg()), count)]
 
@@ -111,7 +110,7 @@ def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tar
     end = path.stat().st_size if end is None else end
     try:
         # unbuffered: only headers are read, and they lie far apart
-        with users_path("input"), path.open("rb", buffering=0) as file:
+        with naming("input", OSError), path.open("rb", buffering=0) as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
