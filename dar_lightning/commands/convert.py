@@ -53,8 +53,7 @@ def _load_official(
         state, _ = pick_weights(checkpoint, "auto", prefer_ema=True, origin=path)
         marks = {"tok_embeddings.weight": "ar", "quantize.embedding.weight": "tokenizer"}
         part = next((part for name, part in marks.items() if name in state), None)
-        if part is None:
-            raise UserError(f"{path} holds neither an official tokenizer nor an official AR model")
+        require(part is not None, f"{path} holds neither an official tokenizer nor an official AR model")
     load = load_official_tokenizer if part == "tokenizer" else load_official_ar
     config = None
     if official_config is not None:

@@ -58,8 +58,7 @@ def export(
     if pipeline is not None:
         others = "format 'transformers' or 'card'"
         raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need {others}")
-    if ckpt is None:
-        raise UserError("ckpt is missing: need a checkpoint of dar fit")
+    require(ckpt is not None, "ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)
     if isinstance(model, ARModel):
         merge_place_tables(model)
@@ -71,8 +70,7 @@ def export(
         model.save_pretrained(output)
         said = f"{type(model).__name__}, SHA-256 {model_sha256(model)[:12]}"
     else:
-        if not isinstance(model, ARModel):
-            raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
+        require(isinstance(model, ARModel), f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         classes, takes = model.condition.num_labels, model.condition.takes
         useless = shards is not None and takes != "labels"
         require(not useless, f"shards is {str(shards)!r}: class names are of no use to a model that takes {takes}")

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from dar_lightning.errors import UserError, begin_work, naming
+from dar_lightning.errors import UserError, begin_work, naming, require
 from dar_lightning.files import read_json, write_json
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
@@ -100,8 +100,7 @@ def claim(out: Path, fresh: bool, from_scratch: bool) -> None:
     mark, start = out / "quickstart.json", {"from_scratch": from_scratch}
     with naming("output", OSError):
         if out.exists() and any(out.iterdir()):
-            if not mark.exists():
-                raise UserError(f"output {out} holds other files: give a new folder")
+            require(mark.exists(), f"output {out} holds other files: give a new folder")
             if fresh:
                 shutil.rmtree(out)
             elif read_json(mark) != start:

@@ -14,7 +14,7 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
-from dar_lightning.errors import UserError, begin_work, check_range
+from dar_lightning.errors import UserError, begin_work, check_range, require
 from dar_lightning.files import check_same, read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
@@ -169,8 +169,7 @@ def _reference_hashes(reference: str, size: int, batch_size: int, full: bool) ->
     stored = read_statistics(reference, "--reference")
     known = {} if stored is None else {"reference_statistics_sha256": sha256_of(stored.statistics)}
     if stored is not None and not stored.has_images:
-        if full:
-            raise UserError(f"--full: --reference {reference} has statistics only; give its images")
+        require(not full, f"--full: --reference {reference} has statistics only; give its images")
         return known
     batches = with_progress(open_images(reference, "--reference", size), batch_size, "--reference")
     digests = (digest for pixels, _ in batches for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()))

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from dar_lightning.ar.decode_road import choose_road
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import atomic_path, check_local, check_same, read_json, write_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
@@ -42,8 +42,7 @@ class SampleWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         check_local(output, "output")
         self.path = Path(output)
-        if self.path.suffix != ".npz":
-            raise UserError(f"output is {output}: give the name of an .npz file")
+        require(self.path.suffix == ".npz", f"output is {output}: give the name of an .npz file")
         self.protocol_path, self.parts = self.path.with_suffix(".json"), self.path.with_suffix(".parts")
         self.settings_path = self.parts / "settings.json"
 
@@ -103,10 +102,17 @@ class SampleWriter(BasePredictionWriter):
         self.made = json.dumps(made | {"decoding": decoding}) + "\n"
 
     def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: list[int], *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        _: Any,
+        batch: dict[str, Tensor],
+        *__: Any,
     ) -> None:
         """Called by Lightning with images (B, 3, H, W) and their numbers; a rank draws its numbers in order."""
-        for number, image in zip(batch_indices, prediction.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        images = prediction.permute(0, 2, 3, 1).cpu().numpy()
+        for number, image in zip(batch["index"].tolist(), images, strict=True):
             piece = self.data.pieces[number // self.data.piece_size]
             if number == piece.start:
                 self.images = np.empty((len(piece), *self.shape[1:]), np.uint8)
