@@ -150,18 +150,13 @@ def table(
 def _model(model: str, task: str, guidances: list[Guidance]) -> tuple[TokenizerConfig, int, dict[str, str]]:
     """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
-        tokenizer = _tokenizer(model)
+        tokenizer = SequentialDiffusionTokenizer.from_pretrained(model)
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
     for guidance in guidances:
         pipe.guidance_scales(guidance)  # says so if it does not fit
     hashes = {"tokenizer_sha256": model_sha256(pipe.tokenizer), "ar_sha256": model_sha256(pipe.ar)}
     return pipe.tokenizer.config, pipe.num_groups, hashes | {"token_draws": gumbel.METHOD}
-
-
-def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
-    part = Path(model) / SequentialDiffusionTokenizer.pipeline_part
-    return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
 
 
 def _reference_hashes(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
@@ -201,7 +196,7 @@ def _generate(
 def _reconstruct(
     model: str, row: Row, seed: int, reference: str, batch_size: int, place: torch.device, output: Path
 ) -> None:
-    tokenizer = _tokenizer(model).to(place)
+    tokenizer = SequentialDiffusionTokenizer.from_pretrained(model).to(place)
     config = tokenizer.config
     originals = open_images(reference, "--reference", config.image_size)
     options = {"solver": row.solver, "groups": row.groups, "num_steps": row.num_steps}
