@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny_models import AR, TOKENIZER
 
 from benchmarks import clock, faults, measure, memory, mutants, plain, soak
@@ -18,7 +19,6 @@ from benchmarks.machine import record
 from benchmarks.rows import ROWS, Setting
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
-from dar_lightning.errors import UserError
 from dar_lightning.training import ARModule, TokenizerModule
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +41,8 @@ def test_rows_are_chosen_and_large_ones_left_out(tmp_path):
     assert "max_tflop 0.001" in rows["B"]["skipped"]
     assert rows["tiny"]["gflops"] > 0
     assert rows["tiny"]["calls"] == 3
-    with pytest.raises(UserError, match=r"^sizes XL: encode have none of them$"):
-        main(["--rows", "encode", "--sizes", "XL"])
-    with pytest.raises(UserError, match=r"^rows: guided is none of encode, decode, "):
-        main(["rows", "--rows", "guided"])
+    refused(r"^sizes XL: encode have none of them$", main, ["--rows", "encode", "--sizes", "XL"])
+    refused(r"^rows: guided is none of encode, decode, ", main, ["rows", "--rows", "guided"])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from tiny_models import fit_ar, fit_tokenizer, make_tokenizer, random_codes, write_images, write_tokens
 
 from dar_lightning import __version__
@@ -19,18 +20,6 @@ from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 from dar_lightning.errors import begin_work
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
-
-
-def refusal(capsys, argv: list, before: str = "Seed set to") -> str:
-    """What `dar` says on stderr before it ends with status 2: one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in argv])
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(before)]
-    assert stop.value.code == 2
-    assert said.startswith(f"dar {argv[0]}: ")
-    return said
 
 
 @pytest.fixture(scope="module")

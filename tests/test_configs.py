@@ -49,10 +49,7 @@ BASES |= {name: B if Path(name).stem == "ar" else V1 for name in under("rehearsa
 RECIPES = [name for name in under("tokenizer", "ar") if name != CODEBOOK]
 MACHINES = [name for name in under("trainer") if name != FSDP]
 
-pytestmark = [
-    pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
-    pytest.mark.filterwarnings("ignore"),  # Lightning's, of options and loggers
-]
+pytestmark = pytest.mark.usefixtures("at_the_root_with_a_random_teacher")
 
 # What makes a step of any size cheap and leaves its structure alone.
 PARTS = ("encoder", "conditioner", "decoder")

@@ -15,7 +15,6 @@ PAGE = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text()
 SECTION = re.split(r"(?m)^##+ ", PAGE.split("## In transformers\n")[1])[0]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_drawing_with_transformers_and_decoding_here(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
 from benchmarks import gpu, gpu_training, traffic
 from benchmarks.gpu_bench import Bench
-from dar_lightning.errors import UserError
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 
 
 def test_the_rehearsal_runs_every_item(tmp_path):
@@ -77,10 +75,8 @@ def test_goals_are_of_the_ratio_where_there_is_a_floor():
 
 def test_without_a_gpu_it_says_so(tmp_path):
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="torch finds 0 cuda"):
-            gpu.main(["--output", str(tmp_path)])
-    with pytest.raises(UserError, match=r"^only: 11 is no item, they are 1 to 10$"):
-        gpu.main(["--output", str(tmp_path), "--only", "11"])
+        refused("torch finds 0 cuda", gpu.main, ["--output", str(tmp_path)])
+    refused(r"^only: 11 is no item, they are 1 to 10$", gpu.main, ["--output", str(tmp_path), "--only", "11"])
 
 
 def test_goals_of_training_are_what_the_counted_traffic_allows(monkeypatch):

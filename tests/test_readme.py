@@ -47,7 +47,6 @@ def test_the_reader_finds_commands():
     assert len(SHOWN) > 90
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, of options
 @pytest.mark.parametrize("name", SHOWN)
 def test_commands_parse(name, monkeypatch, capsys):
     verb, *options = SHOWN[name]

@@ -69,7 +69,6 @@ def test_its_hours_are_those_of_the_recipes(folder):
         assert hours[step] == 8 * int(told), step
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, of options
 def test_its_commands_parse(folder, capsys):
     """One of each kind: other sizes and sweeps differ in names of files, which are all there."""
     commands = planned("--ablations")

@@ -30,7 +30,6 @@ from dar_lightning.records import provenance
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks.provenance import ConfigText
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of options
 WRONG = {"null": "null", "negative": "-1", "text": "nonsense", "list": "[1, 2]", "huge": f"{10**12}"}
 SECONDS = 30  # for one value
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import make_ar, seeds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,6 @@ from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import generate, stream_tokens
-from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
 CASES = {
@@ -308,8 +308,7 @@ def test_the_road():
     assert choose_road(ar, static=True) == "graph"
     handle = ar.blocks[0].register_forward_hook(lambda *_: None)
     assert choose_road(ar) == "eager"
-    with pytest.raises(UserError, match="static: this model's layers"):
-        generate(ar, LABELS, static=True)
+    refused("static: this model's layers", generate, ar, LABELS, static=True)
     handle.remove()
     with kernels.fake_cuda(), mock.patch("torch.cuda.device"):
         decode_road._triton_runs.cache_clear()
@@ -340,8 +339,7 @@ def test_other_layers_are_called(other, monkeypatch):
     assert choose_road(plain) == "graph, Triton"
     assert choose_road(other) == "eager"
     monkeypatch.undo()
-    with pytest.raises(UserError, match="static: this model's layers are sharded, replaced"):
-        choose_road(other, static=True)
+    refused("static: this model's layers are sharded, replaced", choose_road, other, static=True)
 
 
 def test_a_triton_that_does_not_run():

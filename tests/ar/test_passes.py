@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import CODES, GROUPS, SIZE, TOKENS, make_ar, make_tokenizer, seeds
 
 from dar_lightning import ARConfig, ARModel, DARPipeline
@@ -183,8 +184,7 @@ def test_a_prefix_is_read_as_what_was_drawn():
     ],
 )
 def test_layouts_that_there_are_not(changes, message):
-    with pytest.raises(UserError, match=message):
-        ARConfig(**{"num_tokens": TOKENS} | changes)
+    refused(message, ARConfig, **{"num_tokens": TOKENS} | changes)
 
 
 @pytest.mark.parametrize(
@@ -196,16 +196,14 @@ def test_layouts_that_there_are_not(changes, message):
     ],
 )
 def test_prefixes_off_a_border_are_refused(changes, length, message):
-    with pytest.raises(UserError, match=message):
-        generate(several(**changes), LABELS, prefix=codes()[:, :length])
+    refused(message, lambda: generate(several(**changes), LABELS, prefix=codes()[:, :length]))
 
 
 def test_teacher_forcing_off_a_border_is_refused():
     """A pass that is cut would see fewer of its own places, and give other logits."""
     ar = several(size=4)
     assert torch.allclose(ar(LABELS, codes()[:, :4]), ar(LABELS, codes())[:, :4], atol=1e-5)
-    with pytest.raises(UserError, match="codes hold 5 tokens: this model predicts 4 a pass, they must end one"):
-        ar(LABELS, codes()[:, :5])
+    refused("codes hold 5 tokens: this model predicts 4 a pass, they must end one", lambda: ar(LABELS, codes()[:, :5]))
 
 
 def test_groups_of_an_order_lie_within_those_of_the_tokenizer():
@@ -223,10 +221,8 @@ def test_what_was_trained_with_one_number_refuses_another(tmp_path):
     text = config.read_text()
     for new in ('"tokens_per_pass": 2', '"tokens_per_pass": 1'):
         config.write_text(text.replace('"tokens_per_pass": 4', new))
-        with pytest.raises(UserError, match=r"are \[2, 0, 0\].*trained with \[4, 0, 0\]|unknown pass"):
-            ARModel.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="static: this model predicts 4 tokens a pass"):
-        generate(ar, LABELS, static=True)
+        refused(r"are \[2, 0, 0\].*trained with \[4, 0, 0\]|unknown pass", ARModel.from_pretrained, tmp_path)
+    refused("static: this model predicts 4 tokens a pass", generate, ar, LABELS, static=True)
 
 
 @pytest.mark.parametrize(

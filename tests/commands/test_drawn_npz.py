@@ -5,15 +5,14 @@ import json
 import numpy as np
 import pytest
 from image_sets import NETWORK, npz, pixels
+from refusals import refused
 from tiny_models import SIZE, make_ar, make_tokenizer
 
 from dar_lightning import DARPipeline
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.sample import sample
 from dar_lightning.commands.table import Row, table
-from dar_lightning.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 EMA = {"tokenizer": True, "ar": False}
 
 
@@ -48,8 +47,7 @@ def test_what_dar_sample_draws(averaged, reference, tmp_path):
     npz(path, images)
     output.unlink()
     message = r"^--samples: .*samples\.json tells of other images \([0-9a-f]{12}\) than[^\n]*$"
-    with pytest.raises(UserError, match=message):
-        facts(path, reference, output)
+    refused(message, facts, path, reference, output)
     assert not output.exists()
 
 
@@ -82,5 +80,4 @@ def test_the_weights_say_whether_they_are_an_average(averaged, tmp_path):
     assert DARPipeline.from_pretrained("fruit64").averaged == {"tokenizer": True, "ar": True}
     config = tmp_path / "ar/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"ema": "yes"}))
-    with pytest.raises(UserError, match=r"config\.json: ema is 'yes', need true or false"):
-        DARPipeline.from_pretrained(tmp_path)
+    refused(r"config\.json: ema is 'yes', need true or false", DARPipeline.from_pretrained, tmp_path)

@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from tiny_encoder import write_encoder
 from tiny_models import make_ar, make_tokenizer
 
@@ -14,7 +15,6 @@ from dar_lightning.cli import main
 from dar_lightning.commands import serve as command
 from dar_lightning.commands.serve_page import repeat
 from dar_lightning.data.transforms import to_uint8
-from dar_lightning.errors import UserError
 from dar_lightning.files import file_sha256
 
 PROMPT = "a red apple"
@@ -51,5 +51,4 @@ def test_prompts_for_an_encoder_that_was_moved(root, tmp_path):
 def test_the_page_looks_for_the_encoder_before_it_listens(root, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.setattr(command, "build_page", None)
-    with pytest.raises(UserError, match=r"encoder: \./nowhere is not a folder"):
-        command.serve(str(root / "pipeline"))
+    refused(r"encoder: \./nowhere is not a folder", command.serve, str(root / "pipeline"))

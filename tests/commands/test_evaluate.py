@@ -9,6 +9,7 @@ import pytest
 import torch
 from image_sets import NETWORK, FirstPixels, first_pixels, folder, frechet, npz, pixels, shards
 from PIL import Image
+from refusals import refused
 from tiny_models import CLASSES, SIZE
 
 from dar_lightning import DARPipeline
@@ -132,8 +133,7 @@ def test_saved_statistics_stand_for_their_images(tmp_path):
     with pytest.raises(UserError, match=r"^--reference: .* holds statistics of features [0-9a-f]{12}; features"):
         evaluate(samples, file, RED_GREEN, output)
     for option in ("paired", "full"):
-        with pytest.raises(UserError, match=f"^--{option}: .* statistics only"):
-            evaluate(samples, file, NETWORK, output, **{option: True})
+        refused(f"^--{option}: .* statistics only", evaluate, samples, file, NETWORK, output, **{option: True})
 
 
 def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
@@ -154,8 +154,7 @@ def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
     reference = evaluate(samples, adm, NETWORK, output)["protocol"]["reference"]
     assert (reference["n"], "statistics" in reference) == (9, False)
     small = npz(tmp_path / "small.npz", pixels(9, 3), mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(UserError, match="statistics of 5 and of 6 features cannot be compared"):
-        evaluate(samples, small, "inception", output)
+    refused("statistics of 5 and of 6 features cannot be compared", evaluate, samples, small, "inception", output)
     with pytest.raises(UserError, match=r"--samples: images of 16x16, those of --reference have 8x8"):
         evaluate(samples, npz(tmp_path / "v.npz", pixels(9, 3, 8), **statistics), "inception", output)
 
@@ -235,9 +234,7 @@ def test_mistakes_are_one_line(change, says, files, monkeypatch):
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
     options = {"samples": "good.npz", "reference": "good.npz", "features": NETWORK, "output": "o.json"}
-    with pytest.raises(UserError, match=says) as caught:
-        evaluate(**options | change)
-    assert "\n" not in str(caught.value)
+    refused(says, evaluate, **options | change)
     assert sorted(files.iterdir()) == before
 
 

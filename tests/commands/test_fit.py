@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from refusals import refusal
 from tiny_models import fit_ar, options, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CHECKPOINT = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
 
 
@@ -29,16 +29,6 @@ def trained(tokens, tmp_path_factory):
 
 def command(verb: str, tokens, folder, *more: str) -> list[str]:
     return [verb, *(str(word) for word in fit_ar(tokens, tokens, folder)[1:]), *more]
-
-
-def refusal(capsys, argv: list[str]) -> str:
-    """The one line on stderr with which a run ends, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
-    return line
 
 
 @pytest.mark.parametrize(("verb", "logged"), [("validate", "val/loss"), ("test", "test/loss")])

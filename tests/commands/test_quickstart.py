@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from refusals import refused
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from dar_lightning.cli import main
 from dar_lightning.commands import quickstart as module
 from dar_lightning.commands.quickstart import Stage, make_stages, quickstart, run_stage
-from dar_lightning.errors import UserError
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -29,7 +29,6 @@ COMMANDS = {tuple(command): stage.name for stages in RUNS.values() for stage in 
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[f"{name}-{command[0]}" for command, name in COMMANDS.items()])
-@pytest.mark.filterwarnings("ignore")
 def test_every_command_parses(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
@@ -63,8 +62,7 @@ def test_a_stage_counts_its_seconds_over_attempts_also_when_it_fails(tmp_path, m
     monkeypatch.setattr(module, "call", lambda words: time.sleep(0.06) or next(codes))
     failing = Stage("try", 0.1, tmp_path / "result.json", "nothing much", [["--version"], ["no-such-verb"]])
     for attempt in (1, 2):
-        with pytest.raises(UserError, match="stage try stopped with status 2: the same command goes on from here"):
-            run_stage(failing, tmp_path)
+        refused("stage try stopped with status 2: the same command goes on from here", run_stage, failing, tmp_path)
         assert json.loads((tmp_path / "seconds.json").read_text())["try"] >= 0.1 * attempt
     assert capfd.readouterr().out.count("$ dar --version") == 2
 
@@ -103,17 +101,14 @@ def test_fresh_starts_over_and_deletes_only_its_own(tmp_path, fake_stages):
     out, foreign = tmp_path / "out", tmp_path / "photos"
     quickstart(str(out), from_scratch=True)
     (out / "old").touch()
-    with pytest.raises(UserError, match="holds a run that started from nothing"):
-        quickstart(str(out))
+    refused("holds a run that started from nothing", quickstart, str(out))
     quickstart(str(out), fresh=True)
     assert fake_stages[3:] == ["one", "two", "three"]
     assert not (out / "old").exists()
-    with pytest.raises(UserError, match="holds a run that started from the shipped weights"):
-        quickstart(str(out), from_scratch=True)
+    refused("holds a run that started from the shipped weights", quickstart, str(out), from_scratch=True)
     foreign.mkdir()
     (foreign / "dear.jpg").touch()
-    with pytest.raises(UserError, match="holds other files: give a new folder"):
-        quickstart(str(foreign), fresh=True)
+    refused("holds other files: give a new folder", quickstart, str(foreign), fresh=True)
     assert (foreign / "dear.jpg").exists()
 
 
@@ -155,7 +150,6 @@ def stop_after_a_save(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_end_to_end(tmp_path, monkeypatch, capfd):
     """It is stopped in the first training, which goes on where it was. Other verbs than that run in this process."""
     monkeypatch.setattr(module, "TRAIN", module.VAL)

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from tiny_models import GROUPS, SIZE, TOKENS, make_pipeline, picture
 
 from dar_lightning.cli import main
 from dar_lightning.commands.sample import image_numbers, sample
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import generators
 from dar_lightning.generation.editing import read_mask
 from dar_lightning.generation.grids import image_grid
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +167,5 @@ def test_numbers_of_images():
 )
 def test_mistakes_write_nothing(pipeline, files, tmp_path, options, message):
     options = {name: files.get(str(value).lower(), value) for name, value in options.items()}
-    with pytest.raises(UserError, match=f"^{message}"):
-        sample(str(tmp_path / "out"), pipeline, **options)
+    refused(f"^{message}", sample, str(tmp_path / "out"), pipeline, **options)
     assert not any((tmp_path / "out").glob("*"))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from tiny_models import make_pipeline
 
 from dar_lightning.cli import main
@@ -30,9 +31,8 @@ def test_dar_sample(folder, tmp_path, capsys):
     assert (record["jacobi"], record["decoding"]) == (5, "Jacobi")
     assert "jacobi" not in plain
     assert "--jacobi 5" in record["command"]
-    with pytest.raises(SystemExit):
-        main(["sample", *words, "--jacobi", "9", "--output", str(tmp_path / "refused")])
-    assert "jacobi is 9: it must be 0 (off) or a window of up to 8 tokens" in capsys.readouterr().err
+    said = refusal(capsys, ["sample", *words, "--jacobi", 9, "--output", tmp_path / "refused"])
+    assert "jacobi is 9: it must be 0 (off) or a window of up to 8 tokens" in said
 
 
 def test_generation_module(folder):

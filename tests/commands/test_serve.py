@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
 from benchmarks.serve import visit
@@ -36,7 +37,6 @@ from dar_lightning.commands.serve_page import (
 )
 from dar_lightning.commands.serve_pictures import CSS, draw_several, enlarge
 from dar_lightning.data.decode import MAX_PIXELS
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import Job
 from dar_lightning.generation.editing import draw_alike, middle, read_photo, tokenize
 from dar_lightning.generation.grids import MIN_SIDE, to_image
@@ -403,11 +403,9 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
     ],
 )
 def test_mistakes_in_the_options(options, message):
-    with pytest.raises(UserError, match=message):
-        serve(**options)
+    refused(message, serve, **options)
 
 
 def test_a_port_that_is_taken(page):
     port = int(page.url.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(UserError, match=rf"^host 127\.0\.0\.1, port {port}: cannot listen there"):
-        serve(port=port)
+    refused(rf"^host 127\.0\.0\.1, port {port}: cannot listen there", serve, port=port)

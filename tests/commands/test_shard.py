@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from image_folders import CLASSES, COUNTS, encoded, files, read, write_images, write_tree
 from PIL import Image
+from refusals import refusal
 
-from dar_lightning.cli import main
 from dar_lightning.commands.shard import shard
 
 
@@ -108,16 +108,6 @@ def test_seed_decides_the_order_and_the_split(tmp_path):
 # ---- one line for a mistake
 
 
-def refusal(capsys, *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["shard", *map(str, words)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert line.startswith("dar shard: ")
-    return line
-
-
 def test_options_and_inputs_that_cannot_be(tree, tmp_path, capsys):
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "empty" / "class").mkdir(parents=True)
@@ -143,7 +133,7 @@ def test_options_and_inputs_that_cannot_be(tree, tmp_path, capsys):
         (["--input", tmp_path / "data"], "holds train, which are no classes; give one of these"),
         (["--input", "https://host/x"], "https://host/x is an address; copy it to this machine first"),
     ):
-        assert named in refusal(capsys, "--input", tree, "--output", tmp_path / "out", *words)
+        assert named in refusal(capsys, ["shard", "--input", tree, "--output", tmp_path / "out", *words])
         assert not (tmp_path / "out").exists()
 
 
@@ -154,13 +144,15 @@ def test_outputs_that_cannot_be(tree, tmp_path, capsys):
     (tmp_path / "link").symlink_to(other)
     before = files(tmp_path)
     command = ["--output", tmp_path / "out", "--workers", 1, "--input"]
-    assert "was made with size 20, now it is 16" in refusal(capsys, *command, tree, "--size", 16)
-    assert "was made from another input" in refusal(capsys, *command, other, "--size", 20)
+    assert "was made with size 20, now it is 16" in refusal(capsys, ["shard", *command, tree, "--size", 16])
+    assert "was made from another input" in refusal(capsys, ["shard", *command, other, "--size", 20])
     for output in (other, other / "apple", other / "shards" / "new", tmp_path / "link" / "x", other / ".." / "other"):
-        assert f"output: {output} is input or lies in it" in refusal(capsys, "--input", other, "--output", output)
+        assert f"output: {output} is input or lies in it" in refusal(
+            capsys, ["shard", "--input", other, "--output", output]
+        )
     assert files(tmp_path) == before
     (tmp_path / "out" / "plan.json").write_text("[1]")
-    assert "plan.json holds a list" in refusal(capsys, *command, tree, "--size", 20)
+    assert "plan.json holds a list" in refusal(capsys, ["shard", *command, tree, "--size", 20])
     (tmp_path / "out" / "plan.json").unlink()
-    assert "holds shards from elsewhere" in refusal(capsys, *command, tree, "--size", 20)
+    assert "holds shards from elsewhere" in refusal(capsys, ["shard", *command, tree, "--size", 20])
     shard(str(other), str(tmp_path / "other-shards"), workers=1)  # beside it

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from image_folders import encoded, files, read, write_images, write_tree
+from refusals import refused
 
 from dar_lightning.commands.shard import shard
 from dar_lightning.data.captions import read_captions
@@ -45,8 +46,7 @@ def test_files_beside_images_of_classes(tmp_path, capsys):
     assert [int(sample["cls"]) for sample in read(tmp_path / "out")] == [0, 0, 1, 2]
 
     write_images(tree, {"apple/0000.txt": b"another"})
-    with pytest.raises(UserError, match=r"output: .* choose another folder"):
-        shard(str(tree), str(tmp_path / "out"), **QUIET)
+    refused(r"output: .* choose another folder", shard, str(tree), str(tmp_path / "out"), **QUIET)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -111,8 +111,7 @@ def test_columns_of_a_hugging_face_data_set(tmp_path):
 )
 def test_tables_that_are_refused(tmp_path, table, said):
     folder = write_images(tmp_path / "in", {"0.jpg": encoded(0), "metadata.csv": table.encode()})
-    with pytest.raises(UserError, match=said):
-        shard(str(folder), str(tmp_path / "out"), **QUIET)
+    refused(said, shard, str(folder), str(tmp_path / "out"), **QUIET)
 
 
 def test_labels_and_none_at_once(tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import make_tokenizer, write_images, write_tokens
 
 from dar_lightning.commands.extract import extract
@@ -35,8 +36,7 @@ def test_tokens_for_training_and_validation(val, says, tmp_path):
     if says is None:
         data.setup("fit")
         return
-    with pytest.raises(UserError, match=f"^{says}; "):
-        data.setup("fit")
+    refused(f"^{says}; ", data.setup, "fit")
     CodesDataModule(val=folders[1]).setup("validate")  # alone, they are as good as any
 
 
@@ -48,8 +48,7 @@ def test_a_checkpoint_is_of_its_classes(tmp_path):
     state = trained.state_dict()
     for classes, says in ((("dog", "cat", "fox"), "its class 0 is dog"), (("cat", "dog"), "its class 2 is missing")):
         other = CodesDataModule(val=write_tokens(tmp_path / classes[0], 6, classes), batch_size=2)
-        with pytest.raises(UserError, match=f"^data.val: {says}, in the checkpoint that is"):
-            other.load_state_dict(state)
+        refused(f"^data.val: {says}, in the checkpoint that is", other.load_state_dict, state)
     same = CodesDataModule(val=write_tokens(tmp_path / "same", 6, TRAIN), batch_size=2)
     same.load_state_dict(state)
     del state["classes"]  # of a version that did not keep them
@@ -64,8 +63,7 @@ def test_images_whose_classes_were_renamed_since_they_became_tokens(tmp_path):
     extract(*words, **options)
     extract(*words, **options)  # complete
     replace(ShardIndex.load(images), classes=("red", "blue", "green", "grey")).save()
-    with pytest.raises(UserError, match=r"^output: its class 1 is green, in shards that is blue; choose another"):
-        extract(*words, **options)
+    refused(r"^output: its class 1 is green, in shards that is blue; choose another", extract, *words, **options)
 
 
 def test_labels_are_matched_by_name():

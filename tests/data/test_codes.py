@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from recorder import fit
+from refusals import refused
 from safetensors.numpy import load_file
 from tiny_models import make_tokenizer
 from tiny_shards import CLASSES, SIZES, picture, sample, write_set
@@ -180,8 +181,7 @@ def test_output_of_something_else_is_refused(tokenizers, shards, ten, tmp_path):
         (shards, tmp_path / "out", {"num_workers": -1}, "^num_workers.* -1"),
         (shards, tmp_path / "out", {"image_size": 0}, "^image_size.* 0"),
     ):
-        with pytest.raises(UserError, match=message):
-            run(tokenizers, source, output, **options)
+        refused(message, run, tokenizers, source, output, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -196,8 +196,7 @@ def test_finished_shards_of_other_images_are_noticed(tokenizers, shards, copy, t
     assert changed.bytes == index.shards[1].bytes
     ShardIndex(source, (index.shards[0], changed, index.shards[2]), CLASSES).save()
     for _ in ("with an index", "without"):
-        with pytest.raises(UserError, match=r"000001\.safetensors was made with source .*; choose another folder or"):
-            run(tokenizers, source, copy)
+        refused(r"000001\.safetensors was made with source .*; choose another folder or", run, tokenizers, source, copy)
         (source / "index.json").unlink(missing_ok=True)
     assert not (copy / "000002.safetensors").exists()
 
@@ -240,8 +239,7 @@ def test_bad_samples_are_left_out(tokenizers, damaged, tmp_path, caplog):
     assert batch["key"] == [f"photo-{number:03d}" for number in good]
     assert batch["label"].tolist() == [number % len(CLASSES) for number in good]
     (folder / "000001.tar").write_bytes(whole)
-    with pytest.raises(UserError, match=r"000001\.safetensors was made with source .* delete this one"):
-        run(tokenizers, folder, codes, **options)
+    refused(r"000001\.safetensors was made with source .* delete this one", run, tokenizers, folder, codes, **options)
 
 
 def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
@@ -290,7 +288,6 @@ def on_a_rank(folder: Path, batch_size: int = 2, **options) -> list:
     return fit(CodesDataModule(str(folder), batch_size=batch_size), max_steps=15, **options).seen
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_two_ranks_see_what_one_sees(pair, ten):
     first, second = pair(partial(on_a_rank, devices=2, strategy="ddp"), ten)
     whole = on_a_rank(ten, batch_size=4)
@@ -322,8 +319,7 @@ def test_damaged_token_shards_get_one_line(copy, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(path), "open", forbidden)  # not to be deleted for that
-    with pytest.raises(UserError, match=r"000001\.safetensors cannot be read \(Permission denied\)$"):
-        read_header(path)
+    refused(r"000001\.safetensors cannot be read \(Permission denied\)$", read_header, path)
 
 
 def test_mistakes_get_one_line(ten, shards, tokenizers, copy, tmp_path):
@@ -348,12 +344,9 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, copy, tmp_path):
     ):
         (copy / "index.json").write_text(index or json.dumps(content))
         data = CodesDataModule(batch_size=2, **{name: str(value) for name, value in options.items()})
-        with pytest.raises(UserError, match=message):
-            seen(data)
+        refused(message, seen, data)
     CodesDataModule(str(ten), str(ten), tokenizer=str(tokenizers / "0")).setup("fit")
     line = rf"^cannot resume: data\.tokenizer_sha256 was {content['tokenizer']} .* and is 0{{64}} now; use the same"
-    with pytest.raises(UserError, match=line):
-        CodesDataModule(str(copy)).load_state_dict(CodesDataModule(str(ten)).state_dict())
+    refused(line, lambda: CodesDataModule(str(copy)).load_state_dict(CodesDataModule(str(ten)).state_dict()))
     (copy / "000001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"data\.train: .*000001\.safetensors has no bytes"):
-        seen(CodesDataModule(str(copy)))
+    refused(r"data\.train: .*000001\.safetensors has no bytes", lambda: seen(CodesDataModule(str(copy))))

@@ -33,7 +33,6 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
 def test_all_kinds_of_bad_samples(tmp_path):
     """One shard that has them among good ones."""
     image, trap = sample(0)[1]["png"], pickle.dumps(Trap(tmp_path / "trapped"))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from jsonargparse import ArgumentParser
+from refusals import refused
 from tiny_shards import module, sample, write_set
 
 from dar_lightning.data.imagenet import ImageNetDataModule
@@ -54,8 +55,7 @@ def test_training_and_validation_must_have_the_same_classes(shards, tmp_path, cl
     shutil.copytree(shards, tmp_path / "val")
     index = json.loads((shards / "index.json").read_text())
     (tmp_path / "val" / "index.json").write_text(json.dumps(index | {"classes": list(classes)}))
-    with pytest.raises(UserError, match=f"data.val: {line}"):
-        ImageNetDataModule(str(shards), str(tmp_path / "val")).setup("fit")
+    refused(f"data.val: {line}", lambda: ImageNetDataModule(str(shards), str(tmp_path / "val")).setup("fit"))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,7 @@ def test_options_that_cannot_be(shards, options, line):
         if "classes" not in options:
             data.train_dataloader()
 
-    with pytest.raises(UserError, match=line):
-        fit()
+    refused(line, fit)
 
 
 def test_options_of_a_config():
@@ -122,8 +121,7 @@ def resume(data: ImageNetDataModule, checkpoint: dict) -> None:
     ids=str,
 )
 def test_resuming_refuses_other_options(shards, option, line):
-    with pytest.raises(UserError, match=f"^cannot resume: {line}"):
-        resume(module(shards, **option), state(module(shards)))
+    refused(f"^cannot resume: {line}", lambda: resume(module(shards, **option), state(module(shards))))
     module(shards, **option).load_state_dict({"stream": None, "seed": option.get("seed", 3)})  # of an earlier version
 
 
@@ -133,5 +131,4 @@ def test_resuming_refuses_other_data(shards, tmp_path):
     write_set(other, bad={5})
     checkpoint = state(module(shards))
     resume(module(moved), checkpoint)
-    with pytest.raises(UserError, match="cannot resume: hash of the training data"):
-        resume(module(other), checkpoint)
+    refused("cannot resume: hash of the training data", lambda: resume(module(other), checkpoint))

@@ -21,7 +21,6 @@ from dar_lightning.data.loader import Loader
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
 STEPS, BATCH = 15, 4  # 26 samples: step 6 begins the second epoch, step 12 the third
 
 

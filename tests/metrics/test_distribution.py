@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 pytest.importorskip("torch_fidelity")
 
-from dar_lightning.errors import UserError
 from dar_lightning.metrics import distribution
 
 
@@ -54,5 +54,4 @@ def test_kernel_distance_by_its_definition(monkeypatch):
 
 
 def test_too_few_images_are_one_line():
-    with pytest.raises(UserError, match="--full: 3 images on a side"):
-        measured(two_modes(3, 0), two_modes(9, 0))
+    refused("--full: 3 images on a side", lambda: measured(two_modes(3, 0), two_modes(9, 0)))

@@ -16,8 +16,6 @@ from dar_lightning import __version__
 from dar_lightning.cli import main
 from dar_lightning.records import provenance
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
-
 
 def git(folder: Path, *words: str) -> str:
     who = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from refusals import refusal, refused
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -16,7 +17,6 @@ from tiny_sweep import GROUPS, MEASURED, ORDERS, RECONSTRUCTED, STEPS, measured,
 from torch.utils.tensorboard import SummaryWriter
 
 from dar_lightning.cli import main
-from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import read_scalars
 from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples
 from dar_lightning.sweeps.results import read_sweep
@@ -150,8 +150,7 @@ def test_unlike_protocols_are_refused(change, message, copy):
     path = copy / "cells/reversed/seed1/metrics.json"
     protocol = json.loads(path.read_text())["protocol"]
     edit(path, protocol=protocol | {stage: protocol[stage] | values for stage, values in change.items()})
-    with pytest.raises(UserError, match=message):
-        read_sweep(copy)
+    refused(message, read_sweep, copy)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -160,10 +159,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (tmp_path, "has no sweep.json: give a folder that dar sweep wrote"),
         (tmp_path / "other", "is not what dar sweep writes: KeyError('title')"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            main(["report", str(folder)])
-        [line] = capsys.readouterr().err.splitlines()
-        assert says in line
+        assert says in refusal(capsys, ["report", folder])
 
 
 def test_nothing_done_yet(copy, capsys):

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import seeds
 from torch import Tensor
 
-from dar_lightning.errors import UserError
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
@@ -88,8 +88,7 @@ def test_an_image_does_not_depend_on_its_batch(golden):
         noise = tokenizer.draw_noise(1, *seeds(i))
         assert relative_error(tokenizer.detokenize(codes[i : i + 1], noise), together[i : i + 1]) < ROUNDING
     assert torch.equal(torch.get_rng_state(), state), "nothing is drawn but by the generators"
-    with pytest.raises(UserError, match="list of 2"):
-        tokenizer.detokenize(codes, generator=seeds(0, 1))
+    refused("list of 2", tokenizer.detokenize, codes, generator=seeds(0, 1))
 
 
 @pytest.mark.parametrize("size", [(32, 96), (80, 48)])
@@ -215,8 +214,7 @@ def test_tokenizing_in_training_mode_uses_running_statistics_and_keeps_them():
     ],
 )
 def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
-    with pytest.raises(UserError, match=message):
-        call(tokenizer)
+    refused(message, call, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -243,5 +241,4 @@ def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
     ids=str,
 )
 def test_impossible_configs(changes, message):
-    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
-        TokenizerConfig(**TINY | changes)
+    refused(f"^{message}[^\n]*$", TokenizerConfig, **TINY | changes)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import SIZE, TOKENIZER, make_tokenizer
 from torch import nn
 
@@ -301,8 +302,7 @@ def test_a_class_of_ones_own(own, tmp_path, monkeypatch):
     assert quantizers.register_quantizer(Half, "another.name") is Half
     assert quantizers.QUANTIZERS["another.name"] is Half
     taken = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | config_of(own, loss="flow")))
-    with pytest.raises(UserError, match="names a loss flow: give it another name"):
-        taken.training_losses(torch.zeros(2, 3, SIZE, SIZE))
+    refused("names a loss flow: give it another name", taken.training_losses, torch.zeros(2, 3, SIZE, SIZE))
 
 
 def config_of(name: str, **options) -> dict:
@@ -365,16 +365,12 @@ def test_impossible_quantizers(changes, message):
 )
 def test_classes_that_are_no_quantizers(options, message, own, monkeypatch):
     monkeypatch.setattr(Half, "lookup", Half.lookup)  # put back
-    with pytest.raises(UserError, match=message):
-        quantizers.make_quantizer(own, 2, 4, options)
+    refused(message, quantizers.make_quantizer, own, 2, 4, options)
 
 
 def test_what_cannot_be_registered():
     for given, name, message in ((Half, "vq", "it needs a dot"), (len, None, "is no torch module class")):
-        with pytest.raises(UserError, match=message):
-            quantizers.register_quantizer(given, name)
+        refused(message, quantizers.register_quantizer, given, name)
     for name, message in (("no_such.Thing", "can be imported: No module"), ("json.Thing", "can be imported")):
-        with pytest.raises(UserError, match=message):
-            quantizers.import_quantizer(name)
-    with pytest.raises(UserError, match="is no torch module class"):
-        quantizers.import_quantizer("json.loads")
+        refused(message, quantizers.import_quantizer, name)
+    refused("is no torch module class", quantizers.import_quantizer, "json.loads")

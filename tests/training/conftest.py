@@ -1,16 +1,7 @@
-from pathlib import Path
-
 import pytest
 from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
 
 from dar_lightning.training.losses import PerceptualLoss
-
-
-def pytest_collection_modifyitems(items):
-    """Lightning's warnings of options, loaders and loggers say nothing about these tests."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 @pytest.fixture(scope="session")

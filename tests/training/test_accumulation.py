@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from refusals import refusal, refused
 from tiny_models import fit_ar
 from tiny_training import events
 from torch.utils.data import TensorDataset
 
 from dar_lightning.cli import main
 from dar_lightning.data.sampler import TrainSampler, shuffled
-from dar_lightning.errors import UserError
 from dar_lightning.training.batch_plan import accumulation
 
 
@@ -29,8 +29,7 @@ def test_the_number_of_parts(global_batch, batch_size, devices, expected):
     if isinstance(expected, int):
         assert accumulation(global_batch, batch_size, devices) == expected
     else:
-        with pytest.raises(UserError, match=expected):
-            accumulation(global_batch, batch_size, devices)
+        refused(expected, accumulation, global_batch, batch_size, devices)
 
 
 @pytest.mark.parametrize("division", [(1, 24, 1), (2, 3, 4), (4, 1, 6)], ids=str)
@@ -60,9 +59,7 @@ def test_steps_hold_the_same_samples_however_they_are_divided(division):
     ],
 )
 def test_mistakes_end_before_the_first_file(options, line, tokens, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([str(word) for word in [*fit_ar(*tokens, tmp_path), *options]])
-    assert line in capsys.readouterr().err
+    assert line in refusal(capsys, [*fit_ar(*tokens, tmp_path), *options])
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from refusals import refusal, refused
 from tiny_models import fit_ar
 
 from dar_lightning import files
@@ -64,11 +65,9 @@ def test_a_broken_checkpoint_is_refused_and_the_one_before_named(checkpoint_io, 
         checkpoint_io.save_checkpoint({"weights": torch.zeros(1000)}, file)
     os.truncate(path, path.stat().st_size // 2)
     says = f"^cannot read {path}: [^;]*"
-    with pytest.raises(UserError, match=f"{says}; the next older checkpoint is {older}, for --ckpt_path$"):
-        checkpoint_io.load_checkpoint(path)
+    refused(f"{says}; the next older checkpoint is {older}, for --ckpt_path$", checkpoint_io.load_checkpoint, path)
     older.unlink()
-    with pytest.raises(UserError, match=f"{says}$"):
-        checkpoint_io.load_checkpoint(path)
+    refused(f"{says}$", checkpoint_io.load_checkpoint, path)
 
 
 def command(tokens, folder: Path, *options: str, **trainer) -> list[str]:
@@ -87,9 +86,8 @@ def test_the_folder_of_a_run(tokens, tmp_path, capsys):
     assert sorted(file.name for file in folder.iterdir() if file.suffix != ".ckpt") == ["notes.part"]
     shutil.rmtree(folder)
     folder.write_text("a file in its place")
-    with pytest.raises(SystemExit, match="2"):
-        main(command(tokens, tmp_path, max_steps=1))
-    assert capsys.readouterr().err.splitlines()[-1] == f"dar fit: cannot write checkpoints to {folder}: File exists"
+    said = refusal(capsys, command(tokens, tmp_path, max_steps=1))
+    assert said == f"dar fit: cannot write checkpoints to {folder}: File exists"
 
 
 def test_no_checkpoint_in_the_middle_of_accumulation(tokens, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from refusals import refused
 from tiny_models import AR, CODES, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
 from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.utils._pytree import tree_leaves
@@ -175,10 +176,8 @@ def test_load_from_checkpoint_needs_nothing_else(module, data, shards, request, 
 def test_nothing_to_start_from(tmp_path):
     make_ar().save_pretrained(tmp_path / "ar")
     other = ARConfig(**AR | {"dim": 64, "vocab_size": CODES + 1, "num_classes": 9})
-    with pytest.raises(UserError, match="no tensor there fits"):
-        ARModule(other, init_from=str(tmp_path / "ar"))
-    with pytest.raises(UserError, match="not a folder"):
-        ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder"))
+    refused("no tensor there fits", ARModule, other, init_from=str(tmp_path / "ar"))
+    refused("not a folder", lambda: ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder")))
 
 
 @pytest.fixture
@@ -214,8 +213,7 @@ def test_what_would_change_frozen_tokens_is_refused(frozen):
     _, data, make = frozen
     for changes in ({"codebook_size": 2 * CODES}, {"absolute_positions": True}, {"latent_norm": "none"}):
         (name,) = changes
-        with pytest.raises(UserError, match=rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source"):
-            make(**changes)
+        refused(rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source", make, **changes)
     make(freeze_encoder=False, codebook_size=2 * CODES)
     with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
         TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True)

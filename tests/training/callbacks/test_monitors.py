@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from matplotlib.axes import Axes
+from refusals import refused
 from tiny_models import (
     CODES,
     GROUPS,
@@ -193,8 +194,7 @@ def test_speed_and_memory(run):
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))  # KiB
     assert 0.1 < max(logged["memory/host_peak"].values()) <= peak / 2**20
-    with pytest.raises(UserError, match="peak_tflops is 0"):
-        callbacks.Throughput(0)
+    refused("peak_tflops is 0", callbacks.Throughput, 0)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "ar"])
@@ -257,8 +257,7 @@ def test_token_influence_in_validation(run, images):
     found = trainer(callbacks.TokenInfluence()).validate(module, image_data(images), verbose=False)[0]
     assert "val/flow" in found
     assert not [name for name in found if "psnr" in name]
-    with pytest.raises(UserError, match="num_images is 1: another image's tokens need 2 or more"):
-        callbacks.TokenInfluence(num_images=1)
+    refused("num_images is 1: another image's tokens need 2 or more", callbacks.TokenInfluence, num_images=1)
 
 
 # ---- by position

@@ -8,11 +8,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from refusals import refused
 from tiny_models import SIZE
 from tiny_training import image_data, tokenizer_module, trainer
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import EMA
 from dar_lightning.training.losses import PerceptualLoss, RepaLoss
 
@@ -87,20 +87,15 @@ def test_repa_compares_with_the_teachers_patches(teacher, repa):
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"t_power": -1}, {"start_step": -1}, {"weight": -0.5}], ids=str)
 def test_options_out_of_range(options):
-    with pytest.raises(UserError, match=f"^{next(iter(options))} is "):
-        PerceptualLoss(weights_path="never read", **options)
+    refused(f"^{next(iter(options))} is ", PerceptualLoss, weights_path="never read", **options)
 
 
 def test_what_does_not_fit_is_refused(repa, tmp_path):
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="is no VGG16 of torchvision"):
-        PerceptualLoss(weights_path=str(tmp_path / "x.pth"))
-    with pytest.raises(UserError, match="missing"):
-        PerceptualLoss(weights_path=str(tmp_path / "nowhere.pth"))
-    with pytest.raises(UserError, match="has width 192: REPA needs 768"):
-        RepaLoss(model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
-    with pytest.raises(UserError, match="repa_layer is null"):
-        tokenizer_module(repa=repa)
+    refused("is no VGG16 of torchvision", PerceptualLoss, weights_path=str(tmp_path / "x.pth"))
+    refused("missing", PerceptualLoss, weights_path=str(tmp_path / "nowhere.pth"))
+    refused("has width 192: REPA needs 768", RepaLoss, model="vit_tiny_patch16_224", weights_path=str(tmp_path / "x"))
+    refused("repa_layer is null", tokenizer_module, repa=repa)
 
 
 def test_losses_start_when_told(perceptual, repa):

@@ -18,7 +18,6 @@ FILE = Path(os.environ.get("DAR_VGG16", Path(__file__).parents[3] / "runs" / "vg
 
 
 @pytest.mark.skipif(not FILE.is_file(), reason="no VGG16: set DAR_VGG16 to a file of data/convert_vgg16.py")
-@pytest.mark.filterwarnings("ignore")  # torchvision's, of the lpips package's old arguments
 def test_values_and_gradients_are_those_of_the_package():
     """Of smooth pictures, and the same with noise of growing strength: (4, 3, 64, 64) in [-1, 1]."""
     published = pytest.importorskip("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
