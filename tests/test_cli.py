@@ -44,9 +44,6 @@ def fit(kind: str, folders: dict[str, str], run: Path, **trainer) -> list[str]:
     return function(data, data, run, max_steps=1, **trainer)
 
 
-# ---- words
-
-
 def test_a_mistake_in_a_real_process():
     """And without a second's wait, as for --help: nobody asks for torch."""
     words = [sys.executable, "-X", "importtime", "-m", "dar_lightning", "trian"]
@@ -113,8 +110,6 @@ def test_flags_may_stand_alone(typed, meant):
     assert spell_out_flags(function, typed) == meant
 
 
-# ---- trainings
-
 CONFIG, CALLBACKS = "model.init_args.config", "dar_lightning.training.callbacks"
 
 
@@ -177,9 +172,6 @@ def test_checkpoint_of_another_shape(folders, tmp_path, capsys):
     assert checkpoint.read_bytes() == before
 
 
-# ---- folders and devices
-
-
 @pytest.mark.parametrize("verb", ["quickstart", "sweep", "sample", "reconstruct", "extract", "export"])
 def test_an_output_that_lies_in_no_folder(verb, folders, pipeline, tmp_path, capsys):
     """A file stands where a folder would have to be."""
@@ -230,9 +222,6 @@ def test_a_pipeline_that_is_none(tmp_path, capsys):
     line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
     assert "config.json is missing" in line
     assert not (tmp_path / "out").exists()
-
-
-# ---- what the system refuses, and the end of a run
 
 
 @pytest.mark.parametrize(

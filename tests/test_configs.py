@@ -207,9 +207,6 @@ def test_another_codebook_starts_from_k_means(vgg, tmp_path):
     assert first_step(V1, tmp_path, *words, small=False)
 
 
-# ---- the paper's recipes
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_recipes_fit_machines(name, machine):

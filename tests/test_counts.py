@@ -13,12 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counting
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.guidance import guide
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.flops import step_flops
@@ -32,9 +29,6 @@ def slope(values: dict[float, float]) -> float:
     """Of the logarithms, between the first and the last."""
     (x, y), *_, (x2, y2) = values.items()
     return math.log(y2 / y) / math.log(x2 / x)
-
-
-# ---- full size
 
 
 @pytest.mark.parametrize(
@@ -68,9 +62,6 @@ def test_ar_training_at_full_size():
     assert (counting.ar_step(config) - counting.causal_half(config)) / GFLOP == pytest.approx(153, rel=0.01)
 
 
-# ---- growth
-
-
 def test_what_grows_with_the_number_of_groups():
     """By K, with the window of K = 8, so that a step is the same one."""
     tiny = TokenizerConfig.preset("tiny").to_dict() | {"tokens_per_step": 4}
@@ -86,9 +77,6 @@ def test_a_token_costs_the_same_weights_at_any_position():
     for position in (1, 255):
         attention = config.depth * 4 * config.dim * (position + 1)
         assert counting.ar_token(config, position) - attention == 2 * parameters
-
-
-# ---- no waste
 
 
 def test_sampling_does_not_run_the_repa_head():

@@ -7,10 +7,9 @@ import torch
 from refusals import refused
 from tiny_models import seeds
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar.guidance import guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits, generate, stream_tokens
 
 LABELS = torch.tensor([0, 3, 4])

@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar import decode_road, decode_step, sampling
-from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import generate, stream_tokens
 
 LABELS = torch.tensor([0, 3, 1])

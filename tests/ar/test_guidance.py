@@ -47,9 +47,6 @@ def drawn(ar: ARModel, guidance, **options) -> torch.Tensor:
     return generate(ar, LABELS, guidance=guidance, generator=seeds(1, 2, 3), token_groups=EACH, **options)
 
 
-# ---- the schedules
-
-
 def test_power_cosine():
     for scale, count in ((3.7, 8), (0.1, 12), (8.0, 256)):
         assert guidance_schedule(PowerCosine(scale, 0), count) == guidance_schedule(scale, count), "bit for bit"
@@ -85,9 +82,6 @@ def test_groups_are_those_of_the_pipeline():
     shared = DARPipeline(make_tokenizer(tokens_per_step=4), make_ar())  # steps read 0-3, 2-5, 4-7, 4-7
     assert shared.token_groups == [1, 1, 1, 1, 2, 2, 3, 3]
     refused("from_group 4 to_group 4", shared.guidance_scales, "interval,3,4,4")
-
-
-# ---- the tokens
 
 
 @pytest.mark.parametrize(
@@ -190,9 +184,6 @@ def test_a_stream_of_previews_drops_it_too(monkeypatch):
 def test_a_last_token_alone_keeps_both_halves():
     assert [guided_tokens(scales) for scales in ([], [1.0], [2.0], [1.0, 1.0], [1.0, 2.0])] == [0, 0, 1, 0, 2]
     assert [guided_tokens(scales) for scales in ([2.0, 1.0], [2.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0])] == [2, 1, 2]
-
-
-# ---- text
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,6 @@ def test_a_run_that_cannot_be(kind, more, line, data, tmp_path, capsys):
         assert not list(tmp_path.iterdir())
 
 
-# ---- the rule
-
-
 def compare(files: str, fails: str = "before") -> None:
     """In the place of `dar compare`: a bug, before or after its work has begun."""
     if fails == "after":
@@ -164,19 +161,16 @@ def test_a_folder_that_was_there_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(phase, "working", False)
     (tmp_path / "mine").mkdir()
 
-    def refused(folder: Path) -> None:
+    def fails(folder: Path) -> None:
         with locked(folder, "output"):
             raise UserError("x")
 
     for folder in (tmp_path / "mine", tmp_path / "new" / "run"):
-        refused("x", refused, folder)
+        refused("x", fails, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     monkeypatch.setattr(phase, "working", True)
-    refused("x", refused, tmp_path / "new")
+    refused("x", fails, tmp_path / "new")
     assert (tmp_path / "new").exists()
-
-
-# ---- small ones
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1, float("-inf")])

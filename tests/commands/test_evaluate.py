@@ -88,9 +88,6 @@ def test_memory_does_not_grow_with_the_npz(tmp_path):
     assert peaks[1] < peaks[0] + 2**20, "12 MB of images may not show"
 
 
-# ---- a pipeline's own samples
-
-
 def test_a_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
     """What `dar evaluate` measures of them: tests/commands/test_drawn_npz.py."""
     drawn = {}
@@ -115,9 +112,6 @@ def test_the_shipped_pipeline_is_known_by_its_name(tmp_path):
     options = {"num_samples": 2, "num_steps": 1, "device": "cpu"}
     result = evaluate("fruit64", reference, NETWORK, str(tmp_path / "o.json"), **options)
     assert result["protocol"]["samples"]["pipeline"] == "fruit64"
-
-
-# ---- stored statistics
 
 
 def test_saved_statistics_stand_for_their_images(tmp_path):
@@ -158,8 +152,6 @@ def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--samples: images of 16x16, those of --reference have 8x8"):
         evaluate(samples, npz(tmp_path / "v.npz", pixels(9, 3, 8), **statistics), "inception", output)
 
-
-# ---- mistakes: one line each, and nothing written
 
 ZEROS = np.zeros((4, 16, 16, 3), np.uint8)
 WRONG_NPZ = [  # its arrays, and what the line says

@@ -79,9 +79,6 @@ def test_what_is_refused(verb, more, says, tokens, tmp_path, capsys):
     assert says in refusal(capsys, command(verb, tokens, tmp_path, *more))
 
 
-# ---- --ckpt_path
-
-
 class Attack:
     def __init__(self, command):
         self.command = command

@@ -155,9 +155,6 @@ def test_a_mistake_is_one_line_and_writes_nothing(pipeline, tmp_path, capsys, wo
     assert not (tmp_path / "out").exists()
 
 
-# ---- the page
-
-
 def test_the_page_repeats_a_drawing_by_sample_and_by_python(pipeline, tmp_path):
     """The last picture that the page shows is the one that both codes draw."""
     pipe = DARPipeline.from_pretrained(pipeline)

@@ -17,11 +17,10 @@ from PIL import Image
 from refusals import refused
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
 from dar_lightning.cli import main
 from dar_lightning.commands import quickstart as module
 from dar_lightning.commands.quickstart import Stage, make_stages, quickstart, run_stage
-from dar_lightning.generation.pipeline import DARPipeline
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 ROOT = Path(__file__).parents[2]
 RUNS = {"on": make_stages(Path("OUT"), from_scratch=False), "scratch": make_stages(Path("OUT"), from_scratch=True)}
@@ -111,8 +110,6 @@ def test_fresh_starts_over_and_deletes_only_its_own(tmp_path, fake_stages):
     refused("holds other files: give a new folder", quickstart, str(foreign), fresh=True)
     assert (foreign / "dear.jpg").exists()
 
-
-# ---- the real thing, small
 
 STEPS = 30
 CALLBACKS = "dar_lightning.training.callbacks"

@@ -211,9 +211,6 @@ def test_a_photo_that_was_cleaned_up_is_asked_for_again(page, photos):
     assert GONE in visit(page.url, 0, path).failure
 
 
-# ---- in a browser
-
-
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[dev]'")
@@ -388,9 +385,6 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
         assert kept[[3 * row for row in (0, 6, 13, 24, 31)]].tolist() == [True, False, False, True, True]
     tab.click("#edit_clear")
     wait_for(lambda: tab.locator("#paint .mask").evaluate(BLACK))
-
-
-# ---- options
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,6 @@ def test_seed_decides_the_order_and_the_split(tmp_path):
     assert orders[0] != sorted(orders[0])
 
 
-# ---- one line for a mistake
-
-
 def test_options_and_inputs_that_cannot_be(tree, tmp_path, capsys):
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "empty" / "class").mkdir(parents=True)

@@ -78,9 +78,6 @@ def test_training_stops_with_one_line(tmp_path, capsys):
     )
 
 
-# ---- two ranks
-
-
 def compare() -> list:
     rank = dist.get_rank()
     skipped = Skipped("data.train", 100, 0.03)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from tiny_models import make_tokenizer
 from tiny_shards import CLASSES, SIZES, picture, sample, write_set
 
+from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.commands.extract import extract
 from dar_lightning.data import extraction, transforms
 from dar_lightning.data.codes import CodesDataModule
@@ -25,8 +26,6 @@ from dar_lightning.data.token_dataset import CodesIndex, read_header
 from dar_lightning.errors import UserError
 from dar_lightning.files import locked
 from dar_lightning.formats.model_sha256 import model_sha256
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 
 SIZE, TOKENS, CODEBOOK = 32, 8, 300
 FILES = [f"00000{i}.safetensors" for i in range(3)]
@@ -79,9 +78,6 @@ def codes_of(folder: Path) -> np.ndarray:
 def seen(data: CodesDataModule) -> list:
     data.setup("fit")
     return list(data.train_dataloader())
-
-
-# ---- extraction
 
 
 def test_ten_crop_is_what_the_tokenizer_says(ten):
@@ -201,9 +197,6 @@ def test_finished_shards_of_other_images_are_noticed(tokenizers, shards, copy, t
     assert not (copy / "000002.safetensors").exists()
 
 
-# ---- bad samples
-
-
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
     """12 samples in three image shards; 1, 5, 8 and all of the last shard are bad."""
@@ -258,9 +251,6 @@ def test_too_many_bad_samples_stop_the_run(tokenizers, damaged, tmp_path):
     assert names() == [*FILES, "index.json"]
 
 
-# ---- batches
-
-
 def test_batches_hold_one_crop_of_each_image(ten):
     data, stored, chosen = CodesDataModule(str(ten), str(ten), batch_size=13, seed=1), codes_of(ten), []
     loader = data.train_dataloader()
@@ -293,9 +283,6 @@ def test_two_ranks_see_what_one_sees(pair, ten):
     whole = on_a_rank(ten, batch_size=4)
     assert [[*one, *other] for one, other in zip(first, second, strict=True)] == whole
     assert len({crc for batch in whole for _, _, crc in batch}) > 45, "another crop in each epoch"
-
-
-# ---- mistakes
 
 
 def test_damaged_token_shards_get_one_line(copy, monkeypatch):

@@ -65,8 +65,6 @@ def reason(content: bytes) -> str:
     return str(error.value)
 
 
-# ---- good images
-
 RAMP = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
 FILM = {"save_all": True, "append_images": [Image.new("RGB", (96, 64), name) for name in ("red", "lime")]}
 WORDS = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
@@ -174,9 +172,6 @@ def test_drafts_are_never_smaller_than_asked(draft_size, expected):
     for kind in KINDS[1:]:  # which have no drafts
         content = encode(picture(), kind)
         assert np.array_equal(pixels(content, draft_size=draft_size), pixels(content))
-
-
-# ---- bad ones
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.shards import Shard, ShardIndex
 from dar_lightning.training.callbacks import Throughput
 
-# ---- samples that cannot be used
-
 
 class Trap:
     """Unpickled, it makes a file."""
@@ -94,8 +92,6 @@ def test_the_first_of_two_samples_with_one_key(tmp_path, counted):
     assert batch["valid"].tolist() == [True, True, True, False][:counted]
     assert data.skipped["val"] == ({"0.tar/photo-000": "its key is in the shard twice"} if counted == 4 else {})
 
-
-# ---- ten crops, of which a sample's is a function of seed and epoch
 
 CROP = 20  # of a square of 22 pixels: its corners and its middle are five different crops
 

@@ -93,9 +93,6 @@ def test_options_of_a_config():
     assert parser.parse_args(["--data.classes=[3, Orange, 0]"]).data.classes == [3, "Orange", 0]
 
 
-# ---- what a resumed run must share
-
-
 def state(data: ImageNetDataModule) -> dict:
     """Of a run that has begun."""
     data.train_dataloader()

@@ -65,9 +65,6 @@ def whole(damaged, tmp_path_factory) -> tuple[list, Path]:
     return model.seen, root
 
 
-# ---- one rank
-
-
 @pytest.mark.parametrize(("stop", "options"), [(1, {"num_workers": 2}), (6, {}), (8, {})], ids=str)
 def test_resume_from_a_step_checkpoint(damaged, whole, stop, options):
     """Step 6 is at the edge of an epoch; the number of workers may be another."""
@@ -148,9 +145,6 @@ def test_predict_has_every_sample_in_order(shards):
     assert [key for keys in batches for key in keys] == [f"photo-{number:03d}" for number in range(26)]
 
 
-# ---- two ranks
-
-
 def rank(folder: Path, steps: int, root: Path, **options) -> tuple[list, list[str], bool]:
     """What a rank of two sees, with half the batch size, and whether it knows of bad samples."""
     data, checkpoint = photos(folder, batch_size=BATCH // 2), every_step(root, every_n_train_steps=steps)
@@ -172,9 +166,6 @@ def test_the_number_of_ranks_may_change(pair, damaged, whole, tmp_path):
     (_, one, knows), (_, other, too) = ended
     assert sorted(one + other) == good  # once, in the epoch that ends
     assert (len(one) < len(good), knows, too) == (True, True, True)
-
-
-# ---- reading
 
 
 def test_resuming_late_reads_no_more_than_resuming_early(shards, tmp_path, monkeypatch):

@@ -118,9 +118,6 @@ def test_admitted_names_are_stand_ins_and_admitted_for_one_load_only(tmp_path):
     assert vars(PickledConfig).keys() <= {"__module__", "__dict__", "__weakref__", "__doc__"}, "it does nothing"
 
 
-# ---- broken files
-
-
 def header(content: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(content) if length is None else length) + content
 

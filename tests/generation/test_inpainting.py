@@ -30,9 +30,6 @@ def pipe(request) -> DARPipeline:
     return make_pipeline().to(request.param)
 
 
-# ---- identities
-
-
 def test_an_image_of_which_nothing_is_used_changes_no_bit(pipe):
     plain = draw(pipe)
     none = torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool)
@@ -168,9 +165,6 @@ def test_generate_counts_groups_from_the_first_also_with_a_start():
     refused(r"^groups is 1: .* from 1 to 4, those after start 1 from 2$", pipe.generate, LABELS, groups=1, **options)
 
 
-# ---- what goes into a hole
-
-
 def test_spread_is_linear_and_fades_as_the_closed_form_says():
     known = (torch.arange(64) < 20).expand(1, 1, 8, -1)
     x, y = torch.randn(2, 1, 3, 8, 64, generator=torch.Generator().manual_seed(0))
@@ -204,9 +198,6 @@ def test_fill_keeps_what_is_known_and_is_smooth_between():
     assert wide[..., -1].abs().min() > 1e-3, "what is known goes on to the far end"
 
 
-# ---- more like this
-
-
 def test_noise_is_mixed_on_the_sphere():
     noise, new = torch.randn(2, 1, 3, 100, 100, generator=torch.Generator().manual_seed(0))
     for strength in (0.0, 0.3, 1.0):
@@ -228,9 +219,6 @@ def test_images_alike_keep_all_tokens_and_differ_by_strength():
         (alone,) = draw_alike(pipe, jobs[1:], 5, 7, strength, 1)
         assert (alone[0].int() - found[1][0].int()).abs().max() <= 1
     assert distances[0] < 0.01 < 0.1 < distances[1] < distances[2]
-
-
-# ---- mistakes
 
 
 @pytest.mark.parametrize(

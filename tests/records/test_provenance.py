@@ -94,9 +94,6 @@ def test_the_command_is_as_one_types_it(program, monkeypatch):
     assert (made["command"], made["precision"], made["device"][:5]) == ("dar fit '--name=a b'", "bf16-mixed", "cpu (")
 
 
-# ---- every verb's record
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pipeline) -> Path:
     """A folder with one small result of every verb."""

@@ -182,9 +182,6 @@ def test_a_resumed_runs_curve_is_one_curve(tmp_path):
     assert curve.values.tolist() == [0, 1, 12, 13, 14]
 
 
-# ---- what TensorBoard's own readers find
-
-
 def loaded(folder) -> EventMultiplexer:
     return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
 

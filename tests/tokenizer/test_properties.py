@@ -9,8 +9,7 @@ from refusals import refused
 from tiny_models import seeds
 from torch import Tensor
 
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
+from dar_lightning import SequentialDiffusionTokenizer, TokenizerConfig
 
 ROUNDING = 2e-5  # other matrix shapes round differently
 CODES = torch.arange(32)[None]

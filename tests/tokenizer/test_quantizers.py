@@ -46,9 +46,6 @@ def latents(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return values.requires_grad_()
 
 
-# ---- all of them
-
-
 @pytest.fixture(params=KINDS)
 def tokenizer(request) -> SequentialDiffusionTokenizer:
     return make_tokenizer(quantizer=request.param, **KINDS[request.param])
@@ -141,9 +138,6 @@ def test_200_steps_lower_the_loss(name):
     assert sum(totals[-20:]) < sum(totals[:20])
 
 
-# ---- entropy
-
-
 def test_entropy_of_bits_is_that_of_all_codes():
     """A token's exactly; the batch's, the sum of the bits', bounds that of the codes from above."""
     dim, temperature = 6, 0.5
@@ -159,9 +153,6 @@ def test_entropy_of_bits_is_that_of_all_codes():
     sure = latents(2, 3, 4, scale=0.0) + 100.0
     gradient = torch.autograd.grad(sum(x.sum() for x in bit_entropies(sure, None, False)), sure)[0]
     assert gradient.isfinite().all()
-
-
-# ---- against vector-quantize-pytorch
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +245,6 @@ def test_ibq_is_its_formula(monkeypatch):
     monkeypatch.setattr(ibq, "CHUNK", 7 * size)
     for one, other in zip(ours(), whole, strict=True):
         torch.testing.assert_close(one, other)
-
-
-# ---- names, options, classes of one's own
 
 
 class Half(nn.Module):

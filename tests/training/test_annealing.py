@@ -9,8 +9,7 @@ from refusals import refused
 from tiny_models import AR, GROUPS, TOKENS, make_ar, random_codes
 from tiny_training import STILL, ar_module, token_data, trainer
 
-from dar_lightning import ARModel
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.cli import main
 from dar_lightning.training import AblationModule
 from dar_lightning.training.annealing import Annealing

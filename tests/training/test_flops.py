@@ -6,8 +6,7 @@ import pytest
 import torch
 from tiny_models import AR, SIZE, TOKENIZER, TOKENS
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import AdversarialLoss

@@ -12,10 +12,9 @@ from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_mo
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.callbacks import EMA, CodebookWarmup
 from dar_lightning.training.flops import step_flops
@@ -89,8 +88,6 @@ def test_four_sequences_are_learnt_by_heart():
     assert torch.equal(generate(module.ar, torch.arange(4), top_k=1), codes)
 
 
-# ---- validation
-
 MAKE = [(tokenizer_module, image_data, "images"), (ar_module, token_data, "tokens")]
 
 
@@ -156,9 +153,6 @@ def test_every_trained_parameter_gets_a_gradient():
     assert not any(parameter.requires_grad for parameter in module.tokenizer.decoder.repa_head.parameters())
     module.training_step({"image": PIXELS}, 0)["loss"].backward()
     assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
-# ---- starting from what is there
 
 
 @pytest.mark.parametrize(("module", "data", "shards"), MAKE)

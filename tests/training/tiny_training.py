@@ -7,10 +7,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import AR, SIZE, TOKENIZER, make_ar, make_tokenizer
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 
 STILL = dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"), 0.0)

@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from refusals import refused
 from torch.utils.data import DataLoader
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.model import ARModel
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.commands.export import export
 from dar_lightning.errors import UserError
 from dar_lightning.training.ar import ARModule
@@ -130,9 +129,6 @@ def test_hyperparameters_are_plain(run):
         assert all(isinstance(value, (*plain, dict)) for value in dict(found).values())
 
 
-# ---- what a run does not resume from
-
-
 def test_another_model_and_weights_that_are_no_numbers(run, edited):
     with pytest.raises(UserError, match=r"config\.depth was 1 in the checkpoint and is 2 now"):
         SafeCheckpointIO(module(depth=2)).load_checkpoint(run[0])
@@ -159,9 +155,6 @@ def test_a_malicious_checkpoint_runs_nothing(edited, tmp_path, weights_only):
     path = edited(callbacks={"x": Attack(f"touch {tmp_path}/code_ran")})
     refused("system", lambda: SafeCheckpointIO(module()).load_checkpoint(path, weights_only=weights_only))
     assert not (tmp_path / "code_ran").exists()
-
-
-# ---- what is read of it
 
 
 def test_init_from_takes_weights_only_and_lists_them(run, tmp_path, caplog):

@@ -5,10 +5,9 @@ import torch
 from official import numbers, save_pt, state_dict
 from refusals import refused
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.weights import load_official_ar, load_official_tokenizer
 
 

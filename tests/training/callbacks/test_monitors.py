@@ -217,9 +217,6 @@ def test_layers_add_their_curves(kind, images, tokens, tmp_path):
     assert {name for name in logged if name.startswith("speed/")} == speed
 
 
-# ---- token influence
-
-
 def by_hand(tokenizer, numbers: list[int]) -> dict[str, float]:
     """Means over these pictures, where the next one gives the other tokens; seeds are the numbers."""
 
@@ -258,9 +255,6 @@ def test_token_influence_in_validation(run, images):
     assert "val/flow" in found
     assert not [name for name in found if "psnr" in name]
     refused("num_images is 1: another image's tokens need 2 or more", callbacks.TokenInfluence, num_images=1)
-
-
-# ---- by position
 
 
 class Logits(Callback):
@@ -323,9 +317,6 @@ def test_loss_and_accuracy_by_position(tokens, tmp_path, monkeypatch):
     for groups in (0, 3):
         with pytest.raises(UserError, match=f"num_groups is {groups}: it must divide the {TOKENS} tokens"):
             trainer(callbacks.PositionLoss(groups), max_steps=1).fit(ar_module(), token_data(tokens))
-
-
-# ---- two ranks
 
 
 class Keep(Callback):
