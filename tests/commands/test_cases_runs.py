@@ -14,7 +14,6 @@ from tiny_models import fit_ar, fit_tokenizer, options, write_images, write_toke
 
 from dar_lightning.cli import main
 from dar_lightning.devices import check_started_processes
-from dar_lightning.errors import UserError
 from dar_lightning.files import check_keys, load_yaml, locked
 from dar_lightning.training import module
 
@@ -162,8 +161,7 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
     if launcher is None:
         check_started_processes(world_size, "devices")
         return
-    with pytest.raises(UserError, match=f"^devices make {world_size} process.*{launcher} has started"):
-        check_started_processes(world_size, "devices")
+    refused(f"^devices make {world_size} process.*{launcher} has", check_started_processes, world_size, "devices")
 
 
 def test_srun_with_two_tasks_and_one_device(tokens, tmp_path, monkeypatch, capsys):

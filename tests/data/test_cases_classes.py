@@ -75,5 +75,4 @@ def test_labels_are_matched_by_name():
     assert labels_by_name(labels[:3], TRAIN, ("dog", "cat"), **options).tolist() == [1, 0, 0], "fox does not occur"
     with pytest.raises(UserError, match=r"^--samples: its class fox is none of --probe_train, which has dog, cat; "):
         labels_by_name(labels, TRAIN, ("dog", "cat"), **options)
-    with pytest.raises(UserError, match=r"^--samples: has labels outside its 2 classes"):
-        labels_by_name(labels, TRAIN[:2], ("dog", "cat"), **options)
+    refused(r"^--samples: has labels outside its 2", labels_by_name, labels, TRAIN[:2], ("dog", "cat"), **options)

@@ -41,8 +41,7 @@ def test_classes_of_shards_without_names(tmp_path):
     data = module(tmp_path, classes=[1, 0], max_bad_share=0.3, **options)
     assert [int(batch["label"]) for batch in data.val_dataloader()] == [1, 0, 1]
     assert data.skipped["val"] == {"0.tar/x": "its label is 'abc', the classes are 0, 1, ..."}
-    with pytest.raises(UserError, match=r"data\.val: 1 of 4 samples cannot be used"):
-        module(tmp_path, classes=[1, 0], **options).val_dataloader()
+    refused(r"data\.val: 1 of 4 samples cannot", lambda: module(tmp_path, classes=[1, 0], **options).val_dataloader())
     with pytest.raises(UserError, match=r"data\.classes: .* has no sample of \[2\]"):
         module(tmp_path, classes=[2], max_bad_share=1.0, **options).train_dataloader()
 
