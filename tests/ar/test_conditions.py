@@ -217,22 +217,13 @@ def test_prompts_are_for_models_of_text():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"condition": "text"},
-            "condition is 'text': it must be 'class' or 'none' or 'caption_tokens'.*, or the class",
-        ),
-        (
-            {"condition": "some.Where"},
-            r"not registered, and a config imports no code: call register_condition\(Where\)",
-        ),
+        ({"condition": "text"}, "condition is 'text': it must be 'class' or 'none' or 'caption_tokens'.*, or the"),
+        ({"condition": "some.Where"}, r"a config imports no code: call register_condition\(Where\)"),
         ({"condition": "none", "condition_options": {"file": "x"}}, "file is 'x': none has no options"),
         ({"condition_options": {"num_classes": 5}}, "condition 'class' has no num_classes: num_classes is all"),
         ({"condition": "caption_tokens"}, "vocabulary has 0 pieces and is none: give `file`"),
         ({"condition": "tests.Ragged", "condition_options": {"length": 2**20}}, "length is 1048576, need 1 to 65536"),
-        (
-            {"condition": "tests.Ragged", "condition_options": {"length": "2"}},
-            "length is '2': tests.Ragged needs a number",
-        ),
+        ({"condition": "tests.Ragged", "condition_options": {"length": "2"}}, "length is '2': tests.Ragged needs a"),
     ],
 )
 def test_configs_that_are_refused(changes, said):

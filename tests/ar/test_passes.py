@@ -162,10 +162,7 @@ def test_a_prefix_is_read_as_what_was_drawn():
         ({"tokens_per_pass": 3}, r"tokens_per_pass is 3: it must divide num_tokens - sequential_tokens, 8 - 0$"),
         ({"tokens_per_pass": 0}, r"tokens_per_pass is 0: it must be from 1 to num_tokens, 8$"),
         ({"sequential_tokens": 8}, r"sequential_tokens is 8: it must be from 0 to 7$"),
-        (
-            {"tokens_per_pass": 2, "place_tables": "own_and_target"},
-            "with tokens_per_pass 2 it must be target",
-        ),
+        ({"tokens_per_pass": 2, "place_tables": "own_and_target"}, "with tokens_per_pass 2 it must be target"),
         ({"block_attention": "none"}, r"block_attention is 'none': choose full or causal$"),
         ({"order": "strided_in_group", "order_groups": 3}, r"order_groups is 3: it must divide num_tokens, 8$"),
         ({"order": "strided_in_group", "order_groups": 4, "tokens_per_pass": 4}, r"groups of 2 .* must divide 2$"),

@@ -316,16 +316,8 @@ def test_mistakes_get_one_line(ten, shards, tokenizers, copy, tmp_path):
         (None, {}, "^data.train: not set; give a folder that `dar extract` wrote"),
         (None, {"val": ten, "train": tmp_path}, r"data\.train: .*index\.json does not exist; the end of `dar"),
         (None, {"train": shards}, r"data\.train: .* is another kind of index, it has no codebook_size, crops, .*token"),
-        (
-            None,
-            {"train": ten, "tokenizer": tokenizers / "1"},
-            r"data\.train holds tokens of tokenizer \w{12}, data\.tok",
-        ),
-        (
-            json.dumps(content | {"num_crops": 9}),
-            {"train": copy},
-            r"holds codes of shape \[\d+, 10, 8\], .* \[\d+, 9, 8",
-        ),
+        (None, {"train": ten, "tokenizer": tokenizers / "1"}, r"data\.train .* tokenizer \w{12}, data\.tokenizer"),
+        (json.dumps(content | {"num_crops": 9}), {"train": copy}, r"holds codes of shape \[\d+, 10, 8\], .* \[\d+, 9,"),
         (other, {"train": copy}, r"00000\d\.safetensors is of tokenizer \w{12}, index\.json of 000000000000"),
         (other, {"train": ten, "val": copy}, r"data\.val holds tokens of tokenizer 0{12}, data\.train is of"),
     ):

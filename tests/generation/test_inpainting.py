@@ -229,10 +229,7 @@ def test_images_alike_keep_all_tokens_and_differ_by_strength():
         ({"image": photos(2)}, r"image is torch.float32 \(2, 3, 32, 32\): need floats \(3 or 1, 3, 32, 32\)"),
         ({"image": photos()[..., :16]}, r"image is torch.float32 \(3, 3, 32, 16\): need floats"),
         ({"image": photos().int()}, "image is torch.int32 .*: need floats"),
-        (
-            {"image": photos(), "known": HALF[..., :8]},
-            r"known is torch.bool \(1, 1, 32, 8\): need bool \(3 or 1, 1, 32",
-        ),
+        ({"image": photos(), "known": HALF[..., :8]}, r"known is torch.bool \(1, 1, 32, 8\): need bool \(3 or 1, 1,"),
         ({"image": photos(), "known": HALF.float()}, "known is torch.float32 .*: need bool"),
         ({"image": photos(), "start": GROUPS}, "start is 4: it must be from 0 to 3 groups"),
         ({"image": photos(), "start": -1}, "start is -1: it must be from 0 to 3 groups"),

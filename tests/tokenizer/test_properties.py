@@ -232,10 +232,7 @@ def test_what_cannot_be_decoded_or_encoded(tokenizer, call, message):
         ({"head_dim": 2}, "head_dim is 2: 2-D RoPE"),
         ({"repa_layer": 2}, "repa_layer is 2"),
         ({"group_rounding": "floor"}, "group_rounding is 'floor'"),
-        (
-            {"quantizer_options": {"levels": [8, [5]]}},
-            r"quantizer_options: levels is \[8, \[5\]\]: it must be a number",
-        ),
+        ({"quantizer_options": {"levels": [8, [5]]}}, r"quantizer_options: levels is \[8, \[5\]\]: it must be a"),
     ],
     ids=str,
 )

@@ -121,10 +121,7 @@ def test_models_that_are_no_llama(tmp_path):
         (lambda config, tensors: config["dar_lightning"]["config"].update(widht=1), "ARConfig has no widht"),
         (lambda config, tensors: tensors.pop(f"{LAYER}.q_proj.weight"), f"missing {LAYER}.q_proj.weight"),
         (lambda config, tensors: tensors.update(x=torch.zeros(1)), "unknown x"),
-        (
-            lambda config, tensors: tensors.update({"lm_head.weight": torch.zeros(3, 32)}),
-            r"is \(3, 32\), need \(37, 32",
-        ),
+        (lambda config, tensors: tensors.update({"lm_head.weight": torch.zeros(3, 32)}), r"is \(3, 32\), need \(37,"),
         (lambda config, tensors: tensors["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN"),
     ],
 )
