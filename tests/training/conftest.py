@@ -1,5 +1,5 @@
 import pytest
-from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
+from tiny_models import make_tokenizer, write_images, write_tokens
 
 from dar_lightning.training.losses import PerceptualLoss
 
@@ -24,12 +24,6 @@ def tokenizer_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def vgg_file(tmp_path_factory) -> str:
-    """A file of a random VGG16."""
-    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
 
 
 @pytest.fixture(scope="session")

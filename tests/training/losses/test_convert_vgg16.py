@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
+from tiny_models import random_vgg
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dar_lightning.training.losses import PerceptualLoss
@@ -17,8 +17,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "data" / "convert_vgg16.
 
 @pytest.fixture(scope="module")
 def vgg():
-    torch.manual_seed(0)
-    return torchvision.models.vgg16(weights=None).features
+    return random_vgg()
 
 
 @pytest.fixture(scope="module")
