@@ -13,6 +13,7 @@ from image_folders import write_images
 from PIL import Image
 from refusals import refusal, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_encoder import write_encoder
 from tiny_models import AR, CLASSES, fit_ar, make_ar, make_tokenizer, picture, write_tokens
 from torch import nn
 
@@ -20,11 +21,14 @@ from dar_lightning import DARPipeline
 from dar_lightning.ar import conditions
 from dar_lightning.cli import main
 from dar_lightning.commands import extract as command
+from dar_lightning.commands import serve as serve_command
 from dar_lightning.commands.extract import extract
 from dar_lightning.commands.serve_page import draw_previews, repeat
 from dar_lightning.commands.shard import shard
 from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.transforms import to_uint8
 from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
 from dar_lightning.generation.card import model_card
 from dar_lightning.training import ARModule
 from dar_lightning.training.flops import step_flops
@@ -302,3 +306,40 @@ def test_no_condition_on_the_command_line(tmp_path):
     assert "--guidance" not in card
     main(["sample", f"--pipeline={tmp_path}/pipeline", f"--output={tmp_path}/out", "--per_class=3", "--device=cpu"])
     assert set(np.load(tmp_path / "out/samples.npz")) == {"arr_0"}
+
+
+PROMPT = "a red apple"
+
+
+@pytest.fixture(scope="module")
+def encoder_root(tmp_path_factory):
+    pytest.importorskip("transformers")
+    encoder_root = tmp_path_factory.mktemp("encoder")
+    write_encoder(encoder_root / "bert", "bert")
+    options = {"channels": 16, "length": 6, "encoder": "./nowhere"}
+    options["sha256"] = file_sha256(encoder_root / "bert/model.safetensors")
+    ar = make_ar(condition="features", condition_options=options)
+    DARPipeline(make_tokenizer(), ar).save_pretrained(encoder_root / "pipeline")
+    return encoder_root
+
+
+def test_prompts_for_an_encoder_that_was_moved(encoder_root, tmp_path):
+    pipeline, encoder = str(encoder_root / "pipeline"), str(encoder_root / "bert")
+    told, python = repeat(pipeline, PROMPT, 0, 2.0, None, 0, encoder=encoder)
+    main([*shlex.split(told)[1:-1], str(tmp_path / "one")])
+    drawn = np.asarray(Image.open(tmp_path / "one/images/000-0.png")).astype(int)
+    exec(python, found := {})
+    assert np.abs(to_uint8(found["image"])[0].permute(1, 2, 0).numpy() - drawn).max() <= 1
+    record = json.loads((tmp_path / "one/samples.json").read_text())
+    assert record["encoder"] == encoder
+    main([*shlex.split(record["command"])[1:-1], str(tmp_path / "again")])
+    again = np.asarray(Image.open(tmp_path / "again/images/000-0.png")).astype(int)
+    assert np.array_equal(again, drawn)
+    main(["sample", f"--pipeline={pipeline}", f"--encoder={encoder}", "--prompt=apple", f"--output={tmp_path}/other"])
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "other/images/000-0.png")), drawn)
+
+
+def test_the_page_looks_for_the_encoder_before_it_listens(encoder_root, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(serve_command, "build_page", None)
+    refused(r"encoder: \./nowhere is not a folder", serve_command.serve, str(encoder_root / "pipeline"))

@@ -293,14 +293,14 @@ def test_damaged_token_shards_get_one_line(copy, monkeypatch):
     with pytest.raises(UserError, match=r"000001\.safetensors is damaged: it has token \d+, the codebook \d+"):
         seen(CodesDataModule(str(copy), batch_size=13))
     length = 8 + int.from_bytes(whole[:8], "little")
-    refused = 0
+    found = 0
     for place in range(0, length, 26):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             seen(CodesDataModule(str(copy), batch_size=13))
         except UserError:
-            refused += 1
-    assert refused > length / 26 / 4, "the rest is in keys and names, which nothing depends on"
+            found += 1
+    assert found > length / 26 / 4, "the rest is in keys and names, which nothing depends on"
 
     def forbidden(*arguments):
         raise PermissionError(13, "Permission denied")

@@ -1,13 +1,15 @@
-"""What a training step computes, against the same by hand."""
+"""What a training step computes, against the same by hand; a language model as the AR model, resumed to the bit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from refusals import refused
-from tiny_models import AR, CODES, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
+from tiny_models import AR, CLASSES, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes, write_tokens
 from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -15,11 +17,12 @@ from torch.utils.data import DataLoader
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
 from dar_lightning.errors import UserError
-from dar_lightning.training import ARModule, TokenizerModule
+from dar_lightning.training import ARModule, FSDP2Strategy, TokenizerModule
 from dar_lightning.training.callbacks import EMA, CodebookWarmup
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.module import seed_batch
 from dar_lightning.training.optim import OptimizerConfig
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 
 class Outputs(Callback):
@@ -227,3 +230,59 @@ def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
     again.fit(make(was), **there)
     assert again.global_step == 2
     trainer(limit_val_batches=1).validate(make(not was), **there)
+
+
+CONFIG = AR | dict(residual_dropout=0.0, ffn_dropout=0.0, backbone="transformers")
+
+
+def config(**options) -> ARConfig:
+    pytest.importorskip("transformers")
+    return ARConfig(**CONFIG, backbone_options={"model_type": "qwen3", "attention_dropout": 0.1} | options)
+
+
+def module(**options) -> ARModule:
+    torch.manual_seed(0)
+    return ARModule(config(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, options):
+    """Weights, their average and the optimizer, to the bit; the checkpoint alone draws."""
+    if options:
+        pytest.importorskip("peft")
+    tokens = write_tokens(tmp_path / "tokens", 8)
+    for name, steps, ckpt in (("whole", 4, None), ("half", 2, None), ("rest", 4, "half")):
+        saving = ModelCheckpoint(tmp_path, name, every_n_train_steps=steps)
+        fit = trainer(EMA(0.8), saving, max_steps=steps, enable_checkpointing=True, limit_val_batches=0)
+        started = module(**options)
+        fit.fit(started, token_data((tokens, tokens)), ckpt_path=tmp_path / f"{ckpt}.ckpt" if ckpt else None)
+    whole, rest = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "rest"))
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, rest[key][name]) for name, tensor in whole[key].items())
+    first, again = (each["optimizer_states"][0]["state"][0] for each in (whole, rest))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    for weights in ("ema", "raw"):
+        ar = load_lightning_checkpoint(tmp_path / "whole.ckpt", weights)
+        assert ar.config.backbone_options == {"model_type": "qwen3", "attention_dropout": 0.1}
+        saved = whole["state_dict" if weights == "ema" else "current_model_state"]
+        assert torch.equal(ar.head.weight, saved["ar.head.weight"])
+        name = "backbone.trunk.layers.0.self_attn.q_proj.weight"
+        before, after = module(**options).ar.state_dict()[name], saved[f"ar.{name}"]
+        assert torch.equal(before, after) == bool(options)  # frozen under adapters
+        assert torch.equal(ar.state_dict()[name], after) != bool(options)  # merged
+        assert generate(ar, torch.arange(len(CLASSES)), guidance=2.0).shape == (len(CLASSES), TOKENS)
+
+
+def test_what_refuses_it():
+    pytest.importorskip("transformers")
+    trains = SimpleNamespace(ar=make_ar(**CONFIG, backbone_options={"model_type": "llama"}), trainer=None)
+    with pytest.raises(
+        UserError, match=r"trainer\.strategy: FSDP2Strategy shards our Llama, backbone is 'transformers'"
+    ):
+        FSDP2Strategy.configure_ddp(SimpleNamespace(lightning_module=trains))
+    names = {name.removeprefix("ar.") for name in module()._ddp_params_and_buffers_to_ignore}
+    assert names >= {"order", "backbone.trunk.rotary_emb.inv_freq"}
+    assert {name for name, _ in module().ar.named_buffers()} <= names
+    still = ARModule(ARConfig(**CONFIG | STILL, backbone_options={"model_type": "llama"}))
+    assert not [each for each in still.modules() if isinstance(each, torch.nn.Dropout) and each.p]
