@@ -25,8 +25,8 @@ GFLOP = 1e9
 
 
 def slope(values: dict[float, float]) -> float:
-    """Of the logarithms, between the first and the last."""
-    (x, y), *_, (x2, y2) = values.items()
+    """Of the logarithms."""
+    (x, y), (x2, y2) = values.items()
     return math.log(y2 / y) / math.log(x2 / x)
 
 
@@ -46,15 +46,19 @@ def test_the_tokenizer_at_full_size(name, config, gflop):
 
 
 def test_a_training_step_with_the_frozen_networks(vgg_file, monkeypatch):
-    """LPIPS sees two images and goes back to the pixels of one; DINOv2 sees one and does not go back."""
+    """LPIPS sees two images and goes back to the pixels of one; DINOv2 sees one and does not go back.
+
+    Beside a tokenizer of v1's widths and two blocks each, as beside v1, whose step has 1461 with them and 1294 without.
+    """
     build = timm.create_model
     random = {"pretrained": False, "weight_init": "skip"}
     monkeypatch.setattr(timm, "create_model", lambda name, **options: build(name, **options | random))
     losses = {"perceptual": PerceptualLoss(weights_path=vgg_file), "repa": RepaLoss()}
-    with FakeTensorMode():  # of which only the structure counts
-        module = TokenizerModule(V1, **losses)
+    shallow = dict(encoder_depth=2, conditioner_depth=2, decoder_depth=2, repa_layer=1)
+    module = TokenizerModule(TokenizerConfig(**V1.to_dict() | shallow), **losses)
     batch = {"image": torch.zeros(2, 3, 256, 256, dtype=torch.uint8)}
-    assert step_flops(module, batch) / 2 / GFLOP == pytest.approx(1461, rel=0.01)
+    frozen = step_flops(module, batch) / 2 - counting.tokenizer_step(module.tokenizer.config)
+    assert frozen / GFLOP == pytest.approx(1461 - 1294, rel=0.01)
 
 
 def test_ar_training_at_full_size():
@@ -66,7 +70,7 @@ def test_ar_training_at_full_size():
 def test_what_grows_with_the_number_of_groups():
     """By K, with the window of K = 8, so that a step is the same one."""
     tiny = TokenizerConfig.preset("tiny").to_dict() | {"tokens_per_step": 4}
-    configs = {k: TokenizerConfig(**tiny | {"num_groups": k}) for k in (1, 2, 8)}
+    configs = {k: TokenizerConfig(**tiny | {"num_groups": k}) for k in (1, 8)}
     assert slope({k: counting.decode(c) - counting.condition(c) for k, c in configs.items()}) == pytest.approx(1)
     for same in (counting.encode, counting.tokenizer_step):
         assert slope({k: same(config) for k, config in configs.items()}) == 0
