@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from refusals import refused
 from tiny_models import AR, CLASSES, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes, write_tokens
 from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
@@ -18,7 +18,7 @@ from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
 from dar_lightning.errors import UserError
 from dar_lightning.training import ARModule, FSDP2Strategy, TokenizerModule
-from dar_lightning.training.callbacks import EMA, CodebookWarmup
+from dar_lightning.training.callbacks import EMA, CodebookWarmup, EarlyStoppingPatience
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.module import seed_batch
 from dar_lightning.training.optim import OptimizerConfig
@@ -286,3 +286,41 @@ def test_what_refuses_it():
     assert {name for name, _ in module().ar.named_buffers()} <= names
     still = ARModule(ARConfig(**CONFIG | STILL, backbone_options={"model_type": "llama"}))
     assert not [each for each in still.modules() if isinstance(each, torch.nn.Dropout) and each.p]
+
+
+OWN_PIXELS = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "says"),
+    [
+        (OWN_PIXELS / 255, "float32 from 0 to 1: give uint8, or floats from 0 to 255"),
+        (OWN_PIXELS / 127.5 - 1, "float32 from -1 to 1: give uint8"),
+        (OWN_PIXELS.double() / 255, "float64 from 0 to 1"),
+        (OWN_PIXELS[..., :-8], rf"is \(2, 3, {SIZE}, {SIZE - 8}\): need \(B, 3, {SIZE}, {SIZE}\)"),
+        (OWN_PIXELS[:, :1], r"is \(2, 1, .*need \(B, 3, "),
+        (OWN_PIXELS.permute(0, 2, 3, 1), "need"),
+    ],
+)
+def test_pixels_that_would_be_misread(pixels, says):
+    module = tokenizer_module()
+    refused(says, module.training_step, {"image": pixels}, 0)
+    refused(says, module.evaluate_batch, {"image": pixels, "valid": torch.ones(2, dtype=torch.bool)}, 0, "val")
+
+
+def test_floats_of_the_range_of_uint8():
+    module = tokenizer_module()
+    assert torch.equal(module.read_images(OWN_PIXELS.float(), 0), module.read_images(OWN_PIXELS, 0))
+    assert torch.equal(module.read_images(OWN_PIXELS, 0), OWN_PIXELS.float() / 127.5 - 1)
+
+
+def test_patience_is_the_one_of_the_config():
+    """Lightning's EarlyStopping takes it from the checkpoint."""
+    early, other = EarlyStopping("val/loss", patience=7), EarlyStopping("val/flow", patience=3)
+    run = trainer(early, other, EarlyStoppingPatience())
+    states = {each.state_key: EarlyStopping(each.monitor, patience=3).state_dict() for each in (early, other)}
+    states[early.state_key]["wait_count"] = 2
+    EarlyStoppingPatience().on_load_checkpoint(run, None, {"callbacks": states})
+    for each in (early, other):
+        each.load_state_dict(states[each.state_key])
+    assert (early.patience, early.wait_count, other.patience) == (7, 2, 3)
