@@ -151,9 +151,8 @@ CONFIG, CALLBACKS = "model.init_args.config", "dar_lightning.training.callbacks"
 )
 def test_a_training_that_cannot_be(kind, options, said, folders, tmp_path, capsys):
     kind, _, without = kind.partition(" ")  # a config
-    command = [
-        word for word in fit(kind, folders, tmp_path / "run") if not (without and word.startswith(f"--{CONFIG}="))
-    ]
+    words = fit(kind, folders, tmp_path / "run")
+    command = [word for word in words if not (without and word.startswith(f"--{CONFIG}="))]
     line = refusal(capsys, [*command, *(f"--{option.format_map(folders)}" for option in options.split())])
     assert re.search(said, line), line
     assert list(tmp_path.rglob("*.ckpt")) == []

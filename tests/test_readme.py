@@ -150,9 +150,8 @@ def test_the_plan_says_what_it_takes_and_runs_nothing(folder):
 
 def test_its_hours_are_those_of_the_recipes(folder):
     """A recipe's header gives hours on 8 GPUs, the plan of one."""
-    hours = {
-        name: int(of) for name, of in re.findall(r"^(\w+) +to do +\d+ +(\d+) +\d+$", run("--plan").stdout, re.MULTILINE)
-    }
+    rows = re.findall(r"^(\w+) +to do +\d+ +(\d+) +\d+$", run("--plan").stdout, re.MULTILINE)
+    hours = {name: int(of) for name, of in rows}
     recipes = {"tokenizer": "tokenizer/v1", "codebook4096": "tokenizer/codebook4096"}
     recipes |= {f"model_{size}": f"ar/{size}" for size in ("B", "L", "XL", "XXL")}
     for step, recipe in recipes.items():

@@ -234,9 +234,8 @@ def test_every_option_of_a_run(places, stops, capsys, monkeypatch):
     for verb, options in of_verbs.items():
         if verb != "fit":
             others = {name: hint for name, hint in options.items() if name not in of_verbs["fit"]}
-            found |= {
-                f"{verb} {name}": came for name, came in faults([verb, *words[1:]], others, stops, capsys).items()
-            }
+            of_verb = faults([verb, *words[1:]], others, stops, capsys)
+            found |= {f"{verb} {name}": came for name, came in of_verb.items()}
     assert not found, "\n".join(f"{name}: {came}" for name, came in found.items())
 
 

@@ -265,10 +265,8 @@ def test_the_kernel(interpreted, dtype):
         rotary = torch.stack([angles.cos(), angles.sin()], -1)[None]
         held = torch.randn(2, 2, kv_heads, capacity, width, generator=generator).to(dtype)
         qkv = torch.randn(2, (heads + 2 * kv_heads) * width, generator=generator).to(dtype)
-        expected_cache = held.double()
-        expected = decode_step._attend(
-            qkv.double(), expected_cache, seen, rotary, position, heads, kv_heads, length=capacity
-        )
+        expected_cache, sizes = held.double(), (position, heads, kv_heads, capacity)
+        expected = decode_step._attend(qkv.double(), expected_cache, seen, rotary, *sizes)
         held[:, :, :, at:] = torch.nan
         found = interpreted(qkv, held, seen, rotary, position, heads, kv_heads)
         error = (found.double() - expected).norm() / expected.norm()

@@ -168,13 +168,7 @@ def test_a_prefix_is_read_as_what_was_drawn():
         ({"order": "strided_in_group", "order_groups": 4, "tokens_per_pass": 4}, r"groups of 2 .* must divide 2$"),
         ({"order": "random_in_group", "order_groups": 2, "tokens_per_pass": 4, "sequential_tokens": 2}, "8 - 2"),
         (
-            {
-                "order": "random_in_group",
-                "order_groups": 2,
-                "tokens_per_pass": 2,
-                "sequential_tokens": 2,
-                "num_tokens": 6,
-            },
+            dict(order="random_in_group", order_groups=2, tokens_per_pass=2, sequential_tokens=2, num_tokens=6),
             r"groups of 3 tokens in whole passes, it must divide 3$",
         ),
     ],

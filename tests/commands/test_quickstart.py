@@ -46,11 +46,9 @@ def test_the_two_starts():
     """From scratch nothing is drawn first, no training reads the shipped weights, and it takes longer."""
     on, scratch = ([stage.name for stage in stages] for stages in RUNS.values())
     assert on == ["shipped", *scratch]
-    fits = {
-        name: [" ".join(words) for stage in RUNS[name] for words in stage.commands if words[0] == "fit"]
-        for name in RUNS
-    }
-    assert [line.count("finetune_") for line in fits["on"] + fits["scratch"]] == [1, 1, 0, 0]
+    commands = [words for name in ("on", "scratch") for stage in RUNS[name] for words in stage.commands]
+    fits = [" ".join(words) for words in commands if words[0] == "fit"]
+    assert [line.count("finetune_") for line in fits] == [1, 1, 0, 0]
     assert sum(stage.minutes for stage in RUNS["on"]) < 10 < sum(stage.minutes for stage in RUNS["scratch"])
     (spaces,) = make_stages(Path("my own"), True)[1].commands
     assert spaces[2] == "my own/tokenizer/weights"

@@ -84,9 +84,8 @@ def test_an_edit_keeps_what_is_black_and_says_how_to_draw_it_again(pipeline, fil
 
 
 def test_an_image_may_also_give_the_first_tokens(pipeline, files, tmp_path):
-    sample(
-        str(tmp_path), pipeline, classes="1", per_class=1, image=files["photo"], prefix="2,6", evidence=0, static=True
-    )
+    options = {"classes": "1", "per_class": 1, "image": files["photo"], "prefix": "2,6"}
+    sample(str(tmp_path), pipeline, **options, evidence=0, static=True)
     about = json.loads(Image.open(tmp_path / "images/001-0-6.png").text["dar"])
     tokens = make_pipeline().tokenizer.tokenize(to_float(to_tensor(picture(3))[None]))[0].tolist()
     assert (about["codes"][:6], about["evidence"], about["image"]) == (tokens[:6], 0, files["photo"])

@@ -125,9 +125,8 @@ def test_batches_and_memory_have_a_limit(tokenizers, shards, ten, tmp_path, monk
 def test_other_crops(tokenizers, shards, tmp_path):
     run(tokenizers, shards, tmp_path / "flip", crops="center_flip", batch_size=7, num_workers=1)
     center = transforms.center_crop(picture(12), SIZE)
-    assert np.array_equal(
-        codes_of(tmp_path / "flip")[12], by_hand([center, Image.fromarray(np.array(center)[:, ::-1])])
-    )
+    both = by_hand([center, Image.fromarray(np.array(center)[:, ::-1])])
+    assert np.array_equal(codes_of(tmp_path / "flip")[12], both)
     for name, seed, batch_size in (("a", 0, 3), ("b", 0, 30), ("c", 1, 30)):
         run(tokenizers, shards, tmp_path / name, crops="random", random_crops=3, seed=seed, batch_size=batch_size)
     a, b, c = (codes_of(tmp_path / name) for name in "abc")

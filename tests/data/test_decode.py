@@ -132,9 +132,8 @@ def test_phone_photos_stand_upright(tag, kind):
     exif = Image.Exif()
     exif[0x0112] = tag
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
-    content = encode(
-        Image.fromarray(np.ascontiguousarray(STORED[tag](np.array(picture())))), kind, exif=exif, **options
-    )
+    stored = np.ascontiguousarray(STORED[tag](np.array(picture())))
+    content = encode(Image.fromarray(stored), kind, exif=exif, **options)
     found = pixels(content)
     assert found.shape == (64, 96, 3)
     assert distance(found, picture()) < (2 if kind == "JPEG" else 0.01)

@@ -45,9 +45,8 @@ def test_files_are_those_of_the_index_and_samples_say_what_they_are():
         counts.append(np.bincount([int(members["cls"]) for _, members in samples], minlength=14))
         images = [Image.open(io.BytesIO(members["jpg"])) for _, members in samples]
         assert {image.size for image in images} == {(64, 64)}
-        small.append(
-            np.stack([np.asarray(i.resize((8, 8), Image.Resampling.BOX), dtype=float).ravel() for i in images])
-        )
+        tiny = [image.resize((8, 8), Image.Resampling.BOX) for image in images]
+        small.append(np.stack([np.asarray(image, dtype=float).ravel() for image in tiny]))
     share = counts[1] / sum(counts)
     assert 0.13 < share.min() <= share.max() < 0.17, "stratified"
 
@@ -79,9 +78,8 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     spec.loader.exec_module(script)
     script.build(tmp_path / "photos.parquet", tmp_path / "a")
     assert "60 rows, 50 distinct photos, 2 classes" in capsys.readouterr().out
-    split_of = {
-        json.loads(m["json"])["source_row"]: s for s, samples in read(tmp_path / "a").items() for _, m in samples
-    }
+    found = read(tmp_path / "a").items()
+    split_of = {json.loads(m["json"])["source_row"]: split for split, samples in found for _, m in samples}
     assert set(split_of.values()) == set(SPLITS)
     assert all(split_of[row] == split_of[row + 1] for row in range(20, 40, 2))
     # rebuilt, the bytes are the same; and it is noticed where they are not

@@ -100,9 +100,8 @@ def test_a_mistyped_path_does_not_ask_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("absent/folder", "a/b/c"):
         refused(r"^.* is not a folder, .*$", ARModel.from_pretrained, name)
-    monkeypatch.setattr(
-        "dar_lightning.formats.pretrained.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub")
-    )
+    download = "dar_lightning.formats.pretrained.snapshot_download"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("asked the Hub"))
     for name in ("/absent/folder", "./absent", "../absent", "runs/absent", Path("runs") / "absent"):
         refused("no such folder", ARModel.from_pretrained, name)
     refused(r"need one with config\.json", ARModel.from_pretrained, "runs/file")

@@ -115,9 +115,8 @@ def test_plots_show_the_numbers(sweep, reported):
     assert means == pytest.approx([0.11, 0.16, 0.12])
     assert paper.containers[0].lines[0].get_ydata() == pytest.approx([2.44, 4.17])
     axes = plot_metrics(found, [row for row in rows if row.cell.name != "coarse"]).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["reversed", "random"], (
-        "no place for what is unknown"
-    )
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["reversed", "random"], "no place for what is unknown"
     assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 1]
     [curves] = plot_curves(found).axes
     thick = {line.get_label(): line for line in curves.lines if line.get_linewidth() == 2}

@@ -277,10 +277,8 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, options):
 def test_what_refuses_it():
     pytest.importorskip("transformers")
     trains = SimpleNamespace(ar=make_ar(**CONFIG, backbone_options={"model_type": "llama"}), trainer=None)
-    with pytest.raises(
-        UserError, match=r"trainer\.strategy: FSDP2Strategy shards our Llama, backbone is 'transformers'"
-    ):
-        FSDP2Strategy.configure_ddp(SimpleNamespace(lightning_module=trains))
+    line = r"trainer\.strategy: FSDP2Strategy shards our Llama, backbone is 'transformers'"
+    refused(line, FSDP2Strategy.configure_ddp, SimpleNamespace(lightning_module=trains))
     names = {name.removeprefix("ar.") for name in module()._ddp_params_and_buffers_to_ignore}
     assert names >= {"order", "backbone.trunk.rotary_emb.inv_freq"}
     assert {name for name, _ in module().ar.named_buffers()} <= names

@@ -40,10 +40,8 @@ def token_data(tokens: tuple[str, str], batch_size: int = 4) -> CodesDataModule:
 def trainer(*callbacks: Callback, folder: Path | None = None, **options) -> Trainer:
     """On the CPU; with a folder, its curves go to folder/logs and other files into it."""
     if folder is not None:
-        options = {
-            "logger": TensorBoardLogger(str(folder), name="", version="logs"),
-            "default_root_dir": folder,
-        } | options
+        logger = TensorBoardLogger(str(folder), name="", version="logs")
+        options = {"logger": logger, "default_root_dir": folder} | options
     common = QUIET | dict(accelerator="cpu", logger=False, enable_checkpointing=False, log_every_n_steps=1)
     return Trainer(callbacks=list(callbacks), **common | options)
 

@@ -42,10 +42,7 @@ def test_nats_lost_by_group(tokens, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [
-        ({"tokens_per_pass": 2}, "tokens_per_pass is 2, need 1"),
-        ({"vocab_size": 16}, "vocab_size is 16, need 32"),
-    ],
+    [({"tokens_per_pass": 2}, "tokens_per_pass is 2, need 1"), ({"vocab_size": 16}, "vocab_size is 16, need 32")],
 )
 def test_references_that_cannot_be_compared(changes, reason, tokens, tmp_path):
     make_ar(**changes).save_pretrained(tmp_path)
