@@ -54,7 +54,8 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
     tensors = torch.load(vgg_file, weights_only=True)
     for name, parameter in by_hand.net.named_parameters():
         parameter.data.copy_(tensors["features." + name.split(".", 1)[1]])
-    a, b, t = torch.rand(2, 3, 32, 32) * 4 - 2, torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2)
+    b, t = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2)
+    a = b + 1.5  # clipped it would be a quarter farther off
     torch.testing.assert_close(perceptual(a, b, t), by_hand(a, b).mean())
     assert perceptual(b, b, t) == 0
 
@@ -65,7 +66,7 @@ def test_perceptual_is_lpips_on_the_given_vgg(vgg_file, perceptual):
     total, parts = module.total_loss({"flow": zero, "quantizer": (), "x1_hat": a, "t": t}, b)
     torch.testing.assert_close(parts["perceptual"], by_hand(a, b).mean())
     torch.testing.assert_close(total, 0.5 * by_hand(a, b).mean())
-    assert abs(by_hand(a.clamp(-1, 1), b).mean() - parts["perceptual"]) > 0.01 * parts["perceptual"]
+    assert by_hand(a.clamp(-1, 1), b).mean() > 1.1 * parts["perceptual"]
 
 
 def test_perceptual_weighs_times_and_sees_a_part(perceptual):
