@@ -5,22 +5,20 @@ import os
 import shutil
 import signal
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from refusals import refusal, refused
 from tiny_models import fit_ar, fit_tokenizer, options, write_images, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.devices import check_srun, check_started_processes
-from dar_lightning.errors import UserError
 from dar_lightning.files import check_keys, load_yaml, locked
 from dar_lightning.training import module
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 SAVES = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true", "--ckpt_path=last"]
 
 
@@ -51,16 +49,6 @@ def last(folder: Path) -> dict:
 
 def step(folder: Path) -> int:
     return last(folder)["global_step"]
-
-
-def refusal(capsys, argv: list[str]) -> str:
-    """The one line on stderr with which a command ends, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in argv])
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
-    return line
 
 
 # ---- a saved config with another folder
@@ -178,12 +166,11 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
     if launcher is None:
         check_started_processes(world_size, "devices")
         return
-    with pytest.raises(UserError, match=f"^devices make {world_size} process.*{launcher} has started"):
-        check_started_processes(world_size, "devices")
+    refused(f"^devices make {world_size} process.*{launcher} has", check_started_processes, world_size, "devices")
 
 
 @pytest.mark.parametrize(
-    ("variables", "refused"),
+    ("variables", "wrong"),
     [
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, True),  # a script of sbatch
         ({"SLURM_NTASKS": "1"}, True),  # a shell of salloc
@@ -192,10 +179,12 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
         ({"SLURM_NTASKS": "2", "TORCHELASTIC_RUN_ID": "x"}, False),
     ],
 )
-def test_tasks_of_slurm_that_srun_has_not_started(variables, refused, monkeypatch):
+def test_tasks_of_slurm_that_srun_has_not_started(variables, wrong, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="write srun before dar") if refused else nullcontext():
+    if wrong:
+        refused("write srun before dar", check_srun)
+    else:
         check_srun()
 
 
@@ -210,8 +199,11 @@ def test_a_notice_before_the_first_step(tokens, tmp_path, monkeypatch, capsys):
     for name in ("SLURM_NTASKS=1", "SLURM_PROCID=0", "SLURM_LOCALID=0", "SLURM_NODEID=0", "SLURM_JOB_ID=1"):
         monkeypatch.setenv(*name.split("="))
     words = [str(word) for word in fit_ar(tokens, tokens, tmp_path / "run", num_sanity_val_steps=1)]
-    line = refusal(capsys, [*words, *SAVES, f"--trainer.callbacks+={__name__}.Notice"])
-    assert "SIGUSR1 came before the first step, nothing is saved; SLURM's --time must be longer" in line
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *SAVES, f"--trainer.callbacks+={__name__}.Notice"])
+    assert stop.value.code == 2
+    said = "dar fit: SIGUSR1 came before the first step, nothing is saved; SLURM's --time must be longer"
+    assert sum(line.startswith(said) for line in capsys.readouterr().err.splitlines()) == 1
     assert list(tmp_path.rglob("*.ckpt")) == []
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
@@ -282,8 +274,7 @@ def test_other_places_of_yaml(tmp_path, capsys):
     twice = "samples: a\nreference: b\nsamples: c\n"
     (tmp_path / "twice.yaml").write_text(twice)
     assert "'samples' is there twice" in refusal(capsys, ["evaluate", f"--config={tmp_path / 'twice.yaml'}"])
-    with pytest.raises(UserError, match=r"^x.yaml: 'samples' is there twice"):
-        load_yaml(twice, "x.yaml")
+    refused(r"^x.yaml: 'samples' is there twice", load_yaml, twice, "x.yaml")
     merged = "a: &a\n  x: 1\n  y: 2\nb:\n  <<: *a\n  x: 3\nc: *a\nd: [1, {x: 1}, {x: 2}]\n"
     assert load_yaml(merged, "x")["b"] == {"x": 3, "y": 2}, "a merge key may be overridden"
     check_keys("a: [", "what is no YAML is for whoever loads it")
