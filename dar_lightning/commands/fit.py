@@ -33,6 +33,7 @@ from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import EarlyStoppingPatience, Faults, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+from dar_lightning.training.fixed_buckets import fix_buckets
 from dar_lightning.training.tokenizer import TokenizerModule
 
 LOGGER = "dar_lightning.training.loggers.TensorBoard"
@@ -138,6 +139,7 @@ class TrainerCLI(LightningCLI):
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
             )
         trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
+        fix_buckets(trainer.strategy)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
