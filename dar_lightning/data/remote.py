@@ -13,7 +13,7 @@ import fsspec
 from filelock import FileLock
 
 from dar_lightning.errors import MachineFault, UserError
-from dar_lightning.files import atomic_path, file_sha256, users_path, write_text
+from dar_lightning.files import atomic_path, check_local, file_sha256, users_path, write_text
 
 PATIENCE = 900.0  # seconds for which the server of a run's shards may be away
 MOST_PATIENCE = 7 * 86400
@@ -30,6 +30,7 @@ def is_remote(source: str) -> bool:
 
 def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
     """Where the files of a remote folder are kept."""
+    check_local(cache_dir, "cache_dir")
     if cache_dir is None:
         raise UserError(f"{option}: {url} is remote, set cache_dir to a folder that its shards are copied to")
     return Path(cache_dir) / hashlib.sha256(url.encode()).hexdigest()[:16]
