@@ -280,8 +280,8 @@ def test_a_url_that_cannot_be_read_from_says_what_would_be_right(source, pipelin
     monkeypatch.chdir(tmp_path)
     words = [f"--tokenizer={pipeline}/tokenizer", f"--shards={source}", "--output=o", "--device=cpu"]
     assert f"shards: {source} is a URL" in refusal(capsys, ["reconstruct", *words])
-    words = [f"--samples={source}", "--reference=x", "--features=color_edges", "--device=cpu"]
-    assert f"--samples: {source} does not exist; give" in refusal(capsys, ["evaluate", *words])
+    words = ["--samples=x", f"--reference={source}", "--features=color_edges", "--device=cpu"]
+    assert f"--reference: {source} does not exist; give" in refusal(capsys, ["evaluate", *words])
     assert not list(tmp_path.iterdir())
 
 
