@@ -1,7 +1,9 @@
 """A server of shards that goes away in the middle of training: it is waited for, and the run loses no step."""
 
 import functools
+import os
 import re
+import signal
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,7 @@ from tiny_models import fit_tokenizer
 from tiny_shards import write_set
 
 from dar_lightning.cli import main
+from dar_lightning.training.callbacks import stop
 
 STEPS, AWAY_AFTER = 4, 5  # steps of two batches; the server goes in the middle of the third
 
@@ -46,13 +49,16 @@ class Away(Callback):
     """Takes the server away after some batches; for so many seconds, if it comes back."""
 
     server: Server
-    seconds: float | None
+    seconds: float | None = None
+    signal: int | None = None  # that comes while it is away
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == AWAY_AFTER:
             self.server.stop()
             if self.seconds is not None:
                 threading.Timer(self.seconds, self.server.start).start()
+            if self.signal is not None:
+                threading.Timer(0.3, os.kill, (os.getpid(), self.signal)).start()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def unbroken(shards, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 def test_a_server_that_comes_back(server, unbroken, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(Away, "seconds", 0.7, raising=False)
+    monkeypatch.setattr(Away, "seconds", 0.7)
     began = time.monotonic()
     main(command(server.url, tmp_path, f"--trainer.callbacks+={__name__}.Away"))
     assert time.monotonic() - began > 0.7
@@ -111,9 +117,8 @@ def test_a_server_that_comes_back(server, unbroken, tmp_path, caplog, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_stays_away(server, unbroken, tmp_path, capsys, monkeypatch, workers):
+def test_a_server_that_stays_away(server, unbroken, tmp_path, capsys, workers):
     """The step at hand is saved, though half of the next one's gradients are there; the same command goes on."""
-    monkeypatch.setattr(Away, "seconds", None, raising=False)
     words = command(server.url, tmp_path, "--data.init_args.patience=0.3", f"--data.init_args.num_workers={workers}")
     with pytest.raises(SystemExit) as stop:
         main([*words, f"--trainer.callbacks+={__name__}.Away"])
@@ -123,6 +128,22 @@ def test_a_server_that_stays_away(server, unbroken, tmp_path, capsys, monkeypatc
     file = re.escape(str(tmp_path / "checkpoints" / "last.ckpt"))
     says = rf"{server.url}/0000.* cannot be copied, tried .*; last checkpoint: {file}, of step {step}$"
     assert re.match(f"dar fit: {says}", line), line
+    server.start()
+    main(words)
+    assert same(unbroken, weights(tmp_path, STEPS))
+
+
+def test_a_signal_while_the_server_is_away(server, unbroken, tmp_path, capsys, monkeypatch):
+    """A cluster kills soon after it: no quarter of an hour is left to wait for the step's end."""
+    monkeypatch.setattr(Away, "signal", signal.SIGUSR1)
+    monkeypatch.setattr(stop, "GRACE", 0.3)
+    alarm, words = signal.getsignal(signal.SIGALRM), command(server.url, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, f"--trainer.callbacks+={__name__}.Away"])
+    assert ended.value.code == 128 + signal.SIGUSR1
+    said = f"SIGUSR1: stopped after step {AWAY_AFTER // 2}, saved in {tmp_path}/checkpoints/last.ckpt"
+    assert said in capsys.readouterr().err.splitlines()
+    assert signal.getsignal(signal.SIGALRM) == alarm
     server.start()
     main(words)
     assert same(unbroken, weights(tmp_path, STEPS))
