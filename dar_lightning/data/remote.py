@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 from filelock import FileLock
 
-from dar_lightning.errors import MachineFault, UserError
-from dar_lightning.files import atomic_path, check_local, file_sha256, users_path, write_text
+from dar_lightning.errors import MachineFault, UserError, naming
+from dar_lightning.files import atomic_path, check_local, file_sha256, write_text
 
 PATIENCE = 900.0  # seconds for which the server of a run's shards may be away
 MOST_PATIENCE = 7 * 86400
@@ -79,7 +79,7 @@ def fetch(
 
     tries, wait, first = 0, WAIT, 0.0
     while not is_here():
-        with users_path("cache_dir"):
+        with naming("cache_dir", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{path}.lock").acquire()
         try:
@@ -129,7 +129,7 @@ def _copy(url: str, part: Path) -> None:
 
 def forget_differing(folder: Path) -> None:
     """Drop the copies that were not what they must be: the server may have better ones by now."""
-    with users_path("cache_dir"):
+    with naming("cache_dir", OSError):
         for note in folder.glob("*.differs"):
             note.with_suffix("").unlink(missing_ok=True)
             note.unlink(missing_ok=True)

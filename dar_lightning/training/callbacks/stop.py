@@ -40,6 +40,7 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self._signal = 0  # number of the one received
+        self._training = False
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._signal = int(signal.SIGTERM) if trainer.received_sigterm else 0
@@ -48,7 +49,8 @@ class StopOnSignal(Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)  # at its end, the Trainer brings back what was before it
-        self._before = signal.signal(signal.SIGALRM, self._give_up)
+        signal.signal(signal.SIGALRM, self._give_up)
+        self._training = True
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._quiet()
@@ -76,7 +78,11 @@ class StopOnSignal(Callback):
         if number == signal.SIGINT and self._signal:
             raise KeyboardInterrupt
         self._signal = number
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
+        self._wait_anew()
+
+    def _wait_anew(self) -> None:
+        if self._signal and self._training:
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         if any(isinstance(each.f_locals.get("self"), _DataFetcher) for each, _ in walk_stack(frame)):
@@ -84,10 +90,10 @@ class StopOnSignal(Callback):
         signal.setitimer(signal.ITIMER_REAL, GRACE)  # in a step, which may be long
 
     def _quiet(self) -> None:
-        """No alarm any more."""
-        if before := self.__dict__.pop("_before", None):
+        """No alarm any more, which would end a process that has no answer to it."""
+        if self._signal and self._training:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        self._training = False
 
     def _say(self, trainer, files: list[str | None]) -> None:
         saved = [f"saved in {file}" for file in files if file]
@@ -96,6 +102,7 @@ class StopOnSignal(Callback):
         print(said + (saved or ["not saved, the checkpoint before is the last"])[0], file=sys.stderr, flush=True)
 
     def _obey(self, trainer, pl_module, validating: bool = False) -> None:
+        self._wait_anew()
         if trainer.fit_loop.epoch_loop._should_accumulate():  # gradients in the making are in no checkpoint
             return
         number, many = self._signal, trainer.world_size > 1
