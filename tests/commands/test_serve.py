@@ -419,8 +419,7 @@ def test_a_gradio_that_is_there_and_cannot_be_imported(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "gradio")
     monkeypatch.setattr(sys, "meta_path", [type("Finder", (), {"find_spec": find})(), *sys.meta_path])
-    with pytest.raises(UserError, match=f"^serve needs Gradio, which cannot be imported: {lacks}$"):
-        serve()
+    refused(f"^serve needs Gradio, which cannot be imported: {lacks}$", serve)
 
 
 def test_a_port_that_is_taken(page):
