@@ -15,9 +15,9 @@
 
 soonest=${SOONEST:-60} # seconds; a notice sooner after the start means that --time leaves none to train in
 
-# srun hands signals to all tasks, but while it starts them it loses them.
+# srun hands signals to all tasks, but while it starts them it loses them: again, when a run that waits for data has stopped.
 notice=
-trap 'notice=${notice:-$SECONDS}; while kill -USR1 "$step"; do sleep 10; done >/dev/null 2>&1 &' USR1
+trap 'notice=${notice:-$SECONDS}; while kill -USR1 "$step"; do sleep 30; done >/dev/null 2>&1 &' USR1
 
 srun --kill-on-bad-exit=1 dar fit "$@" \
     --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" &
