@@ -19,7 +19,6 @@ from dar_lightning.cli import main
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SCRIPT = Path(__file__).parents[2] / "experiments" / "cluster" / "slurm.sh"
 STEPS = 12
-FIXED = "--trainer.strategy=ddp_find_unused_parameters_true"  # whose buckets are the same from the first step on
 OURS = "dar_lightning.training.callbacks"
 
 
@@ -103,7 +102,7 @@ def too_short(slurm, tokens) -> str:
 def four_tasks(slurm, tokens) -> str:
     """Two on each node, and a notice as that of the limit comes: to the script alone."""
     pauses = slurm.root / "four_pauses"
-    words = [*arguments(tokens, slurm.root / "four", pauses, 5, batch_size=1), FIXED]
+    words = arguments(tokens, slurm.root / "four", pauses, 5, batch_size=1)
     job = fit(slurm, "--nodelist=node3,node4", "--ntasks-per-node=2", words=words, SOONEST="0")
     slurm.wait_for_pause(job, pauses, 0, tasks=4)
     slurm.ask("scancel", "--batch", "--signal=USR1", job)
@@ -155,7 +154,7 @@ def test_two_tasks_whatever_happens(slurm, tokens, tmp_path, too_short, four_tas
 
 def test_four_tasks_on_two_nodes(slurm, tokens, tmp_path, four_tasks):
     assert slurm.wait_for_end(four_tasks) == ("COMPLETED", "0:0", 1)
-    unbroken = [*arguments(tokens, tmp_path / "unbroken", tmp_path / "pauses", batch_size=1), FIXED]
+    unbroken = arguments(tokens, tmp_path / "unbroken", tmp_path / "pauses", batch_size=1)
     assert killable.run(main, ["fit", *unbroken, "--trainer.devices=4"], world=4) == [0] * 4
     assert same_bits(slurm.root / "four", tmp_path / "unbroken")
 
