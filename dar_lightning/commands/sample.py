@@ -24,7 +24,7 @@ from dar_lightning.generation.grids import image_grid, save_animation, save_png,
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import NAMES, write_drawn
+from dar_lightning.records.drawn import CAPTIONS, NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.flow import check_diffusion
 
@@ -245,6 +245,7 @@ def sample(
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}
     record[NAMES] = list(pipe.classes)
+    record |= {} if prompt is None else {CAPTIONS: [job.label for job in jobs]}
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     write_drawn(folder / "samples.npz", record, digest)
