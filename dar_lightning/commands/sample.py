@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.decode_road import choose_road
-from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.guidance import Guidance, guidance_combine, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
@@ -192,7 +192,8 @@ def sample(
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
-    calls = False if edit.get("evidence") else static  # a bias is added to what the model says
+    own = edit.get("evidence") or guidance_combine(options["guidance"])  # changes what the model says
+    calls = False if own else static
     drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
