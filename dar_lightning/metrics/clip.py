@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit their captions, by torchmetrics and a CLIP model of transformers; safetensors only."""
+"""CLIP score: how well images fit their captions, by torchmetrics and a CLIP of transformers; safetensors only."""
 
 import hashlib
 import json
@@ -87,8 +87,8 @@ def check_captions(images: ImageSet, option: str) -> None:
     """UserError for a set of which an image has no caption."""
     if missing := sum(not text for text in images.captions):
         raise UserError(
-            f"{option}: {missing} of {len(images)} images have no caption, which the CLIP score needs; give shards with "
-            "captions, or samples.npz of dar sample --prompt with the samples.json beside it"
+            f"{option}: {missing} of {len(images)} images have no caption, which the CLIP score needs; give shards "
+            "with captions, or samples.npz of dar sample --prompt with the samples.json beside it"
         )
 
 

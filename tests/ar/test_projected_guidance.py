@@ -1,4 +1,4 @@
-"""Adaptive projected guidance: its identities, and the tokens that it draws one by one, several a pass and by Jacobi."""
+"""Adaptive projected guidance: its identities, and the tokens drawn by it one by one, in passes and by Jacobi."""
 
 import json
 
