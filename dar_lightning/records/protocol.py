@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import write_json
 
 PAPER_COUNT = 50_000  # images behind each of the paper's FIDs
 FRECHET = "float64, unbiased covariances"
@@ -27,8 +27,8 @@ DEPENDS = {
     **{f"psnr_{whose}_tokens": (("token_influence",), ()) for whose in ("own", "other", "same")},
     "probe_accuracy_samples": (("features", "probe"), ()),
     "probe_accuracy_reference": (("features", "probe"), ("images",)),
-    "clip_score_samples": (("clip", "clip_captions_sha256"), ()),
-    "clip_score_reference": (("clip",), ("images",)),
+    "clip_score_samples": (("clip.sha256", "clip_captions_sha256"), ()),
+    "clip_score_reference": (("clip.sha256",), ("images",)),
 }
 IDENTITIES = ("reference.sha256", "probe.train.sha256")
 
@@ -111,7 +111,7 @@ class Protocol:
 def write_metrics(path: str | Path, metrics: dict[str, float | None], protocol: Protocol) -> dict[str, Any]:
     """Write metrics and their protocol as JSON, atomically; returns what was written."""
     result = {"metrics": metrics, "protocol": protocol.to_json()}
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     return result
 
 
