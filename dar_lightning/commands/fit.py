@@ -27,12 +27,14 @@ from dar_lightning.devices import check_started_processes, round_convolutions_as
 from dar_lightning.errors import OneLineErrors, UserError, check_range, naming, require
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
+from dar_lightning.layers import check_compiler
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import EarlyStoppingPatience, Faults, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+from dar_lightning.training.fixed_buckets import fix_buckets
 from dar_lightning.training.tokenizer import TokenizerModule
 
 LOGGER = "dar_lightning.training.loggers.TensorBoard"
@@ -138,6 +140,9 @@ class TrainerCLI(LightningCLI):
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
             )
         trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
+        fix_buckets(trainer.strategy)
+        if any(part._compiled_call_impl is not None for part in self.model.modules()):
+            check_compiler(trainer.strategy.root_device)
         return trainer
 
     def _parse_ckpt_path(self) -> None:

@@ -244,6 +244,9 @@ def test_other_places_of_yaml(tmp_path, capsys):
     [
         ("shard", ["--input=x", "--output=s3://bucket/run"]),
         ("extract", ["--tokenizer=x", "--shards=x", "--output=gs://bucket/run"]),
+        ("extract", ["--tokenizer=x", "--shards=http://127.0.0.1:9/x", "--output=o", "--cache_dir=s3://bucket/copies"]),
+        ("quickstart", ["--output=s3://bucket/run"]),
+        ("report", ["--sweep=x", "--output=s3://bucket/run"]),
         ("sample", ["--pipeline=x", "--output=s3://bucket/run"]),
         ("evaluate", ["--samples=x", "--reference=x", "--output=https://host/x.json"]),
         ("evaluate", ["--samples=x", "--reference=x", "--save_statistics=s3://bucket/x.npz"]),
@@ -255,6 +258,17 @@ def test_other_places_of_yaml(tmp_path, capsys):
 def test_a_url_to_write_to_is_one_line(verb, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "is a URL; give a folder" in refusal(capsys, [verb, *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:9/x", "s3://bucket/x"])
+def test_a_url_that_cannot_be_read_from_says_what_would_be_right(source, pipeline, tmp_path, monkeypatch, capsys):
+    """Shards on a server are for `dar fit` and `dar extract`."""
+    monkeypatch.chdir(tmp_path)
+    words = [f"--tokenizer={pipeline}/tokenizer", f"--shards={source}", "--output=o", "--device=cpu"]
+    assert f"shards: {source} is a URL" in refusal(capsys, ["reconstruct", *words])
+    words = ["--samples=x", f"--reference={source}", "--features=color_edges", "--device=cpu"]
+    assert f"--reference: {source} does not exist; give" in refusal(capsys, ["evaluate", *words])
     assert not list(tmp_path.iterdir())
 
 
