@@ -43,8 +43,7 @@ BASES |= dict.fromkeys(LPIPS, TOKENIZER) | {CODEBOOK: V1}
 BASES |= dict.fromkeys([*under("condition", "passes"), ANNEALED], "experiments/ar/L.yaml")
 VERBS = dict.fromkeys(under("sweeps"), "sweep") | dict.fromkeys(under("evaluate"), "table") | {PREDICT: "predict"}
 VERBS["experiments/quickstart/sample.yaml"] = "sample"
-BASES |= {name: AR if Path(name).stem.startswith("ar") else TOKENIZER for name in under("own")}
-BASES |= {name: AR if Path(name).stem == "ar" else TOKENIZER for name in under("emoji64")}
+BASES |= {name: AR if Path(name).stem.startswith("ar") else TOKENIZER for name in under("emoji64", "own")}
 BASES |= {name: B if Path(name).stem == "ar" else V1 for name in under("rehearsal")}
 RECIPES = [name for name in under("tokenizer", "ar") if name != CODEBOOK]
 MACHINES = [name for name in under("trainer") if name != FSDP]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dar_lightning.ar.decode_road import Road
 from dar_lightning.ar.draw import draw_tokens, filter_logits
-from dar_lightning.ar.guidance import guide
+from dar_lightning.ar.guidance import Combine, guide
 from dar_lightning.devices import kernel_settings, no_cudnn_attention
 from dar_lightning.layers import Graphs, IdleSteps, recompile_limit, rotate
 
@@ -49,6 +49,7 @@ class Drawing(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
+    combine: Combine = None  # of guidance, where it is not classifier-free: not by this step
 
 
 class Layer(NamedTuple):

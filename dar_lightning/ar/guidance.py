@@ -2,11 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dar_lightning.errors import UserError, naming, require
@@ -27,6 +28,9 @@ class GuidanceSchedule(Protocol):
 
         Groups are listed as tokens are written: a model of order "reversed" begins with those of group K. Where each
         sample has its own order, the first tokens that are written count as group 1.
+
+        A class may also have `combine(cond, uncond, scale)`, of logits (..., V) and a scale that is a number or (n, 1):
+        the guided logits. Without it they are those of classifier-free guidance.
         """
 
 
@@ -136,8 +140,45 @@ class Interval(_Numbers):
         return [float(self.scale) if guided else 1.0 for guided in inside]
 
 
+@dataclass(frozen=True)
+class Projected(_Numbers):
+    """Adaptive projected guidance (APG, arXiv 2410.02416) without momentum, on logits: guidance that sharpens less.
+
+    Of logits c and u without their means over the codes, d = c - u is the direction of guidance, d_par its part along
+    c, which only sharpens the distribution: guided logits are c + (scale - 1) (d - d_par + eta d_par).
+
+    Args:
+        scale: s, of every token.
+        eta: share of d_par that is kept: with 1, and no radius, this is classifier-free guidance.
+        radius: longest d; a longer one is shortened to it first. 0 is no limit.
+    """
+
+    scale: float
+    eta: float = 0.0
+    radius: float = 0.0
+    name = "apg"
+    nonnegative = ("eta", "radius")
+
+    def scales(self, groups: Sequence[int]) -> list[float]:
+        """See GuidanceSchedule."""
+        return [float(self.scale)] * len(groups)
+
+    def combine(self, cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+        """See GuidanceSchedule."""
+        cond, uncond = (logits - logits.mean(dim=-1, keepdim=True) for logits in (cond, uncond))
+        update = cond - uncond
+        if self.radius:
+            update = update * (self.radius / update.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+        along = F.normalize(cond, dim=-1)
+        along = (update * along).sum(dim=-1, keepdim=True) * along
+        return cond + (scale - 1) * (update + (self.eta - 1) * along)
+
+
 # name -> class, called with the values that follow the name
-SCHEDULES: dict[str, type[GuidanceSchedule]] = {each.name: each for each in (Constant, Linear, PowerCosine, Interval)}
+SCHEDULES: dict[str, type[GuidanceSchedule]] = {
+    each.name: each for each in (Constant, Linear, PowerCosine, Interval, Projected)
+}
+Combine = Callable[[Tensor, Tensor, float | Tensor], Tensor] | None  # logits with and without condition, and the scale
 
 
 def guidance_schedule(
@@ -153,21 +194,16 @@ def guidance_schedule(
     Raises:
         UserError: for a name, values or groups that there are not.
     """
-    schedule: GuidanceSchedule
-    if hasattr(guidance, "scales"):
-        schedule = guidance
-    elif isinstance(guidance, str):
-        *_, schedule = _read(guidance)
-    elif isinstance(guidance, tuple | list):
-        require(len(guidance) == 2, f"guidance is {guidance}: {_FORMS}")
-        schedule = Linear(*map(float, guidance))
-    else:
-        schedule = Constant(float(guidance))
     groups = [1] * num_tokens if token_groups is None else token_groups
-    scales = [float(scale) for scale in schedule.scales(groups)]
+    scales = [float(scale) for scale in _schedule(guidance).scales(groups)]
     fits = len(scales) == num_tokens and all(map(math.isfinite, scales))
     require(fits, f"guidance {guidance}: its scales are {scales[:4]}...: need {num_tokens} finite numbers")
     return scales
+
+
+def guidance_combine(guidance: Guidance | GuidanceSchedule) -> Combine:
+    """How a schedule combines logits, if in a way of its own; None: classifier-free guidance."""
+    return getattr(_schedule(guidance), "combine", None)
 
 
 def read_guidance(guidance: Guidance, own_classes: bool = True) -> Guidance:
@@ -204,16 +240,27 @@ def guided_tokens(scales: Sequence[float]) -> int:
     return len(scales) if 0 < guided == len(scales) - 1 else guided
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on stacked [conditional, unconditional] logits: (2B, V) -> (B, V)."""
+def guide(logits: Tensor, scale: float | Tensor, combine: Combine = None) -> Tensor:
+    """Guidance on stacked [conditional, unconditional] logits, classifier-free or another: (2B, V) -> (B, V)."""
     cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)
+    return uncond + scale * (cond - uncond) if combine is None else combine(cond, uncond, scale)
 
 
 _FORMS = (
     f"give a number, or a,b for linear over the tokens, or NAME,value,... with {', '.join(SCHEDULES)} or the import "
     "path of a class with `scales`"
 )
+
+
+def _schedule(guidance: Guidance | GuidanceSchedule) -> GuidanceSchedule:
+    if hasattr(guidance, "scales"):
+        return guidance
+    if isinstance(guidance, str):
+        return _read(guidance)[-1]
+    if isinstance(guidance, tuple | list):
+        require(len(guidance) == 2, f"guidance is {guidance}: {_FORMS}")
+        return Linear(*map(float, guidance))
+    return Constant(float(guidance))
 
 
 def _read(text: str, own_classes: bool = True) -> tuple[str, dict[str, Any], GuidanceSchedule]:

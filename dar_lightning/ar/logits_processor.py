@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dar_lightning.ar.conditions.class_label import check_labels
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.guidance import Guidance, guidance_schedule, guide
+from dar_lightning.ar.guidance import Guidance, guidance_combine, guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.order import placed
 from dar_lightning.ar.sampling import check_options, draw_tokens, filter_logits
@@ -56,6 +56,7 @@ class GuidedLogitsProcessor:
         check_labels(labels, self.config.num_classes)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.scales = guidance_schedule(guidance, count, token_groups)
+        self.combine = guidance_combine(guidance)
         self.guided = any(scale != 1.0 for scale in self.scales)
         self.keys = draw_keys(len(labels), count, generator, labels.device)
         self.input_ids = torch.cat([codes + labels[:, None], prefix], dim=1)  # (B or 2B, 1 + m): the prompts
@@ -71,7 +72,7 @@ class GuidedLogitsProcessor:
         count = self.config.num_tokens
         require(position < count, f"generate goes on after {count} tokens: set max_length to {count + 1} or less")
         logits = scores[:, : self.config.vocab_size]
-        logits = guide(logits, self.scales[position]) if self.guided else logits
+        logits = guide(logits, self.scales[position], self.combine) if self.guided else logits
         tokens = draw_tokens(filter_logits(logits / self.temperature, self.top_k, self.top_p), self.keys[:, position])
         tokens = tokens.repeat(2) if self.guided else tokens
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

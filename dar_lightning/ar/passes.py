@@ -43,7 +43,7 @@ def draw_places(logits: Tensor, start: int, drawing: Drawing, bias: Bias = None)
     batch, end = len(drawing.keys), min(start + logits.shape[1], drawing.count)
     logits = logits[:, : end - start]
     if len(logits) > batch:
-        logits = guide(logits, torch.tensor(drawing.scales[start:end], device=logits.device)[:, None])
+        logits = guide(logits, torch.tensor(drawing.scales[start:end], device=logits.device)[:, None], drawing.combine)
     if bias is not None:
         logits = logits + torch.stack([bias(drawing.order[:batch, place]) for place in range(start, end)], dim=1)
     logits = filter_logits(logits.flatten(0, 1) / drawing.temperature, drawing.top_k, drawing.top_p)

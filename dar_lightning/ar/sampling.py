@@ -10,7 +10,14 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.decode_step import Drawing, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
-from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guidance_schedule, guide, guided_tokens
+from dar_lightning.ar.guidance import (
+    Guidance,
+    GuidanceSchedule,
+    guidance_combine,
+    guidance_schedule,
+    guide,
+    guided_tokens,
+)
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.jacobi import check_jacobi, draw_jacobi
 from dar_lightning.ar.model import ARModel
@@ -68,7 +75,9 @@ def stream_tokens(
     """
     check_jacobi(ar.config, jacobi, static)
     require(bias is None or not static, "static is true: a bias on the logits (evidence of an image) is drawn without")
-    road = choose_road(ar, static if bias is None and not jacobi else False)
+    combine = guidance_combine(guidance)
+    require(combine is None or not static, f"static is true: guidance {guidance} is drawn without, leave it out")
+    road = choose_road(ar, static if bias is None and not jacobi and combine is None else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = torch.empty(len(labels), 0, dtype=torch.long) if prefix is None else prefix
     prefix = prefix.to(labels.device)
@@ -89,7 +98,7 @@ def stream_tokens(
             prefix, order = prefix.repeat(2, 1), order.repeat(2, 1)
         several = ar.config.tokens_per_pass > 1
         if several or jacobi or road != "eager":
-            options = scales, guided, count, temperature, top_k, top_p
+            options = scales, guided, count, temperature, top_k, top_p, combine
             drawing = Drawing(*ar.condition(labels), prefix[:batch], order, keys, *options)
             if several:
                 yield from draw_passes(ar, drawing, bias)
@@ -101,7 +110,7 @@ def stream_tokens(
         model = packed(ar, rows=len(labels))
         logits, cache = model.start(labels, prefix, order)
         for position in range(prefix.shape[1], count):
-            logits = guide(logits, scales[position]) if position < guided else logits
+            logits = guide(logits, scales[position], combine) if position < guided else logits
             if bias is not None:
                 logits = logits + bias(order[:batch, position])
             tokens = draw_tokens(filter_logits(logits / temperature, top_k, top_p), keys[:, position])

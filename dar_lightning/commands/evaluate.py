@@ -12,6 +12,7 @@ from dar_lightning.errors import MOST_PIXELS, UserError, begin_work, check_range
 from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import SHIPPED_NAMES, resolve_folder
 from dar_lightning.generation.pipeline import EXPORTED, PIPELINE_CONFIG, DARPipeline
+from dar_lightning.metrics.clip import CLIP, captions_sha256, check_captions, clip_score
 from dar_lightning.metrics.distribution import distribution_metrics
 from dar_lightning.metrics.features import feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import check_fits, frechet_distance, read_statistics, write_statistics
@@ -36,6 +37,7 @@ def evaluate(
     lpips: str | None = None,
     full: bool = False,
     probe_train: str | None = None,
+    clip: str | None = None,
     image_size: int | None = None,
     num_samples: int | None = None,
     seed: int = 0,
@@ -65,6 +67,9 @@ def evaluate(
         probe_train: labelled real images (npz or shards). A linear probe is trained on their features; its accuracy on
             the samples, and on the reference if that has labels, is added. Classes are matched by name; by number where
             a set has no names, which the protocol says.
+        clip: adds the CLIP score of samples that have captions (samples.npz of `dar sample --prompt`, shards), and of
+            the reference if it has some: a folder or Hugging Face repository of a CLIP of transformers, safetensors
+            only. Needs transformers: pip install 'dar-lightning[text]'.
         image_size: give encoded images ADM's centre crop to this size; without it they are taken as they are.
         num_samples: number of images that a pipeline draws; as many as the reference has when left out. Of other
             samples, the number that there must be.
@@ -109,6 +114,8 @@ def evaluate(
     if is_pipeline:
         if paired:
             raise UserError(f"--paired: {samples} is a pipeline, whose samples have no originals; give reconstructions")
+        if clip is not None:
+            raise UserError(f"--clip: {samples} is a pipeline, drawn without prompts; give dar sample --prompt's npz")
         if num_samples is None and stored is not None:
             raise UserError(f"--num_samples: say how many images {samples} draws; the statistics do not")
         pipeline = DARPipeline.from_pretrained(folder).to(place)
@@ -130,6 +137,9 @@ def evaluate(
     network = load_features(features, features_weights).to(place)
     methods = {"features": feature_protocol(features, network)}
     vgg = None if lpips is None else lpips_network(lpips)
+    if clip is not None:
+        check_captions(sample_set, "--samples")
+    scorer = None if clip is None else CLIP(clip, "--clip")
 
     keep = full or train_set is not None
     reduced = partial(measure, network=network, device=place, batch_size=batch_size, keep=keep)
@@ -172,6 +182,12 @@ def evaluate(
         pairs = ((one.to(place), other.to(place)) for (one, _), (other, _) in two)
         metrics |= mean_scores([reconstruction_scores(*pair, vgg) for pair in pairs])
         methods["reconstruction"] = reconstruction_protocol(vgg)
+    if scorer is not None:
+        sets = {"samples": sample_set}
+        sets |= {"reference": reference_set} if reference_set and all(reference_set.captions) else {}
+        scores = {name: clip_score(each, f"--{name}", scorer, place, batch_size) for name, each in sets.items()}
+        metrics |= {f"clip_score_{name}": score for name, score in scores.items()}
+        methods |= {"clip": scorer.facts, "clip_captions_sha256": captions_sha256(sample_set.captions)}
     if save_statistics is not None:
         facts = {"features_sha256": methods["features"]["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)

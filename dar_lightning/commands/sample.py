@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dar_lightning.ar import gumbel
 from dar_lightning.ar.decode_road import choose_road
-from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.guidance import Guidance, guidance_combine, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
@@ -24,7 +24,7 @@ from dar_lightning.generation.grids import image_grid, save_animation, save_png,
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.layers import check_compiler, compile_blocks
-from dar_lightning.records.drawn import NAMES, write_drawn
+from dar_lightning.records.drawn import CAPTIONS, NAMES, write_drawn
 from dar_lightning.records.provenance import provenance
 from dar_lightning.tokenizer.flow import check_diffusion
 
@@ -191,7 +191,8 @@ def sample(
     class_names = [pipe.classes[each] if pipe.classes else str(each) for each in labels]
     numbered = {label: label if prompt is None else number for number, label in enumerate(labels)}
     drawn_with = {"token_draws": gumbel.METHOD, "weights": weights, "dtype": pipe.dtypes, "compile": compile}
-    calls = False if edit.get("evidence") else static  # a bias is added to what the model says
+    own = edit.get("evidence") or guidance_combine(options["guidance"])  # changes what the model says
+    calls = False if own else static
     drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
@@ -244,6 +245,7 @@ def sample(
     given |= {"dtype": dtype, "compile": compile or None}
     record = given | drawn_with | photo | {"ema": pipe.averaged, "classes": class_names, "provenance": made}
     record[NAMES] = list(pipe.classes)
+    record |= {} if prompt is None else {CAPTIONS: [job.label for job in jobs]}
     record["steps"] = config.num_groups if num_steps is None else num_steps
     record["command"] = command_line("sample", given | {"output": output})
     write_drawn(folder / "samples.npz", record, digest)

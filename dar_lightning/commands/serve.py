@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
+from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.commands.sample import use_encoder
 from dar_lightning.commands.serve_limit import BodyLimit
 from dar_lightning.commands.serve_page import Work, build_page
@@ -29,6 +30,7 @@ def serve(
     dtype: Dtype | None = None,
     encoder: str | None = None,
     root_path: str = "",
+    jacobi: int = 0,
 ) -> None:
     """Open a web page: pick a class (or type a prompt), seed and guidance, and watch the picture come group by group.
 
@@ -48,6 +50,8 @@ def serve(
         dtype: of the weights: float32, or bfloat16, which rounds more, so that some tokens are others; None: as stored.
         encoder: the text encoder of a model of features, where it is not where it was in training.
         root_path: behind a proxy that shows the page at a path, that path (/dar), or the whole address.
+        jacobi: draw a window of so many tokens at once until they are those of drawing one by one, as for `dar sample`;
+            0 is off.
     """
     try:
         import gradio
@@ -63,11 +67,12 @@ def serve(
     known = not root_path or root_path.startswith(("/", "http://", "https://"))
     require(known, f"root_path is {root_path}: need a path from /, or an address from http:// or https://")
     pipe = DARPipeline.from_pretrained(pipeline).to(device=choose_device(device), dtype=torch_dtype(dtype))
+    check_jacobi(pipe.ar.config, jacobi)
     use_encoder(pipe, encoder)
     guidance, work = 1.0 if pipe.ar.condition.takes == "nothing" else read_guidance(guidance), Work()
     pipe.guidance_scales(guidance)  # says so if it does not fit
     names = [shown_name(pipeline), encoder and shown_name(encoder)]
-    page = build_page(gradio, pipe, names[0], max_upload_mb, work, dtype, guidance, names[1])
+    page = build_page(gradio, pipe, names[0], max_upload_mb, work, dtype, guidance, names[1], jacobi)
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
     # Gradio asks the page whether it is there, which a proxy of the environment could not answer

@@ -76,6 +76,7 @@ def edit_tab(
     asked_of: Callable[..., tuple],
     photo_of: Callable[[str], Image.Image],
     refusal: Callable[[str], Exception],
+    jacobi: int = 0,
 ) -> None:
     """Put the tab into the page that is being built.
 
@@ -89,6 +90,7 @@ def edit_tab(
         asked_of: reads class or prompt, seed, guidance, path of a photo, prefix and schedule.
         photo_of: reads a photo.
         refusal: what to raise with a message to the visitor.
+        jacobi: window of Jacobi sampling; 0 is off.
     """
     side, most = pipe.tokenizer.config.image_size, min(6, pipe.num_groups - 1)
 
@@ -103,7 +105,7 @@ def edit_tab(
             raise refusal("drop a photo first")
         *asked, picture, _ = asked_of(label, seed, guidance, path, 0, schedule)
         try:
-            edit = {"known": painted(pipe, paint), "start": int(start), "evidence": evidence}
+            edit = {"known": painted(pipe, paint), "start": int(start), "evidence": evidence, "jacobi": jacobi}
             edit["image"] = to_float(middle(pipe, picture)[None])
             yield from work.steps(draw_several(pipe, VERSIONS, pipe.num_groups, *asked, **edit))
         except UserError as error:

@@ -50,7 +50,7 @@ from dar_lightning.generation.drawing import image_seed
 {imports}
 pipe = DARPipeline.from_pretrained({pipeline!r}){cast}
 {kept}generator = torch.Generator().manual_seed(image_seed({seed}, {label!r}, {number}))
-stream = pipe.stream({asked}, guidance={guidance!r}{prefix}, generator=[generator])
+stream = pipe.stream({asked}, guidance={guidance!r}{prefix}{jacobi}, generator=[generator])
 for preview in stream:
     image = preview.images  # (1, 3, H, W) in [-1, 1]: the picture after each group"""
 
@@ -95,6 +95,7 @@ def draw_previews(
     photo: Image.Image | None = None,
     prefix: int = 0,
     number: int = 0,
+    jacobi: int = 0,
 ) -> Generator[tuple[Image.Image, str, str, list[int]], None, None]:
     """Draw an image of a class or prompt. Closing the iterator stops the work.
 
@@ -102,7 +103,7 @@ def draw_previews(
         After each group the preview, enlarged; HTML of all previews so far; HTML of the tokens so far; the tokens.
     """
     strip = ""
-    with closing(streamed(pipe, [number], label, seed, guidance, photo, prefix)) as stream:
+    with closing(streamed(pipe, [number], label, seed, guidance, photo, prefix, jacobi=jacobi)) as stream:
         for preview in stream:
             image = to_image(preview.images[0])
             strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
@@ -129,18 +130,20 @@ def repeat(
     dtype: Dtype | None = None,
     number: int = 0,
     encoder: str | None = None,
+    jacobi: int = 0,
 ) -> tuple[str, str]:
     """The `dar sample`, and the lines of Python, that draw the same image."""
     text = isinstance(label, str)
     options = {"pipeline": pipeline, "prompt" if text else "classes": label, "per_class": 1, "seed": seed}
     options["guidance"] = guidance_text(guidance)
-    options |= {"numbers": number} if number else {}
+    options |= ({"numbers": number} if number else {}) | ({"jacobi": jacobi} if jacobi else {})
     parts = dict.fromkeys(("imports", "kept", "prefix"), "")
     if photo is not None and prefix:
         options |= {"layout": photo, "prefix": prefix}
         parts["imports"] = "from dar_lightning.generation.editing import read_photo, tokenize\n"
         parts["kept"] = f"kept = tokenize(pipe, read_photo({photo!r}))[:, :{prefix}]\n"
         parts["prefix"] = ", prefix=kept"
+    parts["jacobi"] = f", jacobi={jacobi}" if jacobi else ""
     parts["cast"] = "" if dtype is None else f".to(torch.{dtype})"
     parts["cast"] += "" if encoder is None else f"\npipe.ar.condition.use_encoder({encoder!r})"
     parts["asked"] = f"prompts=[{label!r}]" if text else f"torch.tensor([{label}])"
@@ -157,6 +160,7 @@ def build_page(
     dtype: Dtype | None = None,
     guidance: Guidance = 3.0,
     encoder: str | None = None,
+    jacobi: int = 0,
 ):
     """The page, as gradio.Blocks.
 
@@ -169,6 +173,7 @@ def build_page(
         dtype: what its weights were cast to, for the same code.
         guidance: what the page begins with.
         encoder: the text encoder that was named, for the same code.
+        jacobi: window of Jacobi sampling, for every drawing; 0 is off.
     """
     config, takes = pipe.tokenizer.config, pipe.ar.condition.takes
     plain = not isinstance(guidance, str | tuple | list) and 1 <= guidance <= MAX_GUIDANCE
@@ -227,8 +232,8 @@ def build_page(
     def draw(inputs: tuple, number: int = 0) -> Iterator[tuple]:
         label, seed, scale, photo, prefix = asked = asked_of(*inputs)
         file_name = None if photo is None else Path(inputs[3]).name
-        code = repeat(name, label, seed, scale, file_name, prefix, dtype, number, encoder)
-        for *shown, codes in work.steps(draw_previews(pipe, *asked, number)):
+        code = repeat(name, label, seed, scale, file_name, prefix, dtype, number, encoder, jacobi)
+        for *shown, codes in work.steps(draw_previews(pipe, *asked, number, jacobi)):
             yield *shown, *code, (label, seed, number, codes)
 
     def on_draw(
@@ -237,7 +242,7 @@ def build_page(
         yield from draw((label, seed, guidance, path, prefix, schedule))
 
     def on_drafts(*inputs) -> Iterator[tuple]:
-        for shown in work.steps(draw_several(pipe, DRAFTS, DRAFT_GROUP, *asked_of(*inputs))):
+        for shown in work.steps(draw_several(pipe, DRAFTS, DRAFT_GROUP, *asked_of(*inputs), jacobi=jacobi)):
             yield shown, inputs
 
     def on_alike(last: tuple | None, strength: float):
@@ -319,7 +324,7 @@ def build_page(
             stop.click(None, cancels=[drawing, drafting, varying, picking])
         with gr.Tab("Edit"):
             drop = photo_input(height=160, elem_id="edit_photo", render=False)
-            edit_tab(gr, pipe, work, drop, ask, [seed, scale, schedule], asked_of, photo_of, refusal)
+            edit_tab(gr, pipe, work, drop, ask, [seed, scale, schedule], asked_of, photo_of, refusal, jacobi)
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 given = photo_input(height=400, elem_id="given")

@@ -37,21 +37,22 @@ def streamed(
     guidance: Guidance,
     photo: Image.Image | None = None,
     prefix: int = 0,
-    **edit: Tensor | float | None,
+    **options: Tensor | float | None,
 ) -> Generator[Preview, None, None]:
     """Draw images of a class or prompt by their numbers, as `dar sample` does.
 
-    Of a photo, the first `prefix` tokens are kept. `edit` are image, known, start and evidence of DARPipeline.stream.
+    Of a photo, the first `prefix` tokens are kept. `options` are others of DARPipeline.stream: jacobi, image, known,
+    start and evidence.
     """
     kept = None if photo is None or prefix == 0 else tokenize(pipe, photo)[:, :prefix].expand(len(numbers), -1)
-    options = {"guidance": guidance, "prefix": kept, "generator": generators(seed, [(label, i) for i in numbers])}
-    return pipe.stream(pipe.condition([label] * len(numbers)), **options, **edit)
+    options |= {"guidance": guidance, "prefix": kept, "generator": generators(seed, [(label, i) for i in numbers])}
+    return pipe.stream(pipe.condition([label] * len(numbers)), **options)
 
 
 @torch.inference_mode()
-def draw_several(pipe: DARPipeline, count: int, groups: int, *asked, **edit) -> Generator[str, None, None]:
+def draw_several(pipe: DARPipeline, count: int, groups: int, *asked, **options) -> Generator[str, None, None]:
     """Images 0 to count - 1 side by side, as HTML after each of so many groups. The other arguments: `streamed`."""
-    with closing(streamed(pipe, range(count), *asked, **edit)) as stream:
+    with closing(streamed(pipe, range(count), *asked, **options)) as stream:
         for preview in islice(stream, groups):
             yield pictures_html(map(to_image, preview.images))
 

@@ -13,6 +13,35 @@ from dar_lightning.files import file_sha256
 from dar_lightning.formats.pretrained import resolve_folder
 
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # how transformers may read a folder
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what it raises of one that it cannot read
+
+
+def encoder_files(source: str | Path, option: str) -> tuple[Path, list[Path]]:
+    """A folder for transformers, which is kept quiet, and its files of weights, safetensors alone.
+
+    Raises:
+        UserError: transformers is missing; there is no such folder, or no safetensors in it.
+    """
+    try:
+        folder = resolve_folder(source, FILES)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None  # of one line
+    files = sorted(folder.glob("*.safetensors"))
+    require(files, f"{option}: {source} has no .safetensors; weights in other formats are not read")
+    try:
+        from transformers import logging
+    except ImportError as error:
+        raise UserError(f"{option}: {source} needs transformers: pip install 'dar-lightning[text]'") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return folder, files
+
+
+def weights_sha256(files: Sequence[Path]) -> str:
+    """Of the only file its own, of several the SHA-256 of theirs."""
+    digests = [file_sha256(path) for path in files]
+    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class TextEncoder(nn.Module):
@@ -30,33 +59,22 @@ class TextEncoder(nn.Module):
 
     def __init__(self, source: str | Path, length: int, option: str = "encoder"):
         super().__init__()
+        folder, files = encoder_files(source, option)
+        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
         try:
-            folder = resolve_folder(source, FILES)
-        except UserError as error:
-            raise UserError(f"{option}: {error}") from None  # of one line
-        files = sorted(folder.glob("*.safetensors"))
-        require(files, f"{option}: {source} has no .safetensors; weights in other formats are not read")
-        try:
-            from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, logging
-        except ImportError as error:
-            raise UserError(f"{option}: {source} needs transformers: pip install 'dar-lightning[text]'") from error
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        local = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            both = AutoConfig.from_pretrained(folder, **local).is_encoder_decoder
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+            both = AutoConfig.from_pretrained(folder, **LOCAL).is_encoder_decoder
             kind = AutoModelForTextEncoding if both else AutoModel
             # "eager", whatever the config asks for: other attention may be code from the Hub
-            local |= {"attn_implementation": "eager", "use_safetensors": True}
-            whole = kind.from_pretrained(folder, dtype=torch.float32, **local)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            options = LOCAL | {"attn_implementation": "eager", "use_safetensors": True}
+            whole = kind.from_pretrained(folder, dtype=torch.float32, **options)
+        except UNREADABLE as error:
             raise UserError(f"{option}: transformers cannot read {source}: {one_line(error)}") from error
         self.network = getattr(whole, "text_model", whole).eval().requires_grad_(False)
         config = getattr(whole.config, "text_config", whole.config)
         self.name, self.length, self.dim = str(source), length, config.hidden_size
-        digests = [file_sha256(path) for path in files]
-        self.sha256 = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        self.sha256 = weights_sha256(files)
         kinds = ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError
         with naming(f"{option}: {source} cannot encode texts of up to {length} tokens", *kinds):
             self(["a", "a " * min(length, 512)])  # two, as batches have: it may know no padding, mask or so many places

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from dar_lightning.ar.decode_road import choose_road
+from dar_lightning.ar.guidance import guidance_combine
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import atomic_path, check_local, check_same, read_json, write_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
@@ -98,7 +99,8 @@ class SampleWriter(BasePredictionWriter):
         dtypes = {*pl_module.pipeline.dtypes.values()} - {"float32"}
         weights = f", weights in {' and '.join(sorted(dtypes))}" if dtypes else ""
         made = provenance(trainer.strategy.root_device, f"{trainer.precision}{weights}")
-        decoding = "Jacobi" if "jacobi" in pl_module.options else choose_road(pl_module.pipeline.ar)
+        calls = False if guidance_combine(pl_module.options["guidance"]) else None
+        decoding = "Jacobi" if "jacobi" in pl_module.options else choose_road(pl_module.pipeline.ar, calls)
         self.made = json.dumps(made | {"decoding": decoding}) + "\n"
 
     def write_on_batch_end(

@@ -2,7 +2,7 @@
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dar_lightning.ar import gumbel
+from dar_lightning.data.captions import read_captions
 from dar_lightning.data.decode import BadSample, decode_rgb
 from dar_lightning.data.image_dataset import decode, describe, read_label
 from dar_lightning.data.image_files import list_images
@@ -28,7 +29,7 @@ from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.npz import UNREADABLE
 from dar_lightning.generation.pipeline import DARPipeline
-from dar_lightning.records.drawn import NAMES, read_drawn
+from dar_lightning.records.drawn import CAPTIONS, NAMES, read_drawn
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 images (B, 3, H, W) and, where the set has labels, int64 (B,)
 
@@ -39,6 +40,7 @@ class ImageSet(Protocol):
     protocol: dict[str, Any]  # what is needed to measure the same images again, for JSON
     labelled: bool  # whether batches have labels
     classes: tuple[str, ...]  # names in the order of the labels; empty where nobody knows them
+    captions: Sequence[str]  # of each image; "" where nobody knows it
 
     def __len__(self) -> int: ...
 
@@ -83,7 +85,9 @@ class NpzImages:
                 raise UserError(f"{option}: labels of {path} must be {len(self)} integers, are {found}")
             self.labels = torch.from_numpy(labels.astype(np.int64))
         self.protocol = {"npz": str(path)}
-        self.classes = tuple((read_drawn(path) or {}).get(NAMES, ()))
+        record = read_drawn(path) or {}
+        self.classes = tuple(record.get(NAMES, ()))
+        self.captions = record.get(CAPTIONS, [""] * len(self))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -113,6 +117,10 @@ class _EncodedImages:
 
     labelled = False
     classes: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> list[str]:
+        return [""] * len(self)
 
     def __init__(self, source: str, kind: str, option: str, image_size: int | None) -> None:
         self.option, self.image_size = option, image_size
@@ -170,6 +178,12 @@ class ShardImages(_EncodedImages):
             members = self.reader[number][2]
             return decode(members), read_label(members, None) if self.labelled else None
 
+    @property
+    def captions(self) -> list[str]:
+        """The first of each, which validation takes, too."""
+        found = (read_captions(self.reader[number][2]) for number in range(len(self)))
+        return [texts[0] if texts else "" for texts in found]
+
     @contextmanager
     def _naming(self, number: int) -> Iterator[None]:
         try:
@@ -198,7 +212,7 @@ class DrawnImages:
         self.classes = pipeline.classes
         self.num_steps = pipeline.tokenizer.config.num_groups if num_steps is None else num_steps
         pipeline.guidance_scales(options.get("guidance", 1.0))  # says so if it does not fit
-        self.num_labels = pipeline.num_labels
+        self.num_labels, self.captions = pipeline.num_labels, [""] * count
         self.labelled = pipeline.ar.condition.takes == "labels"
         # What `generate` does without these is said in the protocol, too.
         self.options = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "solver": "adams2"} | options

@@ -9,6 +9,7 @@ from dar_lightning.files import write_json
 
 PIXELS = "pixels_sha256"  # the field by which a record knows its images
 NAMES = "class_names"  # the field with the names of all classes, in the order of the labels
+CAPTIONS = "captions"  # the field with the prompt of each image
 
 
 def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
@@ -35,5 +36,5 @@ def drawn_facts(npz: Path, option: str, sha256: str) -> dict[str, Any]:
             f"{option}: {npz.with_suffix('.json')} tells of other images ({record[PIXELS][:12]}) than {npz} holds "
             f"({sha256[:12]}); delete or rename it, or draw again"
         )
-    facts = {name: value for name, value in record.items() if name not in (PIXELS, "n", "image_size", NAMES)}
+    facts = {name: value for name, value in record.items() if name not in (PIXELS, "n", "image_size", NAMES, CAPTIONS)}
     return {"steps": facts.pop("num_steps", None)} | facts

@@ -27,6 +27,8 @@ DEPENDS = {
     **{f"psnr_{whose}_tokens": (("token_influence",), ()) for whose in ("own", "other", "same")},
     "probe_accuracy_samples": (("features", "probe"), ()),
     "probe_accuracy_reference": (("features", "probe"), ("images",)),
+    "clip_score_samples": (("clip.sha256", "clip_captions_sha256"), ()),
+    "clip_score_reference": (("clip.sha256",), ("images",)),
 }
 IDENTITIES = ("reference.sha256", "probe.train.sha256")
 
@@ -94,7 +96,7 @@ class Protocol:
         """The fields that decide a metric, as "part.field" and value."""
         known = re.sub(r"(?<=_from_group)_\d+$", "", (metric or "").removesuffix("_std"))
         parts, kinds = DEPENDS.get(known, (self.methods, ("images", "statistics")))
-        if metric != "probe_accuracy_reference":
+        if metric not in ("probe_accuracy_reference", "clip_score_reference"):
             yield "samples.n", self.samples.get("n")
         yield "image_size", self.image_size
         for part in parts:
