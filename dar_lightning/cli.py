@@ -118,7 +118,7 @@ def explain(error: Exception) -> str | None:
     if mistake := find_user_error(error) if isinstance(error, ValueError) or not phase.working else None:
         return f"{mistake}{notes}"
     if isinstance(error, OSError) and error.errno in DISK:  # which can be met anywhere
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        return whole_line(error)
     return None if phase.working else f"{whole_line(error)}{notes} ({type(error).__name__}; --traceback shows where)"
 
 

@@ -37,15 +37,18 @@ def check_range(least: float, most: float = math.inf, **options: float | None) -
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
+def naming(option: str, kind: type[Exception] = Exception) -> Iterator[None]:
     """Turn whatever is raised into a UserError that names the option: for what a library makes of its value.
 
+    With OSError as `kind`, for opening or making what the user named; everywhere else such an error is one of this
+    program, and stays a traceback.
+
     Raises:
-        UserError: something was raised; if it was one, that one.
+        UserError: something of that kind was raised; if it was one, that one.
     """
     try:
         yield
-    except Exception as error:
+    except kind as error:
         raise find_user_error(error) or UserError(f"{option}: {whole_line(error)}") from error
 
 
@@ -88,5 +91,7 @@ def one_line(error: BaseException) -> str:
 
 def whole_line(error: BaseException) -> str:
     """An error's message as one line, for an error of a library; with its type, where that says more than the words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     words = textwrap.shorten(str(error), 500, placeholder=" ...")
     return words if " " in words else f"{type(error).__name__} {words}".strip()

@@ -8,7 +8,7 @@ import pkgutil
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,6 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems say that have none
 SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and the embedded data
 TREES = ("experiments", "data/fruit64", "data/emoji64", "dar_lightning/shipped")
-
-
-@contextmanager
-def users_path(option: str) -> Iterator[None]:
-    """Turn an OSError into a UserError that names the option: for opening or making what the user named.
-
-    Everywhere else such an error is one of this program, and stays a traceback.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-        raise UserError(f"{option}: {reason}") from error
 
 
 def check_local(path: str | Path | None, option: str) -> None:
@@ -90,10 +77,23 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
+def check_same(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse results of other settings than those that are wanted now: a UserError says which, after `what` it is."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            now = f"{name} {found.get(name)}, now it is {value}"
+            raise UserError(f"output: {what} {now}; choose another folder or delete this one")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, values: Any, indent: int | None = 2, ensure_ascii: bool = True) -> None:
+    """Write values as a JSON file, atomically; the options are those of json.dumps."""
+    write_text(path, json.dumps(values, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
 def file_sha256(path: Path) -> str:

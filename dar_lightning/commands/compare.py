@@ -2,7 +2,7 @@
 
 import re
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.records.protocol import read_metrics
 
 
@@ -20,8 +20,7 @@ def compare(files: str) -> None:
         UserError: there is no such metric; it names all that they differ in.
     """
     names = [name.strip() for name in files.split(",")]
-    if len(names) < 2:
-        raise UserError(f"--files {files}: give two or more, separated by commas")
+    require(len(names) >= 2, f"--files {files}: give two or more, separated by commas")
     read = [read_metrics(name) for name in names]
     protocols = [protocol for _, protocol in read]
     measured = [{protocol.common_name(name): value for name, value in found.items()} for found, protocol in read]

@@ -1,12 +1,10 @@
 """`dar convert`: an official checkpoint file, or a Llama of transformers, becomes a folder in our format."""
 
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, begin_work, one_line
+from dar_lightning.errors import UserError, begin_work, naming, require
 from dar_lightning.files import load_yaml
 from dar_lightning.formats.checkpoint import Weights, pick_weights, read_checkpoint
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -55,21 +53,14 @@ def _load_official(
         state, _ = pick_weights(checkpoint, "auto", prefer_ema=True, origin=path)
         marks = {"tok_embeddings.weight": "ar", "quantize.embedding.weight": "tokenizer"}
         part = next((part for name, part in marks.items() if name in state), None)
-        if part is None:
-            raise UserError(f"{path} holds neither an official tokenizer nor an official AR model")
+        require(part is not None, f"{path} holds neither an official tokenizer nor an official AR model")
     load = load_official_tokenizer if part == "tokenizer" else load_official_ar
-    config = None if official_config is None else _read_yaml(official_config)
+    config = None
+    if official_config is not None:
+        with naming(f"cannot read {official_config}"):
+            config = load_yaml(official_config.read_text(encoding="utf-8"), str(official_config))
+        require(isinstance(config, dict), f"{official_config} holds a {type(config).__name__}: need a mapping")
     try:
         return load(checkpoint, config, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}: need a mapping")
-    return values

@@ -1,13 +1,12 @@
 """`dar export`: a checkpoint as a folder of ours, a model or a pipeline with its card; or one for transformers."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.places import merge_place_tables
 from dar_lightning.errors import UserError, begin_work, require
-from dar_lightning.files import read_json, write_text
+from dar_lightning.files import read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import resolve_folder
 from dar_lightning.generation.card import CARD, NOTES, model_card
@@ -59,8 +58,7 @@ def export(
     if pipeline is not None:
         others = "format 'transformers' or 'card'"
         raise UserError(f"pipeline is {pipeline!r}, which is in format 'dar' already: need {others}")
-    if ckpt is None:
-        raise UserError("ckpt is missing: need a checkpoint of dar fit")
+    require(ckpt is not None, "ckpt is missing: need a checkpoint of dar fit")
     model = load_lightning_checkpoint(ckpt, weights)
     if isinstance(model, ARModel):
         merge_place_tables(model)
@@ -72,8 +70,7 @@ def export(
         model.save_pretrained(output)
         said = f"{type(model).__name__}, SHA-256 {model_sha256(model)[:12]}"
     else:
-        if not isinstance(model, ARModel):
-            raise UserError(f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
+        require(isinstance(model, ARModel), f"ckpt {ckpt} is of a tokenizer: a pipeline needs that of an AR model")
         classes, takes = model.condition.num_labels, model.condition.takes
         useless = shards is not None and takes != "labels"
         require(not useless, f"shards is {str(shards)!r}: class names are of no use to a model that takes {takes}")
@@ -84,7 +81,7 @@ def export(
         write_text(output / CARD, model_card(pipe, str(output), _text(output / NOTES)))
         facts |= {"tokenizer": tokenizer, "tokenizer_ema": decoder.averaged}
         said = f"pipeline of {classes} classes" if takes == "labels" else f"pipeline that takes {takes}"
-    write_text(output / EXPORTED, json.dumps(facts, indent=2) + "\n")
+    write_json(output / EXPORTED, facts)
     print(f"{output}: {said}")
 
 
@@ -106,7 +103,7 @@ def _export_llama(
         model, classes, facts = source.ar, source.classes, {"pipeline": pipeline}
     begin_work()
     save_llama(model, output, classes)
-    write_text(output / EXPORTED, json.dumps(facts | {"ema": model.averaged}, indent=2) + "\n")
+    write_json(output / EXPORTED, facts | {"ema": model.averaged})
     print(f"{output}: LlamaForCausalLM of ARModel, SHA-256 {model_sha256(model)[:12]}")
 
 

@@ -1,6 +1,5 @@
 """`dar extract`: tokenize image shards once and cache the tokens as shards."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from dar_lightning.data.views import Crops, Views
 from dar_lightning.data.workers import MOST
 from dar_lightning.devices import check_started_processes, dtype_name
 from dar_lightning.errors import MOST_PIXELS, UserError, check_range, naming
-from dar_lightning.files import locked, read_json, write_text
+from dar_lightning.files import locked, read_json, write_json
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.text_encoder import TextEncoder
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -176,4 +175,4 @@ def write_condition(cache: TokenCache, vocabulary: int | None, network: TextEnco
     cut = f", {longer} of them longer than caption_length {length} tokens, and cut" if longer else ""
     print(f"{said} {len(captions)} captions{cut}")
     content = {"condition": name, "condition_options": options, "asked": asked}
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, content, indent=1, ensure_ascii=False)

@@ -187,12 +187,10 @@ class TrainerCLI(LightningCLI):
         A quantizer, condition or backbone of the user's own is imported: this config is theirs, and names classes.
         """
         config = self.config[self.config.subcommand]
-        if "." in (quantizer := config.get("model.init_args.config.quantizer") or ""):
-            import_quantizer(quantizer)
-        if "." in (condition := config.get("model.init_args.config.condition") or ""):
-            import_condition(condition)
-        if "." in (backbone := config.get("model.init_args.config.backbone") or ""):
-            import_backbone(backbone)
+        kinds = {"quantizer": import_quantizer, "condition": import_condition, "backbone": import_backbone}
+        for kind, import_class in kinds.items():
+            if "." in (path := config.get(f"model.init_args.config.{kind}") or ""):
+                import_class(path)
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         round_convolutions_as_products()
         steps = ("accumulate_grad_batches", "check_val_every_n_epoch")

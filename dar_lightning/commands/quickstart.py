@@ -1,6 +1,5 @@
 """`dar quickstart`: train, sample and evaluate on the embedded photos, with the verbs of full-size runs."""
 
-import json
 import re
 import shlex
 import shutil
@@ -11,8 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from dar_lightning.errors import UserError, begin_work
-from dar_lightning.files import read_json, users_path, write_text
+from dar_lightning.errors import UserError, begin_work, naming, require
+from dar_lightning.files import read_json, write_json
 from dar_lightning.sweeps.child import call
 from dar_lightning.sweeps.curves import last_scalars
 
@@ -99,16 +98,15 @@ def quickstart(output: str = "runs/quickstart", fresh: bool = False, from_scratc
 def claim(out: Path, fresh: bool, from_scratch: bool) -> None:
     """Make the output folder, or go on in one of the same kind; only what quickstart made is ever deleted."""
     mark, start = out / "quickstart.json", {"from_scratch": from_scratch}
-    with users_path("output"):
+    with naming("output", OSError):
         if out.exists() and any(out.iterdir()):
-            if not mark.exists():
-                raise UserError(f"output {out} holds other files: give a new folder")
+            require(mark.exists(), f"output {out} holds other files: give a new folder")
             if fresh:
                 shutil.rmtree(out)
             elif read_json(mark) != start:
                 other = "the shipped weights" if from_scratch else "nothing"
                 raise UserError(f"output {out} holds a run that started from {other}: give another folder, or --fresh")
-    write_text(mark, json.dumps(start) + "\n")
+    write_json(mark, start, indent=None)
 
 
 def make_stages(out: Path, from_scratch: bool) -> list[Stage]:
@@ -142,7 +140,7 @@ def run_stage(stage: Stage, out: Path) -> None:
     finally:
         seconds = read_json(times) if times.exists() else {}
         seconds[stage.name] = round(seconds.get(stage.name, 0) + time.monotonic() - start, 1)
-        write_text(times, json.dumps(seconds, indent=2) + "\n")
+        write_json(times, seconds)
 
 
 def finish(out: Path) -> None:
@@ -153,7 +151,7 @@ def finish(out: Path) -> None:
     metrics["losses"] = {part: last_scalars(out / part / "logs", ("train/", "val/")) for part in ("tokenizer", "ar")}
     metrics["seconds"] = read_json(out / "seconds.json")
     metrics["protocol"] = {name: result["protocol"] for name, result in measured.items()}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     shutil.copyfile(out / "layout/layout.png", out / "layout.png")
 
     generation, reconstruction = metrics["generation"], metrics["reconstruction"]

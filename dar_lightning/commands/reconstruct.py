@@ -7,8 +7,7 @@ import torch
 from tqdm import tqdm
 
 from dar_lightning.devices import Dtype, choose_device, dtype_name, torch_dtype
-from dar_lightning.errors import UserError, begin_work, check_range
-from dar_lightning.files import users_path
+from dar_lightning.errors import UserError, begin_work, check_range, naming
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid, save_png
@@ -82,7 +81,7 @@ def reconstruct(
     config = model.config
     image_set = ShardImages(shards, "shards", config.image_size, labels=False)
     folder, count = Path(output), len(image_set)
-    with users_path("output"):
+    with naming("output", OSError):
         folder.mkdir(parents=True, exist_ok=True)
     # numbers of images, evenly spread
     shown, exchanged = (

@@ -15,8 +15,8 @@ from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError, begin_work, check_range
-from dar_lightning.files import file_sha256, users_path
+from dar_lightning.errors import UserError, begin_work, check_range, naming, require
+from dar_lightning.files import file_sha256
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import draw_alike, middle, prefix_lengths, read_edit, read_photo, tokenize
@@ -141,8 +141,7 @@ def sample(
     seen = pipe.preview_groups(groups, start)
     shown = preview_numbers(num_previews, len(seen))
     given = [name for name, value in (("layout", layout), ("variations", variations), ("image", image)) if value]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are both set: tokens are kept of one image, give one of them")
+    require(len(given) <= 1, f"{' and '.join(given)} are both set: tokens are kept of one image, give one of them")
     keeps = layout is not None or variations or (image is not None and prefix is not None)
     if prefix is not None and not keeps:
         raise UserError("prefix is set without layout, variations or image: give the image whose tokens are to be kept")
@@ -196,7 +195,7 @@ def sample(
     drawn_with["decoding"] = "Jacobi" if jacobi else choose_road(pipe.ar, calls)
     made = provenance(place, ", ".join(sorted({*pipe.dtypes.values()})))
     folder = Path(output)
-    with users_path("output"):
+    with naming("output", OSError):
         folder.mkdir(parents=True, exist_ok=True)
 
     images, strips = [], []  # (3, H, W) of every image; (K, 3, H, W) of the first one of each class
@@ -258,13 +257,11 @@ def choose_labels(pipe: DARPipeline, classes: str, prompt: list[str] | str | Non
         labels = [pipe.label(name.strip()) for name in names]
         option, what = f"classes is {classes}", "class"
     else:
-        if classes != "all":
-            raise UserError("classes and prompt are both set: a model takes one of the two")
+        require(classes == "all", "classes and prompt are both set: a model takes one of the two")
         labels = [prompt] if isinstance(prompt, str) else list(prompt)
         pipe.condition(labels)  # says so if it cannot be read
         option, what = f"prompt is {labels}", "prompt"
-    if len({*labels}) < len(labels):
-        raise UserError(f"{option}: name each {what} once (per_class draws more of it)")
+    require(len({*labels}) == len(labels), f"{option}: name each {what} once (per_class draws more of it)")
     return labels
 
 
@@ -288,8 +285,7 @@ def image_numbers(numbers: str | int | None, per_class: int) -> list[int]:
 def preview_numbers(count: int | None, num_groups: int) -> list[int]:
     """Which previews, 1 to num_groups, a strip of so many shows: evenly spaced, the last one always."""
     count = num_groups if count is None else count
-    if not 1 <= count <= num_groups:
-        raise UserError(f"num_previews is {count}: this tokenizer has from 1 to {num_groups}")
+    require(1 <= count <= num_groups, f"num_previews is {count}: this tokenizer has from 1 to {num_groups}")
     return [-(-num_groups * (i + 1) // count) for i in range(count)]
 
 

@@ -16,7 +16,7 @@ from dar_lightning.data.prepare.sources import (
     with_safe_keys,
 )
 from dar_lightning.data.remote import is_remote
-from dar_lightning.errors import MOST_PIXELS, UserError, check_range
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range, require
 from dar_lightning.files import find_shipped
 
 HUB = "hf://"
@@ -91,8 +91,7 @@ def shard(
         check_classes(source)
     source = replace(source, samples=with_safe_keys(source.samples))
     total, label_of = len(source.samples), {sample.name: sample.label for sample in source.samples}
-    if not total:
-        raise UserError(f"input: {input} holds no images")
+    require(total > 0, f"input: {input} holds no images")
     of = f"of {len(source.classes) or 'unnamed'} classes"
     of = of if any(sample.label >= 0 for sample in source.samples) else "without labels"
     captioned = sum(bool(sample.captions) for sample in source.samples)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from dar_lightning.errors import UserError, begin_work
+from dar_lightning.errors import begin_work, require
 from dar_lightning.files import write_text
 from dar_lightning.records.provenance import read_code
 from dar_lightning.sweeps.plan import Stage, Sweep
@@ -77,8 +77,7 @@ def sweep(
     root = Path(output or f"runs/sweeps/{name}")
     runs = list(plan.runs())
     labels = [f"{cell.name} seed {seed}" for cell, seed in runs]
-    if not {*(only or ())} <= {*range(len(runs))}:
-        raise UserError(f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
+    require({*(only or ())} <= {*range(len(runs))}, f"only is {only}: this sweep has cells 0 to {len(runs) - 1}")
     works = [plan.work(*run) for run in runs]  # a mistake in any cell is found before the first one begins
     chosen = list(range(len(runs))) if only is None else only
     code = read_code()["sha256"]

@@ -14,8 +14,8 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.devices import choose_device, dtype_name
-from dar_lightning.errors import UserError, begin_work, check_range
-from dar_lightning.files import read_json, write_text
+from dar_lightning.errors import UserError, begin_work, check_range, require
+from dar_lightning.files import check_same, read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
@@ -141,7 +141,7 @@ def table(
                 else:
                     _reconstruct(model, row, seed, reference, batch_size, place, folder / SAMPLES)
                 found = asked | evaluate(samples, output=out, image_size=config.image_size, **measuring)
-                write_text(folder / MEASURED, json.dumps(found, indent=2) + "\n")
+                write_json(folder / MEASURED, found)
             measured.append(found)
         results.append(_summary(row, model, config, num_groups, measured))
     _write(root, title, frechet_name(features), results, made)
@@ -150,7 +150,7 @@ def table(
 def _model(model: str, task: str, guidances: list[Guidance]) -> tuple[TokenizerConfig, int, dict[str, str]]:
     """The tokenizer's config, how many groups there are to decode, and what else decides: models' hashes, the draws."""
     if task == "reconstruct":
-        tokenizer = _tokenizer(model)
+        tokenizer = SequentialDiffusionTokenizer.from_pretrained(model)
         return tokenizer.config, tokenizer.config.num_groups, {"tokenizer_sha256": model_sha256(tokenizer)}
     pipe = DARPipeline.from_pretrained(model)
     for guidance in guidances:
@@ -159,18 +159,12 @@ def _model(model: str, task: str, guidances: list[Guidance]) -> tuple[TokenizerC
     return pipe.tokenizer.config, pipe.num_groups, hashes | {"token_draws": gumbel.METHOD}
 
 
-def _tokenizer(model: str) -> SequentialDiffusionTokenizer:
-    part = Path(model) / SequentialDiffusionTokenizer.pipeline_part
-    return SequentialDiffusionTokenizer.from_pretrained(part if part.is_dir() else model)
-
-
 def _reference_hashes(reference: str, size: int, batch_size: int, full: bool) -> dict[str, str]:
     """Hashes of what a reference holds, wherever it lies: statistics, images, or both."""
     stored = read_statistics(reference, "--reference")
     known = {} if stored is None else {"reference_statistics_sha256": sha256_of(stored.statistics)}
     if stored is not None and not stored.has_images:
-        if full:
-            raise UserError(f"--full: --reference {reference} has statistics only; give its images")
+        require(not full, f"--full: --reference {reference} has statistics only; give its images")
         return known
     batches = with_progress(open_images(reference, "--reference", size), batch_size, "--reference")
     digests = (digest for pixels, _ in batches for digest in image_digests(pixels.permute(0, 2, 3, 1).numpy()))
@@ -183,9 +177,7 @@ def _read(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    for name, value in asked.items():
-        if found.get(name) != value:
-            raise UserError(f"output: {path} has {name} {found.get(name)}, now it is {value}; choose another folder")
+    check_same(f"{path} has", found, asked)
     record = read_drawn(folder / SAMPLES)
     return found if record is None or record[PIXELS] == found["protocol"]["samples"]["sha256"] else None
 
@@ -204,7 +196,7 @@ def _generate(
 def _reconstruct(
     model: str, row: Row, seed: int, reference: str, batch_size: int, place: torch.device, output: Path
 ) -> None:
-    tokenizer = _tokenizer(model).to(place)
+    tokenizer = SequentialDiffusionTokenizer.from_pretrained(model).to(place)
     config = tokenizer.config
     originals = open_images(reference, "--reference", config.image_size)
     options = {"solver": row.solver, "groups": row.groups, "num_steps": row.num_steps}
@@ -270,7 +262,7 @@ def _write(root: Path, title: str, frechet: str, results: list[dict[str, Any]], 
     if frechet != "FID" or samples != PAPER_COUNT:
         caveat = f"Small scale: {caveat} This is not the paper's FID of {PAPER_COUNT:,} ImageNet images."
     summary = {"title": title, "caveat": caveat, "rows": results, "provenance": made}
-    write_text(root / "table.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(root / "table.json", summary, ensure_ascii=False)
 
     metrics, papers = (list(dict.fromkeys(name for row in results for name in row[of])) for of in ("metrics", "paper"))
     settings = [[str(row["settings"][name]) for name in varied] for row in results]

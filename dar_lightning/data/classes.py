@@ -6,7 +6,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 
 HINT = "make both with the same classes (dar shard --classes)"
 
@@ -25,8 +25,7 @@ def check_same_classes(named: Mapping[str, Sequence[str]], hint: str = HINT) -> 
     for option, mine in known[1:]:
         first, theirs = known[0]
         for place, (one, other) in enumerate(zip_longest(mine, theirs, fillvalue="missing")):
-            if one != other:
-                raise UserError(f"{option}: its class {place} is {one}, in {first} that is {other}; {hint}")
+            require(one == other, f"{option}: its class {place} is {one}, in {first} that is {other}; {hint}")
 
 
 def labels_by_name(labels: Tensor, names: Sequence[str], known: Sequence[str], option: str, other: str) -> Tensor:

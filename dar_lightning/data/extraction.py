@@ -22,7 +22,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex, describe, read_header, write_codes
 from dar_lightning.data.views import ViewBatches, Views
 from dar_lightning.errors import UserError, begin_work
-from dar_lightning.files import file_sha256, write_text
+from dar_lightning.files import check_same, file_sha256, write_json
 from dar_lightning.formats.text_encoder import TextEncoder
 from dar_lightning.records.provenance import FILE, code_name, provenance
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -68,13 +68,8 @@ class TokenCache:
         headers = {number: read_header(path) for number, path in enumerate(self.paths) if path.exists()}
         for number, header in headers.items():
             there = self.unsaid | header["made_by"]
-            options = {"captioned": None, "encoder": None}  # which not all have
-            for name, value in (options | self.made_by | {"source": self.source(number)}).items():
-                if there.get(name) != value:
-                    raise UserError(
-                        f"output: {self.paths[number]} was made with {name} {there.get(name)}, now it is {value}; "
-                        "choose another folder or delete this one"
-                    )
+            wanted = {"captioned": None, "encoder": None} | self.made_by  # which not all have
+            check_same(f"{self.paths[number]} was made with", there, wanted | {"source": self.source(number)})
         return {number: header["skipped"] for number, header in headers.items()}
 
     def captions(self) -> list[list[str]]:
@@ -165,7 +160,7 @@ class Extractor(L.LightningModule):
             names = f"{code_name(before)}, the others will be of {code_name(made['code'])}"
             print(f"{self.cache.root}: {done} of {count} token shards are of {names}", flush=True)
         if made not in listed[-1:]:
-            write_text(path, json.dumps([*listed, made], indent=2) + "\n")
+            write_json(path, [*listed, made])
 
     def on_predict_start(self) -> None:
         begin_work()

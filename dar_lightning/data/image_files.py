@@ -1,7 +1,6 @@
 """Image files below a folder: which count, and which are left out (hidden and system folders, other formats)."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +27,16 @@ def is_hidden(name: str) -> bool:
 
 def list_images(folder: Path) -> ImageFiles:
     """The image files anywhere below a folder; a folder that links lead to several times is read once."""
-    found = ImageFiles([], [], [])
-    for path, is_folder in _walk(folder):
-        if is_hidden(path.name):
-            found.hidden.append(path)
-        elif not is_folder:
+    found, seen = ImageFiles([], [], []), set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found.hidden.extend(Path(parent, name) for name in sorted(names) + sorted(folders) if is_hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for path in (Path(parent, name) for name in sorted(names) if not is_hidden(name)):
             (found.images if path.suffix.lower() in image_suffixes() else found.others).append(path)
     return found
 
@@ -42,17 +46,3 @@ def _refuse(error: OSError) -> None:
     raise UserError(
         f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away"
     ) from error
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Paths below a folder, sorted in each, files before folders; and whether they are folders."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from ((Path(parent, name), False) for name in sorted(names))
-        yield from ((Path(parent, name), True) for name in sorted(folders))
-        folders[:] = sorted(name for name in folders if not is_hidden(name))

@@ -10,7 +10,7 @@ from dar_lightning.data.image_dataset import Crop, ShardDataset, describe, read_
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex
-from dar_lightning.errors import MOST_PIXELS, UserError, check_range
+from dar_lightning.errors import MOST_PIXELS, UserError, check_range, require
 
 
 class ImageNetDataModule(StreamDataModule):
@@ -69,8 +69,7 @@ class ImageNetDataModule(StreamDataModule):
         check_range(1, MOST_PIXELS, **{"data.image_size": image_size})
         check_range(1, **{"data.num_classes": num_classes})
         check_range(0, 1, **{"data.max_bad_share": max_bad_share})
-        if crop not in get_args(Crop):
-            raise UserError(f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
+        require(crop in get_args(Crop), f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
         if classes == []:
             raise UserError("data.classes: [] is empty")
         self.image_size, self.crop, self.flip = image_size, crop, flip
@@ -85,8 +84,7 @@ class ImageNetDataModule(StreamDataModule):
         skipped.check()
         self._index[split] = index
         if self._classes is not None:
-            if not index.labelled:
-                raise UserError(f"data.classes: {source} has no labels, so there is nothing to choose by")
+            require(index.labelled, f"data.classes: {source} has no labels, so there is nothing to choose by")
             self._kept()  # so that a class which is none is found here
         return index
 
@@ -123,8 +121,7 @@ class ImageNetDataModule(StreamDataModule):
                 right = f"0 to {count - 1}" if count else "0, 1, ..."
                 known = ", ".join(names[:5]) or "no names are known"
                 raise UserError(f"data.classes: {given!r} is no class, they are {right} ({known})")
-        if len(set(numbers)) < len(numbers):
-            raise UserError(f"data.classes: {self._classes} names a class twice")
+        require(len(set(numbers)) == len(numbers), f"data.classes: {self._classes} names a class twice")
         return numbers
 
     def _dataset(self, split: str) -> ShardDataset:

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 from filelock import FileLock
 
-from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, users_path, write_text
+from dar_lightning.errors import UserError, naming
+from dar_lightning.files import atomic_path, file_sha256, write_text
 
 TRIES = 4
 WAIT = 0.5  # seconds before the second try; doubled after each
@@ -50,7 +50,7 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
 
     if is_here():
         return
-    with users_path("cache_dir"):
+    with naming("cache_dir", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
     problems: list[str] = []
@@ -96,7 +96,7 @@ def _copy(url: str, part: Path) -> None:
 
 def forget_differing(folder: Path) -> None:
     """Drop the copies that were not what they must be: the server may have better ones by now."""
-    with users_path("cache_dir"):
+    with naming("cache_dir", OSError):
         for note in folder.glob("*.differs"):
             note.with_suffix("").unlink(missing_ok=True)
             note.unlink(missing_ok=True)

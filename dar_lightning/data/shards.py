@@ -20,8 +20,8 @@ from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
 from dar_lightning.data.tar import read_headers
-from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_text
+from dar_lightning.errors import UserError, require
+from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_json
 
 INDEX = "index.json"
 VERSION = 1
@@ -76,7 +76,7 @@ class ShardIndex:
                 {"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes} for shard in self.shards
             ],
         }
-        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
+        write_json(self.root / INDEX, content, indent=1)
 
     @classmethod
     def load(cls, source: str | Path, option: str = "shards", cache_dir: str | None = None) -> "ShardIndex":
@@ -96,12 +96,10 @@ class ShardIndex:
         if source.endswith(".tar") and not Path(source).is_dir():
             folders, names = zip(*map(os.path.split, expand_urls(source)), strict=True)
             folder = folders[0]
-            if len({*folders}) > 1:
-                raise UserError(f"{option}: the shards of {source} must lie in one folder")
+            require(len({*folders}) <= 1, f"{option}: the shards of {source} must lie in one folder")
         url = folder.rstrip("/") if is_remote(folder) else None
         root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
-        if not root.is_dir():
-            raise UserError(f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
+        require(root.is_dir(), f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
         known, classes, labelled = {}, (), None
         if (root / INDEX).is_file():
             content, shards = read_index(root, option, ("classes",))
@@ -116,8 +114,7 @@ class ShardIndex:
         lost = tuple(one for _, bad, _ in examined for one in bad)
         labelled = any(found for *_, found in examined) if labelled is None else labelled
         index = cls(root, tuple(entry for entry, *_ in examined), classes, url, labelled, lost)
-        if index.num_samples == 0:
-            raise UserError(f"{option}: no samples in {source}; give a folder of .tar shards")
+        require(index.num_samples > 0, f"{option}: no samples in {source}; give a folder of .tar shards")
         if len(lost) >= index.num_samples:
             raise UserError(f"{option}: nothing in {source} can be read; {lost[0]}")
         return index
@@ -179,8 +176,7 @@ def read_index(folder: Path, option: str, needed: tuple[str, ...]) -> tuple[dict
         shards, version = tuple(Shard(**shard) for shard in content["shards"]), content["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # or webdataset's, which is another
         raise UserError(f"{option}: {path} is not a shard index ({error!r}); rename or rebuild it") from error
-    if version != VERSION:
-        raise UserError(f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
+    require(version == VERSION, f"{option}: {path} has version {version!r}, this program reads version {VERSION}")
     if missing := sorted({*needed} - content.keys()):
         raise UserError(f"{option}: {path} is another kind of index, it has no {', '.join(missing)}")
     return content, shards

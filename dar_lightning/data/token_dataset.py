@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from dar_lightning.data.sampler import Ticket, sample_generator
 from dar_lightning.data.shards import INDEX, VERSION, Shard, data_sha256, read_index
 from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, file_sha256, write_text
+from dar_lightning.files import atomic_path, file_sha256, write_json
 
 OPTIONAL = {"crop_names", "skipped", "labelled", "captioned", "encoder"}  # of an index
 HEADER = "dar_codes"  # one entry only: safetensors does not keep the order of several
@@ -62,7 +62,7 @@ class CodesIndex:
         for name, usual in (("labelled", True), ("captioned", False), ("encoder", None)):
             if content[name] == usual:  # as versions write it that know no captions
                 del content[name]
-        write_text(self.root / INDEX, json.dumps(content, indent=1) + "\n")
+        write_json(self.root / INDEX, content, indent=1)
 
     @classmethod
     def load(cls, folder: str | Path, option: str = "codes", complete: bool = True) -> "CodesIndex":

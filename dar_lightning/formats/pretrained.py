@@ -83,8 +83,8 @@ class PretrainedMixin(
         """Load the model from a folder that save_pretrained wrote, or from a Hugging Face Hub repository.
 
         Args:
-            pretrained_model_name_or_path: a local folder, "fruit64" for the weights that come with the package, or a
-                repository name such as "someone/dar-l".
+            pretrained_model_name_or_path: a local folder, of the model or of a pipeline; "fruit64" for the weights that
+                come with the package; or a repository name such as "someone/dar-l".
             hub_options: of huggingface_hub.snapshot_download (revision, cache_dir, local_files_only, token, ...).
 
         Returns:
@@ -94,7 +94,7 @@ class PretrainedMixin(
             UserError: if the folder, its config or its weights are missing, broken, or of another model.
         """
         folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_options)
-        if folder.parent == SHIPPED:
+        if (folder / cls.pipeline_part).is_dir():  # a pipeline's
             folder = folder / cls.pipeline_part
         origin = folder / CONFIG_NAME
         values = read_json(origin)

@@ -41,10 +41,8 @@ def prefix_lengths(prefix: str | int | None, num_tokens: int, num_groups: int) -
     words = str(num_tokens // num_groups if prefix is None else prefix).split(",")
     lengths = [int(word) if word.strip().isdecimal() else 0 for word in words]
     for word, length in zip(words, lengths, strict=True):
-        if not 1 <= length < num_tokens:
-            raise UserError(f"prefix is {word.strip()}: keep from 1 to {num_tokens - 1} tokens")
-    if len({*lengths}) < len(lengths):
-        raise UserError(f"prefix is {prefix}: give each number once")
+        require(1 <= length < num_tokens, f"prefix is {word.strip()}: keep from 1 to {num_tokens - 1} tokens")
+    require(len({*lengths}) == len(lengths), f"prefix is {prefix}: give each number once")
     return lengths
 
 

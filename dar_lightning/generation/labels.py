@@ -1,25 +1,12 @@
 """LabelsDataModule: class labels for `dar predict`, in fixed ranges of images per rank."""
 
-from collections.abc import Iterator
 from itertools import chain
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, StackDataset
+from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
-from dar_lightning.errors import UserError
-
-
-class PieceSampler(DistributedSampler):
-    """The numbers of one rank's pieces, in order; a DistributedSampler, so that Lightning leaves it in place."""
-
-    def __init__(self, dataset: Dataset, pieces: list[range]) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.numbers = list(chain(*pieces))
-        self.num_samples = len(self.numbers)  # what len() gives
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
+from dar_lightning.errors import UserError, check_range
 
 
 class LabelsDataModule(L.LightningDataModule):
@@ -47,10 +34,7 @@ class LabelsDataModule(L.LightningDataModule):
         super().__init__()
         if (num_images is None) == (per_class is None):
             raise UserError(f"num_images is {num_images} and per_class {per_class}: give one of the two")
-        given = {"num_images": num_images, "per_class": per_class, "batch_size": batch_size, "piece_size": piece_size}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: must be at least 1")
+        check_range(1, num_images=num_images, per_class=per_class, batch_size=batch_size, piece_size=piece_size)
         if classes is not None and (not classes or len(set(classes)) < len(classes)):
             raise UserError(f"classes is {classes}: name each class once, or leave it out for all")
         self.num_images, self.per_class, self.classes = num_images, per_class, classes
@@ -76,6 +60,8 @@ class LabelsDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's part of the missing pieces: {"index": (B,), "label": (B,)} int64."""
-        dataset = StackDataset(index=torch.arange(self.count), label=self.labels)
-        mine = self.missing[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=PieceSampler(dataset, mine))
+        pieces = self.missing[self.trainer.global_rank :: self.trainer.world_size]
+        mine = torch.tensor(list(chain(*pieces)), dtype=torch.int64)
+        dataset = StackDataset(index=mine, label=self.labels[mine])
+        in_order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)  # Lightning leaves it in place
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=in_order)

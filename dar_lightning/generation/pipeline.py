@@ -1,6 +1,5 @@
 """DARPipeline: tokenizer and AR model together; generate, or stream a preview after each group of tokens."""
 
-import json
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ from dar_lightning.ar.pass_layout import check_groups
 from dar_lightning.ar.sampling import check_guided, stream_in_place
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, require
-from dar_lightning.files import read_json, write_text
+from dar_lightning.files import read_json, write_json
 from dar_lightning.formats.pretrained import resolve_folder
 from dar_lightning.generation.inpainting import EVIDENCE, Edit
 from dar_lightning.generation.overlap import run_ahead
@@ -230,8 +229,7 @@ class DARPipeline:
         path = Path(path)
         self.tokenizer.save_pretrained(path / "tokenizer")
         self.ar.save_pretrained(path / "ar")
-        text = json.dumps({"classes": list(self.classes)}, indent=2, ensure_ascii=False) + "\n"
-        write_text(path / PIPELINE_CONFIG, text)
+        write_json(path / PIPELINE_CONFIG, {"classes": list(self.classes)}, ensure_ascii=False)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> "DARPipeline":

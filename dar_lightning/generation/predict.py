@@ -11,7 +11,7 @@ from dar_lightning.ar import gumbel
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.jacobi import check_jacobi
 from dar_lightning.ar.sampling import check_filter
-from dar_lightning.errors import UserError
+from dar_lightning.errors import check_range
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.pipeline import DARPipeline
@@ -55,10 +55,8 @@ class GenerationModule(LightningModule):
         jacobi: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= seed < 2**31:
-            raise UserError(f"seed is {seed}: need 0 to {2**31 - 1}")
-        if rows < 1:
-            raise UserError(f"rows is {rows}: must be at least 1")
+        check_range(0, 2**31 - 1, seed=seed)
+        check_range(1, rows=rows)
         check_diffusion(solver, num_steps)
         check_filter(temperature, top_k, top_p)
         self.path, self.seed, self.rows = pipeline, seed, rows

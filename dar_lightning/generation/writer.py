@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from dar_lightning.ar.decode_road import choose_road
-from dar_lightning.errors import UserError
-from dar_lightning.files import atomic_path, check_local, read_json, write_text
+from dar_lightning.errors import UserError, require
+from dar_lightning.files import atomic_path, check_local, check_same, read_json, write_json, write_text
 from dar_lightning.generation.labels import LabelsDataModule
 from dar_lightning.generation.npz import write_npz
 from dar_lightning.records.drawn import NAMES, write_drawn
@@ -42,8 +42,7 @@ class SampleWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         check_local(output, "output")
         self.path = Path(output)
-        if self.path.suffix != ".npz":
-            raise UserError(f"output is {output}: give the name of an .npz file")
+        require(self.path.suffix == ".npz", f"output is {output}: give the name of an .npz file")
         self.protocol_path, self.parts = self.path.with_suffix(".json"), self.path.with_suffix(".parts")
         self.settings_path = self.parts / "settings.json"
 
@@ -81,13 +80,8 @@ class SampleWriter(BasePredictionWriter):
                 name = self.protocol_path.name
                 raise UserError(f"output: {self.path} is there, without its {name}; delete it or rename")
             return self.data.pieces
-        record = read_json(there)
-        for name, ours in self.settings.items():
-            if name not in FREE and record.get(name) != ours:
-                raise UserError(
-                    f"output: {there} tells of images with {name} {record.get(name)}, now it is {ours}; "
-                    "choose another output or delete it and what it describes"
-                )
+        settings = {name: ours for name, ours in self.settings.items() if name not in FREE}
+        check_same(f"{there} tells of images with", read_json(there), settings)
         return [] if self.done else [piece for piece in self.data.pieces if not self._is_whole(piece)]
 
     def _file(self, piece: range) -> Path:
@@ -108,10 +102,17 @@ class SampleWriter(BasePredictionWriter):
         self.made = json.dumps(made | {"decoding": decoding}) + "\n"
 
     def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Tensor, batch_indices: list[int], *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        _: Any,
+        batch: dict[str, Tensor],
+        *__: Any,
     ) -> None:
         """Called by Lightning with images (B, 3, H, W) and their numbers; a rank draws its numbers in order."""
-        for number, image in zip(batch_indices, prediction.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        images = prediction.permute(0, 2, 3, 1).cpu().numpy()
+        for number, image in zip(batch["index"].tolist(), images, strict=True):
             piece = self.data.pieces[number // self.data.piece_size]
             if number == piece.start:
                 self.images = np.empty((len(piece), *self.shape[1:]), np.uint8)
@@ -124,7 +125,7 @@ class SampleWriter(BasePredictionWriter):
     def _save(self, piece: range) -> None:
         # Not before: settings that no image can be drawn with would stand in the way of the right ones.
         if not self.settings_path.is_file():
-            write_text(self.settings_path, json.dumps(self.settings, indent=2) + "\n")
+            write_json(self.settings_path, self.settings)
         # Provenance, a file for each kind of process, so that ranks need not agree who writes.
         made = self.parts / f"drawn_by-{hashlib.sha256(self.made.encode()).hexdigest()[:12]}.json"
         if not made.is_file():

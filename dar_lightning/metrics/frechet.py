@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import atomic_path
 from dar_lightning.generation.npz import UNREADABLE
 
@@ -49,8 +49,7 @@ class FeatureStatistics(Metric):
     def compute(self) -> Gaussian:
         """Of all features so far; a UserError with fewer than two, which have no covariance."""
         count = int(self.count)
-        if count < 2:
-            raise UserError(f"a Frechet distance needs at least 2 images on each side, got {count}")
+        require(count >= 2, f"a Frechet distance needs at least 2 images on each side, got {count}")
         mean = self.features_sum / count
         covariance = (self.products_sum - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean, covariance, count)

@@ -22,7 +22,7 @@ from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, one_line, require
 from dar_lightning.files import find_shipped
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
@@ -246,6 +246,5 @@ def open_images(source: str, option: str, image_size: int | None) -> ImageSet:
     else:
         what = "is a file of another kind" if path.exists() else "does not exist"
         raise UserError(f"{option}: {source} {what}; give an npz file, or a folder of shards or of images")
-    if len(images) == 0:
-        raise UserError(f"{option}: {source} holds no images")
+    require(len(images) > 0, f"{option}: {source} holds no images")
     return images

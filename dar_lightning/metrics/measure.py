@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.metrics.frechet import FeatureStatistics, Gaussian
 from dar_lightning.metrics.images import ImageSet, with_progress
 from dar_lightning.records.pixels import image_digests, set_sha256
@@ -88,8 +88,7 @@ def measure(
         size: the (H, W) that images must have; None takes any.
         unique: refuse a set that has an image twice.
     """
-    if len(images) < 2:
-        raise UserError(f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
+    require(len(images) >= 2, f"{option}: {len(images)} image(s); a Frechet distance needs 2 or more on each side")
     measured, brightest, places, kept = Measured(network, device), 0, {}, []
     for pixels, labels in with_progress(images, batch_size, option):
         measured.size = size = size or tuple(pixels.shape[2:])
@@ -107,8 +106,7 @@ def measure(
                 )
         if keep:
             kept.append((features.cpu(), labels))
-    if brightest <= 1:
-        raise UserError(f"{option}: no value is above {brightest}; pixels must be 0 to 255")
+    require(brightest > 1, f"{option}: no value is above {brightest}; pixels must be 0 to 255")
     if keep:
         features, labels = zip(*kept, strict=True)
         measured.features, measured.labels = torch.cat(features), None if labels[0] is None else torch.cat(labels)

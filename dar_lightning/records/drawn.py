@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import write_json
 
 PIXELS = "pixels_sha256"  # the field by which a record knows its images
 NAMES = "class_names"  # the field with the names of all classes, in the order of the labels
@@ -13,7 +13,7 @@ NAMES = "class_names"  # the field with the names of all classes, in the order o
 
 def write_drawn(npz: Path, facts: dict[str, Any], sha256: str) -> None:
     """Write `NAME.json` beside `NAME.npz`: how its images were drawn, and their SHA-256 (`records.pixels`)."""
-    write_text(npz.with_suffix(".json"), json.dumps(facts | {PIXELS: sha256}, indent=2) + "\n")
+    write_json(npz.with_suffix(".json"), facts | {PIXELS: sha256})
 
 
 def read_drawn(npz: Path) -> dict[str, Any] | None:

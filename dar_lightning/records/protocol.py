@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dar_lightning.errors import UserError
-from dar_lightning.files import write_text
+from dar_lightning.files import write_json
 
 PAPER_COUNT = 50_000  # images behind each of the paper's FIDs
 FRECHET = "float64, unbiased covariances"
@@ -109,7 +109,7 @@ class Protocol:
 def write_metrics(path: str | Path, metrics: dict[str, float | None], protocol: Protocol) -> dict[str, Any]:
     """Write metrics and their protocol as JSON, atomically; returns what was written."""
     result = {"metrics": metrics, "protocol": protocol.to_json()}
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     return result
 
 

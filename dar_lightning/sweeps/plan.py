@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dar_lightning.data.shards import INDEX
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import file_sha256, find_shipped, load_yaml
 
 # Where each verb's results go: the option that says so, below the stage's own folder.
@@ -50,8 +50,7 @@ class Stage:
     options: dict[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.verb not in OUTPUTS:
-            raise UserError(f"stages: verb is {self.verb!r}, choose from {', '.join(OUTPUTS)}")
+        require(self.verb in OUTPUTS, f"stages: verb is {self.verb!r}, choose from {', '.join(OUTPUTS)}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.files import read_json
 from dar_lightning.records.protocol import Protocol
 from dar_lightning.sweeps.curves import Curve, read_scalars
@@ -101,8 +101,7 @@ def read_sweep(folder: str | Path) -> SweepResult:
         UserError: it is no sweep's folder, a file of it is damaged, or runs were measured by different protocols.
     """
     folder = Path(folder)
-    if not (folder / SWEEP).is_file():
-        raise UserError(f"{folder} has no {SWEEP}: give a folder that dar sweep wrote")
+    require((folder / SWEEP).is_file(), f"{folder} has no {SWEEP}: give a folder that dar sweep wrote")
     told = read_json(folder / SWEEP)
     try:
         cells = []

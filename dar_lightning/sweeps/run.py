@@ -16,8 +16,8 @@ from typing import IO, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from dar_lightning.errors import UserError
-from dar_lightning.files import read_json, users_path, write_text
+from dar_lightning.errors import UserError, naming
+from dar_lightning.files import read_json, write_json, write_text
 from dar_lightning.generation.grids import mosaic, save_png
 from dar_lightning.metrics.images import NpzImages
 from dar_lightning.records.provenance import FILE, read_code
@@ -47,14 +47,14 @@ class Runner:
     def prepare(self) -> None:
         """Make the folder, or go on in one of the same sweep; a cell that is not as planned is pending again."""
         mark = self.root / SWEEP  # it comes first, so that another process finds nothing else without it
-        with users_path("output"):
+        with naming("output", OSError):
             self.root.mkdir(parents=True, exist_ok=True)
         if any(not path.name.startswith(".") for path in self.root.iterdir()) and not mark.exists():
             raise UserError(f"output: {self.root} holds other files, give a new folder")
         with FileLock(self.root / LOCK):
             if mark.exists() and (name := read_json(mark).get("name")) != self.plan.name:
                 raise UserError(f"output: {self.root} is of the sweep {name}, give another folder")
-            write_text(mark, json.dumps(self.plan.summary(), indent=2) + "\n")
+            write_json(mark, self.plan.summary())
             text = yaml.safe_dump(asdict(self.plan), sort_keys=False, allow_unicode=True, width=120)
             write_text(self.root / "sweep.yaml", text)
             for cell, seed in self.plan.runs():
@@ -96,7 +96,7 @@ class Runner:
         found = {stage["status"] for stage in stages}
         status = next(status for status in ("failed", "pending", "done") if status in found)
         state = {"cell": cell.name, "seed": seed, "values": cell.values, "status": status, "stages": stages}
-        write_text(run_folder(self.root, cell.name, seed) / RUN, json.dumps(state, indent=2) + "\n")
+        write_json(run_folder(self.root, cell.name, seed) / RUN, state)
         return state
 
     def _run_work(self, work: Work) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Runner:
         made = {"code": read_code(), "data": work.data(), "needs": needs}  # what decides its results, beside its hash
         write_text(folder / "config.yaml", yaml.safe_dump({"verb": work.verb, "options": command[1:]}, width=120))
         if not (folder / BEGUN).exists():  # an interrupted training goes on from what it was begun from
-            write_text(folder / BEGUN, json.dumps(made) + "\n")
+            write_json(folder / BEGUN, made, indent=None)
         start = time.monotonic()
         with open(folder / LOG, "a", encoding="utf-8") as log:
             print("$", shlex.join(["dar", *command]), file=log, flush=True)
@@ -144,7 +144,7 @@ class Runner:
                 shutil.copyfile(resolved, folder / "config.yaml")
             done = {"hash": work.hash, "command": command, "seconds": seconds}
             done["made"] = made | {"codes": sorted(_noted_codes(folder))}
-            write_text(folder / DONE, json.dumps(done) + "\n")
+            write_json(folder / DONE, done, indent=None)
             self.tried[work.hash] = "done"
             print(f"  {work.stage}  {seconds:.0f} s: {folder}", flush=True)
         if stopped:
@@ -254,4 +254,4 @@ def _collect(works: list[Work], root: Path, folder: Path) -> None:
         if work.verb in PICTURES:
             shutil.copyfile(place / PICTURES[work.verb], folder / SAMPLES)
     told = {"figures": metrics, "stages": stages, "protocol": protocols}
-    write_text(folder / METRICS, json.dumps(told, indent=2) + "\n")
+    write_json(folder / METRICS, told)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from dar_lightning.files import users_path
+from dar_lightning.errors import naming
 
 RETRY_SECONDS = 60.0
 
@@ -25,7 +25,7 @@ class TensorBoard(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        with users_path("trainer.logger"):
+        with naming("trainer.logger", OSError):
             writer = super().experiment
         files = writer.file_writer if rank_zero_only.rank == 0 else None  # None after it was closed, too
         if files is not None and not isinstance(files.event_writer, SurvivingWriter):

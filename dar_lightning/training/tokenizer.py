@@ -134,6 +134,12 @@ class TokenizerModule(TrainingModule):
         seen = {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
         return {"loss": loss, "parts": parts} | seen
 
+    def update_statistics(self, batch: dict) -> None:
+        """Let `latent_norm: batch` see a batch with the weights as they are; for the average of EMA."""
+        if not self.freeze_encoder:
+            self.tokenizer.encoder.latent_norm.train()
+            self.tokenizer.encoder(to_float(batch["image"]))
+
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.data.tar import Walk
-from dar_lightning.errors import UserError
-from dar_lightning.files import users_path
+from dar_lightning.errors import UserError, naming, require
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -24,7 +23,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_\d+\.")
 
 def first_names(path: Path, count: int = 10) -> list[str]:
     """Names of the first files in a tar, damaged or not, to tell what it is."""
-    with users_path("input"), path.open("rb") as file:
+    with naming("input", OSError), path.open("rb") as file:
         members = Walk(file)
         return [member.name for member in islice((each for each in members if each.isreg()), count)]
 
@@ -48,8 +47,7 @@ def val_archive(path: Path, labels: str | None) -> Source:
     devkit's archive is looked for beside the images'.
     """
     truth_file = Path(labels) if labels is not None else path.with_name(DEVKIT)
-    if not truth_file.exists():
-        raise UserError(f"labels: {truth_file} does not exist; the validation images need {DEVKIT}")
+    require(truth_file.exists(), f"labels: {truth_file} does not exist; the validation images need {DEVKIT}")
     truth, classes = read_truth(truth_file)
     position = {wnid: label for label, wnid in enumerate(classes)}
     images = list(_members(path))
@@ -78,8 +76,7 @@ def read_truth(path: Path) -> tuple[list[str], tuple[str, ...]]:
             contents = {TRUTH: path.read_bytes()} | ({META: meta.read_bytes()} if meta.is_file() else {})
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"labels: {path} is not the devkit's archive, or cannot be read ({error})") from error
-    if TRUTH not in contents:
-        raise UserError(f"labels: {path} has no {TRUTH}")
+    require(TRUTH in contents, f"labels: {path} has no {TRUTH}")
     words = contents[TRUTH].decode(errors="replace").split()
     if words and all(re.fullmatch(r"n\d{8}", word) for word in words):
         return words, tuple(sorted(set(words)))
@@ -111,7 +108,7 @@ def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tar
     end = path.stat().st_size if end is None else end
     try:
         # unbuffered: only headers are read, and they lie far apart
-        with users_path("input"), path.open("rb", buffering=0) as file:
+        with naming("input", OSError), path.open("rb", buffering=0) as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:

@@ -24,8 +24,8 @@ from dar_lightning.data.prepare.sources import Sample, Source
 from dar_lightning.data.shards import INDEX, Shard, ShardIndex, read_index, write_shard
 from dar_lightning.data.tar import read_headers
 from dar_lightning.data.transforms import resize_short_side
-from dar_lightning.errors import UserError, begin_work
-from dar_lightning.files import file_sha256, locked, read_json, write_text
+from dar_lightning.errors import UserError, begin_work, require
+from dar_lightning.files import check_same, file_sha256, locked, read_json, write_json
 
 PLAN, SKIPPED = "plan.json", "skipped.json"
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> extension in a shard
@@ -136,7 +136,7 @@ def make_shards(
             for path in (folder / SKIPPED, *folder.glob(".*.tar.*.part")):  # of killed runs
                 path.unlink(missing_ok=True)
             if bad := [each for _, skipped in mine for each in skipped]:
-                write_text(folder / SKIPPED, json.dumps(bad, indent=1) + "\n")
+                write_json(folder / SKIPPED, bad, indent=1)
             labelled = any(sample.label >= 0 for sample in source.samples)
             ShardIndex(folder, tuple(entry for entry, _ in mine), source.classes, labelled=labelled).save()
     return made
@@ -172,17 +172,15 @@ def _claim(root: Path, parts: dict[str, list[Sample]], source: Source, options: 
     # another encoder gives other bytes
     plan = {"version": 1, "input": listing.hexdigest()} | options | {"pillow": PIL.__version__}
     if (root / PLAN).is_file():
-        found = read_json(root / PLAN)
-        for name, value in plan.items():
-            if found.get(name) != value:
-                was = f"was made with {name} {found.get(name)}, now it is {value}"
-                was = "was made from another input or other classes" if name == "input" else was
-                raise UserError(f"output: {root} {was}; choose another folder or delete this one")
+        found, hint = read_json(root / PLAN), "choose another folder or delete this one"
+        same = found.get("input") == plan["input"]
+        require(same, f"output: {root} was made from another input or other classes; {hint}")
+        check_same(f"{root} was made with", found, plan)
         return
     for folder in (root / part for part in parts):
         if (folder / INDEX).exists() or any(folder.glob("*.tar")):
             raise UserError(f"output: {folder} holds shards from elsewhere; choose another folder")
-    write_text(root / PLAN, json.dumps(plan, indent=1) + "\n")
+    write_json(root / PLAN, plan, indent=1)
 
 
 def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_share: float) -> list[tuple]:

@@ -17,8 +17,7 @@ from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import read_label
 from dar_lightning.data.image_files import is_hidden, list_images
 from dar_lightning.data.shards import IMAGE_TYPES, ShardIndex
-from dar_lightning.errors import UserError
-from dar_lightning.files import users_path
+from dar_lightning.errors import UserError, naming
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_KEY = 80  # a tar header has room for 100 bytes, extension included; longer names take a header of their own
@@ -69,36 +68,32 @@ def image_folder(path: Path, unlabelled: bool = False, field: str | None = None)
     Images of a folder without folders, and all if `unlabelled`, have no labels. Captions come from `.txt` and `.json`
     files of an image's name, and from the folder's metadata.csv or metadata.jsonl; `field` as in `data.captions`.
     """
-    with users_path("input"):
+    with naming("input", OSError):
         there = sorted(each.name for each in path.iterdir() if each.is_dir())
     table = read_table(path, field)
-    folders = [name for name in there if not is_hidden(name)]
-    if unlabelled or not folders:
-        samples, ignored, hidden = _list_samples(path, path, None, -1, table, field)
-        if not samples:
-            raise UserError(f"input: {path} holds neither images or folders of them nor .tar files")
-        check_table(path, table, samples)
-        return Source("image folder", (), samples, ignored=tuple(ignored), hidden=tuple(hidden))
-    splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+    classes = () if unlabelled else tuple(name for name in there if not is_hidden(name))
+    splits = [name for name in classes if name.lower() in SPLIT_NAMES]
     # one among others may be a class: there are trains on photos, but hardly trains and tests
-    if len(splits) > 1 or len(splits) == len(folders):
+    if len(splits) > 1 or (splits and len(classes) == 1):
         raise UserError(f"input: {path} holds {', '.join(splits)}, which are no classes; give one of these folders")
-    samples, ignored = [], []
-    hidden = [name for name in there if is_hidden(name)]
-    for label, name in enumerate(folders):
-        found, others, more = _list_samples(path, path / name, name, label, table, field)
+    samples, ignored, hidden = [], [], [name for name in there if classes and is_hidden(name)]
+    for label, name in enumerate(classes) if classes else [(-1, None)]:
+        found, others, more = _list_samples(path, name, label, table, field)
         samples += found
         ignored += others
         hidden += more
-    check_table(path, table, samples)
-    return Source("image folder", tuple(folders), samples, ignored=tuple(ignored), hidden=tuple(hidden))
+    if not classes and not samples:
+        raise UserError(f"input: {path} holds neither images or folders of them nor .tar files")
+    if missing := sorted(table.keys() - {sample.name for sample in samples}):
+        raise UserError(f"input: the metadata of {path} names {missing[0]!a}, which is no image there ({len(missing)})")
+    return Source("image folder", classes, samples, ignored=tuple(ignored), hidden=tuple(hidden))
 
 
 def _list_samples(
-    root: Path, folder: Path, name: str | None, label: int, table: Mapping[str, list[str]], field: str | None
+    root: Path, name: str | None, label: int, table: Mapping[str, list[str]], field: str | None
 ) -> tuple[list[Sample], list[str], list[str]]:
-    """The images below a folder, files that are neither images nor their captions, and hidden ones."""
-    files = list_images(folder)
+    """The images below the folder of a class, or the root; files that are neither images nor captions; hidden ones."""
+    files = list_images(root / (name or ""))
     samples, beside = [], {file.relative_to(root).as_posix(): file for file in files.others}
     used = {*TABLES}
     for file in files.images:
@@ -120,12 +115,6 @@ def _list_samples(
         samples.append(Sample(key, relative.as_posix(), label, size, place, flaw, tuple(captions)))
     hidden = [file.relative_to(root).as_posix() for file in files.hidden]
     return samples, [other for other in beside if other not in used], hidden
-
-
-def check_table(path: Path, table: Mapping[str, list[str]], samples: Iterable[Sample]) -> None:
-    """Refuse a table of captions that names images which are not there."""
-    if missing := sorted(table.keys() - {sample.name for sample in samples}):
-        raise UserError(f"input: the metadata of {path} names {missing[0]!a}, which is no image there ({len(missing)})")
 
 
 def check_classes(source: Source) -> None:

@@ -9,23 +9,41 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class Average(AveragedModel):
-    """An AveragedModel that begins as a copy of the model and whose update reads nothing back from the device."""
+    """An AveragedModel that begins as a copy of the model and whose update reads nothing back from the device.
+
+    Buffers are the model's, but a BatchNorm's statistics: the mean and variance of what the weights of the moment give
+    are not those of what their average gives. These see the training's batches through the average itself, with a
+    memory of 100 steps.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, decay: float):
         super().__init__(model)  # its counter lies on the CPU
         self.module.to(device)
         self.decay = decay
+        for norm in self._norms():
+            norm.momentum = 0.01
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.module.modules() if isinstance(module, nn.BatchNorm1d)]
+
+    @torch.no_grad()
+    def update_statistics(self, batch: Any) -> None:
+        if self._norms():
+            self.module.update_statistics(batch)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Move the average towards the model's parameters that train; buffers are copied."""
+        """Move the average towards the model's parameters that train; buffers are copied, but statistics."""
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         mine, theirs = zip(*((average, weight) for average, weight in pairs if weight.requires_grad), strict=True)
         # Scaled, then added to, as in the official code. The step is so small that float32 rounds off 3% of it, and
         # the two rounded sums of a lerp are others.
         torch._foreach_mul_(mine, self.decay)
         torch._foreach_add_(mine, theirs, alpha=1.0 - self.decay)
-        self._copy("buffers", model)
+        own = {id(buffer) for norm in self._norms() for buffer in norm.buffers()}
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            if id(mine) not in own:
+                mine.copy_(theirs)
         self.n_averaged += 1
 
     def begin_anew(self, model: nn.Module) -> None:
@@ -44,7 +62,8 @@ class EMA(WeightAveraging):
 
     It begins with the weights that the run starts from and is not corrected for that, as in the official code.
     Validation, checkpoints and `dar export` use the average. It lies where the model trains and is moved without a
-    wait; sharded models (FSDP2) are averaged slice by slice. Lightning's EMAWeightAveraging begins after the first
+    wait; sharded models (FSDP2) are averaged slice by slice. With `latent_norm: batch` each step has one more pass of
+    the encoder, for the average's own statistics. Lightning's EMAWeightAveraging begins after the first
     step, lies on the CPU if the model is built there, and validates the untrained model until
     `update_starting_at_step`.
 
@@ -71,5 +90,9 @@ class EMA(WeightAveraging):
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step <= self.update_starting_at_step:
             self._average_model.begin_anew(pl_module)
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        before = self._latest_update_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._latest_update_step > before:
+            with trainer.precision_plugin.forward_context():
+                self._average_model.update_statistics(batch)

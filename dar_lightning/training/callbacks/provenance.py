@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from dar_lightning.files import users_path, write_text
+from dar_lightning.errors import naming
+from dar_lightning.files import write_text
 from dar_lightning.records.provenance import FILE, provenance
 from dar_lightning.training.loggers import writers
 
@@ -19,7 +20,7 @@ class ConfigText(SaveConfigCallback):
         """Later: what only reads a run, or cannot train, must not replace the config that made it."""
 
     def on_train_start(self, trainer, pl_module) -> None:
-        with users_path("trainer.default_root_dir"):
+        with naming("trainer.default_root_dir", OSError):
             super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer, pl_module, stage) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import make_tokenizer
 from tiny_training import image_data, tokenizer_module, trainer
 
 from dar_lightning.metrics.features import FrozenNetwork
@@ -91,3 +92,30 @@ def test_frozen_networks_are_not_copied():
     assert average.perceptual.network is model.perceptual.network
     assert [name for name, _ in average.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(name.startswith("tokenizer.") for name, _ in average.named_parameters())
+
+
+def test_the_average_has_statistics_of_its_own(images):
+    """Of `latent_norm: batch`: what its encoder gives of each step's batch, 0.99 old and 0.01 new, by hand."""
+    ema, flat, expected, current = EMA(0.8, update_starting_at_step=2), [], [], []
+
+    class ByHand(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            norm = pl_module.tokenizer.encoder.latent_norm
+            current[:] = norm.running_mean.clone(), norm.running_var.clone()
+            if trainer.global_step <= 2:  # the average is the model itself
+                expected[:] = [each.double() for each in current]
+                return
+            encoder = make_tokenizer(latent_norm="batch").encoder
+            encoder.load_state_dict(ema._average_model.module.tokenizer.encoder.state_dict())
+            encoder.latent_norm.register_forward_pre_hook(lambda norm, inputs: flat.append(inputs[0]))
+            encoder(batch["image"] / 127.5 - 1)
+            seen = flat[-1].double().mean(dim=0), flat[-1].double().var(dim=0)
+            expected[:] = [0.99 * old + 0.01 * new for old, new in zip(expected, seen, strict=True)]
+
+    trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
+    fit = trainer(ema, ByHand(), max_steps=6)
+    fit.fit(trained, image_data(images))
+    norm = trained.tokenizer.encoder.latent_norm
+    assert same((norm.running_mean, norm.running_var), expected)
+    assert len(flat) == 4
+    assert not same(current, expected), "the optimizer's weights give other latents"
