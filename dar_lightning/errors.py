@@ -37,18 +37,21 @@ def check_range(least: float, most: float = math.inf, **options: float | None) -
 
 
 @contextmanager
-def naming(option: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn whatever is raised into a UserError that names the option: for what a library makes of its value.
+def naming(option: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what is raised into a UserError that names the option: for what a library makes of its value.
 
-    With OSError as `kind`, for opening or making what the user named; everywhere else such an error is one of this
-    program, and stays a traceback.
+    Args:
+        option: what the line begins with.
+        kinds: errors that become one; none given: all. OSError is for opening or making what the user named;
+            everywhere else such an error is one of this program, and stays a traceback.
 
     Raises:
-        UserError: something of that kind was raised; if it was one, that one.
+        UserError: something of these kinds was raised; if it was one, that one.
     """
+    kinds = kinds or (Exception,)
     try:
         yield
-    except kind as error:
+    except kinds as error:
         raise find_user_error(error) or UserError(f"{option}: {whole_line(error)}") from error
 
 

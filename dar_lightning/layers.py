@@ -65,6 +65,27 @@ class KVCache:
         self.real = None if self.real is None else self.real[:batch]
 
 
+class TableModule(nn.Module):
+    """Module with `tables`: buffers that are not saved, since they follow from its config."""
+
+    def tables(self) -> dict[str, Tensor]:
+        """The buffers that are not saved, by name ("trunk.rotary_emb.inv_freq"), computed anew."""
+        return {}
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Called by `to`, `cuda` and the like: tables keep their dtype, and are filled where they leave meta."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        with torch.device("cpu"):
+            tables = self.tables()
+        for name, table in tables.items():
+            was, now = before[name], self.get_buffer(name)
+            if now.dtype != was.dtype or (was.is_meta and not now.is_meta):
+                owner, _, last = name.rpartition(".")
+                setattr(self.get_submodule(owner), last, table.to(now.device))
+        return self
+
+
 def run_block(block: nn.Module, *inputs, recompute: bool):
     """Call a transformer block; with `recompute`, by activation checkpointing: the same gradients, bit for bit."""
     if recompute and torch.is_grad_enabled():

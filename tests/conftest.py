@@ -91,6 +91,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory) -> str:
+    """A file of a random VGG16."""
+    from tiny_models import write_vgg
+
+    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
+
+
+@pytest.fixture(scope="session")
 def pair() -> Iterator[Pair]:
     """Calls a function on two ranks; in the place of what it raised there, a Failure."""
     from pair import Pair

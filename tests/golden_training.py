@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dar_lightning.commands.fit import TrainerCLI
 from dar_lightning.weights import load_official_ar, load_official_tokenizer
 from dar_lightning.weights.lightning import load_lightning_checkpoint
-from dar_lightning.weights.official_names import AR_NAMES, TOKENIZER_NAMES, official_name
+from dar_lightning.weights.official import AR_NAMES, TOKENIZER_NAMES, official_name
 
 STEPS = 12
 OURS = "--trainer.callbacks+=dar_lightning.training.callbacks"
@@ -81,11 +81,8 @@ def run(part: str, folder: Path) -> dict[str, float]:
         model = load_official_tokenizer(start, {"model": config["model"]})
         optimizer = {"lr": 2e-4, "betas": "[0.9,0.95]", "warmup_steps": 4}
         words = ["--model=dar_lightning.training.TokenizerModule", f"{OURS}.EMA", "--trainer.callbacks.decay=0.999"]
-        losses, rules, ends = (
-            ("flow", "vq", "commit"),
-            TOKENIZER_NAMES,
-            [("weights", "final"), ("average", "final_ema")],
-        )
+        losses, rules = ("flow", "vq", "commit"), TOKENIZER_NAMES
+        ends = [("weights", "final"), ("average", "final_ema")]
     else:
         model = load_official_ar(start, config["model"])
         optimizer = {"lr": 4e-4, "betas": "[0.9,0.95]", "weight_decay": 0.05, "decay_steps": 8, "final_lr": 1e-5}

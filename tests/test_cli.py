@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from tiny_models import fit_ar, fit_tokenizer, make_tokenizer, random_codes, write_images, write_tokens
 
 from dar_lightning import __version__
@@ -19,18 +20,6 @@ from dar_lightning.data.token_dataset import CodesIndex, describe, write_codes
 from dar_lightning.errors import begin_work
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
-
-
-def refusal(capsys, argv: list, before: str = "Seed set to") -> str:
-    """What `dar` says on stderr before it ends with status 2: one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in argv])
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(before)]
-    assert stop.value.code == 2
-    assert said.startswith(f"dar {argv[0]}: ")
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +42,6 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def fit(kind: str, folders: dict[str, str], run: Path, **trainer) -> list[str]:
     data, function = (folders["tokens"], fit_ar) if kind == "ar" else (folders["images"], fit_tokenizer)
     return function(data, data, run, max_steps=1, **trainer)
-
-
-# ---- words
 
 
 def test_a_mistake_in_a_real_process():
@@ -124,8 +110,6 @@ def test_flags_may_stand_alone(typed, meant):
     assert spell_out_flags(function, typed) == meant
 
 
-# ---- trainings
-
 CONFIG, CALLBACKS = "model.init_args.config", "dar_lightning.training.callbacks"
 
 
@@ -167,9 +151,8 @@ CONFIG, CALLBACKS = "model.init_args.config", "dar_lightning.training.callbacks"
 )
 def test_a_training_that_cannot_be(kind, options, said, folders, tmp_path, capsys):
     kind, _, without = kind.partition(" ")  # a config
-    command = [
-        word for word in fit(kind, folders, tmp_path / "run") if not (without and word.startswith(f"--{CONFIG}="))
-    ]
+    words = fit(kind, folders, tmp_path / "run")
+    command = [word for word in words if not (without and word.startswith(f"--{CONFIG}="))]
     line = refusal(capsys, [*command, *(f"--{option.format_map(folders)}" for option in options.split())])
     assert re.search(said, line), line
     assert list(tmp_path.rglob("*.ckpt")) == []
@@ -186,9 +169,6 @@ def test_checkpoint_of_another_shape(folders, tmp_path, capsys):
     assert "is of the tokenizer part" in refusal(capsys, other)
     assert "no.ckpt" in refusal(capsys, [*command, "--ckpt_path=no.ckpt"])
     assert checkpoint.read_bytes() == before
-
-
-# ---- folders and devices
 
 
 @pytest.mark.parametrize("verb", ["quickstart", "sweep", "sample", "reconstruct", "extract", "export"])
@@ -241,9 +221,6 @@ def test_a_pipeline_that_is_none(tmp_path, capsys):
     line = refusal(capsys, ["sample", "--pipeline", tmp_path, "--output", tmp_path / "out"])
     assert "config.json is missing" in line
     assert not (tmp_path / "out").exists()
-
-
-# ---- what the system refuses, and the end of a run
 
 
 @pytest.mark.parametrize(

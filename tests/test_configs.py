@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
-from tiny_models import make_tokenizer, write_tokens, write_vgg
+from tiny_models import make_tokenizer, write_tokens
 
 from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.cli import main
@@ -49,21 +49,13 @@ BASES |= {name: B if Path(name).stem == "ar" else V1 for name in under("rehearsa
 RECIPES = [name for name in under("tokenizer", "ar") if name != CODEBOOK]
 MACHINES = [name for name in under("trainer") if name != FSDP]
 
-pytestmark = [
-    pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
-    pytest.mark.filterwarnings("ignore"),  # Lightning's, of options and loggers
-]
+pytestmark = pytest.mark.usefixtures("at_the_root_with_a_random_teacher")
 
 # What makes a step of any size cheap and leaves its structure alone.
 PARTS = ("encoder", "conditioner", "decoder")
 SMALL_AR = dict(dim=32, depth=1, num_heads=2, multiple_of=32)
 SMALL_TOKENIZER = {f"{part}_{what}": value for part in PARTS for what, value in (("dim", 32), ("depth", 1))}
 SMALL_TOKENIZER["head_dim"] = 16
-
-
-@pytest.fixture(scope="module")
-def vgg(tmp_path_factory) -> Path:
-    return write_vgg(tmp_path_factory.mktemp("vgg") / "vgg.pth")
 
 
 def printed(capsys, *words: str) -> dict:
@@ -137,7 +129,7 @@ def first_step(name: str, folder: Path, *more: str, small: bool = True) -> list[
     return list((folder / "run" / "logs").glob("events.out.*"))
 
 
-def lpips_of(name: str, vgg: Path) -> list[str]:
+def lpips_of(name: str, vgg: str) -> list[str]:
     used = "perceptual" in read(name)["model"]["init_args"]
     return [f"--model.init_args.perceptual.init_args.weights_path={vgg}"] if used else []
 
@@ -145,8 +137,8 @@ def lpips_of(name: str, vgg: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name", [V1, B, *(name for name in under("ablation") if name not in BASES)]
 )  # the other recipes have other sizes only
-def test_the_first_step(name, vgg, tmp_path):
-    assert first_step(name, tmp_path, *lpips_of(name, vgg))
+def test_the_first_step(name, vgg_file, tmp_path):
+    assert first_step(name, tmp_path, *lpips_of(name, vgg_file))
 
 
 def test_the_first_step_on_layered_data_and_its_saved_config(tmp_path, capsys):
@@ -172,7 +164,7 @@ def test_metric_layers_measure(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FINETUNE, *LPIPS, LONGER])
-def test_layers_that_go_on_from_the_shipped_weights(name, vgg, tmp_path, capsys):
+def test_layers_that_go_on_from_the_shipped_weights(name, vgg_file, tmp_path, capsys):
     base = BASES[name]
     given = printed(capsys, "fit", "--config", base, "--config", name)["model"]["init_args"]
     shipped = f"dar_lightning/shipped/fruit64/{'tokenizer' if base == TOKENIZER else 'ar'}"
@@ -182,7 +174,7 @@ def test_layers_that_go_on_from_the_shipped_weights(name, vgg, tmp_path, capsys)
         config = json.loads(Path(shipped, "config.json").read_text())
         assert {key: value for key, value in config.items() if given["config"].get(key, value) != value} == {}
     else:
-        files += [f"--model.init_args.init_from={shipped}", *lpips_of(name, vgg)]
+        files += [f"--model.init_args.init_from={shipped}", *lpips_of(name, vgg_file)]
         files += [f"--data.init_args.train={tmp_path / 'tokens'}"] if name == LONGER else []
     assert first_step(base, tmp_path, *files, small=False)
 
@@ -198,19 +190,16 @@ def test_debugging_a_recipe(name, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_another_codebook_starts_from_k_means(vgg, tmp_path):
+def test_another_codebook_starts_from_k_means(vgg_file, tmp_path):
     """The step that ends its warm-up, on the weights of a tokenizer with v1's codebook."""
     given = read(V1)["model"]["init_args"]["config"]
     small = given | SMALL_TOKENIZER | {"image_size": 64, "repa_layer": 0}
     make_tokenizer(**small).save_pretrained(tmp_path / "source")
     words = ["--config", CODEBOOK, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1"]
     words += ["--trainer.callbacks.warmup_steps=1", "--trainer.callbacks.collect_steps=1", "--trainer.devices=1"]
-    words += [f"--model.init_args.init_from={tmp_path / 'source'}", *lpips_of(V1, vgg)]
+    words += [f"--model.init_args.init_from={tmp_path / 'source'}", *lpips_of(V1, vgg_file)]
     words += [f"--model.init_args.config={json.dumps(small | {'codebook_size': 64})}"]
     assert first_step(V1, tmp_path, *words, small=False)
-
-
-# ---- the paper's recipes
 
 
 @pytest.mark.parametrize("name", RECIPES)

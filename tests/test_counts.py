@@ -6,19 +6,15 @@ import weakref
 import pytest
 import timm
 import torch
-from tiny_models import write_vgg
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counting
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.guidance import guide
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.flops import step_flops
@@ -29,12 +25,9 @@ GFLOP = 1e9
 
 
 def slope(values: dict[float, float]) -> float:
-    """Of the logarithms, between the first and the last."""
-    (x, y), *_, (x2, y2) = values.items()
+    """Of the logarithms."""
+    (x, y), (x2, y2) = values.items()
     return math.log(y2 / y) / math.log(x2 / x)
-
-
-# ---- full size
 
 
 @pytest.mark.parametrize(
@@ -52,14 +45,20 @@ def test_the_tokenizer_at_full_size(name, config, gflop):
     assert getattr(counting, name)(config) / GFLOP == pytest.approx(gflop, rel=0.005)
 
 
-def test_a_training_step_with_the_frozen_networks(tmp_path, monkeypatch):
-    """LPIPS sees two images and goes back to the pixels of one; DINOv2 sees one and does not go back."""
+def test_a_training_step_with_the_frozen_networks(vgg_file, monkeypatch):
+    """LPIPS sees two images and goes back to the pixels of one; DINOv2 sees one and does not go back.
+
+    Beside a tokenizer of v1's widths and two blocks each, as beside v1, whose step has 1461 with them and 1294 without.
+    """
     build = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: build(name, **options | {"pretrained": False}))
-    perceptual = PerceptualLoss(weights_path=str(write_vgg(tmp_path / "vgg16.pth")))
-    module = TokenizerModule(V1, perceptual=perceptual, repa=RepaLoss())
+    random = {"pretrained": False, "weight_init": "skip"}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: build(name, **options | random))
+    losses = {"perceptual": PerceptualLoss(weights_path=vgg_file), "repa": RepaLoss()}
+    shallow = dict(encoder_depth=2, conditioner_depth=2, decoder_depth=2, repa_layer=1)
+    module = TokenizerModule(TokenizerConfig(**V1.to_dict() | shallow), **losses)
     batch = {"image": torch.zeros(2, 3, 256, 256, dtype=torch.uint8)}
-    assert step_flops(module, batch) / 2 / GFLOP == pytest.approx(1461, rel=0.01)
+    frozen = step_flops(module, batch) / 2 - counting.tokenizer_step(module.tokenizer.config)
+    assert frozen / GFLOP == pytest.approx(1461 - 1294, rel=0.01)
 
 
 def test_ar_training_at_full_size():
@@ -68,13 +67,10 @@ def test_ar_training_at_full_size():
     assert (counting.ar_step(config) - counting.causal_half(config)) / GFLOP == pytest.approx(153, rel=0.01)
 
 
-# ---- growth
-
-
 def test_what_grows_with_the_number_of_groups():
     """By K, with the window of K = 8, so that a step is the same one."""
     tiny = TokenizerConfig.preset("tiny").to_dict() | {"tokens_per_step": 4}
-    configs = {k: TokenizerConfig(**tiny | {"num_groups": k}) for k in (1, 2, 8)}
+    configs = {k: TokenizerConfig(**tiny | {"num_groups": k}) for k in (1, 8)}
     assert slope({k: counting.decode(c) - counting.condition(c) for k, c in configs.items()}) == pytest.approx(1)
     for same in (counting.encode, counting.tokenizer_step):
         assert slope({k: same(config) for k, config in configs.items()}) == 0
@@ -86,9 +82,6 @@ def test_a_token_costs_the_same_weights_at_any_position():
     for position in (1, 255):
         attention = config.depth * 4 * config.dim * (position + 1)
         assert counting.ar_token(config, position) - attention == 2 * parameters
-
-
-# ---- no waste
 
 
 def test_sampling_does_not_run_the_repa_head():

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import refused
 
 from dar_lightning.cli import main
 from dar_lightning.devices import choose_device, exact_products
-from dar_lightning.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,7 @@ def test_what_is_there_and_what_is_not(monkeypatch, gpus, mps, name, chosen):
     if " " not in chosen:
         assert choose_device(name) == torch.device(chosen)
         return
-    with pytest.raises(UserError, match=chosen):
-        choose_device(name)
+    refused(chosen, choose_device, name)
 
 
 @pytest.mark.parametrize(("products", "convolutions"), [("highest", False), ("high", True)])

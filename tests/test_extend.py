@@ -98,8 +98,8 @@ def test_a_quantizer(tmp_path, monkeypatch, capsys):
     heading, name = "A quantizer", "sign_quantizer"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    known = dict(quantizers.QUANTIZERS)
-    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))
+    known = dict(quantizers.QUANTIZERS.classes)
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", dict(known))
     write_files(heading, tmp_path)
     fit, export = commands(heading)
     main([*fit, *QUICK])
@@ -108,7 +108,7 @@ def test_a_quantizer(tmp_path, monkeypatch, capsys):
     assert logged["train/loss"] == pytest.approx(logged["train/flow"] + logged["train/commit"], rel=1e-5)
 
     del sys.modules[name]
-    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))  # another process
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", dict(known))  # another process
     *without, trust, trusted = export
     assert (trust, trusted) == ("--trust", f"{name}.SignQuantizer")
     with pytest.raises(SystemExit):
@@ -120,7 +120,7 @@ def test_a_quantizer(tmp_path, monkeypatch, capsys):
     config = json.loads((tmp_path / "runs/sign/weights/config.json").read_text())
     assert (config["quantizer"], config["quantizer_options"]) == (trusted, {"commitment": 0.1})
 
-    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(known))
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", dict(known))
     with pytest.raises(UserError, match="not registered"):
         SequentialDiffusionTokenizer.from_pretrained(tmp_path / "runs/sign/weights")
     program, found = next(text for text in blocks(heading, "python") if not text.startswith("# ")), {}
@@ -161,9 +161,9 @@ def test_a_condition(tmp_path, monkeypatch):
     heading, name = "A condition", "bag_of_words"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    known, quantizers_known = dict(conditions.CONDITIONS), dict(quantizers.QUANTIZERS)
-    monkeypatch.setattr(conditions, "CONDITIONS", dict(known))
-    monkeypatch.setattr(quantizers, "QUANTIZERS", quantizers_known)
+    known, quantizers_known = dict(conditions.CONDITIONS.classes), dict(quantizers.QUANTIZERS.classes)
+    monkeypatch.setattr(conditions.CONDITIONS, "classes", dict(known))
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", quantizers_known)
     few_photos(tmp_path)
     write_files(heading, tmp_path)
     (text,) = blocks(heading, "python")
@@ -172,7 +172,7 @@ def test_a_condition(tmp_path, monkeypatch):
     main(shard)
     main(extract)
     main([*fit, *QUICK])
-    monkeypatch.setattr(conditions, "CONDITIONS", dict(known))  # another process
+    monkeypatch.setattr(conditions.CONDITIONS, "classes", dict(known))  # another process
     with pytest.raises(SystemExit):
         main([word for word in export if word != "--trust" and name not in word])
     main(export)
@@ -206,16 +206,16 @@ def test_a_backbone(tmp_path, monkeypatch):
     heading, name = "A backbone", "recurrent.Recurrent"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for module, table in ((conditions, "CONDITIONS"), (quantizers, "QUANTIZERS"), (backbones, "BACKBONES")):
-        monkeypatch.setattr(module, table, dict(getattr(module, table)))
-    known = dict(backbones.BACKBONES)
+    for table in (conditions.CONDITIONS, quantizers.QUANTIZERS, backbones.BACKBONES):
+        monkeypatch.setattr(table, "classes", dict(table.classes))
+    known = dict(backbones.BACKBONES.classes)
     few_photos(tmp_path)
     write_files(heading, tmp_path)
     assert len(blocks(heading, "python")[0].splitlines()) <= 30
     extract, fit, export, sample = commands(heading)
     main(extract)
     main([*fit, *QUICK])
-    monkeypatch.setattr(backbones, "BACKBONES", known)  # another process
+    monkeypatch.setattr(backbones.BACKBONES, "classes", known)  # another process
     with pytest.raises(SystemExit):
         main([word for word in export if word not in ("--trust", name)])
     main(export)

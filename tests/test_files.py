@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path, find_shipped, locked, read_json, write_text
@@ -63,8 +64,7 @@ def test_one_process_at_a_time_has_a_folder(tmp_path):
 def test_json_that_is_no_object(text, says, tmp_path):
     if text is not None:
         (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=says):
-        read_json(tmp_path / "x.json")
+    refused(says, read_json, tmp_path / "x.json")
 
 
 def test_what_comes_with_the_package_is_found_from_any_folder(tmp_path, monkeypatch):

@@ -22,9 +22,6 @@ PAGE = ROOT / "docs" / "architecture.md"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
-# ---- the table
-
-
 def table(heading: str) -> list[list[str]]:
     """The rows of the first table below a heading of the page, without its own heading."""
     text = PAGE.read_text().split(f"## {heading}\n", 1)[1]
@@ -46,9 +43,6 @@ def room_of(module: str) -> str:
     """The innermost room that holds a module: data.prepare, not data."""
     parts = module.split(".")[1:] or ["__init__"]
     return next(name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in ROOMS)
-
-
-# ---- what files import
 
 
 def module_name(path: Path) -> str:
@@ -132,9 +126,6 @@ def test_what_packages_export_has_a_docstring():
     assert [name for name, doc in docs.items() if not doc] + generated == []
 
 
-# ---- sizes
-
-
 @pytest.mark.parametrize("folder", ["dar_lightning", "tests", "benchmarks"])
 def test_files_stay_few_short_and_named_for_one_idea(folder):
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
@@ -155,9 +146,6 @@ def test_no_large_file_is_tracked():
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in run.stdout.split("\0") if name]
     assert [path for path in paths if path.is_file() and path.stat().st_size > 10 * 2**20] == []
-
-
-# ---- make
 
 
 def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess:

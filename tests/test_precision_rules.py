@@ -20,17 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
 from dar_lightning.commands.extract import extract
 from dar_lightning.layers import rotate
 from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.blocks import axial_rotary
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import AblationModule, ARModule, TokenizerModule
 from dar_lightning.training.fsdp import mixed_precision, shard, whole
@@ -155,7 +152,6 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore")  # of RMSNorm, which a CPU's autocast does not know
 def test_sharded_gradients_are_as_exact_as_whole_ones(mesh):
     """bf16-mixed: norms gathered as bfloat16 would add 14% to the error, embeddings the stream that they start.
 

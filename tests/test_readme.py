@@ -1,14 +1,16 @@
-"""Every command that we show somebody parses, and every file of ours that a page names or links to is there."""
+"""Every `dar` command that we show somebody parses and every link to ours leads somewhere; and whole sections run."""
 
-import io
+import os
 import re
 import shlex
-from contextlib import redirect_stdout, suppress
-from functools import cache
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from dar_lightning import ARModel, DARPipeline
+from dar_lightning.ar.sampling import generate
 from dar_lightning.cli import TRAINER_VERBS, USAGE, VERBS, main
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +52,6 @@ def test_the_reader_finds_commands():
     assert len(SHOWN) > 90
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's, of options
 @pytest.mark.parametrize("name", SHOWN)
 def test_commands_parse(name, monkeypatch, capsys):
     verb, *options = SHOWN[name]
@@ -68,91 +69,130 @@ def test_links_to_our_files_lead_somewhere(page):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
-# ---- commands within sentences, and those of other programs
+PAGE = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text()
+SECTION = re.split(r"(?m)^##+ ", PAGE.split("## In transformers\n")[1])[0]
 
 
-# What tests run, or programs of others. "sbatch" and "experiments/" hand what follows to `dar fit` on a cluster.
-OTHERS = ("tensorboard", "pip", "twine", "source", ".venv/bin/jupyter", ".venv/bin/pre-commit", "sbatch", "torchrun")
-FILES = re.compile(
-    r"(?<![\w/.-])(?:experiments|benchmarks|data|docs|notebooks|tests)/[\w/.-]+\.(?:yaml|py|sh|ipynb|png)\b"
-)
-TARGETS = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text())
-
-
-def spans(text: str) -> list[str]:
-    """What stands between backticks in a sentence, and each line of the blocks of shell commands."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
-    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return [*lines, *(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest))]
-
-
-def programs(name: str) -> list[list[str]]:
-    """The words of each command of a program that the pages show, comments left out."""
-    found = [re.split(r" +(?:&&|\||#) *", span.strip()) for page in PAGES for span in spans(page.read_text())]
-    parts = [re.sub(r"^(?:[A-Z]+=\S+ )+", "", part) for parts in found for part in parts]
-    return [part.split() for part in parts if part.split(" ")[0] == name and " " in part]
-
-
-@cache
-def options_of(verb: str) -> str:
-    """What `dar VERB --help` says."""
-    shown = io.StringIO()
-    with redirect_stdout(shown), suppress(SystemExit):
-        main([verb, "--help"])
-    return shown.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_options_of_dar_are_there_wherever_they_are_named():
-    wrong = []
-    for _, verb, *words in programs("dar"):
-        if not re.fullmatch("[a-z]+", verb):
-            continue  # dar --help, dar fit|validate|test|predict
-        assert verb in (*TRAINER_VERBS, *VERBS), verb
-        named = [re.split(r"[=.+]", word)[0][2:].replace("-", "_") for word in words if word.startswith("--")]
-        wrong += [(verb, name) for name in named if not re.search(rf"--{name}\b", options_of(verb))]
-    assert wrong == []
-
-
-def test_programs_of_ours_and_their_options_are_there():
-    shown = programs("python")
-    assert len(shown) > 40
-    for _, *words in shown:
-        if words[:2] == ["-m", "dar_lightning"] and words[2:]:
-            assert words[2] in (*TRAINER_VERBS, *VERBS)  # tests/test_extend.py runs these
-        elif words[0] == "-m" and words[1].startswith("benchmarks"):
-            path = ROOT / words[1].replace(".", "/")
-            source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-            check_options(words, source)
-        elif "/" in words[0]:
-            check_options(words, (ROOT / words[0]).read_text())
+def test_drawing_with_transformers_and_decoding_here(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    names, found = {}, []
+    for language, text in re.findall(r"```(bash|python)\n(.*?)```", SECTION, flags=re.DOTALL):
+        if language == "bash":
+            main(shlex.split(text, comments=True)[1:])
         else:
-            assert words[:2] in (["-m", "dar_lightning"], ["-m", "build"]) or words[0] == "evaluator.py", words
+            exec(text, names)
+            found.append((names["codes"], names.get("images")))
+    alone, decoded, guided = found
+    assert alone[0].shape == (2, 64)
+    assert alone[0].max() < 1024
+    assert decoded[1].shape == (2, 3, 64, 64)
+    pipe = DARPipeline.from_pretrained("fruit64").to(torch.float32)
+    labels = torch.tensor([pipe.label("Orange"), pipe.label("Watermelon")])
+    ours = generate(pipe.ar, labels, guidance=(1.1, 3.0), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(guided[0], ours)
+    assert guided[1].shape == (2, 3, 64, 64)
+
+    with torch.no_grad():
+        labels, codes = torch.arange(15)[:, None], ours[:1].expand(15, -1)
+        expected = pipe.ar(labels[:, 0], codes)
+        logits = names["llama"](input_ids=torch.cat([1024 + labels, codes[:, :-1]], dim=1)).logits[..., :1024]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), "the page says so"
+    weights = ARModel.from_pretrained("fruit64").state_dict()
+    again = ARModel.from_pretrained("runs/fruit64_ar").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
-def check_options(words: list[str], source: str) -> None:
-    for word in words:
-        assert not word.startswith("--") or re.search(rf"\b{word[2:]}\b", source), words
+SCRIPT = ROOT / "experiments/reproduce.sh"
+FILES = [f"ILSVRC2012_{name}" for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")]
+FILES += ["VIRTUAL_imagenet256_labeled.npz"]
+# In the place of `dar`: notes its words, fails once where a file says so, leaves what the real one would leave.
+STAND_IN = """#!/usr/bin/env bash
+echo "$*" >> calls
+case "$*" in *"$(cat broken)"*) exit 3 ;; esac
+while [[ $# -gt 0 ]]; do
+    if [[ $1 == --output ]]; then mkdir -p "$2"; touch "$2"/{index.json,config.json,table.md}; fi
+    shift
+done
+"""
 
 
-def test_targets_of_make_and_files_that_are_named_are_there():
-    assert {words[1] for words in programs("make") if words[1].isalpha()} <= {*TARGETS}
-    named = {(page.name, name) for page in PAGES for name in FILES.findall(page.read_text())}
-    assert len(named) > 100
-    assert [(page, name) for page, name in sorted(named) if not exists(name)] == []
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", SCRIPT, *words], env=os.environ | environment, capture_output=True, text=True)
 
 
-def exists(name: str) -> bool:
-    """docs/architecture.md leaves out the package's folder."""
-    return (ROOT / name).exists() or (ROOT / "dar_lightning" / name).exists()
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my files").mkdir()
+    for name in FILES:
+        (tmp_path / "my files" / name).touch()
+    (tmp_path / "stand_in").write_text(STAND_IN)
+    (tmp_path / "broken").write_text("experiments/ar/L.yaml")
+    monkeypatch.setenv("DAR", f"bash {tmp_path / 'stand_in'}")
+    monkeypatch.setenv("DOWNLOADS", "my files")
+    return tmp_path
 
 
-def test_every_line_of_a_block_is_a_command_of_a_known_kind():
-    """So that none is left out of these tests."""
-    blocks = "\n".join(
-        block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    )
-    lines = [re.sub(r"^(?:[A-Z]+=\S+ )+", "", line) for line in re.sub(r"\\\n\s*", " ", blocks).splitlines()]
-    known = ("dar", "python", "make", "experiments/reproduce.sh", "experiments/cluster/torchrun.sh", *OTHERS)
-    assert [line for line in lines if line.strip() and line.split()[0] not in known] == []
+def planned(*words: str) -> list[list[str]]:
+    return [shlex.split(line) for line in re.findall(r"^    dar (.*)", run("--plan", *words).stdout, re.MULTILINE)]
+
+
+def test_the_plan_says_what_it_takes_and_runs_nothing(folder):
+    said = run("--plan").stdout
+    assert not (folder / "calls").exists()
+    rows = re.findall(r"^(\w+) +(to do|done) +(\d+) +(\d+) +(\d+)$", said, re.MULTILINE)
+    assert {"tokenizer", *(f"model_{size}" for size in ("B", "L", "XL", "XXL"))} <= {name for name, *_ in rows}
+    disk, hours = (sum(int(row[i]) for row in rows) for i in (2, 3))
+    assert f"{disk} GB of disk" in said
+    assert f"{hours} hours of one H100; all estimates" in said
+
+
+def test_its_hours_are_those_of_the_recipes(folder):
+    """A recipe's header gives hours on 8 GPUs, the plan of one."""
+    rows = re.findall(r"^(\w+) +to do +\d+ +(\d+) +\d+$", run("--plan").stdout, re.MULTILINE)
+    hours = {name: int(of) for name, of in rows}
+    recipes = {"tokenizer": "tokenizer/v1", "codebook4096": "tokenizer/codebook4096"}
+    recipes |= {f"model_{size}": f"ar/{size}" for size in ("B", "L", "XL", "XXL")}
+    for step, recipe in recipes.items():
+        header = (ROOT / f"experiments/{recipe}.yaml").read_text()
+        (told,) = re.findall(r"^# .*Time: estimate, (\d+) hours on 8 H100", header, re.MULTILINE)
+        assert hours[step] == 8 * int(told), step
+
+
+def test_its_commands_parse(folder, capsys):
+    """One of each kind: other sizes and sweeps differ in names of files, which are all there."""
+    commands = planned("--ablations")
+    assert len(commands) > 20
+    named = {word for command in commands for word in command if word.startswith("experiments/")}
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    kinds = {(verb, *(word for word in words if word.startswith("--"))): [verb, *words] for verb, *words in commands}
+    layers = {str(command): command for command in planned("--rehearse") if command[0] == "fit"}
+    for verb, *options in [*kinds.values(), *[*layers.values()][:3]]:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, *options, "--print_config"])
+        assert stop.value.code == 0, (verb, options, capsys.readouterr().err)
+
+
+def test_it_stops_at_a_failure_and_goes_on_with_what_is_missing(folder):
+    first = run()
+    assert first.returncode == 1
+    assert first.stderr.splitlines()[-1] == "reproduce.sh: model_L stopped with status 3; the same command goes on"
+    done = (folder / "calls").read_text().splitlines()
+    assert "experiments/ar/L.yaml" in done[-1]
+    assert "table_guidance_B       done" in run("--plan").stdout
+
+    (folder / "broken").write_text("nothing of that name")
+    assert run().returncode == 0
+    calls = (folder / "calls").read_text().splitlines()
+    assert calls[: len(done) - 1] + calls[len(done) :] == [" ".join(command) for command in planned()]
+    assert run().stdout.count("done already") == 15
+    assert (folder / "calls").read_text().splitlines() == calls
+
+
+def test_what_is_missing_is_one_line(folder):
+    (folder / "my files" / FILES[3]).unlink()
+    said = run()
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert f"{FILES[3]} is missing: need it in DOWNLOADS" in said.stderr
+    assert "is no option" in run("--plann").stderr

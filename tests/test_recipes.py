@@ -116,19 +116,18 @@ def test_a_recipe_has_its_numbers(name):
     wrong = {path: (found.get(path), value) for path, value in TABLE[name].items() if found.get(path) != value}
     assert wrong == {}
     trainer = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["trainer"]
-    callbacks = [
-        (one["class_path"], one.get("init_args", {})) for key in trainer if "callbacks" in key for one in trainer[key]
+    given = [one for key in trainer if "callbacks" in key for one in trainer[key]]
+    assert [(one["class_path"], one.get("init_args", {})) for one in given] == [
+        (f"{CALLBACKS}.{word}", options) for word, options in CALLS[name].items()
     ]
-    assert callbacks == [(f"{CALLBACKS}.{word}", options) for word, options in CALLS[name].items()]
     # What a recipe sets beside that must not be another way to change what is computed.
     trainer = ("default_root_dir", "callbacks", "callbacks+", "check_val_every_n_epoch", "log_every_n_steps")
     model = ("compile", "activation_checkpointing", *["init_from"] * ("codebook" in name))
     data = ("train", "val", "batch_size", "num_workers", "num_classes")
     known = (*TABLE[name], "ckpt_path", *(f"trainer.{key}" for key in trainer))
     known += (*(f"{MODEL}.{key}" for key in model), *(f"data.init_args.{key}" for key in data))
-    left = [
-        path for path in found if not any(f"{path}.".startswith(f"{k}.") or k.startswith(f"{path}.") for k in known)
-    ]
+    near = {path for path in found for k in known if f"{path}.".startswith(f"{k}.") or k.startswith(f"{path}.")}
+    left = [path for path in found if path not in near]
     assert left == ["model.class_path", "data.class_path"] * ("codebook" not in name)
     # What the paper does not say is called our choice.
     assert sorted(path for path, (_, line) in recipe.items() if "our choice" in line) == sorted(OURS[name])

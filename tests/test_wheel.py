@@ -1,4 +1,4 @@
-"""The wheel holds all that commands of the docs name: they work in an empty folder, without a clone."""
+"""The wheel holds all that commands of the docs name: they work without a clone; and a release agrees with itself."""
 
 import os
 import subprocess
@@ -7,6 +7,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
+
+import dar_lightning
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -65,3 +68,20 @@ def test_in_an_empty_folder(tmp_path, monkeypatch):
     assert run.stdout.splitlines()[0] == str(tmp_path / "packages/dar_lightning")
     assert (empty / "run/checkpoints/last.ckpt").is_file()
     assert (empty / "out/layout.png").is_file()
+
+
+def test_versions_agree():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == dar_lightning.__version__
+
+
+def test_issue_templates_are_forms():
+    templates = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    forms = [yaml.safe_load(path.read_text()) for path in templates]
+    assert len(forms) == 3
+    assert all({"name", "description", "body"} <= form.keys() for form in forms)
+
+
+def test_every_data_set_in_the_wheel_is_in_the_notice():
+    notice = (ROOT / "NOTICE").read_text()
+    folders = [path.name for path in (ROOT / "data").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert [name for name in folders if name not in notice] == []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
+from torchvision.models import vgg
 
 from dar_lightning import ARConfig, ARModel, DARPipeline, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.data.shards import ShardIndex, write_shard
@@ -124,9 +124,19 @@ def _fit(module: str, model: dict, data: list[str], paths: tuple[str, str, Path]
     return words + options("trainer", common | trainer)
 
 
-def write_vgg(path: Path) -> Path:
-    """torchvision's VGG16 with random weights, convolutions only, as a file under its names."""
+def random_vgg() -> torch.nn.Sequential:
+    """The convolutions of torchvision's VGG16 with random weights; its 124 million others are not made."""
     torch.manual_seed(0)
-    features = torchvision.models.vgg16(weights=None).features
-    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+    for parameter in features.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.zeros_(parameter)
+        else:
+            torch.nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+    return features
+
+
+def write_vgg(path: Path) -> Path:
+    """These as a file under torchvision's names."""
+    torch.save({f"features.{name}": tensor for name, tensor in random_vgg().state_dict().items()}, path)
     return path

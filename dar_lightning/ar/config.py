@@ -112,13 +112,10 @@ class ARConfig:
         size, alone, tokens = self.tokens_per_pass, self.sequential_tokens, self.num_tokens
         require(1 <= size <= tokens, f"tokens_per_pass is {size}: it must be from 1 to num_tokens, {tokens}")
         require(0 <= alone < tokens, f"sequential_tokens is {alone}: it must be from 0 to {tokens - 1}")
-        even = (tokens - alone) % size == 0
-        rest = f"{tokens} - {alone}"
-        require(even, f"tokens_per_pass is {size}: it must divide num_tokens - sequential_tokens, {rest}")
-        one = size == 1 or self.backbone == "llama"
-        require(
-            one, f"tokens_per_pass is {size}: only our Llama predicts several, backbone is {self.backbone!r}; need 1"
-        )
+        need = f"it must divide num_tokens - sequential_tokens, {tokens} - {alone}"
+        require((tokens - alone) % size == 0, f"tokens_per_pass is {size}: {need}")
+        need = f"only our Llama predicts several, backbone is {self.backbone!r}; need 1"
+        require(size == 1 or self.backbone == "llama", f"tokens_per_pass is {size}: {need}")
         own = size > 1 and self.place_tables == "own_and_target"
         require(not own, f"place_tables is own_and_target: with tokens_per_pass {size} it must be target or as_needed")
         if self.order in IN_GROUPS:

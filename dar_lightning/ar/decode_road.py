@@ -7,27 +7,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dar_lightning.ar.model import ARModel, Attention, Block, SwiGLU
+from dar_lightning.ar.config import ARConfig
+from dar_lightning.ar.model import ARModel, Block
 from dar_lightning.errors import require
 from dar_lightning.layers import can_capture
 
 Road = Literal["eager", "graph", "graph, Triton"]
 
 METHODS = "start", "step", "_sequence", "_run", "hidden"  # in whose place the step computes
-BLOCK = {  # a block's parts: `decode_step._layer` computes them, but for dropout
-    "": Block,
-    "attention": Attention,
-    "attention.qkv": nn.Linear,
-    "attention.out": nn.Linear,
-    "ffn": SwiGLU,
-    "ffn.gate": nn.Linear,
-    "ffn.up": nn.Linear,
-    "ffn.down": nn.Linear,
-    "attention_norm": nn.RMSNorm,
-    "ffn_norm": nn.RMSNorm,
-    "residual_dropout": nn.Dropout,
-    "ffn_dropout": nn.Dropout,
-}
 
 
 def choose_road(ar: nn.Module, static: bool | None = None) -> Road:
@@ -61,7 +48,7 @@ def _has_our_layers(ar: nn.Module) -> bool:
     """Whether the step computes what the model does: a subclass, or an exchanged part, may do something else."""
     if any(getattr(getattr(ar, name, None), "__func__", None) is not getattr(ARModel, name) for name in METHODS):
         return False
-    if any({name: type(part) for name, part in block.named_modules()} != BLOCK for block in ar.blocks):
+    if any(_parts(block) != _our_parts() for block in ar.blocks):
         return False
     tables = ar.token_embedding, ar.place_embedding, ar.own_place_embedding
     embedded = {type(table) for table in tables if table is not None} == {nn.Embedding}
@@ -70,6 +57,17 @@ def _has_our_layers(ar: nn.Module) -> bool:
     epsilons = {part.eps for part in parts if isinstance(part, nn.RMSNorm)}
     ends = type(ar.norm) is nn.RMSNorm and type(ar.head) is nn.Linear and epsilons == {ar.config.norm_eps}
     return embedded and ends and not changed
+
+
+def _parts(block: nn.Module) -> dict[str, type]:
+    return {name: type(part) for name, part in block.named_modules()}
+
+
+@cache
+def _our_parts() -> dict[str, type]:
+    """Parts of a block of any size: `decode_step._layer` computes them, but for dropout."""
+    with torch.device("meta"):
+        return _parts(Block(ARConfig.preset("tiny")))
 
 
 @cache

@@ -188,15 +188,12 @@ class DecodeStep:
             length = min(-(-(self.at + 1) // BUCKET) * BUCKET, length)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if (both, length) not in self.graphs:
-                self.graphs[both, length] = self._captured(both, length)
+                step = partial(self.step, both, length, compiled=self.plan.triton)
+                rewind = partial(self.state.position.fill_, self.at)  # the rest is written again as it is
+                with no_cudnn_attention():
+                    self.graphs[both, length] = self.captured.capture(step, rewind)
             self.graphs[both, length]()
         self.at += 1
-
-    def _captured(self, both: bool, length: int) -> Callable[[], None]:
-        step = partial(self.step, both, length, compiled=self.plan.triton)
-        rewind = partial(self.state.position.fill_, self.at)  # the rest is written again as it is
-        with no_cudnn_attention():
-            return self.captured.capture(step, rewind)
 
     def step(self, both: bool, length: int, compiled: bool = False) -> None:
         """What a graph holds; attention reads at most `length` positions.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from dar_lightning.errors import UserError, find_user_error, one_line, require
+from dar_lightning.errors import UserError, naming, require
 from dar_lightning.files import load_class
 
 # A scale; (a, b), linear over the tokens; or text, "NAME,value,..." or "NAME,key=value,...", whose name is one of
@@ -57,7 +57,6 @@ class Constant(_Numbers):
     name = "constant"
 
     def scales(self, groups: Sequence[int]) -> list[float]:
-        """See GuidanceSchedule."""
         return [float(self.scale)] * len(groups)
 
 
@@ -77,7 +76,6 @@ class Linear(_Numbers):
     name = "linear"
 
     def scales(self, groups: Sequence[int]) -> list[float]:
-        """See GuidanceSchedule."""
         num_tokens, last = len(groups), self.last
         first = 1.001 if self.first == 1.0 else self.first
         return [first + (last - first) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
@@ -100,7 +98,6 @@ class PowerCosine(_Numbers):
     nonnegative = ("scale", "power")
 
     def scales(self, groups: Sequence[int]) -> list[float]:
-        """See GuidanceSchedule."""
         num_tokens = len(groups)
         shares = [(1 - math.cos(math.pi * (i / num_tokens) ** self.power)) / 2 for i in range(num_tokens)]
         return [(1 - share) + share * self.scale for share in shares]  # exact for shares of 0 and 1
@@ -133,7 +130,6 @@ class Interval(_Numbers):
         return f"guidance interval: from_group {self.from_group} to_group {self.to_group}"
 
     def scales(self, groups: Sequence[int]) -> list[float]:
-        """See GuidanceSchedule."""
         require(self.to_group <= max(groups), f"{self._said}: this model's tokens are of groups 1 to {max(groups)}")
         inside = [self.from_group <= group <= self.to_group for group in groups]
         require(any(inside), f"{self._said} is empty: no token belongs to it")
@@ -161,7 +157,7 @@ def guidance_schedule(
     if hasattr(guidance, "scales"):
         schedule = guidance
     elif isinstance(guidance, str):
-        schedule = _made(guidance, *_read(guidance))
+        *_, schedule = _read(guidance)
     elif isinstance(guidance, tuple | list):
         require(len(guidance) == 2, f"guidance is {guidance}: {_FORMS}")
         schedule = Linear(*map(float, guidance))
@@ -183,14 +179,13 @@ def read_guidance(guidance: Guidance, own_classes: bool = True) -> Guidance:
     """
     if not isinstance(guidance, str):
         return guidance
-    name, made, values = _read(guidance, own_classes)
-    schedule = _made(guidance, name, made, values)
+    name, values, schedule = _read(guidance, own_classes)
     if isinstance(schedule, Constant):
         return float(schedule.scale)
     if isinstance(schedule, Linear):
         return float(schedule.first), float(schedule.last)
-    given = {key: _shown(value) for key, value in values.arguments.items() if value is not None}
-    return ",".join([name, *(f"{key}={value}" for key, value in given.items())])
+    given = [f"{key}={_shown(value)}" for key, value in values.items() if value is not None]
+    return ",".join([name, *given])
 
 
 def guidance_text(guidance: Guidance) -> str:
@@ -221,8 +216,8 @@ _FORMS = (
 )
 
 
-def _read(text: str, own_classes: bool = True) -> tuple[str, type[GuidanceSchedule], inspect.BoundArguments]:
-    """A schedule's name, class and values by parameter, with those that the text leaves out."""
+def _read(text: str, own_classes: bool = True) -> tuple[str, dict[str, Any], GuidanceSchedule]:
+    """A schedule's name, its values by parameter, with those that the text leaves out, and the schedule."""
     words = [word.strip() for word in text.split(",")]
     if len(words) <= 2 and not any(isinstance(_number(word), str) for word in words):
         words = [("constant", "linear")[len(words) - 1], *words]
@@ -247,15 +242,8 @@ def _read(text: str, own_classes: bool = True) -> tuple[str, type[GuidanceSchedu
         takes = ", ".join(signature.parameters) or "no value"
         raise UserError(f"guidance is {text!r}: {name} takes {takes} ({error})") from error
     bound.apply_defaults()
-    return name, made, bound
-
-
-def _made(text: str, name: str, made: type[GuidanceSchedule], values: inspect.BoundArguments) -> GuidanceSchedule:
-    """The schedule; what its class says against its values is one line."""
-    try:
-        return made(*values.args, **values.kwargs)
-    except (TypeError, ValueError) as error:
-        raise find_user_error(error) or UserError(f"guidance is {text!r}: {name}: {one_line(error)}") from error
+    with naming(f"guidance is {text!r}: {name}", TypeError, ValueError):
+        return name, bound.arguments, made(*bound.args, **bound.kwargs)
 
 
 def _number(word: str) -> int | float | str:

@@ -24,10 +24,8 @@ def check_jacobi(config: ARConfig, window: int, static: bool | None = None) -> N
     said, most, size = f"jacobi is {window}", config.num_tokens, config.tokens_per_pass
     require(0 <= window <= most, f"{said}: it must be 0 (off) or a window of up to {most} tokens")
     require(not window or size == 1, f"{said}: this model predicts {size} tokens a pass already, leave it at 0")
-    own = config.backbone != "llama"
-    require(
-        not (window and own), f"{said}: it cuts the cache of our Llama, backbone is {config.backbone!r}; leave it at 0"
-    )
+    own = f"{said}: it cuts the cache of our Llama, backbone is {config.backbone!r}; leave it at 0"
+    require(not window or config.backbone == "llama", own)
     require(not (window and static), f"{said}: it has no step of static shapes, leave static out")
 
 

@@ -27,17 +27,10 @@ class GuidedLogitsProcessor:
 
     Args:
         llama_config: of the model, `llama.config`, or config.json as a dict.
-        labels: (B,) int64 classes, on the model's device.
-        guidance: as in `ar.sampling.generate`.
-        temperature: divides the logits; positive.
-        top_k: keep the k most likely tokens; 0 keeps all, 1 is greedy.
-        top_p: keep the most likely tokens that hold this much probability, in (0, 1].
-        prefix: (B, m) int64 codes that are kept as they are (layout control), m < N.
-        generator: one torch.Generator, or a list with one per sequence; None is torch's global randomness.
-        token_groups: as in `ar.sampling.generate`.
+        labels: (B,) int64 classes, on the model's device. It and the others are as in `ar.sampling.stream_tokens`.
 
     Raises:
-        UserError: if the Llama is not from here, or for a value outside the ranges above.
+        UserError: if the Llama is not from here, or for a value outside the ranges there.
     """
 
     def __init__(
@@ -73,9 +66,8 @@ class GuidedLogitsProcessor:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B or 2B, ids) of the next token: 0 for the one that is drawn, -inf for all others."""
         rows, position = len(self.input_ids), input_ids.shape[1] - 1
-        require(
-            len(scores) == rows, f"generate has {len(scores)} rows for {rows}: no num_beams, no num_return_sequences"
-        )
+        said = f"generate has {len(scores)} rows for {rows}: no num_beams, no num_return_sequences"
+        require(len(scores) == rows, said)
         count = self.config.num_tokens
         require(position < count, f"generate goes on after {count} tokens: set max_length to {count + 1} or less")
         logits = scores[:, : self.config.vocab_size]

@@ -1,5 +1,7 @@
 """ARModel: a Llama over image tokens, after a prefix that says what to draw (a class, a caption)."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from dar_lightning.ar.pass_layout import last_seen, read_by
 from dar_lightning.devices import no_cudnn_attention
 from dar_lightning.errors import UserError, require
 from dar_lightning.formats.pretrained import PretrainedMixin
-from dar_lightning.layers import Generators, KVCache, draw_per_sample, rotate, run_block
+from dar_lightning.layers import Generators, KVCache, TableModule, draw_per_sample, rotate, run_block
 
 
 class Attention(nn.Module):
@@ -67,7 +69,7 @@ class Block(nn.Module):
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
 
 
-class ARModel(nn.Module, PretrainedMixin):
+class ARModel(TableModule, PretrainedMixin):
     """Llama over the token sequence (paper, section 3.2), conditioned by a prefix of P vectors (ar.conditions)."""
 
     config_class = ARConfig
@@ -130,16 +132,6 @@ class ARModel(nn.Module, PretrainedMixin):
             names = "tokens_per_pass, sequential_tokens and block_attention (1: causal)"
             raise UserError(f"{names} are {self._passes} in the config: the weights were trained with {saved.tolist()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Called by `to`, `cuda` and the like: casts weights, but leaves RoPE's table in float32."""
-        before = getattr(self, "rotary", None)
-        super()._apply(fn, recurse)
-        if before is None:  # another backbone, which sees to its own
-            return self
-        if self.rotary.dtype != before.dtype or (before.is_meta and not self.rotary.is_meta):
-            self.rotary = self.tables()["rotary"].to(self.rotary.device)
-        return self
 
     @property
     def _by_class(self) -> bool:
@@ -308,3 +300,18 @@ class ARModel(nn.Module, PretrainedMixin):
         if cache is not None:
             cache.length = end
         return x
+
+
+def merge_place_tables(ar: ARModel) -> None:
+    """Add the table of read tokens' places to that of their successors', in place; logits in the model's order stay.
+
+    In one order o, what is read before the token at place o(p) is always the token at place o(p - 1), so one vector
+    stands for both (RAR, arXiv 2411.00776, section 3): U[o(p)] = target[o(p)] + own[o(p - 1)]. Other orders can be
+    written no more. Nothing is done where there are no two tables, or no one order (config.order "random_per_sample").
+    """
+    if ar.own_place_embedding is None or "order" not in ar.tables():
+        return
+    with torch.no_grad():
+        ar.place_embedding.weight[ar.order[1:]] += ar.own_place_embedding.weight[ar.order[:-1]]
+    ar.own_place_embedding = None
+    ar.config = replace(ar.config, place_tables="target")

@@ -25,9 +25,8 @@ def fixed_order(
     """Place, in the tokenizer's sequence, of the token that is written i-th: (num_tokens,) int64.
 
     Args:
-        name: "coarse_to_fine", the tokenizer's own; "reversed"; "random", one permutation drawn from `seed`;
-            "interleaved": the first token of every group, then the second of every group, and so on; or
-            "strided_in_group": within a group, the tokens of one pass lie as far from each other as can be.
+        name: one of ORDERS. "interleaved" is the first token of every group, then the second of every group, and so on;
+            in "strided_in_group" the tokens of one pass lie as far from each other within a group as can be.
         num_tokens: how many.
         num_groups: groups that "interleaved" and "strided_in_group" go over; it divides num_tokens.
         seed: of "random".

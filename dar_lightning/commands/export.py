@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from dar_lightning.ar.model import ARModel
-from dar_lightning.ar.places import merge_place_tables
+from dar_lightning.ar.model import ARModel, merge_place_tables
 from dar_lightning.errors import UserError, begin_work, require
 from dar_lightning.files import read_json, write_json, write_text
 from dar_lightning.formats.model_sha256 import model_sha256

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, one_line, require
 from dar_lightning.formats.pretrained import read_safetensors
 
 Weights = Literal["auto", "ema", "raw"]
@@ -33,8 +33,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing: need a .safetensors, .pt or .ckpt file")
+    require(path.is_file(), f"{path} is missing: need a .safetensors, .pt or .ckpt file")
     admitted = torch.serialization.safe_globals([PickledNamespace, PickledConfig])
     try:
         # The unpickler remarks on unusual files; the error, if there is one, says it better.
@@ -48,8 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         elif found := re.search(r"WeightsUnpickler error: (.*)", str(error)):
             reason = f"not a plain checkpoint ({found[1].strip()})"
         raise UserError(f"cannot read {path}: {reason}") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
+    require(isinstance(checkpoint, dict), f"{path} holds a {type(checkpoint).__name__}: need a dictionary of weights")
     return checkpoint
 
 

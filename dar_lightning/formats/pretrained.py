@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, naming, one_line, require
 from dar_lightning.files import SHIPPED, atomic_path, find_shipped, read_json, write_text
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -54,7 +54,7 @@ class PretrainedMixin(
     averaged: bool | None = None
 
     def tables(self) -> dict[str, Tensor]:
-        """Non-persistent buffers by name: no weights, but numbers that follow from the config."""
+        """Buffers that are not saved, by name, computed anew: numbers that follow from the config."""
         return {}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -63,10 +63,8 @@ class PretrainedMixin(
         Older weights in it are replaced. `kwargs` are those of huggingface_hub.ModelHubMixin (push_to_hub, ...).
         UserError if the folder cannot be written.
         """
-        try:
+        with naming(f"cannot write weights to {save_directory}", OSError):
             return super().save_pretrained(save_directory, **kwargs)
-        except OSError as error:
-            raise UserError(f"cannot write weights to {save_directory}: {one_line(error)}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin has removed config.json. It comes back last, so an interrupted save leaves a folder that is refused
@@ -99,11 +97,10 @@ class PretrainedMixin(
         origin = folder / CONFIG_NAME
         values = read_json(origin)
         for name, needed in (("model_type", cls.__name__), ("format_version", FORMAT_VERSION)):
-            if (found := values.pop(name, None)) != needed:
-                raise UserError(f"{origin}: {name} is {found!r}, need {needed!r}")
+            found = values.pop(name, None)
+            require(found == needed, f"{origin}: {name} is {found!r}, need {needed!r}")
         averaged = values.pop("ema", None)
-        if not isinstance(averaged, bool | None):
-            raise UserError(f"{origin}: ema is {averaged!r}, need true or false")
+        require(isinstance(averaged, bool | None), f"{origin}: ema is {averaged!r}, need true or false")
         config = build_config(cls.config_class, values, origin)
         model = build_model(cls, config, read_safetensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         model.averaged = averaged
@@ -120,8 +117,7 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         return path
     if str(path_or_repo) in SHIPPED_NAMES:
         return SHIPPED / str(path_or_repo)
-    if path.exists():
-        raise UserError(f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    require(not path.exists(), f"{path_or_repo} is not a folder: need one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     # A repository's name has one slash at most: whatever is a path on this machine, mistyped, asks no network.
     if path.is_absolute() or str(path_or_repo).startswith(".") or (path.parent != Path() and path.parent.is_dir()):
         raise UserError(f"{path_or_repo} is not a folder: no such folder")
@@ -133,12 +129,9 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU; UserError if it is missing, truncated, or not safetensors."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: need a safetensors file")
-    try:
+    require(path.is_file(), f"{path} is missing: need a safetensors file")
+    with naming(f"cannot read {path}", OSError, SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def build_config(config_class: type, values: Mapping[str, Any], origin: Any):
@@ -179,7 +172,8 @@ def build_model(
     `origin`, and `names` gives the file's name for a tensor of the model.
     """
     model = build_on_meta(model_class, config, len(tensors), origin)
-    check_tensors(model, tensors, origin, names)
+    wanted = {names(name): tensor for name, tensor in model.state_dict().items()}
+    compare_tensors(wanted, tensors, origin, model_class.__name__)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -206,14 +200,6 @@ def build_on_meta(model_class: type, config: Any, num_tensors: int, origin: Any)
         raise UserError(f"{origin}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"{origin}: no {model_class.__name__} has these sizes: {one_line(error)}") from error
-
-
-def check_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: Any, names: Callable[[str], str] = str
-) -> None:
-    """Refuse weights that do not fit a module exactly, or hold NaN or infinity; see build_model for the arguments."""
-    wanted = {names(name): tensor for name, tensor in module.state_dict().items()}
-    compare_tensors(wanted, tensors, origin, type(module).__name__)
 
 
 def compare_tensors(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: Any, model: str) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,62 +10,91 @@ from torch import nn
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import load_class
 
-Table = dict[str, type]  # name in a config -> class. Those of a user's own have a dot.
 
+class Registry:
+    """Classes of one kind by their names in configs. Those of a user's own have a dot in their names.
 
-def register(table: Table, what: str, kind: type, name: str | None) -> type:
-    """Let configs and saved weights name a class of the user's own; `what` it is, such as "quantizer", for errors.
-
-    Raises:
-        UserError: it is no class of modules, or the name has no dot.
+    Args:
+        what: the kind, such as "quantizer", as error lines call it.
+        classes: the package's, by name.
+        base: what they inherit from; its `tables`, if it has any, names buffers that need not be saved.
+        needs: attributes that an object of theirs has.
     """
-    is_module = isinstance(kind, type) and issubclass(kind, nn.Module)
-    require(is_module, f"register_{what}: {kind!r} is no torch module class")
-    name = f"{kind.__module__}.{kind.__qualname__}" if name is None else name
-    require("." in name, f"register_{what}: name is {name!r}: it needs a dot, as a class path has")
-    table[name] = kind
-    return kind
 
+    def __init__(self, what: str, classes: dict[str, type], base: type = nn.Module, needs: tuple[str, ...] = ()):
+        self.what, self.classes, self.base, self.needs = what, classes, base, needs
 
-def import_named(table: Table, what: str, name: str) -> None:
-    """Import and register the class that a class path names; nothing for a name that is known."""
-    if name in table:
-        return
-    register(table, what, load_class(name, f"{what} {name}", "a class that can be imported"), name)
+    def register(self, kind: type, name: str | None = None) -> type:
+        """Let configs and saved weights name a class of your own; also a class decorator.
 
+        Args:
+            kind: the class, of torch modules.
+            name: what configs call it, with a dot in it; None is its class path.
 
-def find(table: Table, what: str, name: str) -> type:
-    """The class of a name; UserError if nobody has registered it. Never imports."""
-    if (kind := table.get(name)) is None:
-        if "." in name:
+        Returns:
+            The class.
+
+        Raises:
+            UserError: it is no class of modules, or the name has no dot.
+        """
+        is_module = isinstance(kind, type) and issubclass(kind, nn.Module)
+        require(is_module, f"register_{self.what}: {kind!r} is no torch module class")
+        name = f"{kind.__module__}.{kind.__qualname__}" if name is None else name
+        require("." in name, f"register_{self.what}: name is {name!r}: it needs a dot, as a class path has")
+        self.classes[name] = kind
+        return kind
+
+    def import_class(self, name: str) -> None:
+        """Import and register the class that a class path names; nothing for a name that is known.
+
+        For paths that the user has typed, never for those of weights from elsewhere. UserError if there is no such
+        class.
+        """
+        if name not in self.classes:
+            self.register(load_class(name, f"{self.what} {name}", "a class that can be imported"), name)
+
+    def find(self, name: str) -> type:
+        """The class of a name; UserError if nobody has registered it. Never imports."""
+        what, kind = self.what, self.classes.get(name)
+        if kind is None and "." in name:
             how = f"call register_{what}({name.rpartition('.')[2]}) first, or give dar the option --trust {name}"
             raise UserError(f"{what} is {name!r}, a class that is not registered, and a config imports no code: {how}")
-        known = " or ".join(repr(each) for each in table if "." not in each)
-        raise UserError(f"{what} is {name!r}: it must be {known}, or the class path of your own")
-    return kind
+        known = " or ".join(repr(each) for each in self.classes if "." not in each)
+        require(kind is not None, f"{what} is {name!r}: it must be {known}, or the class path of your own")
+        return kind
 
+    def make(self, name: str, sizes: tuple, options: Mapping[str, Any]) -> nn.Module:
+        """A new object of a name's class, of these sizes and options. Never imports.
 
-def check_options(kind: type, what: str, name: str, options: Mapping[str, Any], skip: int) -> None:
-    """Refuse options that a class does not take; its first `skip` arguments are no options."""
-    parameters = list(inspect.signature(kind).parameters.values())[skip:]
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return
-    defaults = {each.name: each.default for each in parameters}
-    for option, value in options.items():
-        has = f"{name} has {'the options ' if defaults else 'no options'}{', '.join(defaults)}"
-        require(option in defaults, f"{what}_options: {option} is {value!r}: {has}")
-        number = type(defaults[option]) in (int, float)
-        fits = not number or type(value) in (int, float)
-        require(fits, f"{what}_options: {option} is {value!r}: {name} needs a number")
+        Raises:
+            UserError: nobody has registered the name; the class is of another kind, has no such options, or refuses
+                them or the sizes; the object has buffers that a loaded model would find empty.
+        """
+        what, kind = self.what, self.find(name)
+        title = what.capitalize()
+        require(issubclass(kind, self.base), f"{what} {name} is no {title}: inherit from ar.{what}s.{title}")
+        self._check_options(kind, name, options, len(sizes))
+        made = kind(*sizes, **options)
+        lacks = [each for each in self.needs if not hasattr(made, each)]
+        require(not lacks, f"{what} {name} is no {title}: it has no {', '.join(lacks)}")
+        computed = made.tables() if hasattr(self.base, "tables") else {}
+        unsaved = {each for each, _ in made.named_buffers()} - made.state_dict().keys() - computed.keys()
+        need = "a loaded model would find it empty; compute it, or save it"
+        require(not unsaved, f"{what} {name} has the buffer {', '.join(sorted(unsaved))}, which is not saved: {need}")
+        return made
 
-
-def check_made(made: nn.Module, what: str, name: str, needed: Iterable[str], computed: Iterable[str] = ()) -> None:
-    """Refuse an object that lacks attributes, or has buffers that a loaded model would find empty: not `computed`."""
-    lacks = [each for each in needed if not hasattr(made, each)]
-    require(not lacks, f"{what} {name} is no {what.capitalize()}: it has no {', '.join(lacks)}")
-    unsaved = {each for each, _ in made.named_buffers()} - made.state_dict().keys() - {*computed}
-    need = "a loaded model would find it empty; compute it, or save it"
-    require(not unsaved, f"{what} {name} has the buffer {', '.join(sorted(unsaved))}, which is not saved: {need}")
+    def _check_options(self, kind: type, name: str, options: Mapping[str, Any], sizes: int) -> None:
+        """Refuse options that a class does not take; its first arguments are sizes."""
+        parameters = list(inspect.signature(kind).parameters.values())[sizes:]
+        if any(each.kind is each.VAR_KEYWORD for each in parameters):
+            return
+        defaults = {each.name: each.default for each in parameters}
+        for option, value in options.items():
+            said = f"{self.what}_options: {option} is {value!r}: {name}"
+            has = f"has {'the options ' if defaults else 'no options'}{', '.join(defaults)}"
+            require(option in defaults, f"{said} {has}")
+            fits = type(defaults[option]) not in (int, float) or type(value) in (int, float)
+            require(fits, f"{said} needs a number")
 
 
 def check_plain(options: Mapping[str, Any], what: str, nested: bool = False) -> None:

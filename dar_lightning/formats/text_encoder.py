@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dar_lightning.errors import UserError, one_line, whole_line
+from dar_lightning.errors import UserError, naming, one_line, require
 from dar_lightning.files import file_sha256
 from dar_lightning.formats.pretrained import resolve_folder
 
@@ -35,8 +35,7 @@ class TextEncoder(nn.Module):
         except UserError as error:
             raise UserError(f"{option}: {error}") from None  # of one line
         files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{option}: {source} has no .safetensors; weights in other formats are not read")
+        require(files, f"{option}: {source} has no .safetensors; weights in other formats are not read")
         try:
             from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, logging
         except ImportError as error:
@@ -58,12 +57,9 @@ class TextEncoder(nn.Module):
         self.name, self.length, self.dim = str(source), length, config.hidden_size
         digests = [file_sha256(path) for path in files]
         self.sha256 = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        try:  # two texts, as batches have: it may know no padding or no mask, or fewer places
-            self(["a", "a " * min(length, 512)])
-        except (ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{option}: {source} cannot encode texts of up to {length} tokens: {whole_line(error)}"
-            ) from error
+        kinds = ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError
+        with naming(f"{option}: {source} cannot encode texts of up to {length} tokens", *kinds):
+            self(["a", "a " * min(length, 512)])  # two, as batches have: it may know no padding, mask or so many places
 
     def train(self, mode: bool = True):
         """Stay in evaluation mode, whatever mode the model is put into."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 from weakref import ref
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from dar_lightning.devices import kernel_settings, no_cudnn_attention
 from dar_lightning.layers import Graphs, IdleSteps
-from dar_lightning.tokenizer.flow import integrate
+from dar_lightning.tokenizer.flow import integrate, solver_weights
 
 MOST = 16  # steps in a graph
 
@@ -66,7 +65,7 @@ def call_steps(
         v = decoder(x, time, cond[:, start : start + trajectory.window])
         return v if correct is None else correct(v)
 
-    states, done = integrate(velocity, noise, list(trajectory.times), trajectory.solver), 0
+    states, done = integrate(velocity, noise, trajectory.times, trajectory.solver), 0
     for allowed, cond in conds:  # noqa: B007  (velocity reads cond)
         while done < allowed:
             _, preview = next(states)
@@ -110,7 +109,8 @@ class DiffusionStep:
             self.index = new(1, dtype=torch.long)
             self.times = torch.tensor(trajectory.times, dtype=torch.float32, device=device)
             self.starts = torch.tensor(trajectory.starts, device=device)
-            self.factors = torch.tensor([*_factors(trajectory)], dtype=torch.float32, device=device)
+            weights = [*solver_weights(trajectory.times, trajectory.solver)]
+            self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # (steps, 2, 3)
             self.offsets = torch.arange(trajectory.window, device=device)
 
     def begin(self, noise: Tensor) -> None:
@@ -135,16 +135,13 @@ class DiffusionStep:
         with torch.inference_mode(False), torch.no_grad(), cast:
             for size in [MOST] * (count // MOST) + [count % MOST] * (count % MOST > 0):
                 if size not in self.graphs:
-                    rewind = partial(self._rewind, [tensor.clone() for tensor in (self.x, self.velocity, self.index)])
+                    state = [self.x, self.velocity, self.index]
+                    rewind = partial(torch._foreach_copy_, state, [tensor.clone() for tensor in state])
                     with no_cudnn_attention():
                         function = partial(self._steps, size)
                         self.graphs[size] = self.captured.capture(function, rewind, warm_up=self.step)
                 self.graphs[size]()
         self.done += count
-
-    def _rewind(self, state: list[Tensor]) -> None:
-        for tensor, before in zip((self.x, self.velocity, self.index), state, strict=True):
-            tensor.copy_(before)
 
     def _steps(self, count: int) -> None:
         for _ in range(count):
@@ -155,22 +152,8 @@ class DiffusionStep:
         window = self.starts.index_select(0, self.index) + self.offsets
         time = self.times.index_select(0, self.index).expand(len(self.x))
         velocity = self.decoder()(self.x, time, self.cond.index_select(1, window))
-        factors = self.factors.index_select(0, self.index)[0].unbind()
-        for target, (h, now, before) in ((self.preview, factors[:3]), (self.x, factors[3:])):
+        weights = self.weights.index_select(0, self.index)[0].unbind()
+        for target, (h, now, before) in zip((self.preview, self.x), weights, strict=True):
             target.copy_(self.x + h * (now * velocity - before * self.velocity))
         self.velocity.copy_(velocity)
         self.index.add_(1)
-
-
-def _factors(trajectory: Trajectory) -> Iterator[tuple[float, ...]]:
-    """Of each step, as in `flow.integrate`: h and the weights of the velocities, of the preview and of the state."""
-    end, previous = trajectory.times[-1], None
-    for t, t_next in pairwise(trajectory.times):
-        found: tuple[float, ...] = ()
-        for h in (end - t, t_next - t):
-            half_ratio = 0.0
-            if trajectory.solver != "euler" and previous is not None:
-                half_ratio = 0.5 if trajectory.solver == "adams2" else 0.5 * h / previous
-            found += (h, 1 + half_ratio, half_ratio)
-        yield found
-        previous = t_next - t

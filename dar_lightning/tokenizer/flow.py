@@ -1,6 +1,6 @@
 """Flow matching between noise (t = 0) and scaled images (t = 1): the shift of time, and ODE solvers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -27,7 +27,7 @@ def sampling_times(num_steps: int, beta: float) -> list[float]:
 
 
 def integrate(
-    velocity: Callable[[Tensor, int, float], Tensor], x: Tensor, times: list[float], solver: str
+    velocity: Callable[[Tensor, int, float], Tensor], x: Tensor, times: Sequence[float], solver: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Solve dx/dt = velocity from times[0] to times[-1], one step at a time.
 
@@ -46,16 +46,26 @@ def integrate(
         the last step the two are equal.
     """
     check_diffusion(solver, len(times) - 1)
-    previous, previous_h = None, 1.0
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        v = velocity(x, i, t)
-        steps = []
-        for h in (times[-1] - t, t_next - t):
-            if solver == "euler" or previous is None:
-                steps.append(x + h * v)
-            else:
-                half_ratio = 0.5 if solver == "adams2" else 0.5 * h / previous_h
-                steps.append(x + h * ((1 + half_ratio) * v - half_ratio * previous))
-        preview, x = steps
-        previous, previous_h = v, t_next - t
+    previous: Tensor | float = 0.0
+    for i, weights in enumerate(solver_weights(times, solver)):
+        v = velocity(x, i, times[i])
+        preview, x = [x + h * (now * v - before * previous) for h, now, before in weights]
+        previous = v
         yield x, preview
+
+
+def solver_weights(times: Sequence[float], solver: str) -> Iterator[list[tuple[float, float, float]]]:
+    """Of each step of `integrate`: h, and the weights of the new velocity and of minus the one before it.
+
+    Two of these triples a step, for the preview and for the state.
+    """
+    previous_h = None
+    for t, t_next in pairwise(times):
+        found = []
+        for h in (times[-1] - t, t_next - t):
+            half_ratio = 0.0
+            if solver != "euler" and previous_h is not None:
+                half_ratio = 0.5 if solver == "adams2" else 0.5 * h / previous_h
+            found.append((h, 1 + half_ratio, half_ratio))
+        yield found
+        previous_h = t_next - t

@@ -13,8 +13,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import placed
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.errors import UserError
-from dar_lightning.training.compilation import compile_for_training
+from dar_lightning.errors import require
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.backbone import load_backbone, read_backbone
@@ -49,11 +48,8 @@ class ARModule(TrainingModule):
         config = choose_config(config, preset, ARConfig)
         config = replace(config, condition_options=read_options(config.condition_options))
         config, folder = read_backbone(config)
-        if config.order not in self.orders:
-            raise UserError(
-                f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine, "
-                "dar_lightning.training.AblationModule the others"
-            )
+        said = f"config.order is {config.order!r}: {type(self).__name__} trains coarse_to_fine"
+        require(config.order in self.orders, f"{said}, dar_lightning.training.AblationModule the others")
         self.save_hyperparameters({"config": config.to_dict()})
         self.ar = ARModel(config)
         if folder is not None:
@@ -62,9 +58,9 @@ class ARModule(TrainingModule):
             init_from_pretrained(self.ar, init_from)
         self.ar.recompute = activation_checkpointing
         if compile:
-            if self.ar.backbone is not None:
-                raise UserError(f"compile: only our Llama's blocks are, backbone is {config.backbone!r}: leave it out")
-            compile_for_training(self.ar)
+            need = f"only our Llama's blocks are, backbone is {config.backbone!r}: leave it out"
+            require(self.ar.backbone is None, f"compile: {need}")
+            self.compile_parts(self.ar)
         # DDP would send these constants from rank 0 to all in every forward pass.
         constants = [*self.ar.tables(), "passes", "condition_embedding.tokenizer"]
         if self.ar.backbone is not None:
@@ -75,13 +71,13 @@ class ARModule(TrainingModule):
         """Refuse tokens or conditions that the model has no embedding for, naming the config's value that is wrong."""
         config = self.ar.config
         self.check_num_tokens(data)
-        if config.vocab_size < data.codebook_size:
-            raise UserError(f"vocab_size is {config.vocab_size} in the config, the data needs {data.codebook_size}")
+        codes = data.codebook_size
+        require(config.vocab_size >= codes, f"vocab_size is {config.vocab_size} in the config, the data needs {codes}")
         self.ar.condition.check_data(data)
 
     def check_num_tokens(self, data: CodesDataModule) -> None:
-        if (mine := self.ar.config.num_tokens) != data.num_tokens:
-            raise UserError(f"num_tokens is {mine} in the config: the data has {data.num_tokens} per image")
+        mine, theirs = self.ar.config.num_tokens, data.num_tokens
+        require(mine == theirs, f"num_tokens is {mine} in the config: the data has {theirs} per image")
 
     def setup(self, stage: str) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), CodesDataModule):
@@ -98,11 +94,8 @@ class ARModule(TrainingModule):
         pairs |= {f"condition_options.{name}": (before.get(name), after.get(name)) for name in before | after}
         pairs.pop("condition_options.encoder", None)  # a place, which may change: sha256 says which encoder
         for name, (old, new) in pairs.items():
-            if old != new:
-                raise UserError(
-                    f"cannot resume: config.{name} was {old!r:.60} in the checkpoint and is {new!r:.60} now; use the "
-                    "same, or start a new run from its weights"
-                )
+            said = f"cannot resume: config.{name} was {old!r:.60} in the checkpoint and is {new!r:.60} now"
+            require(old == new, f"{said}; use the same, or start a new run from its weights")
 
     def arrange(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N) of the data as the model writes them, and their places (B, N), or None for their own."""

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from dar_lightning.errors import UserError
 from dar_lightning.files import atomic_path
 from dar_lightning.formats.checkpoint import read_checkpoint
-from dar_lightning.formats.pretrained import check_tensors
+from dar_lightning.formats.pretrained import compare_tensors
 from dar_lightning.weights.lightning import PARTS, split_model
 
 
@@ -58,5 +58,5 @@ class SafeCheckpointIO(TorchCheckpointIO):
             part, tensors = split_model(checkpoint, key, path)
             if (model := getattr(self.module, part, None)) is None:
                 raise UserError(f"{path} is of the {part} part: this run trains a {type(self.module).__name__}")
-            check_tensors(model, tensors, path)
+            compare_tensors(model.state_dict(), tensors, path, type(model).__name__)
         return checkpoint

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 
 
 def mixed_precision() -> MixedPrecisionPolicy:
@@ -95,16 +95,12 @@ class FSDP2Strategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Shard the model and its average; the optimizer, made after this, works on the slices."""
         module, trainer = self.lightning_module, self.lightning_module.trainer
-        if not hasattr(module, "ar"):
-            raise UserError(
-                f"trainer.strategy: FSDP2Strategy shards AR models, this is a {type(module).__name__}: use ddp"
-            )
-        if module.ar.backbone is not None:
-            raise UserError(
-                f"trainer.strategy: FSDP2Strategy shards our Llama, backbone is {module.ar.config.backbone!r}: use ddp"
-            )
-        if trainer.precision not in ("32-true", "bf16-mixed"):
-            raise UserError(f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
+        said = "trainer.strategy: FSDP2Strategy shards"
+        require(hasattr(module, "ar"), f"{said} AR models, this is a {type(module).__name__}: use ddp")
+        own = module.ar.config.backbone
+        require(module.ar.backbone is None, f"{said} our Llama, backbone is {own!r}: use ddp")
+        known = trainer.precision in ("32-true", "bf16-mixed")
+        require(known, f"trainer.precision: {trainer.precision} with FSDP2Strategy; use bf16-mixed or 32-true")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         policy = mixed_precision() if trainer.precision == "bf16-mixed" else MixedPrecisionPolicy()
         shard(module.ar, mesh, policy)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dar_lightning.ar import decode_step
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.formats.pretrained import build_config
+from dar_lightning.layers import compile_blocks, recompile_limit
 from dar_lightning.tokenizer import diffusion_step
 from dar_lightning.training.batch_plan import TrainingPlan
-from dar_lightning.training.compilation import keep_graphs_whole
 from dar_lightning.training.log_step import is_log_step
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw, use_options
+
+VARIANTS = 64  # of a compiled block's code, by shapes, grad mode and cache; a run needs about ten
 
 
 class TrainingModule(LightningModule):
@@ -37,6 +39,11 @@ class TrainingModule(LightningModule):
     def model(self) -> nn.Module:
         """The tokenizer or the AR model."""
         return self.tokenizer if hasattr(self, "tokenizer") else self.ar
+
+    def compile_parts(self, *parts: nn.Module) -> None:
+        """Compile the blocks of modules with a list `blocks`, in place; no setting of torch cuts or drops a graph."""
+        keep_graphs_whole()
+        compile_blocks(*parts)
 
     def configure_optimizers(self) -> dict[str, Any]:
         plan = TrainingPlan.of(self.trainer)
@@ -95,11 +102,22 @@ class TrainingModule(LightningModule):
         self.log_dict(means, batch_size=float(count), sync_dist=True, prog_bar=prog_bar)
 
 
+def keep_graphs_whole() -> None:
+    """Change two settings of dynamo, which from torch 2.15 on belong to a thread: call this in the one that trains.
+
+    DDP's optimizer would cut a block where a bucket of gradients is full, for the overlap that separate blocks have
+    anyway (`optimize_ddp`). And the blocks of encoder and conditioner share code of which training, validation, small
+    batches and streaming need variants: after 8, torch compiles no more.
+    """
+    settings, limit = torch._dynamo.config, recompile_limit()
+    settings.optimize_ddp = False
+    setattr(settings, limit, max(getattr(settings, limit), VARIANTS))
+
+
 def choose_config(config: Any, preset: str | None, kind: type) -> Any:
     """The config of this kind that a module is given: itself, the name of a preset, or what checkpoints keep of it."""
     if preset is not None:
-        if config != kind():
-            raise UserError(f"preset is {preset!r} and config is given too: keep one of them")
+        require(config == kind(), f"preset is {preset!r} and config is given too: keep one of them")
         return kind.preset(preset)
     # Checkpoints keep a mapping. In the annotation of `config`, configs would pass unchecked.
     return build_config(kind, config, "config") if isinstance(config, Mapping) else config
@@ -113,8 +131,7 @@ def init_from_pretrained(module: nn.Module, path_or_repo: str) -> Any:
     saved = type(module).from_pretrained(path_or_repo)
     source, target = saved.state_dict(), module.state_dict()
     fitting = {name: source[name] for name in target if name in source and source[name].shape == target[name].shape}
-    if not fitting:
-        raise UserError(f"init_from {path_or_repo}: no tensor there fits this config")
+    require(fitting, f"init_from {path_or_repo}: no tensor there fits this config")
     fresh = module.load_state_dict(fitting, strict=False).missing_keys
     rank_zero_info(f"init_from {path_or_repo}: loaded {len(fitting)} of {len(target)} tensors")
     for title, names in (("start fresh", fresh), ("were not used", [name for name in source if name not in fitting])):

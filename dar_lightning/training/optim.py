@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ class OptimizerConfig:
         lengths = (self.warmup_steps, self.decay_steps, self.decay_epochs)
         if self.lr <= 0 or min(self.weight_decay, self.final_lr, *lengths) < 0:
             raise UserError(f"optimizer needs a positive lr and no negative value, not {self}")
-        if self.decay_steps and self.decay_epochs:
-            raise UserError(
-                f"optimizer has decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}: one must be 0"
-            )
+        both = f"decay_steps {self.decay_steps} and decay_epochs {self.decay_epochs}"
+        require(not (self.decay_steps and self.decay_epochs), f"optimizer has {both}: one must be 0")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Learning rate at a step (from 0), divided by lr; decay_epochs is not read."""
@@ -62,8 +60,7 @@ def configure_adamw(
     `max_steps` of the whole run is needed where the learning rate descends, `steps_per_epoch` for decay_epochs alone.
     """
     if config.decay_epochs:
-        if math.isinf(steps_per_epoch):
-            raise UserError("optimizer decay_epochs needs data with an end: use decay_steps")
+        require(not math.isinf(steps_per_epoch), "optimizer decay_epochs needs data with an end: use decay_steps")
         config = replace(config, decay_steps=round(config.decay_epochs * steps_per_epoch), decay_epochs=0.0)
     if config.decay_steps and not 0 < max_steps < math.inf:
         raise UserError("optimizer decay_steps needs an end: set trainer.max_steps or trainer.max_epochs")

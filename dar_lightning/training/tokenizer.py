@@ -10,12 +10,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.tokenizer.config import TOKEN_FIELDS, TokenizerConfig
 from dar_lightning.tokenizer.init import TokenizerInit
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
-from dar_lightning.training.compilation import compile_for_training
 from dar_lightning.training.losses import AdversarialLoss, PerceptualLoss, RepaLoss
 from dar_lightning.training.module import TrainingModule, choose_config, counted_rows, init_from_pretrained
 from dar_lightning.training.optim import OptimizerConfig
@@ -62,30 +61,28 @@ class TokenizerModule(TrainingModule):
         config = choose_config(config, preset, TokenizerConfig)
         self.save_hyperparameters({"config": config.to_dict()})
         self.tokenizer = SequentialDiffusionTokenizer(config, init)
-        if repa is not None and config.repa_layer is None:
-            raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
+        said = "repa is set and config.repa_layer is null: name the decoder block that REPA reads"
+        require(repa is None or config.repa_layer is not None, said)
         if repa is None and config.repa_layer is not None:
             # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
         self.codebook_use = CodebookUse(config.codebook_size)
         self.freeze_encoder = False
-        if freeze_encoder and init_from is None:
-            raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
+        said = "freeze_encoder is set and init_from is null: name the weights whose tokens are kept"
+        require(not freeze_encoder or init_from is not None, said)
         if init_from is not None:
             source = init_from_pretrained(self.tokenizer, init_from)
         if freeze_encoder:
             for name in TOKEN_FIELDS:
-                if (ours := getattr(config, name)) != (theirs := getattr(source, name)):
-                    raise UserError(
-                        f"freeze_encoder: config.{name} is {ours!r}, and {theirs!r} in {init_from}: images would have "
-                        "other tokens"
-                    )
+                ours, theirs = getattr(config, name), getattr(source, name)
+                said = f"freeze_encoder: config.{name} is {ours!r}, and {theirs!r} in {init_from}"
+                require(ours == theirs, f"{said}: images would have other tokens")
             self.freeze_tokens()
         for part in activation_checkpointing or ():
             self.tokenizer.get_submodule(part).recompute = True
         if compile:
-            compile_for_training(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
+            self.compile_parts(self.tokenizer.encoder, self.tokenizer.conditioner, self.tokenizer.decoder)
 
     def freeze_tokens(self) -> None:
         """Keep encoder and codebook, and so the tokens of every image, from now on."""
@@ -178,18 +175,13 @@ class TokenizerModule(TrainingModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         frozen = checkpoint.get("freeze_encoder", False)
         resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if resumes and frozen != self.freeze_encoder:
-            raise UserError(
-                f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint: give it that "
-                "value, or begin a run of its own with init_from"
-            )
+        other = "or begin a run of its own with init_from"
+        said = f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint"
+        require(not resumes or frozen == self.freeze_encoder, f"{said}: give it that value, {other}")
         has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
-        if has != (self.adversarial is not None):
-            given, kept = ("null", "a") if has else ("set", "no")
-            raise UserError(
-                f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the "
-                "checkpoint was trained with, or begin a run of its own with init_from"
-            )
+        given, kept = ("null", "a") if has else ("set", "no")
+        said = f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the"
+        require(has == (self.adversarial is not None), f"{said} checkpoint was trained with, {other}")
 
     def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
         """Log means; returns the valid images with their times, noise and losses, None of padding alone."""

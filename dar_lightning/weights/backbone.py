@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from dar_lightning.ar.conditions import BackboneText
 from dar_lightning.ar.conditions.backbone_text import read_tokenizer
 from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError, require, whole_line
+from dar_lightning.errors import naming, require
 from dar_lightning.files import read_json
 from dar_lightning.formats.pretrained import CONFIG_NAME, compare_tensors
 from dar_lightning.weights.llama import read_tensors
@@ -44,7 +43,10 @@ def read_backbone(config: ARConfig) -> tuple[ARConfig, Path | None]:
     require(same, f"backbone_options: model_type is not {model_type!r}, which {folder} is; leave it out")
     for name in ("auto_map", "quantization_config"):
         require(not said.get(name), f"{origin}: it has {name}: {REFUSED[name]}")
-    theirs = _whole(model_type, said, origin)
+    from transformers import CONFIG_MAPPING
+
+    with naming(f"{origin}: transformers does not read it", *CONFIG_ERRORS):
+        theirs = CONFIG_MAPPING[model_type].from_dict(said).to_dict()  # with what the file leaves to transformers
     rope = theirs["rope_parameters"]
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if name in theirs}
     sizes |= {"rope_base": float(rope["rope_theta"]), "norm_eps": float(sizes["norm_eps"])}
@@ -83,20 +85,9 @@ def load_backbone(ar: ARModel, folder: Path) -> None:
         compare_tensors({"embed_tokens.weight": text.embedding.weight}, table, folder, "its vocabulary")
         content = (folder / TOKENIZER_NAME).read_bytes()
         last = max(read_tokenizer(content, folder / TOKENIZER_NAME).get_vocab().values())
-        if last >= (rows := len(text.embedding.weight)):
-            raise UserError(
-                f"{folder / TOKENIZER_NAME}: it has tokens to {last}, the model's table {rows}: need its own"
-            )
+        rows = len(text.embedding.weight)
+        said = f"{folder / TOKENIZER_NAME}: it has tokens to {last}, the model's table {rows}: need its own"
+        require(last < rows, said)
         with torch.no_grad():
             text.embedding.weight.copy_(table["embed_tokens.weight"])
             text.tokenizer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-
-
-def _whole(model_type: str, said: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """A config.json with what it leaves to transformers."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(said).to_dict()
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{origin}: transformers does not read it: {whole_line(error)}") from error

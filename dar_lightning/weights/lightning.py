@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dar_lightning.ar.backbones import merge_lora
 from dar_lightning.ar.model import ARModel
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.formats.checkpoint import Weights, read_checkpoint
 from dar_lightning.formats.pretrained import build_config, build_model
 from dar_lightning.tokenizer.model import SequentialDiffusionTokenizer
@@ -32,8 +32,7 @@ def load_lightning_checkpoint(ckpt: str | Path, weights: Weights = "auto") -> Se
     checkpoint = read_checkpoint(ckpt)
     # EMAWeightAveraging saves the average as "state_dict" and moves the optimizer's weights to "current_model_state".
     keeps_ema, has_ema = "current_model_state" in checkpoint, has_average(checkpoint)
-    if weights == "ema" and not has_ema:
-        raise UserError(f"{ckpt} holds no EMA weights (yet): weights is 'ema', need 'raw' or 'auto'")
+    require(weights != "ema" or has_ema, f"{ckpt} holds no EMA weights (yet): weights is 'ema', need 'raw' or 'auto'")
     raw = keeps_ema and (weights == "raw" or not has_ema)
     part, tensors = split_model(checkpoint, "current_model_state" if raw else "state_dict", ckpt)
     hyperparameters = checkpoint.get("hyper_parameters")

@@ -7,7 +7,7 @@ from official import TOLERANCE, assert_close
 
 from dar_lightning.ar.guidance import guidance_schedule, guide, read_guidance
 from dar_lightning.ar.sampling import generate
-from dar_lightning.weights.official_names import AR_NAMES, official_name
+from dar_lightning.weights.official import AR_NAMES, official_name
 
 
 @torch.no_grad()

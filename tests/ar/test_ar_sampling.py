@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import seeds
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar.guidance import guidance_schedule, guide
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import draw_tokens, filter_logits, generate, stream_tokens
-from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 4])
 CODES = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -91,8 +90,7 @@ def test_a_sequence_does_not_depend_on_its_batch(ar):
     for i in range(3):
         alone = generate(ar, LABELS[i : i + 1], guidance=2.0, generator=torch.Generator().manual_seed(i))
         assert torch.equal(alone[0], together[i])
-    with pytest.raises(UserError, match="list of 2"):
-        generate(ar, LABELS, generator=seeds(0, 1))
+    refused("list of 2", generate, ar, LABELS, generator=seeds(0, 1))
 
 
 def test_a_prefix_is_kept_and_continued(ar):
@@ -177,8 +175,7 @@ def test_any_guidance_schedule_works(ar, guidance):
     ],
 )
 def test_impossible_options(ar, options, message):
-    with pytest.raises(UserError, match=message):
-        generate(ar, **{"labels": LABELS} | options)
+    refused(message, generate, ar, **{"labels": LABELS} | options)
 
 
 @pytest.mark.parametrize(
@@ -198,5 +195,4 @@ def test_impossible_options(ar, options, message):
     ],
 )
 def test_impossible_configs(changes, message):
-    with pytest.raises(UserError, match=message):
-        ARConfig.preset("tiny", **changes)
+    refused(message, ARConfig.preset, "tiny", **changes)

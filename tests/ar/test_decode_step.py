@@ -7,19 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import make_ar, seeds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.ar import decode_road, decode_step, sampling
-from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan
 from dar_lightning.ar.gumbel import draw_keys
-from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.sampling import generate, stream_tokens
-from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
 CASES = {
@@ -266,10 +265,8 @@ def test_the_kernel(interpreted, dtype):
         rotary = torch.stack([angles.cos(), angles.sin()], -1)[None]
         held = torch.randn(2, 2, kv_heads, capacity, width, generator=generator).to(dtype)
         qkv = torch.randn(2, (heads + 2 * kv_heads) * width, generator=generator).to(dtype)
-        expected_cache = held.double()
-        expected = decode_step._attend(
-            qkv.double(), expected_cache, seen, rotary, position, heads, kv_heads, length=capacity
-        )
+        expected_cache, sizes = held.double(), (position, heads, kv_heads, capacity)
+        expected = decode_step._attend(qkv.double(), expected_cache, seen, rotary, *sizes)
         held[:, :, :, at:] = torch.nan
         found = interpreted(qkv, held, seen, rotary, position, heads, kv_heads)
         error = (found.double() - expected).norm() / expected.norm()
@@ -308,8 +305,7 @@ def test_the_road():
     assert choose_road(ar, static=True) == "graph"
     handle = ar.blocks[0].register_forward_hook(lambda *_: None)
     assert choose_road(ar) == "eager"
-    with pytest.raises(UserError, match="static: this model's layers"):
-        generate(ar, LABELS, static=True)
+    refused("static: this model's layers", generate, ar, LABELS, static=True)
     handle.remove()
     with kernels.fake_cuda(), mock.patch("torch.cuda.device"):
         decode_road._triton_runs.cache_clear()
@@ -340,8 +336,7 @@ def test_other_layers_are_called(other, monkeypatch):
     assert choose_road(plain) == "graph, Triton"
     assert choose_road(other) == "eager"
     monkeypatch.undo()
-    with pytest.raises(UserError, match="static: this model's layers are sharded, replaced"):
-        choose_road(other, static=True)
+    refused("static: this model's layers are sharded, replaced", choose_road, other, static=True)
 
 
 def test_a_triton_that_does_not_run():

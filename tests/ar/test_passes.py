@@ -1,11 +1,12 @@
-"""Several tokens a pass: what each place may know, cached passes against teacher forcing, borders, and nats lost."""
+"""Several tokens a pass: what each place may know, cached against teacher forcing, nats lost; and Jacobi sampling."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import CODES, GROUPS, SIZE, TOKENS, make_ar, make_tokenizer, seeds
+from refusals import refused
+from tiny_models import CLASSES, CODES, GROUPS, SIZE, TOKENS, make_ar, make_tokenizer, seeds
 
 from dar_lightning import ARConfig, ARModel, DARPipeline
 from dar_lightning.ar.draw import draw_tokens
@@ -14,7 +15,6 @@ from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.order import IN_GROUPS, fixed_order, placed
 from dar_lightning.ar.pass_layout import last_seen, pass_end, read_by
 from dar_lightning.ar.sampling import generate, stream_tokens
-from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
 LAYOUTS = [(0, 4), (4, 4), (8, 8), (2, 3), (0, 8), (16, 4), (0, 32), (1, 31), (5, 1)]  # w, m of 32 tokens
@@ -162,29 +162,19 @@ def test_a_prefix_is_read_as_what_was_drawn():
         ({"tokens_per_pass": 3}, r"tokens_per_pass is 3: it must divide num_tokens - sequential_tokens, 8 - 0$"),
         ({"tokens_per_pass": 0}, r"tokens_per_pass is 0: it must be from 1 to num_tokens, 8$"),
         ({"sequential_tokens": 8}, r"sequential_tokens is 8: it must be from 0 to 7$"),
-        (
-            {"tokens_per_pass": 2, "place_tables": "own_and_target"},
-            "with tokens_per_pass 2 it must be target",
-        ),
+        ({"tokens_per_pass": 2, "place_tables": "own_and_target"}, "with tokens_per_pass 2 it must be target"),
         ({"block_attention": "none"}, r"block_attention is 'none': choose full or causal$"),
         ({"order": "strided_in_group", "order_groups": 3}, r"order_groups is 3: it must divide num_tokens, 8$"),
         ({"order": "strided_in_group", "order_groups": 4, "tokens_per_pass": 4}, r"groups of 2 .* must divide 2$"),
         ({"order": "random_in_group", "order_groups": 2, "tokens_per_pass": 4, "sequential_tokens": 2}, "8 - 2"),
         (
-            {
-                "order": "random_in_group",
-                "order_groups": 2,
-                "tokens_per_pass": 2,
-                "sequential_tokens": 2,
-                "num_tokens": 6,
-            },
+            dict(order="random_in_group", order_groups=2, tokens_per_pass=2, sequential_tokens=2, num_tokens=6),
             r"groups of 3 tokens in whole passes, it must divide 3$",
         ),
     ],
 )
 def test_layouts_that_there_are_not(changes, message):
-    with pytest.raises(UserError, match=message):
-        ARConfig(**{"num_tokens": TOKENS} | changes)
+    refused(message, ARConfig, **{"num_tokens": TOKENS} | changes)
 
 
 @pytest.mark.parametrize(
@@ -196,22 +186,19 @@ def test_layouts_that_there_are_not(changes, message):
     ],
 )
 def test_prefixes_off_a_border_are_refused(changes, length, message):
-    with pytest.raises(UserError, match=message):
-        generate(several(**changes), LABELS, prefix=codes()[:, :length])
+    refused(message, lambda: generate(several(**changes), LABELS, prefix=codes()[:, :length]))
 
 
 def test_teacher_forcing_off_a_border_is_refused():
     """A pass that is cut would see fewer of its own places, and give other logits."""
     ar = several(size=4)
     assert torch.allclose(ar(LABELS, codes()[:, :4]), ar(LABELS, codes())[:, :4], atol=1e-5)
-    with pytest.raises(UserError, match="codes hold 5 tokens: this model predicts 4 a pass, they must end one"):
-        ar(LABELS, codes()[:, :5])
+    refused("codes hold 5 tokens: this model predicts 4 a pass, they must end one", lambda: ar(LABELS, codes()[:, :5]))
 
 
 def test_groups_of_an_order_lie_within_those_of_the_tokenizer():
     ar = make_ar(order="strided_in_group", order_groups=2)
-    with pytest.raises(UserError, match="order_groups is 2: a group of the order has 4 tokens, one of the tokenizer 2"):
-        DARPipeline(make_tokenizer(), ar)
+    refused("order_groups is 2: a group of the order has 4 tokens, one of", lambda: DARPipeline(make_tokenizer(), ar))
     assert DARPipeline(make_tokenizer(), make_ar(order="strided_in_group", order_groups=GROUPS)).num_groups == GROUPS
 
 
@@ -223,10 +210,8 @@ def test_what_was_trained_with_one_number_refuses_another(tmp_path):
     text = config.read_text()
     for new in ('"tokens_per_pass": 2', '"tokens_per_pass": 1'):
         config.write_text(text.replace('"tokens_per_pass": 4', new))
-        with pytest.raises(UserError, match=r"are \[2, 0, 0\].*trained with \[4, 0, 0\]|unknown pass"):
-            ARModel.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="static: this model predicts 4 tokens a pass"):
-        generate(ar, LABELS, static=True)
+        refused(r"are \[2, 0, 0\].*trained with \[4, 0, 0\]|unknown pass", ARModel.from_pretrained, tmp_path)
+    refused("static: this model predicts 4 tokens a pass", generate, ar, LABELS, static=True)
 
 
 @pytest.mark.parametrize(
@@ -256,3 +241,91 @@ def test_nats_lost_are_the_total_correlation(pairs, lost):
         losses.append(loss.item())
     assert losses[1] - losses[0] == pytest.approx(lost, abs=0.03)
     assert losses[0] == pytest.approx(math.log(len(data)), abs=0.03), "the entropy of the pairs"
+
+
+@pytest.mark.parametrize("window", [1, 3, TOKENS])
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        (
+            {"num_kv_heads": 1, "place_tables": "own_and_target"},
+            {"guidance": (1.5, 4.0), "top_k": 5, "top_p": 0.9, "temperature": 0.8},
+        ),
+        ({"order": "random_per_sample"}, {"guidance": "interval,3,1,2", "token_groups": [1] * 2 + [2] * 3 + [3] * 3}),
+        (CAPTIONS, {"guidance": 3.0, "num_tokens": 7}),
+    ],
+    ids=["plain", "filters", "an order per sample, guidance that ends", "captions"],
+)
+@torch.no_grad()
+def test_tokens_are_those_of_drawing_one_by_one(changes, options, window):
+    ar = make_ar(**changes).double()
+    asked = ar.condition.from_prompts(["red", "blue red", "blue"]) if changes == CAPTIONS else LABELS
+    one = torch.stack(list(stream_tokens(ar, asked, generator=seeds(1, 2, 3), **options)), dim=1)
+    drawn = torch.stack(list(stream_tokens(ar, asked, generator=seeds(1, 2, 3), jacobi=window, **options)), dim=1)
+    assert torch.equal(drawn, one)
+
+
+@torch.no_grad()
+def test_a_prefix_and_a_bias_are_kept():
+    ar = make_ar().double()
+    prefix = torch.tensor([[3, 1, 2], [0, 0, 0], [5, 6, 7]])
+    wanted = torch.zeros(TOKENS, 32).index_fill_(0, torch.tensor(5), -torch.inf)
+    wanted[5, 9] = 1e4  # of place 5
+    options = dict(prefix=prefix, bias=lambda places: wanted[places], guidance=2.0)
+    one = generate(ar, LABELS, generator=seeds(1, 2, 3), **options)
+    drawn = generate(ar, LABELS, generator=seeds(1, 2, 3), jacobi=4, **options)
+    assert torch.equal(drawn, one)
+    assert (drawn[:, 5] == 9).all()
+    assert torch.equal(drawn[:, :3], prefix)
+
+
+def count_passes(ar: ARModel, monkeypatch, **options) -> tuple[int, list[int]]:
+    """Passes of one drawing, and after how many of them each token came."""
+    passes, read = [], ARModel.read
+    monkeypatch.setattr(ARModel, "read", lambda *arguments: passes.append(1) or read(*arguments))
+    came = [len(passes) for _ in stream_tokens(ar, LABELS[:1], generator=seeds(1), **options)]
+    monkeypatch.undo()
+    return len(passes), came
+
+
+def counting(ar: ARModel, depends: bool) -> ARModel:
+    """A model whose next token is the last one plus 1, or always 5, whatever it reads."""
+    for parameter in ar.parameters():
+        parameter.data.zero_()
+    ar.norm.weight.data.fill_(1)
+    ar.token_embedding.weight.data.copy_(torch.eye(32))
+    ar.class_embedding.weight.data[:, 0] = 1
+    ar.head.weight.data.copy_(100 * (torch.eye(32).roll(1, dims=0) if depends else torch.zeros(32, 32)))
+    if not depends:
+        ar.head.weight.data[5] = 100
+    return ar
+
+
+def test_passes_at_worst_and_at_best(monkeypatch):
+    """Where a token is a function of the one before it, a pass gives one; where it depends on none, two give all."""
+    chain, free = counting(make_ar(), depends=True), counting(make_ar(), depends=False)
+    assert torch.stack(list(stream_tokens(chain, LABELS, jacobi=TOKENS)), 1).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]] * 3
+    assert count_passes(chain, monkeypatch, jacobi=TOKENS) == (8, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert count_passes(chain, monkeypatch, jacobi=1) == (8, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert count_passes(free, monkeypatch, jacobi=TOKENS) == (2, [1] + [2] * 7)
+    assert count_passes(free, monkeypatch, jacobi=4) == (4, [1, 2, 2, 2, 2, 3, 4, 4])
+
+
+def test_the_pipeline_draws_the_same_images():
+    pipe = DARPipeline(make_tokenizer(), make_ar(), CLASSES)
+    images = [pipe.generate(LABELS, guidance=2.0, generator=seeds(1, 2, 3), jacobi=window) for window in (0, 5)]
+    torch.testing.assert_close(*images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"jacobi": -1}, r"jacobi is -1: it must be 0 \(off\) or a window of up to 8 tokens$"),
+        ({}, {"jacobi": 9}, "a window of up to 8 tokens"),
+        ({"tokens_per_pass": 2}, {"jacobi": 4}, "jacobi is 4: this model predicts 2 tokens a pass already"),
+        ({}, {"jacobi": 4, "static": True}, "jacobi is 4: it has no step of static shapes, leave static out"),
+    ],
+)
+def test_what_cannot_be_drawn_so(changes, options, message):
+    refused(message, lambda: generate(make_ar(**changes), LABELS, **options))

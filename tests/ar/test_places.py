@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import GROUPS, TOKENS, make_ar, random_codes, seeds
 
-from dar_lightning.ar.places import merge_place_tables
+from dar_lightning.ar.model import merge_place_tables
 from dar_lightning.ar.sampling import generate, stream_tokens
 from dar_lightning.errors import UserError
 from dar_lightning.weights.llama import save_llama
@@ -64,7 +65,6 @@ def test_what_has_nothing_to_merge_stays():
 
 
 def test_what_does_not_fit_is_said(tmp_path):
-    with pytest.raises(UserError, match="place_tables is 'both': choose from as_needed, target, own_and_target"):
-        make_ar(place_tables="both")
+    refused("place_tables is 'both': choose from as_needed, target, own_and_target", make_ar, place_tables="both")
     with pytest.raises(UserError, match="place_tables is 'target': a Llama is not told where its next token belongs"):
         save_llama(make_ar(place_tables="target"), tmp_path / "out")

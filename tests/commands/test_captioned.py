@@ -11,7 +11,9 @@ import pytest
 import torch
 from image_folders import write_images
 from PIL import Image
+from refusals import refusal, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_encoder import write_encoder
 from tiny_models import AR, CLASSES, fit_ar, make_ar, make_tokenizer, picture, write_tokens
 from torch import nn
 
@@ -19,11 +21,14 @@ from dar_lightning import DARPipeline
 from dar_lightning.ar import conditions
 from dar_lightning.cli import main
 from dar_lightning.commands import extract as command
+from dar_lightning.commands import serve as serve_command
 from dar_lightning.commands.extract import extract
 from dar_lightning.commands.serve_page import draw_previews, repeat
 from dar_lightning.commands.shard import shard
 from dar_lightning.data.codes import CodesDataModule
+from dar_lightning.data.transforms import to_uint8
 from dar_lightning.errors import UserError
+from dar_lightning.files import file_sha256
 from dar_lightning.generation.card import model_card
 from dar_lightning.training import ARModule
 from dar_lightning.training.flops import step_flops
@@ -119,21 +124,17 @@ def test_captions_of_a_batch(words, features):
     assert "features" not in next(iter(CodesDataModule(words, words).val_dataloader()))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     run = tmp_path / "run"
-    samples = (
-        f"--trainer.callbacks+=dar_lightning.training.callbacks.Samples --trainer.callbacks.tokenizer={root}/tokenizer"
-    )
+    samples = ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples"]
+    samples.append(f"--trainer.callbacks.tokenizer={root}/tokenizer")
     fit = fit_ar(words, words, run, max_steps=2, val_check_interval=2)
-    fit += [f"--model.init_args.config={json.dumps(config(words, 'caption_tokens'))}", LAST, *samples.split()]
+    fit += [f"--model.init_args.config={json.dumps(config(words, 'caption_tokens'))}", LAST, *samples]
     main([*fit, "--trainer.callbacks.per_class=2"])
     # another length has the same weights, and would be another model
     other = f"--model.init_args.config={json.dumps(config(words, 'caption_tokens', length=4))}"
-    with pytest.raises(SystemExit):
-        main([*fit, other, "--ckpt_path=last"])
     said = "cannot resume: config.condition_options.length was 5 in the checkpoint and is 4 now"
-    assert said in capsys.readouterr().err
+    assert said in refusal(capsys, [*fit, other, "--ckpt_path=last"])
     (event,) = EventAccumulator(str(run / "logs")).Reload().Images("samples")
     assert event.height == 404  # four prompts, each to the left of two pictures
     assert event.width > 250
@@ -171,7 +172,6 @@ def test_from_captions_to_pictures(root, words, tmp_path, capsys):
     assert np.abs(np.asarray(image)[:: image.width // 32, :: image.width // 32].astype(int) - drawn).max() <= 1
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_samples_of_features(root, features, tmp_path, monkeypatch, capsys):
     """Captions of the validation data need no encoder, prompts do, from the start; it is not kept."""
     run = fit_ar(features, features, tmp_path / "run", max_steps=2, val_check_interval=2)
@@ -179,9 +179,7 @@ def test_samples_of_features(root, features, tmp_path, monkeypatch, capsys):
     run += ["--trainer.callbacks+=dar_lightning.training.callbacks.Samples", "--trainer.callbacks.per_class=1"]
     run.append(f"--trainer.callbacks.tokenizer={root}/tokenizer")
     prompted = [*run, "--trainer.callbacks.prompts=[ab, cd]", f"--trainer.default_root_dir={tmp_path}/prompted"]
-    with pytest.raises(SystemExit):
-        main(prompted)
-    assert "encoder: letters is not a folder" in capsys.readouterr().err
+    assert "encoder: letters is not a folder" in refusal(capsys, prompted)
     assert not list(tmp_path.iterdir())
     main(run)
     monkeypatch.setattr("dar_lightning.ar.conditions.features.TextEncoder", LettersEncoder)
@@ -212,8 +210,7 @@ def test_a_training_step_of_features(features, words):
         moved["hyper_parameters"]["config"]["condition_options"] = changed | {"encoder": "elsewhere"}
         module.check_checkpoint(moved)
         moved["hyper_parameters"]["config"]["rope_base"] = 1e4 + 1
-        with pytest.raises(UserError, match=r"cannot resume: config.rope_base was 10001\.0 .* and is 10000\.0 now"):
-            module.check_checkpoint(moved)
+        refused(r"cannot resume: config.rope_base was 10001\.0 .* and is 10000\.0 now", module.check_checkpoint, moved)
         with pytest.raises(UserError, match=said):
             module.check_data(CodesDataModule(folder, folder))
 
@@ -233,8 +230,7 @@ def test_prompts_of_features(features, monkeypatch, caplog):
     assert prefix.real.int().tolist() == [[0, 0, 0, 1, 1], [1] * 5, [0, 0, 0, 0, 1]]
     assert torch.equal(prefix.values[2, -1], ar.condition.null_embedding.weight[0])
     monkeypatch.setattr(LettersEncoder, "sha256", "c" * 64)
-    with pytest.raises(UserError, match="encoder: elsewhere has weights cccccccccccc, the model was trained on"):
-        ar.condition.use_encoder("elsewhere")
+    refused("encoder: elsewhere has weights cccccccccccc, the model was trained", ar.condition.use_encoder, "elsewhere")
 
 
 def test_flops_count_the_prefix(words, features):
@@ -271,13 +267,10 @@ def test_a_sample_without_caption_is_counted(root, tmp_path):
 
 
 def test_what_is_refused(root, words, tmp_path):
-    with pytest.raises(UserError, match="vocabulary and encoder are both set"):
-        tokens(root, "both", vocabulary=9, encoder="x")
-    with pytest.raises(UserError, match="encoder: /no/such is not a folder"):
-        tokens(root, "x", encoder="/no/such")
+    refused("vocabulary and encoder are both set", tokens, root, "both", vocabulary=9, encoder="x")
+    refused("encoder: /no/such is not a folder", tokens, root, "x", encoder="/no/such")
     (tmp_path / "pickled").mkdir()
-    with pytest.raises(UserError, match=r"pickled has no \.safetensors"):
-        tokens(root, "x", encoder=str(tmp_path / "pickled"))
+    refused(r"pickled has no \.safetensors", tokens, root, "x", encoder=str(tmp_path / "pickled"))
     with pytest.raises(UserError, match=r"data\.train: its images have no labels, which condition 'class' needs"):
         ARModule(make_ar().config).check_data(CodesDataModule(words))
     none = ARModule(make_ar(condition="none").config)
@@ -286,8 +279,7 @@ def test_what_is_refused(root, words, tmp_path):
     module = ARModule(make_ar(condition="caption_tokens", condition_options=read(words)).config)
     with pytest.raises(UserError, match=r"data\.train: its token shards have no captions, which condition 'caption_to"):
         module.check_data(CodesDataModule(write_tokens(tmp_path / "plain", 4)))
-    with pytest.raises(UserError, match=r"condition_options: file is nowhere\.json, which is no condition\.json"):
-        conditions.read_options({"file": "nowhere.json"})
+    refused(r"condition_options: file is nowhere\.json, which is no", conditions.read_options, {"file": "nowhere.json"})
     assert conditions.read_options({"file": f"{words}/condition.json", "length": 3})["length"] == 3
 
 
@@ -300,9 +292,7 @@ def test_what_is_refused(root, words, tmp_path):
     ],
 )
 def test_prompts_that_are_refused(pipeline, tmp_path, capsys, words, said):
-    with pytest.raises(SystemExit):
-        main(["sample", f"--pipeline={pipeline}", f"--output={tmp_path}/out", *words])
-    assert said in capsys.readouterr().err
+    assert said in refusal(capsys, ["sample", f"--pipeline={pipeline}", f"--output={tmp_path}/out", *words])
     assert not (tmp_path / "out").exists()
 
 
@@ -315,3 +305,40 @@ def test_no_condition_on_the_command_line(tmp_path):
     assert "--guidance" not in card
     main(["sample", f"--pipeline={tmp_path}/pipeline", f"--output={tmp_path}/out", "--per_class=3", "--device=cpu"])
     assert set(np.load(tmp_path / "out/samples.npz")) == {"arr_0"}
+
+
+PROMPT = "a red apple"
+
+
+@pytest.fixture(scope="module")
+def encoder_root(tmp_path_factory):
+    pytest.importorskip("transformers")
+    encoder_root = tmp_path_factory.mktemp("encoder")
+    write_encoder(encoder_root / "bert", "bert")
+    options = {"channels": 16, "length": 6, "encoder": "./nowhere"}
+    options["sha256"] = file_sha256(encoder_root / "bert/model.safetensors")
+    ar = make_ar(condition="features", condition_options=options)
+    DARPipeline(make_tokenizer(), ar).save_pretrained(encoder_root / "pipeline")
+    return encoder_root
+
+
+def test_prompts_for_an_encoder_that_was_moved(encoder_root, tmp_path):
+    pipeline, encoder = str(encoder_root / "pipeline"), str(encoder_root / "bert")
+    told, python = repeat(pipeline, PROMPT, 0, 2.0, None, 0, encoder=encoder)
+    main([*shlex.split(told)[1:-1], str(tmp_path / "one")])
+    drawn = np.asarray(Image.open(tmp_path / "one/images/000-0.png")).astype(int)
+    exec(python, found := {})
+    assert np.abs(to_uint8(found["image"])[0].permute(1, 2, 0).numpy() - drawn).max() <= 1
+    record = json.loads((tmp_path / "one/samples.json").read_text())
+    assert record["encoder"] == encoder
+    main([*shlex.split(record["command"])[1:-1], str(tmp_path / "again")])
+    again = np.asarray(Image.open(tmp_path / "again/images/000-0.png")).astype(int)
+    assert np.array_equal(again, drawn)
+    main(["sample", f"--pipeline={pipeline}", f"--encoder={encoder}", "--prompt=apple", f"--output={tmp_path}/other"])
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "other/images/000-0.png")), drawn)
+
+
+def test_the_page_looks_for_the_encoder_before_it_listens(encoder_root, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(serve_command, "build_page", None)
+    refused(r"encoder: \./nowhere is not a folder", serve_command.serve, str(encoder_root / "pipeline"))

@@ -9,6 +9,7 @@ import pytest
 from image_folders import encoded, read, write_images
 from image_sets import NETWORK, folder, pixels
 from PIL import features
+from refusals import refused
 
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.shard import shard
@@ -47,8 +48,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=r"in/dog: cannot be listed \(Permission denied\)"):
-        shard(str(source), str(tmp_path / "out"), workers=1)
+    refused(r"in/dog: cannot be listed \(Permission denied\)", shard, str(source), str(tmp_path / "out"), workers=1)
 
 
 def test_system_folders_of_samples(tmp_path, capsys):
@@ -83,8 +83,7 @@ def test_a_train_may_be_a_class(tmp_path):
 )
 def test_a_class_without_images(more, says, tmp_path):
     source = str(write_images(tmp_path / "in", PICTURES | more))
-    with pytest.raises(UserError, match=f"^input: {says}"):
-        shard(source, str(tmp_path / "out"), workers=1)
+    refused(f"^input: {says}", shard, source, str(tmp_path / "out"), workers=1)
     assert not (tmp_path / "out").exists()
     shard(source, str(tmp_path / "out"), classes="cat,dog", workers=1)
     assert classes(tmp_path / "out") == ["cat", "dog"]

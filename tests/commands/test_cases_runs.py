@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from refusals import refusal, refused
 from tiny_models import fit_ar, fit_tokenizer, options, write_images, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.devices import check_started_processes
-from dar_lightning.errors import UserError
 from dar_lightning.files import check_keys, load_yaml, locked
 from dar_lightning.training import module
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 SAVES = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true", "--ckpt_path=last"]
 
 
@@ -48,16 +47,6 @@ def last(folder: Path) -> dict:
 
 def step(folder: Path) -> int:
     return last(folder)["global_step"]
-
-
-def refusal(capsys, argv: list[str]) -> str:
-    """The one line on stderr with which a command ends, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in argv])
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
-    return line
 
 
 # ---- a saved config with another folder
@@ -172,8 +161,7 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
     if launcher is None:
         check_started_processes(world_size, "devices")
         return
-    with pytest.raises(UserError, match=f"^devices make {world_size} process.*{launcher} has started"):
-        check_started_processes(world_size, "devices")
+    refused(f"^devices make {world_size} process.*{launcher} has", check_started_processes, world_size, "devices")
 
 
 def test_srun_with_two_tasks_and_one_device(tokens, tmp_path, monkeypatch, capsys):
@@ -242,8 +230,7 @@ def test_other_places_of_yaml(tmp_path, capsys):
     twice = "samples: a\nreference: b\nsamples: c\n"
     (tmp_path / "twice.yaml").write_text(twice)
     assert "'samples' is there twice" in refusal(capsys, ["evaluate", f"--config={tmp_path / 'twice.yaml'}"])
-    with pytest.raises(UserError, match=r"^x.yaml: 'samples' is there twice"):
-        load_yaml(twice, "x.yaml")
+    refused(r"^x.yaml: 'samples' is there twice", load_yaml, twice, "x.yaml")
     merged = "a: &a\n  x: 1\n  y: 2\nb:\n  <<: *a\n  x: 3\nc: *a\nd: [1, {x: 1}, {x: 2}]\n"
     assert load_yaml(merged, "x")["b"] == {"x": 3, "y": 2}, "a merge key may be overridden"
     check_keys("a: [", "what is no YAML is for whoever loads it")

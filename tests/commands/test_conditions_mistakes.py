@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal, refused
 from tiny_models import AR, CLASSES, fit_ar, make_ar, make_pipeline, make_tokenizer, write_images, write_tokens
 
 from dar_lightning import DARPipeline
@@ -18,7 +19,6 @@ from dar_lightning.commands.serve_page import Work, build_page
 from dar_lightning.errors import UserError
 from dar_lightning.metrics.images import DrawnImages
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 SAMPLES = "--trainer.callbacks+=dar_lightning.training.callbacks.Samples"
 BLIND = "this model has no condition to guide by, leave it at 1"
 
@@ -32,16 +32,6 @@ def root(tmp_path_factory):
     DARPipeline(make_tokenizer(), make_ar(condition="none")).save_pretrained(root / "none")
     np.savez(root / "real.npz", arr_0=np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), dtype=np.uint8))
     return root
-
-
-def said(capsys, words: list) -> str:
-    """What a command that is refused says, in its one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar ")]
-    return line
 
 
 def fit(root, folder, config: dict, *more: str, **trainer) -> list[str]:
@@ -60,7 +50,7 @@ def test_guidance_without_condition(root, tmp_path, capsys):
     predict.append("--trainer.callbacks+=dar_lightning.generation.writer.SampleWriter")
     predict += [f"--trainer.callbacks.output={tmp_path}/predicted/samples.npz", "--trainer.accelerator=cpu"]
     for words in (fit(root, tmp_path / "run", {"condition": "none"}, *samples), draw, measure, predict):
-        assert re.search(f"guidance is 3(.0)?: {BLIND}", said(capsys, words))
+        assert re.search(f"guidance is 3(.0)?: {BLIND}", refusal(capsys, words))
         assert not list(tmp_path.iterdir())
     main([*predict, "--model.init_args.guidance=1"])
     assert set(np.load(tmp_path / "predicted/samples.npz")) == {"arr_0"}  # there are no labels
@@ -77,15 +67,14 @@ def test_guidance_without_condition(root, tmp_path, capsys):
 )
 def test_samples_that_cannot_be_drawn(option, line, root, tmp_path, capsys):
     words = (SAMPLES, f"--trainer.callbacks.tokenizer={root}/tokenizer", f"--trainer.callbacks.{option}")
-    assert line in said(capsys, fit(root, tmp_path / "run", {}, *words))
+    assert line in refusal(capsys, fit(root, tmp_path / "run", {}, *words))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_probe_of_pictures_without_condition(root, tmp_path):
     real = write_images(root / "images", 8)
     options = {"features": "color_edges", "output": str(tmp_path / "o.json"), "device": "cpu"}
-    with pytest.raises(UserError, match="--samples has no labels, which the linear probe needs"):
-        evaluate(str(root / "none"), real, probe_train=real, **options)
+    refused("--samples has no labels, which the", evaluate, str(root / "none"), real, probe_train=real, **options)
     result = evaluate(str(root / "none"), real, **options)
     assert result["protocol"]["samples"]["classes"] == "none: no condition"
     assert DrawnImages(make_pipeline(), 2, 0).protocol["classes"] == "balanced: image i is of class i mod num_classes"
@@ -96,7 +85,7 @@ class Named(ClassLabel):
 
 
 def test_class_names_go_to_whatever_takes_labels(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditions, "CONDITIONS", dict(conditions.CONDITIONS))
+    monkeypatch.setattr(conditions.CONDITIONS, "classes", dict(conditions.CONDITIONS.classes))
     conditions.register_condition(Named, "tests.Named")
     made = {"own": make_ar(condition="tests.Named", condition_options={"num_classes": 4})}
     made["none"] = make_ar(condition="none")

@@ -3,18 +3,16 @@
 import json
 
 import official
-import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from dar_lightning import ARModel, SequentialDiffusionTokenizer
 from dar_lightning.commands.convert import convert
-from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.weights import load_official_tokenizer
 
 
-@pytest.mark.filterwarnings("ignore:.*has no REPA head")
 def test_official_models(tmp_path, capsys):
     """With the config that the file carries, and with one in a file beside it."""
     state, config = official.state_dict("tokenizer_a"), official.numbers("tokenizer_a", "config")
@@ -34,6 +32,5 @@ def test_official_models(tmp_path, capsys):
 def test_what_is_neither(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
     for name, message in (("x.safetensors", "neither an official tokenizer nor"), ("absent.pt", "is missing")):
-        with pytest.raises(UserError, match=message):
-            convert(tmp_path / name, tmp_path / "out")
+        refused(message, convert, tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
-"""`dar evaluate`: real files in, a JSON with its protocol out, and one line for each mistake."""
+"""`dar evaluate`: real files in, a JSON with its protocol out, classes by name, records beside files, mistakes."""
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 import torch
 from image_sets import NETWORK, FirstPixels, first_pixels, folder, frechet, npz, pixels, shards
 from PIL import Image
-from tiny_models import CLASSES, SIZE
+from refusals import refused
+from tiny_models import CLASSES, SIZE, make_ar, make_tokenizer
 
 from dar_lightning import DARPipeline
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
+from dar_lightning.commands.sample import sample
+from dar_lightning.commands.table import Row, table
+from dar_lightning.data.shards import ShardIndex
 from dar_lightning.errors import UserError
 from dar_lightning.metrics import features
 from dar_lightning.metrics.features import FrozenNetwork, network_sha256
@@ -87,11 +92,8 @@ def test_memory_does_not_grow_with_the_npz(tmp_path):
     assert peaks[1] < peaks[0] + 2**20, "12 MB of images may not show"
 
 
-# ---- a pipeline's own samples
-
-
 def test_a_pipeline_draws_the_same_images_in_any_batches(tmp_path, pipeline):
-    """What `dar evaluate` measures of them: tests/commands/test_drawn_npz.py."""
+    """What `dar evaluate` measures of them: tests/commands/test_evaluate.py."""
     drawn = {}
     for batch_size, seed in ((2, 7), (5, 7), (5, 8)):
         images = DrawnImages(DARPipeline.from_pretrained(pipeline), 6, seed, guidance=(1.0, 3.0))
@@ -116,9 +118,6 @@ def test_the_shipped_pipeline_is_known_by_its_name(tmp_path):
     assert result["protocol"]["samples"]["pipeline"] == "fruit64"
 
 
-# ---- stored statistics
-
-
 def test_saved_statistics_stand_for_their_images(tmp_path):
     samples, reference = npz(tmp_path / "samples.npz", pixels(20, 0)), npz(tmp_path / "reference.npz", pixels(30, 1))
     file, output = str(tmp_path / "statistics.npz"), str(tmp_path / "o.json")
@@ -129,11 +128,9 @@ def test_saved_statistics_stand_for_their_images(tmp_path):
     assert (protocol["npz"], protocol["n"], protocol["statistics"]) == (file, 30, "mu and sigma as stored")
     assert protocol["statistics_of"]["npz"] == reference
     compare(f"{output},{tmp_path}/images.json")
-    with pytest.raises(UserError, match=r"^--reference: .* holds statistics of features [0-9a-f]{12}; features"):
-        evaluate(samples, file, RED_GREEN, output)
+    refused(r"^--reference: .* holds statistics of features [0-9a-f]{12};", evaluate, samples, file, RED_GREEN, output)
     for option in ("paired", "full"):
-        with pytest.raises(UserError, match=f"^--{option}: .* statistics only"):
-            evaluate(samples, file, NETWORK, output, **{option: True})
+        refused(f"^--{option}: .* statistics only", evaluate, samples, file, NETWORK, output, **{option: True})
 
 
 def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
@@ -154,13 +151,10 @@ def test_statistics_as_adm_stores_them(tmp_path, monkeypatch):
     reference = evaluate(samples, adm, NETWORK, output)["protocol"]["reference"]
     assert (reference["n"], "statistics" in reference) == (9, False)
     small = npz(tmp_path / "small.npz", pixels(9, 3), mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(UserError, match="statistics of 5 and of 6 features cannot be compared"):
-        evaluate(samples, small, "inception", output)
+    refused("statistics of 5 and of 6 features cannot be compared", evaluate, samples, small, "inception", output)
     with pytest.raises(UserError, match=r"--samples: images of 16x16, those of --reference have 8x8"):
         evaluate(samples, npz(tmp_path / "v.npz", pixels(9, 3, 8), **statistics), "inception", output)
 
-
-# ---- mistakes: one line each, and nothing written
 
 ZEROS = np.zeros((4, 16, 16, 3), np.uint8)
 WRONG_NPZ = [  # its arrays, and what the line says
@@ -235,9 +229,7 @@ def test_mistakes_are_one_line(change, says, files, monkeypatch):
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
     options = {"samples": "good.npz", "reference": "good.npz", "features": NETWORK, "output": "o.json"}
-    with pytest.raises(UserError, match=says) as caught:
-        evaluate(**options | change)
-    assert "\n" not in str(caught.value)
+    refused(says, evaluate, **options | change)
     assert sorted(files.iterdir()) == before
 
 
@@ -246,3 +238,120 @@ def test_images_are_taken_as_they_are_wanted(files, tmp_path):
     evaluate(f"{files}/twice.npz", good, NETWORK, output, allow_duplicates=True, num_samples=8)
     protocol = evaluate(f"{files}/sizes", good, NETWORK, output, image_size=16)["protocol"]
     assert protocol["samples"]["crop"] == "ADM centre crop to 16"
+
+
+def named(path: Path, images: np.ndarray, *classes: str) -> str:
+    """Shards whose image i has label i mod 2, a reddish picture label 0; their names are these."""
+    source = shards(path, images)
+    replace(ShardIndex.load(source), classes=classes).save()
+    return source
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """Evaluates samples with a probe of shards whose reddish class is "red", the greenish "green"."""
+    train = named(tmp_path / "train", pixels(40, 0), "red", "green")
+    real = named(tmp_path / "real", pixels(20, 1), "red", "green")
+
+    def run(samples: str) -> dict:
+        return evaluate(samples, real, "color_edges", str(tmp_path / "o.json"), probe_train=train, device="cpu")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy"),
+    [(("red", "green"), 1.0), (("green", "red"), 0.0), (("red", "green", "blue"), 1.0)],  # of blue there is none
+)
+def test_by_name(classes, accuracy, probe, tmp_path):
+    result = probe(named(tmp_path / "s", pixels(20, 2), *classes))
+    assert result["metrics"]["probe_accuracy_samples"] == accuracy
+    assert result["metrics"]["probe_accuracy_reference"] == 1.0
+    assert result["protocol"]["probe"]["classes_matched_by"] == {"samples": "name", "reference": "name"}
+
+
+def test_other_classes_are_refused(probe, tmp_path):
+    with pytest.raises(UserError, match=r"^--samples: its class blue is none of --probe_train, which has red, green"):
+        probe(named(tmp_path / "s", pixels(20, 2), "red", "blue"))
+
+
+def test_an_npz_has_the_names_of_the_record_beside_it(probe, tmp_path):
+    samples = npz(tmp_path / "s.npz", pixels(20, 2), labels=np.arange(20) % 2)
+    result = probe(samples)
+    assert result["metrics"]["probe_accuracy_samples"] == 1.0
+    assert result["protocol"]["probe"]["classes_matched_by"]["samples"] == "number", "which is said"
+    record = {"pixels_sha256": result["protocol"]["samples"]["sha256"], "class_names": ["green", "red"]}
+    (tmp_path / "s.json").write_text(json.dumps(record))
+    result = probe(samples)
+    assert result["metrics"]["probe_accuracy_samples"] == 0.0
+    assert "class_names" not in result["protocol"]["samples"]
+
+
+EMA = {"tokenizer": True, "ar": False}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory) -> str:
+    """A pipeline that says whether its parts are averages."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe = DARPipeline(make_tokenizer(), make_ar())
+    pipe.tokenizer.averaged, pipe.ar.averaged = EMA.values()
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> str:
+    return npz(tmp_path_factory.mktemp("reference") / "r.npz", pixels(6, 0, SIZE))
+
+
+def facts(samples, reference, output, **options) -> dict:
+    return evaluate(str(samples), reference, NETWORK, str(output), device="cpu", **options)["protocol"]["samples"]
+
+
+def test_what_dar_sample_draws(averaged, reference, tmp_path):
+    sample(str(tmp_path), averaged, per_class=2, seed=3, guidance=(1.0, 2.0), solver="euler", device="cpu")
+    path, output = tmp_path / "samples.npz", tmp_path / "o.json"
+    expected = {"npz": str(path), "n": 8, "seed": 3, "guidance": [1.0, 2.0], "solver": "euler", "steps": 4, "ema": EMA}
+    assert expected.items() <= facts(path, reference, output).items()
+
+    with np.load(path) as arrays:
+        images = arrays["arr_0"].copy()
+    images[0, 0, 0, 0] ^= 1
+    npz(path, images)
+    output.unlink()
+    message = r"^--samples: .*samples\.json tells of other images \([0-9a-f]{12}\) than[^\n]*$"
+    refused(message, facts, path, reference, output)
+    assert not output.exists()
+
+
+def test_what_dar_predict_draws_and_what_the_pipeline_draws_itself(averaged, reference, tmp_path):
+    """The same bits if the rows are as many."""
+    given = ("T", "generate", [Row(guidance=2.0, num_steps=8)], averaged, reference, str(tmp_path), NETWORK)
+    table(*given, num_samples=5, seeds=[7], batch_size=32, device="cpu")
+    drawn = facts(tmp_path / "row0/seed7/samples.npz", reference, tmp_path / "a.json")
+    options = {"num_samples": 5, "seed": 7, "guidance": 2.0, "num_steps": 8, "batch_size": 2}
+    itself = facts(averaged, reference, tmp_path / "b.json", **options)
+    names = ["seed", "guidance", "temperature", "top_k", "top_p", "solver", "steps", "rows", "ema", "classes", "n"]
+    names += ["tokenizer_sha256", "ar_sha256", "sha256"]
+    assert {name: drawn[name] for name in names} == {name: itself[name] for name in names}
+    assert drawn["steps"] == 8
+    assert drawn["provenance"][0]["versions"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1]", "no JSON"])
+def test_another_json_beside_says_nothing(reference, tmp_path, content):
+    npz(tmp_path / "x.npz", pixels(5, 1, SIZE))
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    assert facts(tmp_path / "x.npz", reference, tmp_path / "o.json").keys() == {"npz", "n", "sha256"}
+
+
+def test_the_weights_say_whether_they_are_an_average(averaged, tmp_path):
+    pipe = DARPipeline.from_pretrained(averaged)
+    pipe.save_pretrained(tmp_path)
+    assert pipe.averaged == DARPipeline.from_pretrained(tmp_path).averaged == EMA
+    assert DARPipeline.from_pretrained("fruit64").averaged == {"tokenizer": True, "ar": True}
+    config = tmp_path / "ar/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"ema": "yes"}))
+    refused(r"config\.json: ema is 'yes', need true or false", DARPipeline.from_pretrained, tmp_path)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_models import make_tokenizer, write_images
 
 from dar_lightning.commands.extract import extract
 from dar_lightning.data.token_dataset import HEADER, read_header
-from dar_lightning.errors import UserError
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
@@ -27,8 +27,7 @@ def test_the_precision_of_the_computation(tmp_path, stored):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(UserError, match="was made with float32_matmul_precision highest, now it is high; choose"):
-            extract(*words, **options)
+        refused("was made with float32_matmul_precision highest, now it is high; choose", extract, *words, **options)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -41,7 +40,6 @@ def test_the_precision_of_the_computation(tmp_path, stored):
     if stored == torch.float32:
         extract(*words, **options)
     else:
-        with pytest.raises(UserError, match=r"000000\.safetensors was made with dtype bfloat16, now it is float32; ch"):
-            extract(*words, **options)
+        refused(r"000000\.safetensors was made with dtype bfloat16, now it is float32; ch", extract, *words, **options)
     assert index.exists() == (stored == torch.float32)
     assert path.read_bytes() == content

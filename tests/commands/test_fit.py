@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from refusals import refusal
 from tiny_models import fit_ar, options, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.weights.lightning import load_lightning_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CHECKPOINT = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
 
 
@@ -31,22 +31,11 @@ def command(verb: str, tokens, folder, *more: str) -> list[str]:
     return [verb, *(str(word) for word in fit_ar(tokens, tokens, folder)[1:]), *more]
 
 
-def refusal(capsys, argv: list[str]) -> str:
-    """The one line on stderr with which a run ends, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar")]
-    return line
-
-
 @pytest.mark.parametrize(("verb", "logged"), [("validate", "val/loss"), ("test", "test/loss")])
 def test_the_last_checkpoint_is_scored(verb, logged, tokens, trained, tmp_path, capsys, recwarn):
     last = [*CHECKPOINT, "--ckpt_path=last"]
-    assert f"no last checkpoint in {tmp_path / 'checkpoints'}" in refusal(
-        capsys, command(verb, tokens, tmp_path, *last)
-    )
+    line = refusal(capsys, command(verb, tokens, tmp_path, *last))
+    assert f"no last checkpoint in {tmp_path / 'checkpoints'}" in line
     main(command(verb, tokens, trained, *last))
     assert logged in capsys.readouterr().out
     assert [str(each.message) for each in recwarn if "args" in str(each.message)] == [], "nobody called it from Python"
@@ -88,9 +77,6 @@ PARALLEL = '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
 )
 def test_what_is_refused(verb, more, says, tokens, tmp_path, capsys):
     assert says in refusal(capsys, command(verb, tokens, tmp_path, *more))
-
-
-# ---- --ckpt_path
 
 
 class Attack:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from tiny_models import CODES, GROUPS, SIZE, TOKENS, make_tokenizer, picture, write_images
 
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.reconstruct import reconstruct
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex, write_shard
-from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.grids import image_grid
@@ -143,6 +143,5 @@ def test_picture(written, by_hand):
 )
 def test_mistakes_write_nothing(paths, tmp_path, options, message):
     arguments = {"tokenizer": paths[0], "shards": paths[1], "output": str(tmp_path / "out")} | options
-    with pytest.raises(UserError, match=message):
-        reconstruct(**arguments)
+    refused(message, reconstruct, **arguments)
     assert not any((tmp_path / "out").glob("*"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refusal, refused
 from tiny_models import CLASSES, GROUPS, SIZE, TOKENS, fit_ar, make_pipeline, picture, write_tokens
 
 from dar_lightning.cli import main
@@ -20,8 +21,7 @@ from dar_lightning.generation.drawing import image_seed
 from dar_lightning.generation.editing import prefix_lengths
 from dar_lightning.generation.grids import LINE, image_grid
 from dar_lightning.generation.pipeline import DARPipeline
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
+from dar_lightning.generation.predict import GenerationModule
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -202,8 +202,7 @@ def test_numbers_of_previews_and_of_kept_tokens():
 )
 def test_mistakes_write_nothing(pipeline, photo, tmp_path, options, message):
     options = {name: photo if value == "PHOTO" else value for name, value in options.items()}
-    with pytest.raises(UserError, match=message):
-        sample(str(tmp_path / "out"), **{"pipeline": pipeline} | options)
+    refused(message, sample, str(tmp_path / "out"), **{"pipeline": pipeline} | options)
     assert not any((tmp_path / "out").glob("*"))
 
 
@@ -243,3 +242,33 @@ def test_a_checkpoint_draws_as_the_folder_exported_of_it(pipeline, whole, tmp_pa
     assert record_of(tmp_path / "again")["pixels_sha256"] == record["pixels_sha256"]
     with pytest.raises(UserError, match=r"config\.json"):
         sample(str(tmp_path / "mixed"), tokenizer=f"{pipeline}/tokenizer/config.json", ar=f"{pipeline}/ar")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pipeline")
+    make_pipeline().save_pretrained(path)
+    return str(path)
+
+
+def test_dar_sample(folder, tmp_path, capsys):
+    words = ["--pipeline", folder, "--classes", "red,grey", "--per_class", "1", "--frames", "1", "--guidance", "2"]
+    drawn = []
+    for window in (0, 5):
+        main(["sample", *words, "--jacobi", str(window), "--output", str(tmp_path / f"{window}")])
+        with np.load(tmp_path / f"{window}" / "samples.npz") as file:
+            drawn.append(file["arr_0"].astype(int))
+    assert abs(drawn[0] - drawn[1]).max() <= 1
+    plain, record = (json.loads((tmp_path / f"{window}" / "samples.json").read_text()) for window in (0, 5))
+    assert (record["jacobi"], record["decoding"]) == (5, "Jacobi")
+    assert "jacobi" not in plain
+    assert "--jacobi 5" in record["command"]
+    said = refusal(capsys, ["sample", *words, "--jacobi", 9, "--output", tmp_path / "refused"])
+    assert "jacobi is 9: it must be 0 (off) or a window of up to 8 tokens" in said
+
+
+def test_generation_module(folder):
+    batch = {"index": torch.arange(2), "label": torch.tensor([0, 3])}
+    one, other = (GenerationModule(folder, rows=2, **more).predict_step(batch, 0).int() for more in ({}, {"jacobi": 8}))
+    assert (one - other).abs().max() <= 1
+    assert GenerationModule(folder, rows=2, jacobi=8).protocol["jacobi"] == 8

@@ -17,26 +17,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from tiny_models import GROUPS, TOKENS, make_pipeline, picture
 
 from benchmarks.serve import visit
+from dar_lightning.commands import serve_page
 from dar_lightning.commands.serve import serve
 from dar_lightning.commands.serve_edit import VERSIONS
-from dar_lightning.commands.serve_page import (
-    DRAFT_GROUP,
-    DRAFTS,
-    GONE,
-    LARGE,
-    NO_PHOTO,
-    NO_PICTURE,
-    Work,
-    build_page,
-    draw_previews,
-    reconstructions,
-)
 from dar_lightning.commands.serve_pictures import CSS, draw_several, enlarge
 from dar_lightning.data.decode import MAX_PIXELS
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import Job
 from dar_lightning.generation.editing import draw_alike, middle, read_photo, tokenize
 from dar_lightning.generation.grids import MIN_SIDE, to_image
@@ -86,7 +75,7 @@ class Page:
             return original(*args)
 
         self.pipe.ar.step = step
-        self.page = build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=Work())
+        self.page = serve_page.build_page(gradio, self.pipe, "tiny", max_upload_mb=1, work=serve_page.Work())
         self.page.queue(max_size=2, default_concurrency_limit=1)
         # a port that is free, so that the tests can run beside a page
         options = {"server_name": "127.0.0.1", "prevent_thread_lock": True, "quiet": True, "css": CSS}
@@ -208,10 +197,7 @@ def test_a_photo_that_was_cleaned_up_is_asked_for_again(page, photos):
         (path,) = httpx.post(f"{page.url}gradio_api/upload", files={"files": content}).json()
     assert visit(page.url, 0, path).failure == ""
     Path(path).unlink()
-    assert GONE in visit(page.url, 0, path).failure
-
-
-# ---- in a browser
+    assert serve_page.GONE in visit(page.url, 0, path).failure
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +239,7 @@ def test_previews_and_a_layout_in_a_browser(page, tab, photos, monkeypatch):
     sources = tab.evaluate("window.sources")
     kept = max(1, TOKENS // 16)  # unless told otherwise
     photo = read_photo(photos["good"])
-    expected = [picture for picture, *_ in draw_previews(page.pipe, 0, 5, 3.0, photo, kept)]
+    expected = [picture for picture, *_ in serve_page.draw_previews(page.pipe, 0, 5, 3.0, photo, kept)]
     assert len(sources) == len(set(sources)) == GROUPS
     assert max(difference(tab, *pair) for pair in zip(sources, expected, strict=True)) <= 1
     assert tab.locator("#picture img").evaluate("image => image.complete && image.naturalWidth") == expected[-1].width
@@ -297,7 +283,7 @@ def test_the_slider_shows_the_reconstruction_from_so_many_groups(page, tab, phot
     tab.get_by_role("tab", name="Reconstruct").click()
     tab.set_input_files("#given input[type=file]", photos["good"])
     wait_for(reconstruction)
-    expected = [*reconstructions(page.pipe, read_photo(photos["good"]))][1:]
+    expected = [*serve_page.reconstructions(page.pipe, read_photo(photos["good"]))][1:]
     sources = {GROUPS: reconstruction()}
     slider = tab.locator("#groups input[type=range]")
     for groups in range(1, GROUPS):
@@ -332,7 +318,7 @@ def test_mistakes_get_one_message_each(tab, photos):
     tab.get_by_role("tab", name="Reconstruct").click()
     tab.press("#groups input[type=range]", "Home")
     tab.press("#groups input[type=range]", "ArrowRight")
-    only_message(NO_PHOTO)
+    only_message(serve_page.NO_PHOTO)
     tab.set_input_files("#given input[type=file]", photos["far above"])
     only_message('File(s) exceed the maximum allowed size of 1.0 Mb: "far above.png"')
     tab.set_input_files("#given input[type=file]", photos["pixels"])
@@ -346,23 +332,23 @@ def test_a_draft_is_finished_and_varied_in_a_browser(page, tab):
 
     tab.fill("#seed input", "5")
     tab.click("#alike")
-    wait_for(lambda: NO_PICTURE in " ".join(tab.locator(".toast-body").all_inner_texts()))
+    wait_for(lambda: serve_page.NO_PICTURE in " ".join(tab.locator(".toast-body").all_inner_texts()))
     page.steps.clear()
     tab.click("#draft")
-    expected = [*draw_several(page.pipe, DRAFTS, DRAFT_GROUP, 0, 5, 3.0)]
+    expected = [*draw_several(page.pipe, serve_page.DRAFTS, serve_page.DRAFT_GROUP, 0, 5, 3.0)]
     wait_for(lambda: offered() == re.findall('src="([^"]*)"', expected[-1]))
     tab.locator("#offers figure").nth(6).click()
     wait_for(lambda: len(tab.evaluate("window.sources")) == GROUPS)
-    *_, (finished, _, _, codes) = draw_previews(page.pipe, 0, 5, 3.0, number=6)
+    *_, (finished, _, _, codes) = serve_page.draw_previews(page.pipe, 0, 5, 3.0, number=6)
     assert difference(tab, tab.evaluate("window.sources")[-1], finished) <= 1
     drafts = offered()
     tab.click("#alike")
     wait_for(lambda: offered() and offered() != drafts)
-    jobs = [Job(0, number, torch.tensor(codes)) for number in range(7, 7 + DRAFTS)]
-    alike = [to_image(previews[-1]) for previews, _ in draw_alike(page.pipe, jobs, 6, 5, 0.5, DRAFTS)]
+    jobs = [Job(0, number, torch.tensor(codes)) for number in range(7, 7 + serve_page.DRAFTS)]
+    alike = [to_image(previews[-1]) for previews, _ in draw_alike(page.pipe, jobs, 6, 5, 0.5, serve_page.DRAFTS)]
     tab.locator("#offers figure").nth(2).click()
     wait_for(lambda: len(tab.evaluate("window.sources")) == GROUPS + 1)
-    assert difference(tab, tab.evaluate("window.sources")[-1], enlarge(alike[2], LARGE)) <= 1
+    assert difference(tab, tab.evaluate("window.sources")[-1], enlarge(alike[2], serve_page.LARGE)) <= 1
 
 
 @pytest.mark.slow
@@ -390,9 +376,6 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
     wait_for(lambda: tab.locator("#paint .mask").evaluate(BLACK))
 
 
-# ---- options
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -403,11 +386,9 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
     ],
 )
 def test_mistakes_in_the_options(options, message):
-    with pytest.raises(UserError, match=message):
-        serve(**options)
+    refused(message, serve, **options)
 
 
 def test_a_port_that_is_taken(page):
     port = int(page.url.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(UserError, match=rf"^host 127\.0\.0\.1, port {port}: cannot listen there"):
-        serve(port=port)
+    refused(rf"^host 127\.0\.0\.1, port {port}: cannot listen there", serve, port=port)

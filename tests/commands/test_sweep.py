@@ -14,17 +14,15 @@ import pytest
 import yaml
 from filelock import FileLock, Timeout
 from PIL import Image
+from refusals import refused
 from small_sweep import ONE, cell, plan
 from tiny_models import CLASSES, GROUPS, fit_ar, make_tokenizer, write_images, write_tokens
 
 from dar_lightning.cli import main
 from dar_lightning.commands.sweep import sweep
-from dar_lightning.errors import UserError
 from dar_lightning.sweeps import run
 from dar_lightning.sweeps.plan import Stage, Sweep, Work
 from dar_lightning.sweeps.results import read_sweep
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of loaders and loggers
 
 
 def test_equal_commands_are_done_once(runs, capsys):
@@ -224,8 +222,7 @@ def test_work_that_another_process_does_is_waited_for(runs, capsys, monkeypatch)
 )
 def test_mistakes_in_a_sweep_file(changes, words):
     settings = plan() | {"stages": {"a": Stage("export")}} | changes
-    with pytest.raises(UserError, match=words):
-        Sweep(**settings)
+    refused(words, Sweep, **settings)
 
 
 def test_mistakes_are_one_line(runs, capsys):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from image_sets import NETWORK
 from PIL import Image
+from refusals import refused
 from tiny_models import CLASSES, CODES, TOKENS, make_ar, make_tokenizer, picture, write_images
 
 from dar_lightning import DARPipeline
@@ -19,11 +20,9 @@ from dar_lightning.cli import main
 from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.commands.table import Row, _write, table
 from dar_lightning.data.transforms import to_float, to_tensor, to_uint8
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.npz import write_npz
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 CONFIGS = {}  # what its rows change -> a table of the paper; tests/test_configs.py parses all
 for path in sorted((Path(__file__).parents[2] / "experiments/evaluate").glob("*.yaml")):
     if rows := yaml.safe_load(path.read_text()).get("rows"):
@@ -130,8 +129,7 @@ def test_other_images_at_the_same_places_are_not_taken_for_those_that_were_measu
 
     shutil.rmtree(place)
     write_images(place, 7)
-    with pytest.raises(UserError, match=r"measured\.json has reference_sha256 [0-9a-f]{64}, now it is"):
-        drawn(pipeline, str(place), copy)
+    refused(r"measured\.json has reference_sha256 [0-9a-f]{64}, now it is", drawn, pipeline, str(place), copy)
 
 
 def test_stored_statistics_and_more_metrics(pipeline, reference, tmp_path):
@@ -147,8 +145,7 @@ def test_stored_statistics_and_more_metrics(pipeline, reference, tmp_path):
     assert "5 images, the reference's stored statistics, seeds 0, 7." in found["caveat"]
     sampling = found["rows"][0]["protocol"]["samples"]
     assert (sampling["seed"], sampling["ema"]) == (0, {"tokenizer": None, "ar": None})
-    with pytest.raises(UserError, match=r"^--full: .* has statistics only"):
-        drawn(pipeline, stored, tmp_path / "c", rows=rows, full=True)
+    refused(r"^--full: .* has statistics only", drawn, pipeline, stored, tmp_path / "c", rows=rows, full=True)
     assert not (tmp_path / "c").exists(), "found before anything is drawn"
 
 
@@ -168,14 +165,12 @@ def test_stored_statistics_and_more_metrics(pipeline, reference, tmp_path):
 )
 def test_mistakes(changes, message, pipeline, reference, whole):
     before = sorted(whole.rglob("*"))
-    with pytest.raises(UserError, match=message):
-        drawn(pipeline, reference, whole, **changes)
+    refused(message, drawn, pipeline, reference, whole, **changes)
     assert sorted(whole.rglob("*")) == before, "found before anything is drawn"
 
 
 def test_a_solver_that_is_none():
-    with pytest.raises(UserError, match="solver is 'eular'"):
-        Row(solver="eular")
+    refused("solver is 'eular'", Row, solver="eular")
 
 
 def test_reconstructed_rows(pipeline, reference, tmp_path):

@@ -65,8 +65,6 @@ def reason(content: bytes) -> str:
     return str(error.value)
 
 
-# ---- good images
-
 RAMP = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
 FILM = {"save_all": True, "append_images": [Image.new("RGB", (96, 64), name) for name in ("red", "lime")]}
 WORDS = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
@@ -134,9 +132,8 @@ def test_phone_photos_stand_upright(tag, kind):
     exif = Image.Exif()
     exif[0x0112] = tag
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
-    content = encode(
-        Image.fromarray(np.ascontiguousarray(STORED[tag](np.array(picture())))), kind, exif=exif, **options
-    )
+    stored = np.ascontiguousarray(STORED[tag](np.array(picture())))
+    content = encode(Image.fromarray(stored), kind, exif=exif, **options)
     found = pixels(content)
     assert found.shape == (64, 96, 3)
     assert distance(found, picture()) < (2 if kind == "JPEG" else 0.01)
@@ -174,9 +171,6 @@ def test_drafts_are_never_smaller_than_asked(draft_size, expected):
     for kind in KINDS[1:]:  # which have no drafts
         content = encode(picture(), kind)
         assert np.array_equal(pixels(content, draft_size=draft_size), pixels(content))
-
-
-# ---- bad ones
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,34 @@
-"""ImageNetDataModule: which classes, which options, and what a resumed run must share."""
+"""ImageNetDataModule: which images and classes, which options, and what a resumed run must share."""
 
 import json
+import pickle
 import shutil
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from itertools import count, islice, pairwise
+from pathlib import Path
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
-from tiny_shards import module, sample, write_set
+from PIL import Image
+from recorder import fit
+from refusals import refused
+from tiny_models import make_tokenizer, write_images, write_tokens
+from tiny_shards import CLASSES, module, picture, sample, validated, write_set, write_tar
+from torch import Tensor
+from torchvision.transforms import TenCrop
+from torchvision.transforms.functional import pil_to_tensor
 
+from dar_lightning.commands.extract import extract
+from dar_lightning.data.classes import labels_by_name
+from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.data.shards import write_shard
+from dar_lightning.data.shards import Shard, ShardIndex, write_shard
 from dar_lightning.errors import UserError
+from dar_lightning.training.callbacks import Throughput
 
 
 @pytest.mark.parametrize(("chosen", "numbers"), [(["d", "b"], (3, 1)), ([2], (2,)), ([1, "a", 3], (1, 0, 3))], ids=str)
@@ -40,8 +59,7 @@ def test_classes_of_shards_without_names(tmp_path):
     data = module(tmp_path, classes=[1, 0], max_bad_share=0.3, **options)
     assert [int(batch["label"]) for batch in data.val_dataloader()] == [1, 0, 1]
     assert data.skipped["val"] == {"0.tar/x": "its label is 'abc', the classes are 0, 1, ..."}
-    with pytest.raises(UserError, match=r"data\.val: 1 of 4 samples cannot be used"):
-        module(tmp_path, classes=[1, 0], **options).val_dataloader()
+    refused(r"data\.val: 1 of 4 samples cannot", lambda: module(tmp_path, classes=[1, 0], **options).val_dataloader())
     with pytest.raises(UserError, match=r"data\.classes: .* has no sample of \[2\]"):
         module(tmp_path, classes=[2], max_bad_share=1.0, **options).train_dataloader()
 
@@ -54,8 +72,7 @@ def test_training_and_validation_must_have_the_same_classes(shards, tmp_path, cl
     shutil.copytree(shards, tmp_path / "val")
     index = json.loads((shards / "index.json").read_text())
     (tmp_path / "val" / "index.json").write_text(json.dumps(index | {"classes": list(classes)}))
-    with pytest.raises(UserError, match=f"data.val: {line}"):
-        ImageNetDataModule(str(shards), str(tmp_path / "val")).setup("fit")
+    refused(f"data.val: {line}", lambda: ImageNetDataModule(str(shards), str(tmp_path / "val")).setup("fit"))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +100,7 @@ def test_options_that_cannot_be(shards, options, line):
         if "classes" not in options:
             data.train_dataloader()
 
-    with pytest.raises(UserError, match=line):
-        fit()
+    refused(line, fit)
 
 
 def test_options_of_a_config():
@@ -92,9 +108,6 @@ def test_options_of_a_config():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageNetDataModule, "data")
     assert parser.parse_args(["--data.classes=[3, Orange, 0]"]).data.classes == [3, "Orange", 0]
-
-
-# ---- what a resumed run must share
 
 
 def state(data: ImageNetDataModule) -> dict:
@@ -122,8 +135,7 @@ def resume(data: ImageNetDataModule, checkpoint: dict) -> None:
     ids=str,
 )
 def test_resuming_refuses_other_options(shards, option, line):
-    with pytest.raises(UserError, match=f"^cannot resume: {line}"):
-        resume(module(shards, **option), state(module(shards)))
+    refused(f"^cannot resume: {line}", lambda: resume(module(shards, **option), state(module(shards))))
     module(shards, **option).load_state_dict({"stream": None, "seed": option.get("seed", 3)})  # of an earlier version
 
 
@@ -133,5 +145,177 @@ def test_resuming_refuses_other_data(shards, tmp_path):
     write_set(other, bad={5})
     checkpoint = state(module(shards))
     resume(module(moved), checkpoint)
-    with pytest.raises(UserError, match="cannot resume: hash of the training data"):
-        resume(module(other), checkpoint)
+    refused("cannot resume: hash of the training data", lambda: resume(module(other), checkpoint))
+
+
+TRAIN = ("cat", "dog", "fox")
+
+
+@pytest.mark.parametrize(
+    ("val", "says"),
+    [
+        (("cat", "fox"), "data.val: its class 1 is fox, in data.train that is dog"),
+        (("dog", "cat", "fox"), "data.val: its class 0 is dog, in data.train that is cat"),
+        (("cat", "dog"), "data.val: its class 2 is missing, in data.train that is fox"),
+        (("cat", "dog", "fox", "gnu"), "data.val: its class 3 is gnu, in data.train that is missing"),
+        (TRAIN, None),
+        ((), None),  # nobody knows them
+    ],
+)
+def test_tokens_for_training_and_validation(val, says, tmp_path):
+    folders = [write_tokens(tmp_path / "train", 6, TRAIN), write_tokens(tmp_path / "val", 6, val or ("one",))]
+    if not val:
+        index = tmp_path / "val" / "index.json"
+        index.write_text(index.read_text().replace('"one"', ""))
+    data = CodesDataModule(*folders, batch_size=2)
+    if says is None:
+        data.setup("fit")
+        return
+    refused(f"^{says}; ", data.setup, "fit")
+    CodesDataModule(val=folders[1]).setup("validate")  # alone, they are as good as any
+
+
+def test_a_checkpoint_is_of_its_classes(tmp_path):
+    """Also where it is only scored: there is no training data then to compare with."""
+    trained = CodesDataModule(write_tokens(tmp_path / "train", 6, TRAIN), batch_size=2)
+    trained.setup("fit")
+    trained.train_dataloader()
+    state = trained.state_dict()
+    for classes, says in ((("dog", "cat", "fox"), "its class 0 is dog"), (("cat", "dog"), "its class 2 is missing")):
+        other = CodesDataModule(val=write_tokens(tmp_path / classes[0], 6, classes), batch_size=2)
+        refused(f"^data.val: {says}, in the checkpoint that is", other.load_state_dict, state)
+    same = CodesDataModule(val=write_tokens(tmp_path / "same", 6, TRAIN), batch_size=2)
+    same.load_state_dict(state)
+    del state["classes"]  # of a version that did not keep them
+    other.load_state_dict(state)
+
+
+def test_images_whose_classes_were_renamed_since_they_became_tokens(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    images = write_images(tmp_path / "images", 8)
+    words = (str(tmp_path / "tokenizer"), images, str(tmp_path / "tokens"))
+    options = {"crops": "center", "accelerator": "cpu", "devices": 1}
+    extract(*words, **options)
+    extract(*words, **options)  # complete
+    replace(ShardIndex.load(images), classes=("red", "blue", "green", "grey")).save()
+    refused(r"^output: its class 1 is green, in shards that is blue; choose another", extract, *words, **options)
+
+
+def test_labels_are_matched_by_name():
+    labels = torch.tensor([0, 1, 1, 2])
+    options = {"option": "--samples", "other": "--probe_train"}
+    assert labels_by_name(labels, TRAIN, ("fox", "cow", "dog", "cat"), **options).tolist() == [3, 2, 2, 0]
+    for names in ((TRAIN, ()), ((), TRAIN)):
+        assert labels_by_name(labels, *names, **options) is labels
+    assert labels_by_name(labels[:3], TRAIN, ("dog", "cat"), **options).tolist() == [1, 0, 0], "fox does not occur"
+    with pytest.raises(UserError, match=r"^--samples: its class fox is none of --probe_train, which has dog, cat; "):
+        labels_by_name(labels, TRAIN, ("dog", "cat"), **options)
+    refused(r"^--samples: has labels outside its 2", labels_by_name, labels, TRAIN[:2], ("dog", "cat"), **options)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_all_kinds_of_bad_samples(tmp_path):
+    """One shard that has them among good ones."""
+    image, trap = sample(0)[1]["png"], pickle.dumps(Trap(tmp_path / "trapped"))
+    link = tarfile.TarInfo("linked.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    absolute = f"{tmp_path}/absolute"
+    outside, unlabelled = "its name leads out of the shard", "no .cls member, which must hold its class number"
+    bad = {  # name -> its members, and the reason
+        "minus": ({"png": image, "cls": b"-1"}, "its label is '-1', the classes are 0 to 3"),
+        "four": ({"png": image, "cls": b"4"}, "its label is '4', the classes are 0 to 3"),
+        "word": ({"png": image, "cls": b"abc"}, "its label is 'abc', the classes are 0 to 3"),
+        "digits": ({"png": image, "cls": b"1" * 9999}, f"its label is '{'1' * 20}', the classes are 0 to 3"),
+        "unlabelled": ({"png": image}, unlabelled),
+        "text": ({"png": b"not a picture", "cls": b"0"}, "not an image of a known format"),
+        "a:b: c/d": ({"png": b"", "cls": b"0"}, "not an image of a known format"),
+        "pickled": ({"pkl": trap, "cls": b"0"}, "no image (jpg, jpeg, png, webp)"),
+        "../x": ({"png": image, "cls": b"0"}, outside),
+        absolute: ({"png": image, "cls": b"0"}, outside),
+        "line\nbreak": ({"png": image}, unlabelled),
+    }
+    good = [("good-1.png", image), ("good-1.cls", b"3\n"), ("good-1.pyd", trap), ("good-1.pkl", trap)]
+    members = [(f"{key}.{name}", content) for key, (parts, _) in bad.items() for name, content in parts.items()]
+    again = [("good-1.png", sample(1)[1]["png"]), ("good-1.cls", b"2"), ("good-2.JPG", image), ("good-2.cls", b"1")]
+    again += [("good-3.webp", image), ("good-3.cls", b"0")]  # whose name lies
+    write_tar(tmp_path / "0.tar", [*good, *members, *again, ("../none", b"x"), (link, b""), ("linked.cls", b"0")])
+    before = sorted(tmp_path.rglob("*"))
+    data = module(tmp_path, max_bad_share=0.9, num_workers=1)
+    assert validated(data) == ["0.tar/good-1", "0.tar/good-2", "0.tar/good-3"]
+    reasons = {key: reason for key, (_, reason) in bad.items()} | {
+        "good-1": "its key is in the shard twice",
+        "../none": outside,
+        "linked": "it is a link, a device or a sparse file, not a plain one",
+    }
+    reasons[r"'line\nbreak'"] = reasons.pop("line\nbreak")
+    assert data.skipped["val"] == {f"0.tar/{key}": reason for key, reason in reasons.items()}
+    data = module(tmp_path, max_bad_share=0.9, batch_size=len(reasons) + 3)
+    data.val, throughput = None, Throughput(flops=False)
+    model = fit(data, callbacks=[throughput], max_epochs=1, log_every_n_steps=1, enable_checkpointing=False)
+    seen = {(key, label) for batch in model.seen for key, label, _ in batch}
+    assert seen == {("good-1", 3), ("good-2", 1), ("good-3", 0)}
+    assert model.trainer.callback_metrics["data/skipped"] == len(reasons)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was extracted or unpickled
+    assert not (tmp_path.parent / "x.png").exists()
+
+
+@pytest.mark.parametrize("counted", [3, 4])
+def test_the_first_of_two_samples_with_one_key(tmp_path, counted):
+    """Whether the index counts keys or samples, the others keep their numbers."""
+    samples = [sample(number) for number in (0, 1, 0, 2)]
+    members = [(f"{key}.{ending}", content) for key, parts in samples for ending, content in parts.items()]
+    members[5] = (members[5][0], b"3")
+    write_tar(tmp_path / "0.tar", members)
+    ShardIndex(tmp_path, (Shard("0.tar", counted, (tmp_path / "0.tar").stat().st_size),), CLASSES).save()
+    data = module(tmp_path, max_bad_share=0.9)
+    (batch,) = data.val_dataloader()
+    assert batch["key"] == ["photo-000", "photo-001", "photo-002", "photo-000"][:counted]
+    assert batch["shard"] == ["0.tar"] * counted
+    assert batch["label"][:3].tolist() == [0, 1, 2]
+    assert batch["valid"].tolist() == [True, True, True, False][:counted]
+    assert data.skipped["val"] == ({"0.tar/photo-000": "its key is in the shard twice"} if counted == 4 else {})
+
+
+CROP = 20  # of a square of 22 pixels: its corners and its middle are five different crops
+
+
+@cache
+def ten(number: int) -> list[Tensor]:
+    """All crops of a picture, by Pillow and torchvision: 40x48 pixels at 1.1 CROP, of that the middle square."""
+    square = picture(number).resize((22, 26), Image.Resampling.BICUBIC).crop((0, 2, 22, 24))
+    return [pil_to_tensor(crop) for crop in TenCrop(CROP)(square)]
+
+
+def taken(data: ImageNetDataModule, samples: int) -> list[tuple[int, int]]:
+    """The first samples of training, or the next ones: the picture's number, and which of its crops is shown."""
+    loader = data.train_dataloader()
+    found = []
+    for batch in islice((batch for _ in count() for batch in loader), samples // data.batch_size):
+        for number, image in zip(batch["index"].tolist(), batch["image"], strict=True):
+            (crop,) = (crop for crop, expected in enumerate(ten(number)) if torch.equal(image, expected))
+            found.append((number, crop))
+    return found
+
+
+def test_every_sample_is_one_of_its_ten_crops(shards):
+    """`flip` has no say: half of the ten are mirrored."""
+    options = {"image_size": CROP, "batch_size": 2, "crop": "ten_crop"}
+    found = taken(module(shards, **options), 4 * 26)
+    epochs = [dict(found[start : start + 26]) for start in range(0, len(found), 26)]
+    assert all(sorted(epoch) == [*range(26)] for epoch in epochs)
+    assert all(3 <= times <= 20 for times in Counter(crop for _, crop in found).values())
+    assert {crop for _, crop in found} == {*range(10)}
+    for one, other in [*pairwise(epochs), (epochs[0], dict(taken(module(shards, **options, **{"seed": 4}), 26)))]:
+        assert [*one] != [*other]
+        assert sum(one[number] == other[number] for number in range(26)) < 9, "a sample's crop changes"
+    for same in ({"flip": False}, {"num_workers": 2}, {"batch_size": 13}):
+        assert taken(module(shards, **options | same), 2 * 26) == found[: 2 * 26]

@@ -1,8 +1,13 @@
-"""Loaders under a Trainer that is stopped and resumed, on one rank and on two: the samples of the unbroken run."""
+"""Loaders under a Trainer that is stopped and resumed, on one rank and on two: the same samples. And workers."""
 
 import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +17,19 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from recorder import QUIET, Recorder, fit
+from tiny_models import SIZE, write_images, write_tokens
 from tiny_shards import module, sample
 from torch.utils.data import Dataset
 
 from dar_lightning.data import workers
+from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.loader import Loader
 from dar_lightning.data.shard_reader import ShardReader
+from dar_lightning.data.views import ViewBatches, Views
+from dar_lightning.data.workers import options
 from dar_lightning.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and loggers
 STEPS, BATCH = 15, 4  # 26 samples: step 6 begins the second epoch, step 12 the third
 
 
@@ -64,9 +72,6 @@ def whole(damaged, tmp_path_factory) -> tuple[list, Path]:
     assert all(label == int(key[-3:]) % 4 for key, label, _ in first)
     assert model.validated == 2 * good
     return model.seen, root
-
-
-# ---- one rank
 
 
 @pytest.mark.parametrize(("stop", "options"), [(1, {"num_workers": 2}), (6, {}), (8, {})], ids=str)
@@ -149,9 +154,6 @@ def test_predict_has_every_sample_in_order(shards):
     assert [key for keys in batches for key in keys] == [f"photo-{number:03d}" for number in range(26)]
 
 
-# ---- two ranks
-
-
 def rank(folder: Path, steps: int, root: Path, **options) -> tuple[list, list[str], bool]:
     """What a rank of two sees, with half the batch size, and whether it knows of bad samples."""
     data, checkpoint = photos(folder, batch_size=BATCH // 2), every_step(root, every_n_train_steps=steps)
@@ -173,9 +175,6 @@ def test_the_number_of_ranks_may_change(pair, damaged, whole, tmp_path):
     (_, one, knows), (_, other, too) = ended
     assert sorted(one + other) == good  # once, in the epoch that ends
     assert (len(one) < len(good), knows, too) == (True, True, True)
-
-
-# ---- reading
 
 
 def test_resuming_late_reads_no_more_than_resuming_early(shards, tmp_path, monkeypatch):
@@ -209,3 +208,109 @@ class Dying(Dataset):
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(UserError, match=r"^num_workers: DataLoader worker .*; num_workers=0 may show why[^\n]*$"):
         list(Loader(Dying(), **workers.options(num_workers=1)))
+
+
+# A run: says who its worker and the worker's parent are, and what of Lightning the datasets of a file bring into the
+# worker; stands still. A child that is forked from it, as with Lightning's `ddp_notebook`, has workers, too. It ends
+# its worker; the next one has its environment of now: a key for S3 may have come later.
+RUN = """
+import multiprocessing, os, pickle, signal, sys
+class Probe:
+    def __len__(self):
+        return 20
+    def __getitem__(self, item):
+        with open(sys.argv[1], "rb") as file:
+            assert len([loaded[0][0] for loaded in pickle.load(file)]) == 4
+        modules = [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning")]
+        return modules, dict(os.environ)
+if __name__ == "__main__":
+    from dar_lightning.data.workers import options
+    from torch.utils.data import DataLoader
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    loader = DataLoader(Probe(), batch_size=None, **options(1))
+    os.killpg(0, signal.SIGUSR1)  # while the server starts
+    batches = iter(loader)
+    modules, _ = next(batches)
+    worker, = multiprocessing.active_children()
+    server = int(open(f"/proc/{worker.pid}/stat").read().rsplit(")", 1)[1].split()[1])
+    print(worker.pid, server, len(modules), flush=True)
+    sys.stdin.readline()
+    print(len([next(batches) for _ in range(4)]), worker.is_alive(), flush=True)
+    sys.stdin.readline()
+    if os.fork() == 0:
+        print([int(number) for number in DataLoader(range(3), batch_size=None, **options(1))], flush=True)
+        sys.exit()
+    os.wait()
+    sys.stdin.readline()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    print(worker.exitcode, flush=True)
+    os.environ["LATER"] = os.environ.pop("PATH")
+    another = iter(DataLoader(Probe(), batch_size=None, **options(1)))
+    worker, = multiprocessing.active_children()
+    print(worker.pid, next(another)[1] == dict(os.environ), flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """In a folder whose modules would be the wrong ones."""
+    images = write_images(tmp_path / "images", 22)
+    data = ImageNetDataModule(images, images, image_size=SIZE, batch_size=4)
+    codes = CodesDataModule(write_tokens(tmp_path / "codes", 8), batch_size=4)
+    loaders = [data.train_dataloader(), data.val_dataloader(), codes.train_dataloader()]
+    loaders.append(Loader(ViewBatches(data.index("train"), [0], Views("center", 1, SIZE, 0), 2), **options(0)))
+    for loader in loaders:
+        loader.dataset[0]  # files that it has open stay behind
+    sent = [(loader.dataset, loader.worker_init_fn, loader.collate_fn) for loader in loaders]
+    (tmp_path / "sent").write_bytes(pickle.dumps(sent))
+    for name in ("dar_lightning", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "dar"  # for which the server does not import Lightning, as for scripts of others
+    script.write_text(RUN)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, script, tmp_path / "sent"], cwd=tmp_path, **pipes) as process:
+        yield process
+        process.kill()
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def go_on(run) -> str:
+    run.stdin.write("\n")
+    run.stdin.flush()
+    return run.stdout.readline().strip()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_a_run_its_server_and_its_worker(run):
+    """Worker and server obey none but the run, and end with it, also if it is killed; they do without Lightning."""
+    worker, server, of_lightning = map(int, run.stdout.readline().split())
+    assert server != run.pid, "not a fork of the run"
+    assert of_lightning == 0
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.killpg(run.pid, number)
+    for pid in (worker, server):
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert go_on(run) == "4 True"
+    assert go_on(run) == "[0, 1, 2]"
+    assert is_there(worker)
+    assert is_there(server)
+    assert go_on(run) == "0", "what the run sends ends it"
+    worker, has_the_environment = run.stdout.readline().split()
+    assert has_the_environment == "True"
+    worker = int(worker)
+    run.kill()
+    deadline = time.monotonic() + 60
+    while is_there(worker) or is_there(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,14 +1,15 @@
 """Our folders there and back, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import make_ar, make_tokenizer
 
 from dar_lightning import ARModel, SequentialDiffusionTokenizer
-from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.formats.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
@@ -48,12 +49,10 @@ def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypat
     ar.save_pretrained(tmp_path)
     weights = (tmp_path / WEIGHTS_NAME).read_bytes()
     monkeypatch.setattr("dar_lightning.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match="disk full"):
-        ar.save_pretrained(tmp_path)
+    refused("disk full", ar.save_pretrained, tmp_path)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == weights
     assert not list(tmp_path.glob(".*")), "no half-written file is left"
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        ARModel.from_pretrained(tmp_path)
+    refused(r"config\.json is missing", ARModel.from_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +78,7 @@ def test_an_interrupted_save_leaves_a_folder_that_is_refused(tmp_path, monkeypat
     ],
 )
 def test_configs_are_refused_by_key(pipeline, tmp_path, part, changes, message):
-    with pytest.raises(UserError, match=message) as refusal:
-        CLASSES[part].from_pretrained(edited(tmp_path, pipeline, part, **changes))
-    assert "\n" not in str(refusal.value)
+    refused(message, lambda: CLASSES[part].from_pretrained(edited(tmp_path, pipeline, part, **changes)))
 
 
 def test_folders_that_lack_something(pipeline, tmp_path):
@@ -89,12 +86,10 @@ def test_folders_that_lack_something(pipeline, tmp_path):
     folder = edited(tmp_path, pipeline, "tokenizer", latent_norm=None)
     assert SequentialDiffusionTokenizer.from_pretrained(folder).config == make_tokenizer().config
     (folder / WEIGHTS_NAME).unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
-        SequentialDiffusionTokenizer.from_pretrained(folder)
+    refused(r"model\.safetensors is missing", SequentialDiffusionTokenizer.from_pretrained, folder)
     for text in ("", "{", "[]", "\x00", '{"a": 1}', "[" * 100_000):
         (folder / CONFIG_NAME).write_text(text)
-        with pytest.raises(UserError, match=CONFIG_NAME):
-            ARModel.from_pretrained(folder)
+        refused(CONFIG_NAME, ARModel.from_pretrained, folder)
 
 
 def test_a_mistyped_path_does_not_ask_the_network(tmp_path, monkeypatch):
@@ -104,13 +99,37 @@ def test_a_mistyped_path_does_not_ask_the_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("absent/folder", "a/b/c"):
-        with pytest.raises(UserError, match=r"^.* is not a folder, .*$"):
-            ARModel.from_pretrained(name)
-    monkeypatch.setattr(
-        "dar_lightning.formats.pretrained.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub")
-    )
+        refused(r"^.* is not a folder, .*$", ARModel.from_pretrained, name)
+    download = "dar_lightning.formats.pretrained.snapshot_download"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("asked the Hub"))
     for name in ("/absent/folder", "./absent", "../absent", "runs/absent", Path("runs") / "absent"):
-        with pytest.raises(UserError, match="no such folder"):
-            ARModel.from_pretrained(name)
-    with pytest.raises(UserError, match=r"need one with config\.json"):
-        ARModel.from_pretrained("runs/file")
+        refused("no such folder", ARModel.from_pretrained, name)
+    refused(r"need one with config\.json", ARModel.from_pretrained, "runs/file")
+
+
+def test_it_sees_weights_config_and_class():
+    tokenizer, ar = make_tokenizer(), make_ar()
+    hashes = [model_sha256(tokenizer), model_sha256(ar)]
+    with torch.no_grad():
+        ar.norm.weight[3] += 1e-6
+    config = tokenizer.config
+    tokenizer.config = dataclasses.replace(config, time_shift=1.0)
+    hashes += [model_sha256(tokenizer), model_sha256(ar)]
+    assert len(set(hashes)) == 4
+    tokenizer.config = dataclasses.replace(config, time_shift=2)
+    assert model_sha256(tokenizer) == hashes[0], "2 and 2.0 are one value"
+
+
+def test_it_does_not_see_what_only_training_reads():
+    tokenizer, ar = make_tokenizer(), make_ar()
+    hashes = model_sha256(tokenizer), model_sha256(ar)
+    tokenizer.config = dataclasses.replace(tokenizer.config, repa_layer=0)
+    tokenizer.decoder.repa_head = torch.nn.Linear(2, 2)
+    ar.config = dataclasses.replace(ar.config, class_dropout=0.5, ffn_dropout=0.0)
+    assert (model_sha256(tokenizer), model_sha256(ar)) == hashes
+    # Nor an option that a later version adds, off by default.
+    later = dataclasses.make_dataclass("Later", [("option", str, "off")], bases=(type(ar.config),), frozen=True)
+    ar.config = later(**ar.config.to_dict())
+    assert model_sha256(ar) == hashes[1]
+    ar.config = dataclasses.replace(ar.config, option="on")
+    assert model_sha256(ar) != hashes[1]

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from official import save_pt
+from refusals import refusal, refused
 from safetensors.torch import save_file
 from tiny_models import make_ar
 
 from dar_lightning.ar.model import ARModel
-from dar_lightning.cli import main
 from dar_lightning.commands.convert import convert
 from dar_lightning.commands.export import export
 from dar_lightning.errors import UserError
@@ -118,9 +118,6 @@ def test_admitted_names_are_stand_ins_and_admitted_for_one_load_only(tmp_path):
     assert vars(PickledConfig).keys() <= {"__module__", "__dict__", "__weakref__", "__doc__"}, "it does nothing"
 
 
-# ---- broken files
-
-
 def header(content: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(content) if length is None else length) + content
 
@@ -145,8 +142,7 @@ def entry(shape, offsets, dtype="F32") -> bytes:
 )
 def test_broken_safetensors(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"^.*x\.safetensors.*$"):
-        read_checkpoint(tmp_path / "x.safetensors")
+    refused(r"^.*x\.safetensors.*$", read_checkpoint, tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.999])
@@ -156,8 +152,7 @@ def test_truncated_files(keep, name, tmp_path):
     (torch.save if name == "x.pt" else save_file)({"x": torch.zeros(1000)}, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(UserError, match=f"^.*{name}.*$"):
-        read_checkpoint(path)
+    refused(f"^.*{name}.*$", read_checkpoint, path)
 
 
 def test_contents_that_are_no_weights(tmp_path):
@@ -166,23 +161,16 @@ def test_contents_that_are_no_weights(tmp_path):
     for value in (torch.nan, -torch.inf):
         ar.norm.weight.data[7] = value
         ar.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=r"norm\.weight holds NaN or infinity"):
-            ARModel.from_pretrained(tmp_path)
+        refused(r"norm\.weight holds NaN or infinity", ARModel.from_pretrained, tmp_path)
     for content in ([1, 2], torch.zeros(3), None):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(UserError, match="need a dictionary"):
-            read_checkpoint(tmp_path / "x.pt")
+        refused("need a dictionary", read_checkpoint, tmp_path / "x.pt")
     state = {"cls_embedding.embedding_table.weight": torch.zeros(1, 1).expand(10**7, 10**8)}
     torch.save(state | {"tok_embeddings.weight": torch.zeros(64, 768)}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="no released size"):
-        convert(tmp_path / "x.pt", tmp_path / "out")
+    refused("no released size", convert, tmp_path / "x.pt", tmp_path / "out")
 
 
 def test_through_the_command_line(tmp_path, capsys):
     attacks(tmp_path / "code_ran")["os_system"](tmp_path / "attack.pt")
-    with pytest.raises(SystemExit) as stop:
-        main(["convert", "--input", str(tmp_path / "attack.pt"), "--output", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "system" in line
+    assert "system" in refusal(capsys, ["convert", "--input", tmp_path / "attack.pt", "--output", tmp_path / "out"])
     assert not (tmp_path / "code_ran").exists()

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny_encoder import WORDS, write_encoder
 
-from dar_lightning.errors import UserError
 from dar_lightning.files import file_sha256
 from dar_lightning.formats.text_encoder import TextEncoder
 
@@ -43,20 +43,17 @@ def test_features_are_those_of_the_network(folder):
 
 def test_without_transformers_or_safetensors(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"encoder: .* has no \.safetensors; weights in other formats are not read"):
-        TextEncoder(tmp_path, 4)
+    refused(r"encoder: .* has no \.safetensors; weights in other formats are not read", TextEncoder, tmp_path, 4)
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers: pip install 'dar-lightning\[text\]'"):
-        TextEncoder(tmp_path, 4)
+    refused(r"needs transformers: pip install 'dar-lightning\[text\]'", TextEncoder, tmp_path, 4)
 
 
 def test_a_folder_that_transformers_cannot_read(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"model_type": "none-such"}')
-    with pytest.raises(UserError, match="encoder: transformers cannot read"):
-        TextEncoder(tmp_path, 4)
+    refused("encoder: transformers cannot read", TextEncoder, tmp_path, 4)
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip"])
@@ -64,8 +61,7 @@ def test_texts_longer_than_its_places(kind, tmp_path):
     pytest.importorskip("transformers")
     write_encoder(tmp_path, kind)
     TextEncoder(tmp_path, 32)
-    with pytest.raises(UserError, match=r"encoder: .* cannot encode texts of up to 33 tokens: "):
-        TextEncoder(tmp_path, 33)
+    refused(r"encoder: .* cannot encode texts of up to 33 tokens: ", TextEncoder, tmp_path, 33)
 
 
 @pytest.mark.parametrize(("lacks", "key"), [("mask", "model_input_names"), ("padding", "pad_token")])
@@ -74,5 +70,4 @@ def test_a_tokenizer_without_what_is_needed(lacks, key, tmp_path):
     write_encoder(tmp_path, "bert")
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"mask": ["input_ids"], "padding": None}[lacks]}))
-    with pytest.raises(UserError, match=f"cannot encode texts of up to 4 tokens: .*{lacks}"):
-        TextEncoder(tmp_path, 4)
+    refused(f"cannot encode texts of up to 4 tokens: .*{lacks}", TextEncoder, tmp_path, 4)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import CLASSES, GROUPS, SIZE, TOKENS, make_ar, make_pipeline, make_tokenizer, seeds
 
 from dar_lightning import DARPipeline
-from dar_lightning.errors import UserError
 from dar_lightning.generation.drawing import Job, draw_images
 from dar_lightning.generation.editing import draw_alike, mix_noise
 from dar_lightning.generation.inpainting import Edit, fill, spread
@@ -28,9 +28,6 @@ def draw(pipe: DARPipeline, labels=LABELS, numbers=(1, 2, 3), **options):
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def pipe(request) -> DARPipeline:
     return make_pipeline().to(request.param)
-
-
-# ---- identities
 
 
 def test_an_image_of_which_nothing_is_used_changes_no_bit(pipe):
@@ -165,11 +162,7 @@ def test_generate_counts_groups_from_the_first_also_with_a_start():
     previews = draw(pipe, **options)
     some = pipe.generate(LABELS, groups=3, guidance=2.0, generator=seeds(1, 2, 3), **options)
     assert torch.equal(some, previews[1].images)
-    with pytest.raises(UserError, match=r"^groups is 1: .* from 1 to 4, those after start 1 from 2$"):
-        pipe.generate(LABELS, groups=1, **options)
-
-
-# ---- what goes into a hole
+    refused(r"^groups is 1: .* from 1 to 4, those after start 1 from 2$", pipe.generate, LABELS, groups=1, **options)
 
 
 def test_spread_is_linear_and_fades_as_the_closed_form_says():
@@ -205,9 +198,6 @@ def test_fill_keeps_what_is_known_and_is_smooth_between():
     assert wide[..., -1].abs().min() > 1e-3, "what is known goes on to the far end"
 
 
-# ---- more like this
-
-
 def test_noise_is_mixed_on_the_sphere():
     noise, new = torch.randn(2, 1, 3, 100, 100, generator=torch.Generator().manual_seed(0))
     for strength in (0.0, 0.3, 1.0):
@@ -231,9 +221,6 @@ def test_images_alike_keep_all_tokens_and_differ_by_strength():
     assert distances[0] < 0.01 < 0.1 < distances[1] < distances[2]
 
 
-# ---- mistakes
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -242,10 +229,7 @@ def test_images_alike_keep_all_tokens_and_differ_by_strength():
         ({"image": photos(2)}, r"image is torch.float32 \(2, 3, 32, 32\): need floats \(3 or 1, 3, 32, 32\)"),
         ({"image": photos()[..., :16]}, r"image is torch.float32 \(3, 3, 32, 16\): need floats"),
         ({"image": photos().int()}, "image is torch.int32 .*: need floats"),
-        (
-            {"image": photos(), "known": HALF[..., :8]},
-            r"known is torch.bool \(1, 1, 32, 8\): need bool \(3 or 1, 1, 32",
-        ),
+        ({"image": photos(), "known": HALF[..., :8]}, r"known is torch.bool \(1, 1, 32, 8\): need bool \(3 or 1, 1,"),
         ({"image": photos(), "known": HALF.float()}, "known is torch.float32 .*: need bool"),
         ({"image": photos(), "start": GROUPS}, "start is 4: it must be from 0 to 3 groups"),
         ({"image": photos(), "start": -1}, "start is -1: it must be from 0 to 3 groups"),
@@ -254,5 +238,4 @@ def test_images_alike_keep_all_tokens_and_differ_by_strength():
     ],
 )
 def test_mistakes(options, message):
-    with pytest.raises(UserError, match=f"^{message}"):
-        draw(make_pipeline(), **options)
+    refused(f"^{message}", lambda: draw(make_pipeline(), **options))

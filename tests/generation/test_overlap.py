@@ -17,7 +17,6 @@ from dar_lightning.generation.overlap import Worker, run_ahead
 
 LABELS = torch.tensor([0, 3, 1])
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,6 @@ def test_what_is_done_is_forgotten():
     assert gone() is None, "the thread that waits holds nothing"
 
 
-@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_process_has_threads_of_its_own():
     list(run_ahead(items([], 1), CPU))
     assert Worker.idle[CPU]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import CLASSES, GROUPS, SIZE, TOKENS, make_ar, make_pipeline, make_tokenizer
 
 from dar_lightning import DARPipeline
 from dar_lightning.ar.sampling import generate
-from dar_lightning.errors import UserError
 
 LABELS = torch.tensor([0, 3, 1])
 
@@ -72,8 +72,7 @@ def test_an_image_with_its_own_generator_does_not_depend_on_its_batch(pipe):
 def test_classes_by_name_and_number(pipe):
     assert [pipe.label(name) for name in (*CLASSES, "2", 3)] == [0, 1, 2, 3, 2, 3]
     for wrong in ("violet", "4", 4, -1, "-1", "", "1.0", "²"):
-        with pytest.raises(UserError, match="give 0 to 3 or one of red, green, blue, grey"):
-            pipe.label(wrong)
+        refused("give 0 to 3 or one of red, green, blue, grey", pipe.label, wrong)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +84,7 @@ def test_classes_by_name_and_number(pipe):
     ],
 )
 def test_parts_that_do_not_belong_together(changes, message):
-    with pytest.raises(UserError, match=message):
-        DARPipeline(make_tokenizer(), make_ar(**changes), CLASSES)
+    refused(message, lambda: DARPipeline(make_tokenizer(), make_ar(**changes), CLASSES))
 
 
 def test_there_and_back(pipe, tmp_path):
@@ -99,5 +97,4 @@ def test_there_and_back(pipe, tmp_path):
 @pytest.mark.parametrize("text", ['{"classes": "red"}', '{"classes": [1, 2, 3, 4]}', "[]", "{"])
 def test_broken_class_names(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
-        DARPipeline.from_pretrained(tmp_path)
+    refused(r"config\.json", DARPipeline.from_pretrained, tmp_path)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from killable import run, signal_before
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from refusals import refusal, refused
 from tiny_models import CLASSES, GROUPS, SIZE
 
 from dar_lightning import DARPipeline
@@ -32,7 +33,6 @@ from dar_lightning.generation.predict import GenerationModule
 from dar_lightning.generation.writer import SampleWriter
 from dar_lightning.records import provenance
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of options and loggers
 CONFIG = Path(__file__).parents[2] / "experiments" / "evaluate" / "sample50k.yaml"
 COUNT, PIECE, ROWS = 18, 4, 4
 FILES = [f"{start:07d}.npy" for start in range(0, COUNT, PIECE)]
@@ -202,12 +202,7 @@ def test_other_settings_are_refused(part, option, named, pipeline, whole):
 
 def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
     (tmp_path / "x.npz").write_bytes(b"mine")
-    with pytest.raises(SystemExit) as stop:
-        main(command(pipeline, tmp_path / "x.npz"))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dar predict: ")]
-    assert len(lines) == 1
-    assert "without its x.json" in lines[0]
+    assert "without its x.json" in refusal(capsys, command(pipeline, tmp_path / "x.npz"))
     assert (tmp_path / "x.npz").read_bytes() == b"mine"
 
 
@@ -219,8 +214,7 @@ def test_a_run_that_stops_early_goes_on_elsewhere(pipeline, whole, tmp_path, mon
         draw(pipeline, output, trainer={"limit_predict_batches": 4})
     assert "3 of 5 pieces are missing" in capsys.readouterr().out
     assert not output.exists()
-    with pytest.raises(UserError, match=r"x\.parts/settings\.json tells of images with top_k 0, now it is 3"):
-        draw(pipeline, output, model={"top_k": 3})
+    refused(r"x\.parts/settings\.json tells of images with top_k 0, now it", draw, pipeline, output, model={"top_k": 3})
     (tmp_path / "x.parts" / FILES[0]).write_bytes(b"")
     draw(pipeline, output)
     assert output.read_bytes() == whole.read_bytes()
@@ -247,8 +241,7 @@ def test_a_run_that_stops_early_goes_on_elsewhere(pipeline, whole, tmp_path, mon
     ],
 )
 def test_mistakes_in_the_options(make, message, pipeline):
-    with pytest.raises(UserError, match=re.escape(message)):
-        make(pipeline)
+    refused(re.escape(message), make, pipeline)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +253,7 @@ def test_mistakes_in_the_options(make, message, pipeline):
     ],
 )
 def test_mistakes_that_the_work_shows(part, option, message, pipeline, tmp_path):
-    with pytest.raises(UserError, match=re.escape(message)):
-        draw(pipeline, tmp_path / "x.npz", **{part: option})
+    refused(re.escape(message), draw, pipeline, tmp_path / "x.npz", **{part: option})
     assert list(tmp_path.iterdir()) == [], "nothing stands in the way of the right command"
 
 
@@ -274,8 +266,7 @@ def test_mistakes_that_the_work_shows(part, option, message, pipeline, tmp_path)
 )
 def test_another_class_is_refused(model, data, message, pipeline, tmp_path):
     trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[SampleWriter(str(tmp_path / "x.npz"))])
-    with pytest.raises(UserError, match=message):
-        trainer.predict(model(pipeline), data())
+    refused(message, lambda: trainer.predict(model(pipeline), data()))
 
 
 # ---- in processes of their own

@@ -25,9 +25,6 @@ IMAGES = torch.randint(0, 256, (2, 3, 64, 48), generator=torch.Generator().manua
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ---- color_edges
-
-
 def plain(color: tuple[int, int, int], size: int = 64) -> torch.Tensor:
     return torch.tensor(color, dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, size, size)
 
@@ -56,9 +53,6 @@ def test_color_edges_know_directions_at_any_size_image_by_image():
     scaled = [torch.nn.functional.interpolate(coarse, size=size, mode="bilinear") for size in (64, 16, 32, 40, 256)]
     first, *others = (network(images.to(torch.uint8)) for images in scaled)
     assert all((features - first).norm() < 0.2 * first.norm() for features in others)
-
-
-# ---- names
 
 
 def test_names_and_hashes():
@@ -102,9 +96,6 @@ def test_names_that_are_wrong_and_weights_that_cannot_be_had_are_one_line(monkey
     line = said("resnet10t.c3_in1k")
     assert line.startswith("--features resnet10t.c3_in1k: its pretrained weights ")
     assert "no route" in line
-
-
-# ---- weights from files
 
 
 @pytest.fixture(scope="module")

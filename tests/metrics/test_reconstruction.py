@@ -16,8 +16,6 @@ from dar_lightning.metrics.reconstruction import (
     token_influence_names,
 )
 
-# ---- PSNR and SSIM
-
 
 def pairs(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -52,8 +50,6 @@ def test_scores_against_numpy():
     identical = reconstruction_scores(original, original)
     assert mean_scores([identical, *scores]) == {"psnr": None, "ssim": pytest.approx((1 + np.mean(ssim)) / 2)}
 
-
-# ---- token influence
 
 GROUPS, TOKENS, SIDE = 8, 16, 4
 ALIKE = 10 * math.log10(255**2 * 3 * SIDE**2)  # of identical images
@@ -117,9 +113,6 @@ def test_noise_alone_decides():
 def test_the_groups_that_are_exchanged():
     for num_groups, groups in ((1, [1]), (2, [1, 2]), (3, [1, 2]), (4, [1, 2, 3]), (16, [1, 2, 9])):
         assert token_influence_names(num_groups)[3:] == [f"psnr_exchanged_from_group_{m}" for m in groups]
-
-
-# ---- spectrum
 
 
 def test_white_noise_is_flat():

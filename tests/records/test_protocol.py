@@ -101,9 +101,6 @@ def test_what_is_read_is_what_was_written():
     assert Protocol.from_json(BASE).to_json() == BASE
 
 
-# ---- dar compare
-
-
 @pytest.fixture
 def written(tmp_path):
     """Writes metrics under BASE with changes; gives the file's name."""

@@ -16,8 +16,6 @@ from dar_lightning import __version__
 from dar_lightning.cli import main
 from dar_lightning.records import provenance
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
-
 
 def git(folder: Path, *words: str) -> str:
     who = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
@@ -94,9 +92,6 @@ def test_the_command_is_as_one_types_it(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "fit", "--name=a b"])
     made = provenance.provenance(torch.device("cpu"), "bf16-mixed")
     assert (made["command"], made["precision"], made["device"][:5]) == ("dar fit '--name=a b'", "bf16-mixed", "cpu (")
-
-
-# ---- every verb's record
 
 
 @pytest.fixture(scope="module")

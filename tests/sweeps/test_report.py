@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from refusals import refusal, refused
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -16,7 +17,6 @@ from tiny_sweep import GROUPS, MEASURED, ORDERS, RECONSTRUCTED, STEPS, measured,
 from torch.utils.tensorboard import SummaryWriter
 
 from dar_lightning.cli import main
-from dar_lightning.errors import UserError
 from dar_lightning.sweeps.curves import read_scalars
 from dar_lightning.sweeps.plots import plot_curves, plot_groups, plot_metrics, plot_samples
 from dar_lightning.sweeps.results import read_sweep
@@ -115,9 +115,8 @@ def test_plots_show_the_numbers(sweep, reported):
     assert means == pytest.approx([0.11, 0.16, 0.12])
     assert paper.containers[0].lines[0].get_ydata() == pytest.approx([2.44, 4.17])
     axes = plot_metrics(found, [row for row in rows if row.cell.name != "coarse"]).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["reversed", "random"], (
-        "no place for what is unknown"
-    )
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["reversed", "random"], "no place for what is unknown"
     assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 1]
     [curves] = plot_curves(found).axes
     thick = {line.get_label(): line for line in curves.lines if line.get_linewidth() == 2}
@@ -150,8 +149,7 @@ def test_unlike_protocols_are_refused(change, message, copy):
     path = copy / "cells/reversed/seed1/metrics.json"
     protocol = json.loads(path.read_text())["protocol"]
     edit(path, protocol=protocol | {stage: protocol[stage] | values for stage, values in change.items()})
-    with pytest.raises(UserError, match=message):
-        read_sweep(copy)
+    refused(message, read_sweep, copy)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -160,10 +158,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (tmp_path, "has no sweep.json: give a folder that dar sweep wrote"),
         (tmp_path / "other", "is not what dar sweep writes: KeyError('title')"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            main(["report", str(folder)])
-        [line] = capsys.readouterr().err.splitlines()
-        assert says in line
+        assert says in refusal(capsys, ["report", folder])
 
 
 def test_nothing_done_yet(copy, capsys):
@@ -184,9 +179,6 @@ def test_a_resumed_runs_curve_is_one_curve(tmp_path):
     curve = read_scalars(tmp_path)["x"]
     assert curve.steps.tolist() == [0, 1, 2, 3, 4]
     assert curve.values.tolist() == [0, 1, 12, 13, 14]
-
-
-# ---- what TensorBoard's own readers find
 
 
 def loaded(folder) -> EventMultiplexer:

@@ -31,10 +31,7 @@ ONE_STEP = """
 """
 PARSED = {}  # verb, config files and names of options -> what --print_config says: one command of a kind is enough
 
-pytestmark = [
-    pytest.mark.usefixtures("at_the_root_with_a_random_teacher"),
-    pytest.mark.filterwarnings("ignore"),  # Lightning's, of options and loggers
-]
+pytestmark = pytest.mark.usefixtures("at_the_root_with_a_random_teacher")
 
 
 def read(name: str) -> Sweep:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import SIZE, TOKENIZER, make_tokenizer
 from torch import nn
 
@@ -45,16 +46,13 @@ def latents(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return values.requires_grad_()
 
 
-# ---- all of them
-
-
 @pytest.fixture(params=KINDS)
 def tokenizer(request) -> SequentialDiffusionTokenizer:
     return make_tokenizer(quantizer=request.param, **KINDS[request.param])
 
 
 def test_all_are_tested():
-    assert [*KINDS] == [name for name in quantizers.QUANTIZERS if "." not in name]
+    assert [*KINDS] == [name for name in quantizers.QUANTIZERS.classes if "." not in name]
 
 
 def test_codes_are_those_that_training_reads(tokenizer):
@@ -140,9 +138,6 @@ def test_200_steps_lower_the_loss(name):
     assert sum(totals[-20:]) < sum(totals[:20])
 
 
-# ---- entropy
-
-
 def test_entropy_of_bits_is_that_of_all_codes():
     """A token's exactly; the batch's, the sum of the bits', bounds that of the codes from above."""
     dim, temperature = 6, 0.5
@@ -158,9 +153,6 @@ def test_entropy_of_bits_is_that_of_all_codes():
     sure = latents(2, 3, 4, scale=0.0) + 100.0
     gradient = torch.autograd.grad(sum(x.sum() for x in bit_entropies(sure, None, False)), sure)[0]
     assert gradient.isfinite().all()
-
-
-# ---- against vector-quantize-pytorch
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +247,6 @@ def test_ibq_is_its_formula(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-# ---- names, options, classes of one's own
-
-
 class Half(nn.Module):
     """Halves of a line; a Quantizer that does little."""
 
@@ -284,7 +273,7 @@ class Half(nn.Module):
 @pytest.fixture
 def own(monkeypatch) -> str:
     """The name of a registered class of one's own."""
-    monkeypatch.setattr(quantizers, "QUANTIZERS", dict(quantizers.QUANTIZERS))
+    monkeypatch.setattr(quantizers.QUANTIZERS, "classes", dict(quantizers.QUANTIZERS.classes))
     quantizers.register_quantizer(Half)
     return f"{__name__}.Half"
 
@@ -299,10 +288,9 @@ def test_a_class_of_ones_own(own, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     assert isinstance(SequentialDiffusionTokenizer.from_pretrained(tmp_path).quantizer, Half)
     assert quantizers.register_quantizer(Half, "another.name") is Half
-    assert quantizers.QUANTIZERS["another.name"] is Half
+    assert quantizers.QUANTIZERS.classes["another.name"] is Half
     taken = SequentialDiffusionTokenizer(TokenizerConfig(**TOKENIZER | config_of(own, loss="flow")))
-    with pytest.raises(UserError, match="names a loss flow: give it another name"):
-        taken.training_losses(torch.zeros(2, 3, SIZE, SIZE))
+    refused("names a loss flow: give it another name", taken.training_losses, torch.zeros(2, 3, SIZE, SIZE))
 
 
 def config_of(name: str, **options) -> dict:
@@ -327,17 +315,11 @@ def test_a_downloaded_config_imports_no_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"quantizer": "pq"},
-            "quantizer is 'pq': it must be 'vq' or 'fsq' or 'lfq' or 'bsq' or 'ibq' or 'simvq', or the",
-        ),
+        ({"quantizer": "pq"}, "quantizer is 'pq': it must be 'vq' or 'fsq' or 'lfq' or 'bsq' or 'ibq' or 'simvq', or"),
         ({"quantizer": "fsq", "codebook_size": 80}, "codebook_size is 80: fsq needs a number of levels to the power"),
         ({"quantizer": "fsq", "codebook_size": 1}, "codebook_size is 1: fsq needs"),
         ({"quantizer": "fsq", "codebook_dim": 10**9}, "codebook_size is 32: fsq needs"),
-        (
-            config_of("fsq", levels=[2, 2, 2, 5]),
-            "codebook_size is 32: fsq needs the product of levels [2, 2, 2, 5], 40",
-        ),
+        (config_of("fsq", levels=[2, 2, 2, 5]), "codebook_size is 32: fsq needs the product of levels [2, 2, 2, 5],"),
         (config_of("fsq", levels=[4, 8]), "levels is [4, 8]: fsq needs 4 numbers of 2 or more, as codebook_dim says"),
         (config_of("fsq", levels=8), "levels is 8: fsq needs 4 numbers"),
         ({"quantizer": "lfq", "codebook_size": 81}, "codebook_size is 81: lfq needs 2 to the power of codebook_dim, 4"),
@@ -365,16 +347,12 @@ def test_impossible_quantizers(changes, message):
 )
 def test_classes_that_are_no_quantizers(options, message, own, monkeypatch):
     monkeypatch.setattr(Half, "lookup", Half.lookup)  # put back
-    with pytest.raises(UserError, match=message):
-        quantizers.make_quantizer(own, 2, 4, options)
+    refused(message, quantizers.make_quantizer, own, 2, 4, options)
 
 
 def test_what_cannot_be_registered():
     for given, name, message in ((Half, "vq", "it needs a dot"), (len, None, "is no torch module class")):
-        with pytest.raises(UserError, match=message):
-            quantizers.register_quantizer(given, name)
+        refused(message, quantizers.register_quantizer, given, name)
     for name, message in (("no_such.Thing", "can be imported: No module"), ("json.Thing", "can be imported")):
-        with pytest.raises(UserError, match=message):
-            quantizers.import_quantizer(name)
-    with pytest.raises(UserError, match="is no torch module class"):
-        quantizers.import_quantizer("json.loads")
+        refused(message, quantizers.import_quantizer, name)
+    refused("is no torch module class", quantizers.import_quantizer, "json.loads")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from official import TOLERANCE, assert_close, from_recipe
 
 from dar_lightning.tokenizer.flow import sampling_times, shift_time
-from dar_lightning.weights.official_names import TOKENIZER_NAMES, official_name
+from dar_lightning.weights.official import TOKENIZER_NAMES, official_name
 
 
 def test_latents_codes_and_conditioning(golden):

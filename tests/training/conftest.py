@@ -1,16 +1,7 @@
-from pathlib import Path
-
 import pytest
-from tiny_models import make_tokenizer, write_images, write_tokens, write_vgg
+from tiny_models import make_tokenizer, write_images, write_tokens
 
 from dar_lightning.training.losses import PerceptualLoss
-
-
-def pytest_collection_modifyitems(items):
-    """Lightning's warnings of options, loaders and loggers say nothing about these tests."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +24,6 @@ def tokenizer_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def vgg_file(tmp_path_factory) -> str:
-    """A file of a random VGG16."""
-    return str(write_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth"))
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
+from refusals import refused
 from tiny_models import AR, GROUPS, TOKENS, make_ar, random_codes
 from tiny_training import STILL, ar_module, token_data, trainer
 
-from dar_lightning import ARModel
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, ARModel
 from dar_lightning.cli import main
-from dar_lightning.errors import UserError
 from dar_lightning.training import AblationModule
-from dar_lightning.training.annealing import Annealing
+from dar_lightning.training.ablation import Annealing
 from dar_lightning.training.module import seed_batch
 
 TABLES = {"place_tables": "own_and_target", "order_groups": GROUPS}
@@ -152,5 +151,4 @@ def test_a_resumed_run_goes_on_with_the_share_and_is_exported(tokens, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_said(config, annealing, message):
-    with pytest.raises(UserError, match=message):
-        AblationModule(ARConfig(**AR | TABLES | config), annealing=Annealing(**annealing))
+    refused(message, lambda: AblationModule(ARConfig(**AR | TABLES | config), annealing=Annealing(**annealing)))

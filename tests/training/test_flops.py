@@ -6,8 +6,7 @@ import pytest
 import torch
 from tiny_models import AR, SIZE, TOKENIZER, TOKENS
 
-from dar_lightning.ar.config import ARConfig
-from dar_lightning.tokenizer.config import TokenizerConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.losses import AdversarialLoss
@@ -44,9 +43,7 @@ def test_lpips_in_closed_form(perceptual):
     """VGG16 over both images, and back to the pixels of one; 1x1 heads over the features, and back."""
     sides, widths, depths = (32, 16, 8, 4, 2), (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
     inputs = (3, *widths[:-1])
-    kernels = [
-        width * (first + (depth - 1) * width) for first, width, depth in zip(inputs, widths, depths, strict=True)
-    ]
+    kernels = [n * (first + (depth - 1) * n) for first, n, depth in zip(inputs, widths, depths, strict=True)]
     convolutions = sum(2 * 9 * kernel * side**2 for kernel, side in zip(kernels, sides, strict=True))
     heads = sum(2 * width * side**2 for width, side in zip(widths, sides, strict=True))
     plain = step_flops(TokenizerModule(TokenizerConfig(**TOKENIZER)), IMAGES)

@@ -117,9 +117,6 @@ def test_eight_gpus_keep_no_second_copy_of_gradients(images, two_ranks, tmp_path
     two_ranks(main, [str(word) for word in words])
 
 
-# ---- what ranks share
-
-
 def validated(images, devices: int) -> dict:
     """Of a module one of whose losses depends on nothing but the images."""
     module = tokenizer_module()

@@ -35,8 +35,7 @@ def test_the_trainer_reads_only_what_it_logs(part, images, tokens, tmp_path):
     parts = ["encoder", "conditioner", "decoder"]
     tokenizer = (tokenizer_module({"latent_norm": "batch"}, activation_checkpointing=parts), image_data(images, 2))
     with Readings(fit) as readings:
-        fit.fit(
-            *(tokenizer if part == "tokenizer" else (ar_module(activation_checkpointing=True), token_data(tokens, 2)))
-        )
+        ar = ar_module(activation_checkpointing=True), token_data(tokens, 2)
+        fit.fit(*(tokenizer if part == "tokenizer" else ar))
     # The loader's seed; the log of step 3, some of it before the step is counted.
     assert {3} <= readings.steps <= {0, 2, 3}

@@ -19,7 +19,7 @@ def config_of(name: str) -> dict:
     return {"quantizer": name, "quantizer_options": OPTIONS.get(name, {})} | BITS.get(name, {})
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZERS if "." not in name])
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS.classes if "." not in name])
 def test_curves_use_and_frozen_tokens(name, images, tmp_path):
     module = tokenizer_module(config_of(name))
     if name == "vq":

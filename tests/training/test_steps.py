@@ -1,25 +1,28 @@
-"""What a training step computes, against the same by hand."""
+"""What a training step computes, against the same by hand; a language model as the AR model, resumed to the bit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from tiny_models import AR, CODES, SIZE, TOKENIZER, make_ar, make_tokenizer, random_codes
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from refusals import refused
+from tiny_models import AR, CLASSES, CODES, SIZE, TOKENIZER, TOKENS, make_ar, make_tokenizer, random_codes, write_tokens
 from tiny_training import STILL, ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.ar.sampling import generate
 from dar_lightning.errors import UserError
-from dar_lightning.tokenizer.config import TokenizerConfig
-from dar_lightning.training import ARModule, TokenizerModule
-from dar_lightning.training.callbacks import EMA, CodebookWarmup
+from dar_lightning.training import ARModule, FSDP2Strategy, TokenizerModule
+from dar_lightning.training.callbacks import EMA, CodebookWarmup, EarlyStoppingPatience
 from dar_lightning.training.flops import step_flops
 from dar_lightning.training.module import seed_batch
 from dar_lightning.training.optim import OptimizerConfig
+from dar_lightning.weights.lightning import load_lightning_checkpoint
 
 
 class Outputs(Callback):
@@ -88,8 +91,6 @@ def test_four_sequences_are_learnt_by_heart():
     assert torch.equal(generate(module.ar, torch.arange(4), top_k=1), codes)
 
 
-# ---- validation
-
 MAKE = [(tokenizer_module, image_data, "images"), (ar_module, token_data, "tokens")]
 
 
@@ -157,9 +158,6 @@ def test_every_trained_parameter_gets_a_gradient():
     assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-# ---- starting from what is there
-
-
 @pytest.mark.parametrize(("module", "data", "shards"), MAKE)
 def test_load_from_checkpoint_needs_nothing_else(module, data, shards, request, tmp_path):
     module, run = module(), trainer(max_steps=1, limit_val_batches=0)
@@ -175,10 +173,8 @@ def test_load_from_checkpoint_needs_nothing_else(module, data, shards, request, 
 def test_nothing_to_start_from(tmp_path):
     make_ar().save_pretrained(tmp_path / "ar")
     other = ARConfig(**AR | {"dim": 64, "vocab_size": CODES + 1, "num_classes": 9})
-    with pytest.raises(UserError, match="no tensor there fits"):
-        ARModule(other, init_from=str(tmp_path / "ar"))
-    with pytest.raises(UserError, match="not a folder"):
-        ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder"))
+    refused("no tensor there fits", ARModule, other, init_from=str(tmp_path / "ar"))
+    refused("not a folder", lambda: ARModule(ARConfig(**AR), init_from=str(tmp_path / "no" / "such" / "folder")))
 
 
 @pytest.fixture
@@ -214,11 +210,9 @@ def test_what_would_change_frozen_tokens_is_refused(frozen):
     _, data, make = frozen
     for changes in ({"codebook_size": 2 * CODES}, {"absolute_positions": True}, {"latent_norm": "none"}):
         (name,) = changes
-        with pytest.raises(UserError, match=rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source"):
-            make(**changes)
+        refused(rf"freeze_encoder: config\.{name} is {changes[name]!r}, and .*/source", make, **changes)
     make(freeze_encoder=False, codebook_size=2 * CODES)
-    with pytest.raises(UserError, match="freeze_encoder is set and init_from is null"):
-        TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True)
+    refused("freeze_encoder is set and", lambda: TokenizerModule(TokenizerConfig(**TOKENIZER), freeze_encoder=True))
     with pytest.raises(UserError, match="CodebookWarmup moves codes, which freeze_encoder keeps"):
         trainer(CodebookWarmup(1, 1), max_steps=1).fit(make(), datamodule=data)
 
@@ -236,3 +230,95 @@ def test_a_run_stays_frozen_or_not(frozen, tmp_path, was):
     again.fit(make(was), **there)
     assert again.global_step == 2
     trainer(limit_val_batches=1).validate(make(not was), **there)
+
+
+CONFIG = AR | dict(residual_dropout=0.0, ffn_dropout=0.0, backbone="transformers")
+
+
+def config(**options) -> ARConfig:
+    pytest.importorskip("transformers")
+    return ARConfig(**CONFIG, backbone_options={"model_type": "qwen3", "attention_dropout": 0.1} | options)
+
+
+def module(**options) -> ARModule:
+    torch.manual_seed(0)
+    return ARModule(config(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, options):
+    """Weights, their average and the optimizer, to the bit; the checkpoint alone draws."""
+    if options:
+        pytest.importorskip("peft")
+    tokens = write_tokens(tmp_path / "tokens", 8)
+    for name, steps, ckpt in (("whole", 4, None), ("half", 2, None), ("rest", 4, "half")):
+        saving = ModelCheckpoint(tmp_path, name, every_n_train_steps=steps)
+        fit = trainer(EMA(0.8), saving, max_steps=steps, enable_checkpointing=True, limit_val_batches=0)
+        started = module(**options)
+        fit.fit(started, token_data((tokens, tokens)), ckpt_path=tmp_path / f"{ckpt}.ckpt" if ckpt else None)
+    whole, rest = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "rest"))
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, rest[key][name]) for name, tensor in whole[key].items())
+    first, again = (each["optimizer_states"][0]["state"][0] for each in (whole, rest))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    for weights in ("ema", "raw"):
+        ar = load_lightning_checkpoint(tmp_path / "whole.ckpt", weights)
+        assert ar.config.backbone_options == {"model_type": "qwen3", "attention_dropout": 0.1}
+        saved = whole["state_dict" if weights == "ema" else "current_model_state"]
+        assert torch.equal(ar.head.weight, saved["ar.head.weight"])
+        name = "backbone.trunk.layers.0.self_attn.q_proj.weight"
+        before, after = module(**options).ar.state_dict()[name], saved[f"ar.{name}"]
+        assert torch.equal(before, after) == bool(options)  # frozen under adapters
+        assert torch.equal(ar.state_dict()[name], after) != bool(options)  # merged
+        assert generate(ar, torch.arange(len(CLASSES)), guidance=2.0).shape == (len(CLASSES), TOKENS)
+
+
+def test_what_refuses_it():
+    pytest.importorskip("transformers")
+    trains = SimpleNamespace(ar=make_ar(**CONFIG, backbone_options={"model_type": "llama"}), trainer=None)
+    line = r"trainer\.strategy: FSDP2Strategy shards our Llama, backbone is 'transformers'"
+    refused(line, FSDP2Strategy.configure_ddp, SimpleNamespace(lightning_module=trains))
+    names = {name.removeprefix("ar.") for name in module()._ddp_params_and_buffers_to_ignore}
+    assert names >= {"order", "backbone.trunk.rotary_emb.inv_freq"}
+    assert {name for name, _ in module().ar.named_buffers()} <= names
+    still = ARModule(ARConfig(**CONFIG | STILL, backbone_options={"model_type": "llama"}))
+    assert not [each for each in still.modules() if isinstance(each, torch.nn.Dropout) and each.p]
+
+
+OWN_PIXELS = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "says"),
+    [
+        (OWN_PIXELS / 255, "float32 from 0 to 1: give uint8, or floats from 0 to 255"),
+        (OWN_PIXELS / 127.5 - 1, "float32 from -1 to 1: give uint8"),
+        (OWN_PIXELS.double() / 255, "float64 from 0 to 1"),
+        (OWN_PIXELS[..., :-8], rf"is \(2, 3, {SIZE}, {SIZE - 8}\): need \(B, 3, {SIZE}, {SIZE}\)"),
+        (OWN_PIXELS[:, :1], r"is \(2, 1, .*need \(B, 3, "),
+        (OWN_PIXELS.permute(0, 2, 3, 1), "need"),
+    ],
+)
+def test_pixels_that_would_be_misread(pixels, says):
+    module = tokenizer_module()
+    refused(says, module.training_step, {"image": pixels}, 0)
+    refused(says, module.evaluate_batch, {"image": pixels, "valid": torch.ones(2, dtype=torch.bool)}, 0, "val")
+
+
+def test_floats_of_the_range_of_uint8():
+    module = tokenizer_module()
+    assert torch.equal(module.read_images(OWN_PIXELS.float(), 0), module.read_images(OWN_PIXELS, 0))
+    assert torch.equal(module.read_images(OWN_PIXELS, 0), OWN_PIXELS.float() / 127.5 - 1)
+
+
+def test_patience_is_the_one_of_the_config():
+    """Lightning's EarlyStopping takes it from the checkpoint."""
+    early, other = EarlyStopping("val/loss", patience=7), EarlyStopping("val/flow", patience=3)
+    run = trainer(early, other, EarlyStoppingPatience())
+    states = {each.state_key: EarlyStopping(each.monitor, patience=3).state_dict() for each in (early, other)}
+    states[early.state_key]["wait_count"] = 2
+    EarlyStoppingPatience().on_load_checkpoint(run, None, {"callbacks": states})
+    for each in (early, other):
+        each.load_state_dict(states[each.state_key])
+    assert (early.patience, early.wait_count, other.patience) == (7, 2, 3)

@@ -7,10 +7,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import AR, SIZE, TOKENIZER, make_ar, make_tokenizer
 
-from dar_lightning.ar.config import ARConfig
+from dar_lightning import ARConfig, TokenizerConfig
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.imagenet import ImageNetDataModule
-from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.training import ARModule, TokenizerModule
 
 STILL = dict.fromkeys(("class_dropout", "token_dropout", "residual_dropout", "ffn_dropout"), 0.0)
@@ -41,10 +40,8 @@ def token_data(tokens: tuple[str, str], batch_size: int = 4) -> CodesDataModule:
 def trainer(*callbacks: Callback, folder: Path | None = None, **options) -> Trainer:
     """On the CPU; with a folder, its curves go to folder/logs and other files into it."""
     if folder is not None:
-        options = {
-            "logger": TensorBoardLogger(str(folder), name="", version="logs"),
-            "default_root_dir": folder,
-        } | options
+        logger = TensorBoardLogger(str(folder), name="", version="logs")
+        options = {"logger": logger, "default_root_dir": folder} | options
     common = QUIET | dict(accelerator="cpu", logger=False, enable_checkpointing=False, log_every_n_steps=1)
     return Trainer(callbacks=list(callbacks), **common | options)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusal, refused
 from safetensors.torch import load_file, save_file
 from tiny_models import CLASSES, CODES, TOKENS, make_ar
 
@@ -89,24 +90,18 @@ def test_the_commands(pipeline, tmp_path, capsys):
 )
 def test_options_of_export_that_do_not_fit(options, message, pipeline, tmp_path, capsys):
     options = [f"--pipeline={pipeline}" if option == "--pipeline=P" else option for option in options]
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *options, f"--output={tmp_path}/out"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert re.search(message, line)
+    assert re.search(message, refusal(capsys, ["export", *options, f"--output={tmp_path}/out"]))
     assert not (tmp_path / "out").exists()
 
 
 def test_models_that_are_no_llama(tmp_path):
-    with pytest.raises(UserError, match="tokens_per_pass is 2: a Llama predicts one token a pass"):
-        save_llama(make_ar(tokens_per_pass=2), tmp_path / "out")
+    refused("tokens_per_pass is 2: a Llama predicts", lambda: save_llama(make_ar(tokens_per_pass=2), tmp_path / "out"))
     with pytest.raises(UserError, match="order is 'random_per_sample': a Llama is not told"):
         save_llama(make_ar(order="random_per_sample"), tmp_path / "out")
     with pytest.raises(UserError, match=r"^2 class names for an AR model of 4 classes$"):
         save_llama(make_ar(), tmp_path / "out", ("cat", "dog"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        save_llama(make_ar(), tmp_path / "file")
+    refused("cannot write", lambda: save_llama(make_ar(), tmp_path / "file"))
     assert not (tmp_path / "out").exists()
 
 
@@ -126,10 +121,7 @@ def test_models_that_are_no_llama(tmp_path):
         (lambda config, tensors: config["dar_lightning"]["config"].update(widht=1), "ARConfig has no widht"),
         (lambda config, tensors: tensors.pop(f"{LAYER}.q_proj.weight"), f"missing {LAYER}.q_proj.weight"),
         (lambda config, tensors: tensors.update(x=torch.zeros(1)), "unknown x"),
-        (
-            lambda config, tensors: tensors.update({"lm_head.weight": torch.zeros(3, 32)}),
-            r"is \(3, 32\), need \(37, 32",
-        ),
+        (lambda config, tensors: tensors.update({"lm_head.weight": torch.zeros(3, 32)}), r"is \(3, 32\), need \(37,"),
         (lambda config, tensors: tensors["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN"),
     ],
 )
@@ -138,8 +130,7 @@ def test_folders_that_are_not_ours(change, message, written, tmp_path):
     change(config, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        load_llama(tmp_path)
+    refused(message, load_llama, tmp_path)
 
 
 def test_transformers_4_says_rope_in_other_words(written, tmp_path):
@@ -159,12 +150,10 @@ def test_an_index_names_files_beside_it(written, tmp_path):
     elsewhere = {"x": "../model.safetensors"}
     for weight_map, message in ((elsewhere, "llama/model.safetensors is missing"), ([], "weight_map must name")):
         (tmp_path / "llama/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(UserError, match=message):
-            load_llama(tmp_path / "llama")
+        refused(message, load_llama, tmp_path / "llama")
 
 
 def test_a_folder_takes_no_options_of_official_files(written, tmp_path, capsys):
     for option, value in (("part", "tokenizer"), ("weights", "raw"), ("official_config", "x.yaml")):
-        with pytest.raises(SystemExit):
-            main(["convert", f"--input={written}", f"--output={tmp_path}/out", f"--{option}={value}"])
-        assert f"{option} is '{value}', which is for an official file" in capsys.readouterr().err
+        words = ["convert", f"--input={written}", f"--output={tmp_path}/out", f"--{option}={value}"]
+        assert f"{option} is '{value}', which is for an official file" in refusal(capsys, words)

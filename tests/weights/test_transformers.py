@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 from tiny_models import CLASSES, CODES, make_ar, random_codes, seeds
 
 from dar_lightning.ar.logits_processor import GuidedLogitsProcessor
@@ -106,9 +107,6 @@ def test_what_the_processor_refuses(both):
     count = ar.config.num_tokens
     with pytest.raises(UserError, match=f"after {count} tokens: set max_length to {count + 1}"):
         llama.generate(processor.input_ids, logits_processor=[processor], max_length=count + 2)
-    with pytest.raises(UserError, match="has no section 'dar_lightning'"):
-        GuidedLogitsProcessor(transformers.LlamaConfig(), LABELS)
-    with pytest.raises(UserError, match="temperature is 0"):
-        GuidedLogitsProcessor(llama.config, LABELS, temperature=0)
-    with pytest.raises(UserError, match="labels are from 0 to 9"):
-        GuidedLogitsProcessor(llama.config, torch.tensor([0, 9]))
+    refused("has no section 'dar_lightning'", lambda: GuidedLogitsProcessor(transformers.LlamaConfig(), LABELS))
+    refused("temperature is 0", GuidedLogitsProcessor, llama.config, LABELS, temperature=0)
+    refused("labels are from 0 to 9", GuidedLogitsProcessor, llama.config, torch.tensor([0, 9]))

@@ -1,10 +1,11 @@
 """What a backbone is: the causal network between embeddings and head; embeddings in, hidden states out."""
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from dar_lightning.layers import TableModule
 
 
 class BackboneCache:
@@ -22,7 +23,7 @@ class BackboneCache:
         self.real = None if self.real is None else self.real[:batch]
 
 
-class Backbone(nn.Module):
+class Backbone(TableModule):
     """Base class of backbones, built as `Cls(config, length, **options)`.
 
     `config` is the ARConfig, whose `dim` is the width D of what comes in and goes out; `length` is that of the longest
@@ -46,19 +47,3 @@ class Backbone(nn.Module):
     def make_cache(self) -> BackboneCache:
         """A new, empty cache, for sampling."""
         return BackboneCache()
-
-    def tables(self) -> dict[str, Tensor]:
-        """Buffers that are not saved, by name ("trunk.rotary_emb.inv_freq"): computed anew, on the CPU."""
-        return {}
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        """Called by `to`, `cuda` and the like: tables keep their dtype, and are filled where they leave meta."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, table in self.tables().items():
-            owner, _, last = name.rpartition(".")
-            owner = self.get_submodule(owner)
-            was, now = before[name], getattr(owner, last)
-            if now.dtype != was.dtype or (was.is_meta and not now.is_meta):
-                setattr(owner, last, table.to(now.device))
-        return self

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dar_lightning.ar.backbones.interface import Backbone, BackboneCache
 from dar_lightning.ar.backbones.lora import add_lora
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.errors import UserError, one_line, require, whole_line
+from dar_lightning.errors import UserError, naming, one_line, require
 
 # Decoders whose attention is causal, with RoPE, RMSNorm and nothing else that depends on places: each under test.
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "granite", "olmo2", "phi3", "smollm3")
@@ -84,9 +84,8 @@ class LanguageModel(Backbone):
             # never "flash" and the like, which may be code from the Hub
             self.trunk = _transformers().AutoModel.from_config(values, attn_implementation="sdpa")
         except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f"backbone_options: transformers makes no {model_type} of them: {one_line(error)}"
-            ) from error
+            said = f"backbone_options: transformers makes no {model_type} of them: {one_line(error)}"
+            raise UserError(said) from error
         self.trunk.set_input_embeddings(None)
         # transformers 5.18 and before call it past_key_values
         arguments = inspect.signature(self.trunk.forward).parameters
@@ -97,8 +96,7 @@ class LanguageModel(Backbone):
 
     def tables(self) -> dict[str, Tensor]:
         rotary = self.trunk.rotary_emb
-        with torch.device("cpu"):
-            made = type(rotary)(config=self.trunk.config)
+        made = type(rotary)(config=self.trunk.config)
         return {f"trunk.rotary_emb.{name}": table for name, table in made.named_buffers()}
 
     def forward(
@@ -149,26 +147,14 @@ def language_model_config(config: ARConfig, length: int, model_type: str, option
         require(name not in REFUSED, f"backbone_options: {name} is {value!r}: {REFUSED.get(name)}")
         require(name in names, f"backbone_options: {name} is {value!r}: a {model_type} has no such option")
     rope = {"rope_type": "default", "rope_theta": config.rope_base}
-    values = {
-        "vocab_size": 1,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "max_position_embeddings": length,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    values = {theirs: getattr(config, ours) for theirs, ours in SIZES.items() if theirs != "rope_theta"}
+    values |= {"num_key_value_heads": config.kv_heads, "intermediate_size": config.ffn_dim, "rope_parameters": rope}
+    values |= {"vocab_size": 1, "max_position_embeddings": length}
+    values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     if "head_dim" in names:
         values["head_dim"] = config.dim // config.num_heads
-    try:
+    with naming(f"backbone_options: transformers has no such {model_type}", *CONFIG_ERRORS):
         return kind(**values | options)
-    except CONFIG_ERRORS as error:
-        raise UserError(f"backbone_options: transformers has no such {model_type}: {whole_line(error)}") from error
 
 
 def _transformers() -> Any:

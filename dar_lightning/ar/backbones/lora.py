@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, naming
 
 INSIDE = ".base_layer."  # what peft puts into the names of the layers that it wraps
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -80,12 +80,9 @@ def merge_lora(config: ARConfig, tensors: Mapping[str, Tensor]) -> tuple[ARConfi
     for name in tensors:
         if name.endswith(A):
             layer = name.removesuffix(A)
-            try:
+            with naming(f"adapters of {layer} do not fit it", KeyError, RuntimeError, TypeError):
+                factor = (rank if alpha is None else alpha) / rank
                 weight = merged[f"{layer}.weight"]
-                added = (
-                    (rank if alpha is None else alpha) / rank * tensors[f"{layer}{B}"].float() @ tensors[name].float()
-                )
+                added = factor * tensors[f"{layer}{B}"].float() @ tensors[name].float()
                 merged[f"{layer}.weight"] = (weight.float() + added.view_as(weight)).to(weight.dtype)
-            except (KeyError, RuntimeError, TypeError) as error:
-                raise UserError(f"adapters of {layer} do not fit it: {one_line(error)}") from error
     return dataclasses.replace(config, backbone_options=options), merged

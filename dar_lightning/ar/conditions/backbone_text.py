@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts, say_cut
-from dar_lightning.errors import UserError, one_line, require
+from dar_lightning.errors import UserError, naming, require
 
 
 class BackboneText(Condition):
@@ -82,12 +82,8 @@ def read_tokenizer(content: bytes, origin: Any) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise UserError("condition 'backbone_text' needs tokenizers: pip install 'dar-lightning[text]'") from error
-    try:
+    with naming(f"{origin} is no tokenizer.json that Hugging Face tokenizers reads"):
         made = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the package raises no other
-        raise UserError(
-            f"{origin} is no tokenizer.json that Hugging Face tokenizers reads: {one_line(error)}"
-        ) from error
     made.no_truncation()
     made.no_padding()
     return made

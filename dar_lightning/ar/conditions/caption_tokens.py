@@ -61,8 +61,7 @@ class CaptionTokens(Condition):
         for text, tokens in zip(prompts, found, strict=True):
             if len(tokens) > self.length:
                 say_cut(text, len(tokens), self.length)
-            if {*tokens} == {1}:
-                raise UserError(f"prompts: {text!r:.60} holds no word that this model has seen")
+            require({*tokens} != {1}, f"prompts: {text!r:.60} holds no word that this model has seen")
         return self._padded(found)
 
     def _padded(self, found: list[list[int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class labels as the condition (the paper): one learned vector a class, and one for "no class"."""
+"""Class labels as the condition (the paper): a learned vector a class, and one for "no class"; and no condition."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,16 +38,34 @@ class ClassLabel(Condition, nn.Embedding):
 
     def check_data(self, data: Any) -> None:
         for split in data.splits:
-            if not data.index(split).labelled:
-                raise UserError(
-                    f"data.{split}: its images have no labels, which condition 'class' needs: set config.condition to "
-                    "none, or make shards of a folder per class"
-                )
+            need = "set config.condition to none, or make shards of a folder per class"
+            said = f"data.{split}: its images have no labels, which condition 'class' needs: {need}"
+            require(data.index(split).labelled, said)
         named = data.num_classes
         if named and named != self.num_labels:  # too many would train to the end, and then fit no names
             raise UserError(f"num_classes is {self.num_labels} in the config: the data names {named} classes")
         for split in data.splits:
             data.index(split).check_labels(self.num_labels)
+
+
+class NoCondition(Condition):
+    """Unconditional images: one learned vector. A batch (B,) holds nothing but its length; it is label 0 of 1."""
+
+    takes = "nothing"
+    num_labels = 1
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(1, dim)
+
+    def forward(self, batch: Tensor) -> Prefix:
+        return Prefix(self.embedding.weight.expand(len(batch), 1, -1))
+
+    def null(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.long, device=self.embedding.weight.device)
+
+    def from_data(self, batch: Mapping[str, Any]) -> Tensor:
+        return torch.zeros_like(batch["label"])
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +64,14 @@ class Condition(nn.Module):
 def check_captions(data: Any, what: str) -> None:
     """UserError unless the token shards of a CodesDataModule have captions, which `what` needs."""
     for split in data.splits:
-        if not data.index(split).captioned:
-            raise UserError(
-                f"data.{split}: its token shards have no captions, which {what} needs: run `dar extract` on shards "
-                "with captions"
-            )
+        said = f"data.{split}: its token shards have no captions, which {what} needs"
+        require(data.index(split).captioned, f"{said}: run `dar extract` on shards with captions")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """UserError for an empty prompt."""
     for number, text in enumerate(prompts):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"prompts: number {number} is {text!r}: say what to draw")
+        require(isinstance(text, str) and text.strip(), f"prompts: number {number} is {text!r}: say what to draw")
 
 
 @lru_cache(maxsize=64)  # a prompt is encoded for each batch of its pictures

@@ -13,17 +13,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
-        return _all_reduce(values)
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _all_reduce(gradient)
-
-
-def _all_reduce(values: Tensor) -> Tensor:
-    total = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+        return _Sum.apply(gradient)
 
 
 def sum_over_ranks(values: Tensor, training: bool) -> Tensor:

@@ -17,12 +17,9 @@ class FiniteScalarQuantizer(nn.Module):
     Codes are in [-1, 1]. The first channel changes fastest with the index.
 
     Args:
-        codebook_size: number of codes, the product of the levels.
+        codebook_size: the product of the levels.
         codebook_dim: channels.
         levels: levels of each channel, such as [8, 8, 8, 5, 5, 5]; None for equally many in each.
-
-    Raises:
-        UserError: the levels do not give these sizes.
     """
 
     bypass = False

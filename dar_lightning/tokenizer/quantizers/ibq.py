@@ -26,13 +26,10 @@ class IndexBackpropagationQuantizer(nn.Module):
 
     Args:
         codebook_size: number of codes.
-        codebook_dim: their channels; the paper has 256.
+        codebook_dim: the paper has 256.
         commitment: factor on `vq`.
         entropy_weight: factor on both entropies.
         temperature: of the distributions whose entropies these are; that of the gradient is 1.
-
-    Raises:
-        UserError: an option is out of range.
     """
 
     bypass = False

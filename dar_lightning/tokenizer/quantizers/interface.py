@@ -19,8 +19,9 @@ class Quantized(NamedTuple):
 class Quantizer(Protocol):
     """A module that turns latents into codes of `codebook_dim` channels, and back.
 
-    It is built as `Cls(codebook_size, codebook_dim, **options)`, raises UserError for sizes that it cannot have, and
-    has no buffers that are not saved: a loaded model would find them empty.
+    It is built as `Cls(codebook_size, codebook_dim, **options)`, of so many codes of so many channels, raises UserError
+    for sizes that it cannot have and options out of range, and has no buffers that are not saved: a loaded model would
+    find them empty.
     """
 
     bypass: bool

@@ -15,14 +15,6 @@ class SimVectorQuantizer(nn.Module):
 
     The random codes are saved with the weights: no config gives them back. Losses: `vq`, (code - sg latent)², and
     `commit`, commitment * (sg code - latent)²; squares are means over channels, sg stops the gradient.
-
-    Args:
-        codebook_size: number of codes.
-        codebook_dim: their channels.
-        commitment: factor on `commit`.
-
-    Raises:
-        UserError: commitment is negative.
     """
 
     bypass = False

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.tokenizer.quantizers import VectorQuantizer
 
 
@@ -92,11 +92,9 @@ class CodebookWarmup(Callback):
 
     def _start_codebook(self, trainer, pl_module, step: int) -> None:
         latents, quantizer = torch.cat(self.latents).to(pl_module.device), pl_module.tokenizer.quantizer
-        if not len(latents):
-            raise UserError(
-                f"CodebookWarmup: the {self.collect_steps} steps up to step {step} gave no latent that is finite, so "
-                "the codebook cannot start; look at the data and the learning rate, or raise collect_steps"
-            )
+        said = f"CodebookWarmup: the {self.collect_steps} steps up to step {step} gave no latent that is finite"
+        need = "look at the data and the learning rate, or raise collect_steps"
+        require(len(latents) > 0, f"{said}, so the codebook cannot start; {need}")
         size, seeded = len(quantizer.codebook), torch.Generator().manual_seed(step)
         codes = spherical_kmeans(latents, size, self.kmeans_iterations, seeded)
         self._move(trainer, pl_module, torch.arange(size), codes)

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dar_lightning.ar.guidance import Guidance, read_guidance
 from dar_lightning.ar.sampling import check_filter
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.generation.pipeline import DARPipeline
 from dar_lightning.metrics.features import FrozenNetwork, feature_protocol, frechet_name, load_features
 from dar_lightning.metrics.frechet import Gaussian, check_fits, frechet_distance, read_statistics
@@ -330,8 +330,7 @@ class GenerationFID(FrechetCallback):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(mistakes := [None] * trainer.world_size, mistake)
             mistake = next(filter(None, mistakes), None)
-        if mistake is not None:
-            raise UserError(mistake)
+        require(mistake is None, mistake)
         if measured.empty:  # more ranks than batches
             measured.add(torch.zeros(1, 3, size, size, dtype=torch.uint8), count=0)
         return measured

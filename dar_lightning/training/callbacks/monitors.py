@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from dar_lightning.ar.order import written
 from dar_lightning.data.transforms import to_float
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.metrics.codebook import CodebookUse
 from dar_lightning.metrics.reconstruction import token_influence, token_influence_names
@@ -203,8 +203,7 @@ class TokenInfluence(Callback):
     needs = "tokenizer"  # which model
 
     def __init__(self, num_images: int = 16):
-        if num_images < 2:
-            raise UserError(f"TokenInfluence: num_images is {num_images}: another image's tokens need 2 or more")
+        require(num_images >= 2, f"TokenInfluence: num_images is {num_images}: another image's tokens need 2 or more")
         self.num_images = num_images
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.training.fsdp import own_slice
 from dar_lightning.training.late_reading import LateReading
 
@@ -29,8 +29,7 @@ class SkipBadSteps(Callback):
     """
 
     def __init__(self, max_in_a_row: int = 10) -> None:
-        if max_in_a_row < 1:
-            raise UserError(f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
+        require(max_in_a_row >= 1, f"max_in_a_row: {max_in_a_row} steps in a row cannot be skipped, give at least 1")
         self.max_in_a_row = max_in_a_row
         self.counts = torch.zeros(2)  # skipped since the start, and in a row until now
 
@@ -75,11 +74,9 @@ class SkipBadSteps(Callback):
         self._steps_done = trainer.global_step
         pl_module.log("train/skipped_steps", self.counts[0])
         _, in_a_row = map(int, self._late.exchange(self.counts) or (0, 0))
-        if in_a_row >= self.max_in_a_row:
-            raise UserError(
-                f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in "
-                "a row, and these were skipped; look at the data and the learning rate"
-            )
+        said = f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in"
+        skipped = f"{said} a row, and these were skipped; look at the data and the learning rate"
+        require(in_a_row < self.max_in_a_row, skipped)
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts.cpu()}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, require
 from dar_lightning.training.losses.weighting import WeightedLoss
 
 MAX_WIDENING = 8  # channels of the deepest layers, in multiples of the first one's
@@ -55,8 +55,7 @@ class AdversarialLoss(nn.Module, WeightedLoss):
     ):
         nn.Module.__init__(self)
         WeightedLoss.__init__(self, weight, t_power, start_step)
-        if depth < 1:
-            raise UserError(f"depth is {depth}: it must be at least 1")
+        require(depth >= 1, f"depth is {depth}: it must be at least 1")
         if channels < 1 or channels % min(32, channels):
             raise UserError(f"channels is {channels}: it must be a multiple of 32, or from 1 to 31")
         self.channels, self.depth = channels, depth

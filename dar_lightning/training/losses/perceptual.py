@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import require
 from dar_lightning.metrics.lpips import lpips_network
 from dar_lightning.training.losses.weighting import WeightedLoss
 
@@ -32,8 +32,7 @@ class PerceptualLoss(WeightedLoss):
         start_step: int = 0,
     ):
         super().__init__(weight, t_power, start_step)
-        if stride < 1:
-            raise UserError(f"stride is {stride}: it must be at least 1, which sees every image")
+        require(stride >= 1, f"stride is {stride}: it must be at least 1, which sees every image")
         self.stride = stride
         self.distance = lpips_network(weights_path)
 

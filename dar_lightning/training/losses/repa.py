@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dar_lightning.errors import UserError, one_line
+from dar_lightning.errors import UserError, one_line, require
 from dar_lightning.formats.checkpoint import read_checkpoint
 from dar_lightning.metrics.features import FrozenNetwork
 from dar_lightning.tokenizer.decoder import REPA_DIM
@@ -43,8 +43,7 @@ class RepaLoss(WeightedLoss):
             vit = timm.create_model(model, pretrained=weights_path is None, num_classes=0)  # of its own image size
         except (OSError, RuntimeError, TypeError) as error:
             raise UserError(f"teacher {model} cannot be had ({one_line(error)}): set weights_path") from error
-        if vit.num_features != REPA_DIM:
-            raise UserError(f"teacher {model} has width {vit.num_features}: REPA needs {REPA_DIM}")
+        require(vit.num_features == REPA_DIM, f"teacher {model} has width {vit.num_features}: REPA needs {REPA_DIM}")
         if weights_path is not None:
             try:
                 vit.load_state_dict(read_checkpoint(weights_path))

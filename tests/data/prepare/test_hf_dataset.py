@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from refusals import refused
 
 from dar_lightning.commands.shard import shard
-from dar_lightning.errors import UserError
 
 
 def png(number: int) -> bytes:
@@ -21,8 +21,7 @@ def png(number: int) -> bytes:
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dar-lightning\[datasets\]'"):
-        shard("hf://some/name", str(tmp_path / "out"), workers=1)
+    refused(r"pip install 'dar-lightning\[datasets\]'", shard, "hf://some/name", str(tmp_path / "out"), workers=1)
 
 
 @pytest.fixture
@@ -59,8 +58,7 @@ def test_splits(datasets, tmp_path):
     parts = {"train": make(datasets, range(4)), "test": make(datasets, range(4, 6))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "in")
     for split in (None, "val"):
-        with pytest.raises(UserError, match=r"split: .*train, test"):
-            shard(str(tmp_path / "in"), str(tmp_path / "out"), split=split, workers=1)
+        refused(r"split: .*train, test", shard, str(tmp_path / "in"), str(tmp_path / "out"), split=split, workers=1)
     shard(str(tmp_path / "in"), str(tmp_path / "out"), split="test", workers=1)
     assert {content for content, _, _ in read(tmp_path / "out").values()} == {png(4), png(5)}
 
@@ -91,6 +89,4 @@ def test_data_sets_that_cannot_be(datasets, tmp_path):
         (f"hf://{tmp_path / 'damaged'}", None, r"input: .* cannot be loaded: "),
         (f"hf://{tmp_path / 'none'}", None, r"input: .* cannot be loaded: "),
     ):
-        with pytest.raises(UserError, match=message) as error:
-            shard(name, str(tmp_path / "out"), split=split, workers=1)
-        assert "\n" not in str(error.value)
+        refused(message, shard, name, str(tmp_path / "out"), split=split, workers=1)

@@ -6,9 +6,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from refusals import refused
 from tiny_training import trainer
 
-from dar_lightning.errors import UserError
 from dar_lightning.training.callbacks import EMA, SkipBadSteps
 from dar_lightning.training.optim import OptimizerConfig, configure_adamw
 
@@ -102,9 +102,7 @@ def test_an_overflow_of_float16_is_the_gradient_scalers_business():
 
 def test_too_many_in_a_row_end_the_run_with_clean_weights_and_average():
     average, module = EMA(0.9), Line(dict.fromkeys((1, 2, 4, 5, 6), "nan"))
-    with pytest.raises(UserError, match=r"stopped at step 7: .* NaN or infinite in 3 steps in a row") as caught:
-        fit(8, module, SkipBadSteps(3), average)
-    assert "\n" not in str(caught.value)
+    refused(r"stopped at step 7: .* NaN or infinite in 3 steps in a", lambda: fit(8, module, SkipBadSteps(3), average))
     for model in (module, average._average_model):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -113,8 +111,7 @@ def test_counts_are_in_the_checkpoint(tmp_path):
     _, run = fit(3, Line({1: "nan", 2: "nan"}), SkipBadSteps(3))
     run.save_checkpoint(tmp_path / "x.ckpt")
     again = trainer(SkipBadSteps(3), max_epochs=2)
-    with pytest.raises(UserError, match="in 3 steps in a row"):
-        again.fit(Line({0: "nan"}), batches(1), ckpt_path=tmp_path / "x.ckpt")
+    refused("in 3 steps in a row", lambda: again.fit(Line({0: "nan"}), batches(1), ckpt_path=tmp_path / "x.ckpt"))
 
 
 def test_wrong_options():
@@ -128,13 +125,10 @@ def test_wrong_options():
     def fused(parameters):
         return torch.optim.AdamW(parameters, fused=True)
 
-    with pytest.raises(UserError, match="max_in_a_row: 0 steps"):
-        SkipBadSteps(0)
-    with pytest.raises(UserError, match="needs an optimizer with fused=True, not SGD"):
-        with_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refused("max_in_a_row: 0 steps", SkipBadSteps, 0)
+    refused("with fused=True, not SGD", with_optimizer, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     with_optimizer(fused)
-    with pytest.raises(UserError, match=r"precision 16-mixed needs an optimizer whose _step_supports_amp_scaling"):
-        with_optimizer(fused, plugins=float16())
+    refused("precision 16-mixed .*_step_supports_amp", lambda: with_optimizer(fused, plugins=float16()))
 
 
 class Ranks(Line):

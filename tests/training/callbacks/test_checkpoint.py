@@ -1,4 +1,4 @@
-"""`last.ckpt` is the last step, whatever ends the run; signals end a run after its step with a telling exit code."""
+"""`last.ckpt` is the last step, whatever ends the run; signals end a run after its step; and EMA."""
 
 import os
 import signal
@@ -6,9 +6,16 @@ import signal
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_models import fit_ar
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import fit_ar, make_tokenizer
+from tiny_training import image_data, tokenizer_module, trainer
 
 from dar_lightning.cli import main
+from dar_lightning.metrics.features import FrozenNetwork
+from dar_lightning.training.callbacks import EMA
+from dar_lightning.training.callbacks.ema import Average
+from dar_lightning.training.optim import OptimizerConfig
+from dar_lightning.weights.lightning import has_average
 
 OURS = "dar_lightning.training.callbacks.LastStepCheckpoint"
 
@@ -86,3 +93,110 @@ def test_a_signal_ends_the_run_after_the_step(tokens, tmp_path, capsys, number, 
     if says and checkpoint == OURS:
         batches = saved(tmp_path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
         assert (saved(tmp_path)["global_step"], batches) == (2, 4), "the other half of the step is done, too"
+
+
+class Followed(Callback):
+    """The average by hand, in float64; and whether validation sees it."""
+
+    def __init__(self, decay: float, start: int):
+        self.decay, self.start, self.validated = decay, start, []
+
+    def weights(self, pl_module) -> list[torch.Tensor]:
+        return [parameter.detach().double() for parameter in pl_module.parameters()]
+
+    def on_train_start(self, trainer, pl_module):
+        if not trainer.global_step:
+            self.average = self.weights(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        keep = self.decay if trainer.global_step > self.start else 0.0
+        both = zip(self.average, self.weights(pl_module), strict=True)
+        self.average = [keep * old + (1 - keep) * now for old, now in both]
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.validated.append(same(self.weights(pl_module), self.average))
+
+
+def same(found, expected) -> bool:
+    return all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("start", [None, 2, 5])
+def test_it_is_the_formula_from_the_start_weights_on(images, tmp_path, start):
+    """Over 4 steps and 3 more, which go on from a checkpoint; in validation, checkpoints and at the end.
+
+    With a start of 5, the average has not begun in the first checkpoint: it is the weights themselves.
+    """
+    seen = Followed(0.8, start or 0)
+    for steps in (4, 7):
+        saving = ModelCheckpoint(tmp_path, f"{steps}", every_n_train_steps=steps)
+        options = dict(max_steps=steps, val_check_interval=2, limit_val_batches=1, enable_checkpointing=True)
+        fit = trainer(EMA(0.8, update_starting_at_step=start), seen, saving, **options)
+        trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))  # which has buffers
+        fit.fit(trained, image_data(images), ckpt_path=tmp_path / "4.ckpt" if steps == 7 else None)
+        assert same(trained.parameters(), seen.average), "at the end"
+        saved = torch.load(tmp_path / f"{steps}.ckpt", weights_only=True)
+        names = [name for name, _ in trained.named_parameters()]
+        assert same([saved["state_dict"][name] for name in names], seen.average)
+        differ = not torch.equal(saved["state_dict"][names[0]], saved["current_model_state"][names[0]])
+        assert differ == has_average(saved) == (steps > seen.start)
+    assert seen.validated == 3 * [True]
+
+
+def test_it_lies_where_the_model_trains_and_reads_nothing_there():
+    """On the meta device nothing can be read."""
+    model = torch.nn.Linear(3, 3)
+    average = Average(model, torch.device("meta"), 0.9)
+    assert average.module.weight.is_meta
+    model.to("meta")
+    average.begin_anew(model)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert int(average.n_averaged) == 3
+
+
+def test_what_is_frozen_stays_as_it_is():
+    """To the bit: 0.9 x + 0.1 x would be rounded, step by step."""
+    model = torch.nn.Linear(30, 30)
+    model.weight.requires_grad_(False)
+    average = Average(model, torch.device("cpu"), 0.9)
+    for _ in range(5):
+        average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)
+    assert not torch.equal(average.module.bias, model.bias)
+
+
+def test_frozen_networks_are_not_copied():
+    model = tokenizer_module()
+    model.perceptual = FrozenNetwork(torch.nn.Linear(3, 3))
+    average = Average(model, torch.device("cpu"), 0.9).module
+    assert average.perceptual.network is model.perceptual.network
+    assert [name for name, _ in average.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(name.startswith("tokenizer.") for name, _ in average.named_parameters())
+
+
+def test_the_average_has_statistics_of_its_own(images):
+    """Of `latent_norm: batch`: what its encoder gives of each step's batch, 0.99 old and 0.01 new, by hand."""
+    ema, flat, expected, current = EMA(0.8, update_starting_at_step=2), [], [], []
+
+    class ByHand(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            norm = pl_module.tokenizer.encoder.latent_norm
+            current[:] = norm.running_mean.clone(), norm.running_var.clone()
+            if trainer.global_step <= 2:  # the average is the model itself
+                expected[:] = [each.double() for each in current]
+                return
+            encoder = make_tokenizer(latent_norm="batch").encoder
+            encoder.load_state_dict(ema._average_model.module.tokenizer.encoder.state_dict())
+            encoder.latent_norm.register_forward_pre_hook(lambda norm, inputs: flat.append(inputs[0]))
+            encoder(batch["image"] / 127.5 - 1)
+            seen = flat[-1].double().mean(dim=0), flat[-1].double().var(dim=0)
+            expected[:] = [0.99 * old + 0.01 * new for old, new in zip(expected, seen, strict=True)]
+
+    trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
+    fit = trainer(ema, ByHand(), max_steps=6)
+    fit.fit(trained, image_data(images))
+    norm = trained.tokenizer.encoder.latent_norm
+    assert same((norm.running_mean, norm.running_var), expected)
+    assert len(flat) == 4
+    assert not same(current, expected), "the optimizer's weights give other latents"

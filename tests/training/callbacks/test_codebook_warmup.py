@@ -22,9 +22,6 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ---- k-means
-
-
 def numpy_kmeans(points: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
     """Lloyd's iterations on the sphere, by loops; no cluster may become empty."""
     centres = start.copy()
@@ -57,9 +54,6 @@ def test_kmeans_finds_the_clusters_that_are_there():
     few = spherical_kmeans(torch.eye(3), 8, 4, seeded(0))
     assert few.shape == (8, 3)
     assert {tuple(centre) for centre in few.tolist()} == {tuple(point) for point in torch.eye(3).tolist()}
-
-
-# ---- in training
 
 
 class Watch(Callback):

@@ -16,16 +16,15 @@ import scipy.linalg
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from refusals import refusal, refused
 from tiny_models import CLASSES, SIZE, fit_ar, make_tokenizer, picture
 from tiny_training import ar_module, image_data, token_data, tokenizer_module, trainer
 from torch.nn.modules.module import register_module_forward_hook
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dar_lightning import DARPipeline, SequentialDiffusionTokenizer
-from dar_lightning.cli import main
 from dar_lightning.commands.compare import compare
 from dar_lightning.commands.evaluate import evaluate
-from dar_lightning.errors import UserError
 from dar_lightning.metrics import images as image_sets
 from dar_lightning.metrics.features import FrozenNetwork, load_features
 from dar_lightning.records.pixels import image_digests, set_sha256
@@ -298,14 +297,12 @@ def test_a_folder_that_cannot_be_written_costs_a_line(images, tmp_path, capsys):
     assert len(said) == 2
     assert said[1].startswith(f"WARNING: cannot write {tmp_path}/evaluation/rFD-color_edges-0000002.json: ")
     assert said[1].endswith(f"val/rFD-color_edges of step 2 is {float(value):.6g}; training goes on")
-    with pytest.raises(UserError, match="cannot write"):
-        fit.validate(tokenizer_module(), image_data(images, 3), verbose=False)
+    refused("cannot write", lambda: fit.validate(tokenizer_module(), image_data(images, 3), verbose=False))
 
 
 def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsys):
     def validated(module, data, message, *callbacks):
-        with pytest.raises(UserError, match=message):
-            run(tmp_path, *callbacks).validate(module, datamodule=data, verbose=False)
+        refused(message, lambda: run(tmp_path, *callbacks).validate(module, datamodule=data, verbose=False))
 
     of_images, of_tokens = (tokenizer_module(), image_data(images)), (ar_module(), token_data(tokens))
     drawing = GenerationFID(tokenizer_folder, images[1], 9, NETWORK)
@@ -321,14 +318,10 @@ def test_mistakes_are_one_line(images, tokens, tokenizer_folder, tmp_path, capsy
         (lambda: ReconstructionFID(every_n_steps=0), "every_n_steps is 0"),
         (lambda: ReconstructionFID(label="a/b"), "label is 'a/b'"),
     ):
-        with pytest.raises(UserError, match=message):
-            make()
+        refused(message, make)
     one = ["--trainer.callbacks+=dar_lightning.training.callbacks.GenerationFID"]
     one += [f"--trainer.callbacks.tokenizer={tokenizer_folder}", f"--trainer.callbacks.reference={images[1]}"]
-    with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in (*fit_ar(*tokens, tmp_path, max_steps=1), *one, *one)])
-    assert caught.value.code == 2
-    found = capsys.readouterr().err.splitlines()[-1]
+    found = refusal(capsys, [*fit_ar(*tokens, tmp_path, max_steps=1), *one, *one])
     assert "dar fit: trainer: Found more than one stateful callback of type `GenerationFID`" in found
 
 

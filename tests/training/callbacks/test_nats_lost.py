@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import GROUPS, TOKENS, make_ar
 from tiny_training import STILL, ar_module, scalars, token_data, trainer
 
@@ -41,10 +42,7 @@ def test_nats_lost_by_group(tokens, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [
-        ({"tokens_per_pass": 2}, "tokens_per_pass is 2, need 1"),
-        ({"vocab_size": 16}, "vocab_size is 16, need 32"),
-    ],
+    [({"tokens_per_pass": 2}, "tokens_per_pass is 2, need 1"), ({"vocab_size": 16}, "vocab_size is 16, need 32")],
 )
 def test_references_that_cannot_be_compared(changes, reason, tokens, tmp_path):
     make_ar(**changes).save_pretrained(tmp_path)
@@ -54,8 +52,7 @@ def test_references_that_cannot_be_compared(changes, reason, tokens, tmp_path):
 
 
 def test_groups_and_images_that_there_are_not(tokens):
-    with pytest.raises(UserError, match="draws is -1"):
-        Passes(draws=-1)
+    refused("draws is -1", Passes, draws=-1)
     with pytest.raises(UserError, match="num_groups is 3: it must divide the 8 tokens"):
         trainer(Passes(num_groups=3)).validate(ar_module(), token_data(tokens), verbose=False)
 
