@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs format clean
+.PHONY: help install demo test lint docs format clean ci-tools
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
 
@@ -32,6 +32,9 @@ docs: $(INSTALLED) ## build the site into docs/_build; a broken link or referenc
 format: $(INSTALLED) ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+ci-tools: ## install SLURM and Chromium by apt-get, for the tests that are skipped without them
+	@.ci/tools
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist docs/_build docs/api .pytest_cache .ruff_cache

@@ -4,17 +4,20 @@ python -m benchmarks [rows] [--rows encode decode] [--sizes tiny v1] [--batches 
     [--dtype float32] [--compile none] [--seconds 2] [--max_tflop 3] [--output FILE.json]
 python -m benchmarks against REVISION [--pairs 5] [the options of rows]
 python -m benchmarks clock [--threads 2] [--budget 45] [--only quantizer] [--output benchmarks/results/clock.json]
-python -m benchmarks table [--write docs/performance.md]
+python -m benchmarks official [the options of clock]
+python -m benchmarks table [--input benchmarks/results/official.json] [--write docs/performance.md]
 """
 
 import json
 import sys
+import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import clock, measure
+from benchmarks import clock, measure, official
 from benchmarks.machine import RESULTS, options, record
 from benchmarks.rows import ROWS, Setting
 from dar_lightning.devices import choose_device, round_convolutions_as_products
@@ -72,15 +75,16 @@ def against(argv: list[str]) -> None:
 
 
 def table(argv: list[str]) -> None:
-    """The ratios as Markdown, put into a page between its markers."""
+    """The ratios of a result as Markdown, put into a page between the markers of its name."""
     given = options(__doc__, argv, input=RESULTS / "clock.json", write="")
     text = clock.table(json.loads(given.input.read_text()))
     if given.write:
-        write_text(given.write, clock.inserted(Path(given.write).read_text(), text))
+        write_text(given.write, clock.inserted(Path(given.write).read_text(), text, given.input.stem))
     print(text)
 
 
-VERBS = {"rows": rows, "against": against, "clock": clock.run, "table": table}
+OFFICIAL = partial(clock.run, comparisons=official.ROWS, threads=1, clock=time.process_time, name="official")
+VERBS = {"rows": rows, "against": against, "clock": clock.run, "official": OFFICIAL, "table": table}
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,8 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from benchmarks import counting, plain
 from benchmarks.machine import RESULTS, in_turns, options, ratio, record
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
-from dar_lightning.ar.onednn import PackedLinear, packed
 from dar_lightning.ar.sampling import generate
 from dar_lightning.layers import compile_blocks
 from dar_lightning.tokenizer.quantizers.vector import BLOCK, CPU_TILE, VectorQuantizer
@@ -40,7 +40,6 @@ ROW_KEYS = {
     "gflops",
     "share_of_limit",
 }
-MARKERS = "<!-- clock: python -m benchmarks table -->", "<!-- /clock -->"
 
 
 class Sides(NamedTuple):
@@ -52,6 +51,7 @@ class Sides(NamedTuple):
     bare_plain: Callable[[], object] | None = None
     gflop: float | None = None  # of ours, where the speed of products bounds it
     facts: dict | None = None  # what else to store: whether the sides agree, FLOPs
+    warm: bool = False  # whether they have run before
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -90,8 +90,8 @@ def quantizer(size: str, **form: bool) -> Sides:
         return indices
 
     def theirs() -> Tensor:
-        loss, indices = plain.quantize(latents, module.codebook, **form)
-        loss.backward()
+        values, loss, indices = plain.quantize(latents, module.codebook, **form)
+        (values.sum() + loss).backward()
         return indices
 
     z, codes = F.normalize(latents.detach(), dim=-1)[0], module.codebook.detach()
@@ -102,21 +102,9 @@ def quantizer(size: str, **form: bool) -> Sides:
 
 def token_products(ar: ARModel, batch: int, count: int) -> Callable[[], object]:
     """The matrix products of `count` tokens without guidance, but for those of attention."""
-    layers = [module for module in ar.modules() if isinstance(module, nn.Linear | PackedLinear)]
+    layers = [module for module in ar.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.ones(batch, 1, layer.weight.shape[1], dtype=ar.norm.weight.dtype) for layer in layers]
     return lambda: [layer(x) for _ in range(count) for layer, x in zip(layers, inputs, strict=True)]
-
-
-def cached_generation(size: str) -> Sides:
-    """Tokens of 8 images."""
-    ar, labels = sampler(size), torch.arange(8)
-    works = [
-        lambda draw=draw: draw(ar, labels, generator=torch.Generator().manual_seed(0))
-        for draw in (generate, plain.generate)
-    ]
-    bare = [token_products(model, 8, ar.config.num_tokens) for model in (packed(ar, rows=8), ar)]
-    equal = (works[0]() == works[1]()).float().mean().item()
-    return Sides(*works, *bare, facts={"tokens_equal": round(equal, 4)})
 
 
 def bfloat16_weights(size: str) -> Sides:
@@ -134,36 +122,6 @@ def bfloat16_weights(size: str) -> Sides:
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative, of the norm."""
     return float(f"{(found - exact).norm() / exact.norm():.2g}")
-
-
-def training_step(size: str) -> Sides:
-    """Forward and backward pass of one image."""
-    model, images = tokenizer(size, 1)
-
-    def step(recompute: bool) -> None:
-        model.decoder.recompute = recompute
-        losses = model.training_losses(images, torch.full((1,), 0.5), torch.ones_like(images))
-        loss = losses["flow"] + losses["vq"] + losses["commit"]
-        if recompute:
-            entropy, _ = plain.quantize(losses["latents"], model.quantizer.codebook, one_hot=False, entropy=True)
-            loss = loss + 0 * entropy
-        loss.backward()
-
-    once, twice = (counting.tokenizer_step(model.config, recompute) for recompute in (False, True))
-    facts = {"ratio_of_flops": round(twice / once, 3)}
-    return Sides(partial(step, False), partial(step, True), gflop=once / 1e9, facts=facts)
-
-
-def encoding(size: str) -> Sides:
-    """Tokens of 2 images."""
-    model, images = tokenizer(size, 2)
-
-    def theirs() -> Tensor:
-        with plain.attention_maps():
-            return model.tokenize(images)
-
-    facts = {"codes_identical": bool((model.tokenize(images) == theirs()).all())}
-    return Sides(partial(model.tokenize, images), theirs, gflop=2 * counting.encode(model.config) / 1e9, facts=facts)
 
 
 def previews(size: str) -> Sides:
@@ -195,10 +153,7 @@ COMPARISONS = {
     "quantizer": ("quantizer, 16384x8, forward and backward: one-hot distance matrix", quantizer, "v1", 10.0),
     "quantizer_lookup": ("the same: distance matrix, codes looked up", looked_up, "v1", 10.0),
     "quantizer_entropy": ("the same: with an entropy loss of weight zero", with_entropy, "v1", None),
-    "generation": ("generation, B, batch 8: masked attention to a static cache", cached_generation, "B", 1.3),
     "bfloat16": ("generation, L, batch 1, bfloat16 weights: float32", bfloat16_weights, "L", 2.0),
-    "training": ("training step, v1: decoder recomputed, entropy loss", training_step, "v1", None),
-    "encoding": ("encoding, v1: attention maps built too", encoding, "v1", 1.08),
     "previews": ("all previews, light: one decode (theirs is the unit)", previews, "light", 1.1),
     "compile": ("diffusion step, v1, compiled: not compiled", compiled_step, "v1", 1.1),
     "step_bfloat16": ("diffusion step, v1, in bfloat16: float32", half_step, "v1", None),
@@ -206,7 +161,7 @@ COMPARISONS = {
 INVERSE = ("previews",)  # the ratio is ours over plain, and the goal is not to be exceeded
 
 
-def limits() -> dict[str, float]:
+def limits(clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """What bare products and reads reach on this CPU: the medians of a second or so each.
 
     Returns:
@@ -223,39 +178,53 @@ def limits() -> dict[str, float]:
         "read_gb_per_s": (lambda: large @ vector, large.nbytes / 1e9),
     }
     return {
-        name: round(amount / statistics.median(in_turns({name: work}, budget=1.0)[name]), 1)
+        name: round(amount / statistics.median(in_turns({name: work}, budget=1.0, clock=clock)[name]), 1)
         for name, (work, amount) in works.items()
     }
 
 
-def run(argv: list[str]) -> None:
-    """Measure all that --only names."""
-    defaults = {"threads": 2, "budget": 45.0, "only": [*COMPARISONS], "tiny": False, "output": RESULTS / "clock.json"}
-    given = options(__doc__, argv, **defaults)
+def run(
+    argv: list[str],
+    comparisons: Mapping[str, tuple] = COMPARISONS,
+    threads: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+    name: str = "clock",
+) -> None:
+    """Measure all that --only names; rows of other names stay in the file."""
+    defaults = {"threads": threads, "budget": 45.0, "only": [*comparisons], "tiny": False}
+    given = options(__doc__, argv, **defaults, output=RESULTS / f"{name}.json")
     torch.set_num_threads(given.threads)
-    most = limits()
-    rows = (compare(name, given.tiny, given.budget, most["float32_gflops"]) for name in given.only)
-    record(given.output, "ratios: plain over ours, medians of interleaved pairs", rows, limits=most)
+    most = limits(clock)
+    bounds = given.tiny, given.budget, most["float32_gflops"], clock
+    rows = (compare(row, comparisons[row], *bounds) for row in given.only)
+    what = "ratios: plain over ours, medians of interleaved pairs"
+    timed = "CPU seconds" if clock is time.process_time else "the clock"
+    record(given.output, what, rows, key="row", timed_by=timed, limits=most)
 
 
-def compare(name: str, tiny: bool, budget: float, limit: float) -> dict:
+def compare(name: str, comparison: tuple, tiny: bool, budget: float, limit: float, clock: Callable[[], float]) -> dict:
     """One row: pairs for `budget` seconds, but at least LEAST_PAIRS and at most MOST_PAIRS."""
-    what, build, size, goal = COMPARISONS[name]
+    what, build, size, goal = comparison
     row = {"row": name, "what": what}
     if name == "compile" and shutil.which("g++") is None:
         return row | {"skipped": "torch.compile on a CPU needs g++"}
+    torch.manual_seed(0)
     sides, inverse = build("tiny" if tiny else size), name in INVERSE
     works = {side: work for side, work in zip(Sides._fields[:4], sides[:4], strict=True) if work}
-    seconds = in_turns(works, budget=budget, least=LEAST_PAIRS, most=MOST_PAIRS)
+    seconds = in_turns(works, budget=budget, least=LEAST_PAIRS, most=MOST_PAIRS, warm=sides.warm, clock=clock)
     row |= {"goal": goal, "at_most": inverse}
     row["ratio"] = ratio(seconds, *(("ours", "plain") if inverse else ("plain", "ours")))
     if sides.bare_ours:
         row["bare_ratio"] = ratio(seconds, "bare_plain", "bare_ours")
+        row["products_share"] = ratio(seconds, "bare_ours", "ours")
+        row["ratio_if_ours_were_products_alone"] = ratio(seconds, "plain", "bare_ours")
     row["pairs"] = len(seconds["ours"])
     row["milliseconds"] = {side: round(1000 * statistics.median(taken), 3) for side, taken in seconds.items()}
     if sides.gflop:
         speed = sides.gflop / statistics.median(seconds["ours"])
         row |= {"gflops": round(speed, 1), "share_of_limit": round(speed / limit, 3)}
+        if sides.bare_ours:
+            row["gflops_of_products_alone"] = round(sides.gflop / statistics.median(seconds["bare_ours"]), 1)
     return row | (sides.facts or {})
 
 
@@ -282,7 +251,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", f"{end}{most['read_gb_per_s']:.1f} GB/s read."])
 
 
-def inserted(page: str, text: str) -> str:
-    """The page with the table between its markers."""
-    start, end = map(re.escape, MARKERS)
-    return re.sub(f"({start}\n).*?({end})", lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page, flags=re.DOTALL)
+def inserted(page: str, text: str, name: str = "clock") -> str:
+    """The page with the table between the markers of this name."""
+    between = f"(<!-- {name}: [^\n]*\n).*?(<!-- /{name} -->)"
+    return re.sub(between, lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page, flags=re.DOTALL)

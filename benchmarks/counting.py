@@ -77,9 +77,9 @@ def decode(config: TokenizerConfig) -> int:
     return condition(config) + config.num_groups * diffusion_step(config)
 
 
-def tokenizer_loss(model: SequentialDiffusionTokenizer, images: Tensor) -> Tensor:
-    """Of a training step, REPA's head included, the frozen networks not."""
-    losses = model.training_losses(images)
+def tokenizer_loss(model: SequentialDiffusionTokenizer, images: Tensor, *drawn: Tensor) -> Tensor:
+    """Of a training step, REPA's head included, the frozen networks not; `drawn` are times and noise."""
+    losses = model.training_losses(images, *drawn)
     loss = losses["flow"] + losses["vq"] + losses["commit"]
     if "hidden" in losses:
         loss = loss + model.decoder.project_hidden(losses["hidden"], REPA_GRID).mean()

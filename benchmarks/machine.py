@@ -83,8 +83,9 @@ def in_turns(
     least: int = 3,
     most: int = 10**6,
     warm: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each work by name, all called in turn, so that a busy machine slows all alike.
+    """Seconds of each work by name, all called in turn, so that a busy machine slows all alike; `clock` tells them.
 
     The order changes from round to round. There are `least` rounds, and `most` within `budget` seconds. The first call
     of a work that is not `warm` is not counted.
@@ -96,10 +97,10 @@ def in_turns(
     while rounds < least or (rounds < most and time.perf_counter() < end):
         for name in list(works)[:: 1 if rounds % 2 == 0 else -1]:
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             works[name]()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         rounds += 1
     return seconds
 

@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from dar_lightning.errors import OneLineErrors, UserError, find_user_error, naming, phase, require, whole_line
+from dar_lightning.errors import (
+    MachineFault,
+    OneLineErrors,
+    UserError,
+    find_user_error,
+    naming,
+    phase,
+    require,
+    whole_line,
+)
 from dar_lightning.files import DISK, check_local, find_shipped, refuse_repeated_keys
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
@@ -59,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb.
 
     A user's mistake is a single line on stderr, and exit status 2: every UserError, and whatever else is raised before
-    the verb's work has begun (`begin_work`). What is raised later goes on as it is: a traceback, and exit status 1.
+    the verb's work has begun (`begin_work`). What is raised later goes on as it is: a traceback, and exit status 1. A
+    MachineFault is a line, with status 1.
     """
     is_program = argv is None
     argv = list(sys.argv[1:] if is_program else argv)
@@ -90,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code, said = 130, "stopped"
     except Exception as error:
-        code, said = 2, explain(error)
+        code, said = 1 if isinstance(find_user_error(error), MachineFault) else 2, explain(error)
         if said is None:
             raise
         if shown:

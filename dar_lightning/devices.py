@@ -116,11 +116,35 @@ LAUNCHERS = {  # variable with the number of processes that a launcher has start
 }
 
 
+def check_srun() -> None:
+    """Refuse to run where SLURM has several tasks, and srun has not started this process as one of them.
+
+    Lightning takes it for one all the same: it would wait for the others without end, or not find its own number.
+
+    Raises:
+        UserError: it is so. torchrun's processes, and those of an interactive job, are not meant.
+    """
+    if _lightning_sees_slurm() and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        tasks = os.environ["SLURM_NTASKS"]
+        if tasks != "1" or "SLURM_PROCID" not in os.environ:  # a shell of salloc has no number
+            raise UserError(
+                f"SLURM_NTASKS is {tasks}, but srun has not started this process: write srun before dar; or "
+                "`unset SLURM_NTASKS`, and dar starts the processes of this machine itself"
+            )
+
+
+def _lightning_sees_slurm() -> bool:
+    terminal = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in os.environ and not terminal and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def check_started_processes(world_size: int, options: str) -> None:
-    """Refuse a run of `world_size` processes when a launcher has started more: each would be a run of its own.
+    """Refuse a run of `world_size` processes when a launcher has started another number of them.
+
+    More would each be a run of its own; under SLURM, with one task, Lightning would make the run that small.
 
     Args:
-        world_size: processes of this run.
+        world_size: processes of this run, as its options say.
         options: those that decide it, for the error line.
 
     Raises:
@@ -136,4 +160,9 @@ def check_started_processes(world_size: int, options: str) -> None:
             raise UserError(
                 f"{options} make {world_size} process(es), {launcher} has started {started}: each would be a run of "
                 f"its own; let both say the same"
+            )
+        if launcher == "srun" and started == "1" != str(world_size) and _lightning_sees_slurm():
+            raise UserError(
+                f"{options} make {world_size} processes, SLURM has started 1: write srun with as many tasks before "
+                "dar; or `unset SLURM_NTASKS`, and dar starts them itself"
             )

@@ -27,6 +27,13 @@ class UserError(ValueError):
     """
 
 
+class MachineFault(UserError):
+    """A fault of a machine that a run depends on, such as a server that has gone: the user has made no mistake.
+
+    It is one line, too, but `dar` exits with status 1: the same command goes on where it stopped.
+    """
+
+
 def check_range(least: float, most: float = math.inf, **options: float | None) -> None:
     """Refuse options that are set to less or more than they may be, and infinity, which no option may be."""
     for name, value in options.items():

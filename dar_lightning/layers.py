@@ -20,14 +20,14 @@ Generators = torch.Generator | list[torch.Generator] | None  # one for the batch
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Apply RoPE to queries or keys: interleaved pairs of x (..., L, head_dim), angles rotary (L, head_dim / 2, 2).
+    """Apply RoPE to queries or keys: interleaved pairs of x (..., head_dim), angles rotary (..., head_dim / 2, 2).
 
     In float32 for any x of fewer bits: bfloat16 angles would be off by up to 0.002. Complex multiplication is faster on
     a CPU, and fewer kernels on a GPU, than even and odd channels apart, which are for Apple's mps and for the compiler,
     which knows no complex numbers.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pairs, rotary = x.to(wide).unflatten(-1, (-1, 2)), rotary.to(wide)
+    pairs, rotary = (each if each.itemsize >= 4 else each.float() for each in (x, rotary))
+    pairs = pairs.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling() or x.device.type == "mps":
         (cos, sin), (even, odd) = rotary.unbind(-1), pairs.unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from refusals import refused
 from tiny_models import AR, TOKENIZER, make_pipeline
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import clock, faults, gpu, gpu_training, measure, memory, mutants, plain, soak, traffic
+from benchmarks import clock, faults, gpu, gpu_training, measure, memory, mutants, official, soak, traffic
 from benchmarks.__main__ import main
 from benchmarks.editing import correlation, holes, psnr, seam
 from benchmarks.gpu_bench import Bench
@@ -80,31 +81,69 @@ def test_another_revision(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_ratio(tmp_path, monkeypatch):
-    monkeypatch.setattr(clock, "limits", lambda: {"float32_gflops": 100.0})
+    monkeypatch.setattr(clock, "limits", lambda clock: {"float32_gflops": 100.0})
     monkeypatch.setattr(clock, "LEAST_PAIRS", 1)
     monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
     rows = measured(tmp_path / "clock.json", "row", "clock", "--tiny", "--budget", 0)
     assert [*rows] == [*clock.COMPARISONS]
     assert [name for name, row in rows.items() if "skipped" in row] == ["compile"]
     assert all(rows[f"quantizer{form}"]["indices_identical"] for form in ("", "_lookup", "_entropy"))
-    assert rows["generation"]["tokens_equal"] == 1
-    assert rows["encoding"]["codes_identical"]
     assert rows["previews"]["last_identical"]
+    rows = measured(tmp_path / "official.json", "row", "official", "--tiny", "--budget", 0)
+    assert [*rows] == [*official.ROWS]
+    assert all(0 < row["products_share"] < 1 for row in rows.values())
 
 
-def test_the_static_cache_draws_the_same_tokens():
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_official_way_draws_the_same_tokens(guidance):
     ar, labels = clock.sampler("tiny"), torch.arange(3)
-    theirs = plain.generate(ar, labels, torch.Generator().manual_seed(1))
-    assert torch.equal(generate(ar, labels, generator=torch.Generator().manual_seed(1)), theirs)
+    theirs = official.generate(ar, labels, guidance, greedy=True)
+    assert torch.equal(generate(ar, labels, guidance=guidance, top_k=1), theirs)
     assert len(theirs.unique()) > 10
+    drawn = official.generate(ar, labels, guidance, count=2)
+    assert drawn.shape == (3, 2)
 
 
-def test_the_page_shows_the_stored_ratios():
-    result = json.loads((ROOT / "benchmarks/results/clock.json").read_text())
+def test_the_official_way_computes_the_same_losses():
+    model, images = clock.tokenizer("tiny", 2, repa_layer=1, decoder_dim=128)
+    u, noise = (
+        torch.ones(2),
+        torch.randn_like(images),
+    )  # a time that reads all tokens: none is left out of vq and commit
+    ours = model.training_losses(images, u, noise)
+    ours = ours["flow"] + ours["vq"] + ours["commit"] + model.decoder.project_hidden(ours["hidden"], (8, 8)).mean()
+    torch.testing.assert_close(official.tokenizer_loss(model, images, u, noise), ours)
+    assert torch.equal(official.encode(model.eval(), images), model.tokenize(images))
+
+    ar, codes = clock.sampler("tiny").train(), torch.arange(64).view(2, 32)
+    for part in ar.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    losses = []
+    for loss in (official.ar_loss, lambda *given: F.cross_entropy(ar(*given[1:]).flatten(0, 1), codes.flatten())):
+        torch.manual_seed(0)  # labels are dropped
+        losses.append(loss(ar, torch.arange(2), codes))
+    torch.testing.assert_close(*losses)
+
+
+def test_products_alone_are_those_of_the_work():
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    products = official.Products(lambda: F.silu(F.linear(x, weight)).sum())
+    (product,) = products.calls
+    assert torch.equal(product(), x @ weight.T)
+    with FlopCounterMode(display=False) as counter:
+        products.run()
+    assert counter.get_total_flops() == 2 * 4 * 5 * 3
+
+
+@pytest.mark.parametrize("name", ["clock", "official"])
+def test_the_page_shows_the_stored_ratios(name):
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     page = (ROOT / "docs/performance.md").read_text()
-    assert clock.inserted(page, clock.table(result)) == page, "python -m benchmarks table --write docs/performance.md"
+    told = f"python -m benchmarks table --input benchmarks/results/{name}.json --write docs/performance.md"
+    assert clock.inserted(page, clock.table(result), name) == page, told
     other = {**result, "rows": [{"what": "x", "skipped": "why"}]}
-    assert "| x | why |" in clock.inserted(page, clock.table(other))
+    assert "| x | why |" in clock.inserted(page, clock.table(other), name)
 
 
 MODULES = {

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,6 +16,8 @@ from benchmarks import counting
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar.guidance import guide
 from dar_lightning.ar.sampling import draw_tokens, filter_logits
+from dar_lightning.tokenizer.blocks import axial_rotary
+from dar_lightning.tokenizer.decoder import PixelDecoder
 from dar_lightning.tokenizer.quantizers.vector import VectorQuantizer
 from dar_lightning.training import TokenizerModule
 from dar_lightning.training.flops import step_flops
@@ -123,6 +126,16 @@ def test_the_decoders_residual_stream_lies_patch_by_patch():
     model.decoder(torch.zeros(2, 3, 64, 64), torch.zeros(2), torch.zeros(2, 8, 64))
     assert len(seen) == 2
     assert all(x.is_contiguous() for x in seen)
+
+
+def test_norms_of_heads_copy_nothing():
+    """torch makes what LayerNorm reads contiguous: heads lie last in memory, beside their channels."""
+    block, seen = PixelDecoder(replace(TokenizerConfig.preset("tiny"), decoder_dim=128)).blocks[0], []
+    for attention in (block.attention, block.cross_attention):
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    block(torch.randn(1, 4, 128), torch.randn(1, 1, 128), torch.randn(1, 3, 128), axial_rotary(2, 2, 64))
+    assert seen == [True] * 4
 
 
 def test_recomputation_is_off_unless_asked_for():

@@ -175,7 +175,7 @@ def test_public_names_stay(module, owner, names):
 
 def test_make_alone_lists_the_targets():
     targets = [line.split()[1] for line in make(folder=ROOT).stdout.splitlines()]
-    assert targets == ["help", "install", "demo", "test", "lint", "docs", "format", "clean"]
+    assert targets == ["help", "install", "demo", "test", "lint", "docs", "format", "ci-tools", "clean"]
 
 
 def test_make_refuses_an_old_python(tmp_path):

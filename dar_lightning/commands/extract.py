@@ -11,11 +11,12 @@ from dar_lightning.ar.conditions import FILE
 from dar_lightning.ar.conditions.caption_tokens import CaptionTokens, train_vocabulary
 from dar_lightning.data.bad_samples import Bad, Skipped
 from dar_lightning.data.extraction import Extractor, TokenCache, predict_until_all_are_done
+from dar_lightning.data.remote import MOST_PATIENCE, PATIENCE
 from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.token_dataset import CodesIndex
 from dar_lightning.data.views import Crops, Views
 from dar_lightning.data.workers import MOST
-from dar_lightning.devices import check_started_processes, dtype_name
+from dar_lightning.devices import check_srun, check_started_processes, dtype_name
 from dar_lightning.errors import MOST_PIXELS, UserError, check_range, naming
 from dar_lightning.files import locked, read_json, write_json
 from dar_lightning.formats.model_sha256 import model_sha256
@@ -34,6 +35,7 @@ def extract(
     num_workers: int = 0,
     seed: int = 0,
     cache_dir: str | None = None,
+    patience: float = PATIENCE,
     max_bad_share: float = 0.01,
     accelerator: str = "auto",
     devices: int | str = "auto",
@@ -65,6 +67,8 @@ def extract(
         num_workers: Worker processes that decode and crop.
         seed: Of the random crops.
         cache_dir: Folder for copies of remote shards.
+        patience: Seconds for which their server may be away or broken before extraction stops; a shard is tried for
+            again, at last every 30 s.
         max_bad_share: Largest share of the samples that may be bad.
         accelerator: Lightning's: `auto`, `cpu`, `gpu`, ...
         devices: Lightning's: number of devices, or `auto`.
@@ -88,7 +92,8 @@ def extract(
         raise UserError("vocabulary and encoder are both set: a model reads captions in one of the two ways")
     check_range(0, MOST, num_workers=num_workers)
     check_range(0, 1, max_bad_share=max_bad_share)
-    index = ShardIndex.load(shards, "shards", cache_dir)
+    check_range(0, MOST_PATIENCE, patience=patience)
+    index = ShardIndex.load(shards, "shards", cache_dir, patience)
     model = SequentialDiffusionTokenizer.from_pretrained(tokenizer)
     # Versions that did not note the dtype computed in that of the weights.
     unsaid = {"dtype": dtype_name(model.dtype), "float32_matmul_precision": "highest"}
@@ -124,6 +129,7 @@ def extract(
     skipped.add(index.lost)
     skipped.add(Bad(*line.partition(": ")[::2]) for lines in done.values() for line in lines)
     skipped.check()
+    check_srun()
     with naming(f"accelerator {accelerator}, devices {devices}"):
         trainer = L.Trainer(
             accelerator=accelerator,
@@ -134,7 +140,7 @@ def extract(
             enable_model_summary=False,
             use_distributed_sampler=False,  # each rank reads whole shards of its own
         )
-    check_started_processes(trainer.world_size, "devices")
+    check_started_processes(trainer.num_nodes * trainer.num_devices, "devices")
     with locked(root, "output") if trainer.is_global_zero else nullcontext():
         if missing:
             module = Extractor(model, cache, missing, views, skipped, batch_size, num_workers, network)

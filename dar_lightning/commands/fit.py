@@ -23,16 +23,19 @@ from dar_lightning.ar.backbones import import_backbone
 from dar_lightning.ar.conditions import import_condition
 from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
-from dar_lightning.devices import check_started_processes, round_convolutions_as_products
+from dar_lightning.devices import check_srun, check_started_processes, round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, check_range, naming, require
 from dar_lightning.files import check_local, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
+from dar_lightning.layers import check_compiler
 from dar_lightning.tokenizer.config import TokenizerConfig
 from dar_lightning.tokenizer.quantizers import import_quantizer
 from dar_lightning.training.ar import ARModule
 from dar_lightning.training.callbacks import EarlyStoppingPatience, Faults, GlobalBatch, Provenance, StopOnSignal
 from dar_lightning.training.callbacks.provenance import ConfigText
+from dar_lightning.training.callbacks.stop import refusing_early_notice
 from dar_lightning.training.checkpoint_io import SafeCheckpointIO
+from dar_lightning.training.fixed_buckets import fix_buckets
 from dar_lightning.training.tokenizer import TokenizerModule
 
 LOGGER = "dar_lightning.training.loggers.TensorBoard"
@@ -60,6 +63,8 @@ class TrainerCLI(LightningCLI):
     def __init__(self, argv: Sequence[str]):
         self.resolved: list[tuple[Namespace, str, Any]] = []  # where before_instantiate_classes put a folder: was
         with ExitStack() as self.held:  # the run's locks
+            if list(argv)[:1] == ["fit"]:
+                self.held.enter_context(refusing_early_notice())
             self._run(argv)
 
     def _run(self, argv: Sequence[str]) -> None:
@@ -117,6 +122,7 @@ class TrainerCLI(LightningCLI):
         for place, name, given in self.resolved:  # the config that is kept says what was asked for, see below
             place[name] = given
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
+        check_srun()
         with naming("trainer"):
             trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
@@ -132,13 +138,16 @@ class TrainerCLI(LightningCLI):
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
-        check_started_processes(trainer.world_size, "trainer.devices and trainer.num_nodes")
+        check_started_processes(trainer.num_nodes * trainer.num_devices, "trainer.devices and trainer.num_nodes")
         trainer.callbacks[:0] = [Faults(), self.global_batch]  # checkpoint callbacks stay last
         if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
                 f"trainer.plugins: {given.__name__} cannot be used, checkpoints go through SafeCheckpointIO"
             )
         trainer.strategy.checkpoint_io = SafeCheckpointIO(self.model)
+        fix_buckets(trainer.strategy)
+        if any(part._compiled_call_impl is not None for part in self.model.modules()):
+            check_compiler(trainer.strategy.root_device)
         return trainer
 
     def _parse_ckpt_path(self) -> None:

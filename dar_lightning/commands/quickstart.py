@@ -169,6 +169,7 @@ Look at:
 {look}
 
 Try next, after `source .venv/bin/activate`:
-  dar sample --pipeline {out / "pipeline"} --classes Orange,Watermelon --seed 1 --output {out / "more"}
-  tensorboard --logdir {out}
+  dar sample --pipeline {shlex.quote(str(out / "pipeline"))} --classes Orange,Watermelon --seed 1 \
+--output {shlex.quote(str(out / "more"))}
+  tensorboard --logdir {shlex.quote(str(out))}
   dar quickstart --from-scratch --output runs/from_scratch  # both models from nothing""")

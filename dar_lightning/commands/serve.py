@@ -1,5 +1,6 @@
 """`dar serve`: a Gradio page that streams previews while tokens are drawn."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dar_lightning.commands.serve_limit import BodyLimit
 from dar_lightning.commands.serve_page import Work, build_page
 from dar_lightning.commands.serve_pictures import CSS
 from dar_lightning.devices import Dtype, choose_device, torch_dtype
-from dar_lightning.errors import UserError, begin_work, check_range, require
+from dar_lightning.errors import UserError, begin_work, check_range, require, whole_line
 from dar_lightning.files import find_shipped
 from dar_lightning.generation.pipeline import DARPipeline
 
@@ -52,8 +53,10 @@ def serve(
         import gradio
         from gradio.route_utils import delete_files_created_by_app
         from starlette.middleware import Middleware
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError("serve needs Gradio, which is not installed: pip install 'dar-lightning[demo]'") from error
+    except ImportError as error:  # it is there, and something else is not, such as what httpx needs for a SOCKS proxy
+        raise UserError(f"serve needs Gradio, which cannot be imported: {whole_line(error)}") from error
     check_range(1, max_queue=max_queue)
     check_range(0.001, 10**6, max_upload_mb=max_upload_mb)
     check_range(0, 65535, port=port)
@@ -67,6 +70,9 @@ def serve(
     page = build_page(gradio, pipe, names[0], max_upload_mb, work, dtype, guidance, names[1])
     page.queue(max_size=max_queue, default_concurrency_limit=1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which Gradio ends at
+    # Gradio asks the page whether it is there, which a proxy of the environment could not answer
+    direct = [os.environ.get(name) for name in ("no_proxy", "NO_PROXY")]
+    os.environ["no_proxy"] = ",".join(filter(None, [*direct, host, "127.0.0.1", "localhost"]))
     try:
         page.launch(
             prevent_thread_lock=True,  # else it waits here, but not under `python -i`

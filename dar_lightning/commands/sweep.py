@@ -22,6 +22,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --ntasks=1
 #SBATCH --signal=B:USR1@300
 #SBATCH --chdir={cwd}
+#SBATCH --open-mode=append
 #SBATCH --output={log}
 unset SLURM_NTASKS SLURM_JOB_NAME # Lightning then starts one process per GPU itself
 exec {python} -m dar_lightning sweep {file} --output {root} --redo {redo} --only "[$SLURM_ARRAY_TASK_ID]"

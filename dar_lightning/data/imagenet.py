@@ -8,6 +8,7 @@ from dar_lightning.data.bad_samples import Skipped
 from dar_lightning.data.decode import BadSample
 from dar_lightning.data.image_dataset import Crop, ShardDataset, describe, read_label
 from dar_lightning.data.loader import StreamDataModule
+from dar_lightning.data.remote import MOST_PATIENCE, PATIENCE
 from dar_lightning.data.shard_reader import ShardReader
 from dar_lightning.data.shards import ShardIndex
 from dar_lightning.errors import MOST_PIXELS, UserError, check_range, require
@@ -43,6 +44,9 @@ class ImageNetDataModule(StreamDataModule):
         classes: Use only these classes, by name or number; the first one becomes label 0, the next 1, and so on. All
             labels are read at the start; for ImageNet that is some minutes.
         cache_dir: Folder for copies of remote shards; each is copied when it is first needed.
+        patience: Seconds for which the server of remote shards may be away or broken: a shard is tried for again, at
+            last every 30 s. After that the run saves its step and stops. With several devices, less than the process
+            group's timeout, for which the others wait.
         max_bad_share: Largest share of a split's samples that may be bad.
     """
 
@@ -64,21 +68,23 @@ class ImageNetDataModule(StreamDataModule):
         classes: list[int | str] | None = None,
         cache_dir: str | None = None,
         max_bad_share: float = 0.01,
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__(train, val, batch_size, num_workers, seed)
         check_range(1, MOST_PIXELS, **{"data.image_size": image_size})
         check_range(1, **{"data.num_classes": num_classes})
         check_range(0, 1, **{"data.max_bad_share": max_bad_share})
+        check_range(0, MOST_PATIENCE, **{"data.patience": patience})
         require(crop in get_args(Crop), f"data.crop: {crop!r} is none of {', '.join(get_args(Crop))}")
         if classes == []:
             raise UserError("data.classes: [] is empty")
         self.image_size, self.crop, self.flip = image_size, crop, flip
-        self.cache_dir, self.max_bad_share = cache_dir, max_bad_share
+        self.cache_dir, self.patience, self.max_bad_share = cache_dir, patience, max_bad_share
         self._num_classes, self._classes = num_classes, classes
         self._skipped: dict[str, Skipped] = {}
 
     def _read_index(self, split: str, source: str) -> ShardIndex:
-        index = ShardIndex.load(source, f"data.{split}", self.cache_dir)
+        index = ShardIndex.load(source, f"data.{split}", self.cache_dir, self.patience)
         skipped = self._skipped[split] = Skipped(f"data.{split}", index.num_samples, self.max_bad_share)
         skipped.add(index.lost)
         skipped.check()

@@ -18,7 +18,7 @@ from webdataset.shardlists import expand_urls
 
 from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.remote import cache_folder, fetch, forget_differing, is_remote
+from dar_lightning.data.remote import PATIENCE, cache_folder, fetch, forget_differing, is_remote
 from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError, require
 from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_json
@@ -53,6 +53,7 @@ class ShardIndex:
     classes: tuple[str, ...] = ()  # names of the classes that the labels count; empty when unknown
     url: str | None = None  # the folder that they are copied from
     labelled: bool = True  # False: no sample has a `.cls` member
+    patience: float = field(default=PATIENCE, compare=False)  # seconds for which a server may be away
     lost: tuple[Bad, ...] = field(default=(), compare=False, repr=False)  # what is known before anything is read
 
     @property
@@ -79,7 +80,9 @@ class ShardIndex:
         write_json(self.root / INDEX, content, indent=1)
 
     @classmethod
-    def load(cls, source: str | Path, option: str = "shards", cache_dir: str | None = None) -> "ShardIndex":
+    def load(
+        cls, source: str | Path, option: str = "shards", cache_dir: str | None = None, patience: float = PATIENCE
+    ) -> "ShardIndex":
         """Find the shards that a user named: `source` is the value of `option`.
 
         It is a folder (with `index.json`, or else its `*.tar` files are counted), one tar, or a brace pattern such as
@@ -113,18 +116,23 @@ class ShardIndex:
         examined = [_examine(root, url, name, known.get(name)) for name in names]
         lost = tuple(one for _, bad, _ in examined for one in bad)
         labelled = any(found for *_, found in examined) if labelled is None else labelled
-        index = cls(root, tuple(entry for entry, *_ in examined), classes, url, labelled, lost)
+        index = cls(root, tuple(entry for entry, *_ in examined), classes, url, labelled, patience, lost)
         require(index.num_samples > 0, f"{option}: no samples in {source}; give a folder of .tar shards")
         if len(lost) >= index.num_samples:
             raise UserError(f"{option}: nothing in {source} can be read; {lost[0]}")
         return index
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies; a remote one is copied first, a BadSample if the server has no such shard."""
+        """Where a shard lies; a remote one is copied first.
+
+        Raises:
+            BadSample: the server has no such shard.
+            MachineFault: the server did not give it for as long as `patience`.
+        """
         path = self.root / shard.name
         if self.url is not None:
             try:
-                fetch(f"{self.url}/{shard.name}", path, shard.bytes, shard.sha256)
+                fetch(f"{self.url}/{shard.name}", path, shard.bytes, shard.sha256, patience=self.patience)
             except FileNotFoundError as error:
                 raise BadSample("the file is missing on the server") from error
         return path

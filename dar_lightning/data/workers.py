@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import MachineFault, UserError
 
 MOST = 1024  # worker processes, of one loader
 KILLED = re.compile(r"DataLoader worker .*(killed|exited unexpectedly)")
@@ -52,9 +52,9 @@ def user_error(error: Exception, option: str, none: int) -> UserError | None:
     """
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return UserError(message.rpartition("UserError: ")[2])
+        return type(error)(message.rpartition(f"{type(error).__name__}: ")[2])
     if isinstance(error, RuntimeError) and KILLED.search(message):
-        return UserError(f"{option}: {message}; {option}={none} may show why, fewer workers need less memory")
+        return MachineFault(f"{option}: {message}; {option}={none} may show why, fewer workers need less memory")
     return None
 
 

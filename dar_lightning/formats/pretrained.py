@@ -123,7 +123,7 @@ def resolve_folder(path_or_repo: str | Path, allow_patterns: list[str] | None = 
         raise UserError(f"{path_or_repo} is not a folder: no such folder")
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=allow_patterns, **hub_options))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, ImportError) as error:  # the last of a SOCKS proxy that httpx cannot use
         raise UserError(f"{path_or_repo} is not a folder, nor a repository in reach: {one_line(error)}") from error
 
 

@@ -23,7 +23,7 @@ from dar_lightning.data.shards import INDEX, ShardIndex
 from dar_lightning.data.transforms import center_crop, to_tensor
 from dar_lightning.devices import dtype_name
 from dar_lightning.errors import UserError, one_line, require
-from dar_lightning.files import find_shipped
+from dar_lightning.files import check_local, find_shipped
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import ROWS, draw_rows
 from dar_lightning.generation.npz import UNREADABLE
@@ -156,6 +156,7 @@ class ShardImages(_EncodedImages):
 
     def __init__(self, source: str, option: str, image_size: int | None, labels: bool = True) -> None:
         super().__init__(source, "shards", option, image_size)
+        check_local(source, option)  # there is no cache_dir here
         index = ShardIndex.load(source, option)
         self.reader, self.classes = ShardReader(index), index.classes
         with self._naming(0):

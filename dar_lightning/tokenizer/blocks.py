@@ -39,14 +39,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context=None, rotary=None, mask=None, cache: KVCache | None = None, layer: int = 0):
         """x (B, L, D) attends to a context (B, M, D) or itself, which alone rotates keys: (B, L, D)."""
         read = x if context is None else context
-        q, k, v = [  # (B, heads, L or M, head_dim)
-            project(given).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = [  # (B, L or M, heads, head_dim), in this order in memory, in which LayerNorm copies nothing
+            project(given).unflatten(-1, (-1, self.head_dim))
             for project, given in ((self.q, x), (self.k, read), (self.v, read))
         ]
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q = rotate(q, rotary)
-            k = rotate(k, rotary) if context is None else k
+            angles = rotary[:, None]  # the same for all heads
+            q = rotate(q, angles)
+            k = rotate(k, angles) if context is None else k
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

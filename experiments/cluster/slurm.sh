@@ -13,22 +13,28 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 
-ending=
-trap 'ending=yes; kill -USR1 "$step"' USR1 # srun hands it to all tasks
+soonest=${SOONEST:-60} # seconds; a notice sooner after the start means that --time leaves none to train in
+
+# srun hands signals to all tasks, but while it starts them it loses them: again, when a run that waits for data has stopped.
+notice=
+trap 'notice=${notice:-$SECONDS}; while kill -USR1 "$step"; do sleep 30; done >/dev/null 2>&1 &' USR1
 
 srun --kill-on-bad-exit=1 dar fit "$@" \
     --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" &
 step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal interrupts wait
 wait "$step"
 status=$?
-if [ "$ending" ]; then # the signal has interrupted wait
-    wait "$step"
-    status=$?
-fi
 
-# 138: saved (see StopOnSignal), 143: ended by srun because another task was done first. Less: the run has come to its
-# end, or to a user's mistake.
-if [ "$ending" ] && [ "$status" -gt 128 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+# 138: saved (see StopOnSignal), 143: that at SIGTERM, which a more urgent job has sent to the tasks, or ended by srun
+# because another task was done first. Less: the run has come to its end, or to a user's mistake.
+if [ "$status" -gt 128 ]; then
+    if [ "${notice:--1}" -ge "$soonest" ] || [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ "$notice" ]; then
+        echo "slurm.sh: not put back: the notice of the time limit came $notice s after the start; give a --time that is" \
+            "longer than the notice (--signal, here 300 s) by the time to start and to train in" >&2
+        status=2
+    fi
 fi
 exit "$status"

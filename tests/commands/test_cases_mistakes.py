@@ -72,6 +72,8 @@ def words(kind: str, data: dict[str, str], folder: Path, more: str = "") -> list
         ("ar", "--seed_everything=-1", "-1 is not in bounds"),
         ("ar", "--data.init_args.seed=-1", "data.seed is -1: must be at least 0"),
         ("ar", "--{model}.optimizer.betas=[0.9,1.5]", "Invalid beta parameter at index 1: 1.5; in ARModule"),
+        *((kind, "--{model}.compile=true", "C.. compiler, and there is no no-such-c.") for kind in ("ar", "tokenizer")),
+        ("ar", "--trainer.devices=[0] --trainer.accelerator=gpu", "trainer: No supported gpu backend"),
         ("ar", "--trainer.accelerator=tpu", "trainer: Requirement 'torch_xla"),
         ("ar", "--trainer.precision=transformer-engine", "trainer: Requirement 'transformer_engine"),
         ("ar", "--ckpt_path=best", "`ModelCheckpoint` is not configured to save the best"),
@@ -95,7 +97,8 @@ def words(kind: str, data: dict[str, str], folder: Path, more: str = "") -> list
     ],
     ids=lambda value: value.split(".")[-1],
 )
-def test_a_run_that_cannot_be(kind, more, line, data, tmp_path, capsys):
+def test_a_run_that_cannot_be(kind, more, line, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-c++")
     found = refusal(capsys, words(kind, data, tmp_path / "run", more))
     assert re.search(line, found), found
     if more != EARLY:  # which is found after the first epoch
@@ -207,4 +210,14 @@ def test_files_of_images_that_are_nearly_right(tmp_path):
 def test_predictions_by_a_recipe_for_training(data, tmp_path, capsys):
     line = refusal(capsys, ["predict", *words("ar", data, tmp_path / "run")[1:]])
     assert "`Trainer.predict` requires `forward`" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_repository_behind_a_socks_proxy(tmp_path, monkeypatch, capsys):
+    def download(*_, **options) -> None:
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("dar_lightning.formats.pretrained.snapshot_download", download)
+    line = refusal(capsys, ["sample", "--pipeline=someone/x", f"--output={tmp_path / 'o'}", "--device=cpu"])
+    assert "someone/x is not a folder, nor a repository in reach: Using SOCKS proxy, but the 'socksio'" in line
     assert not list(tmp_path.iterdir())

@@ -3,17 +3,19 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from refusals import refusal, refused
 from tiny_models import fit_ar, fit_tokenizer, options, write_images, write_tokens
 
 from dar_lightning.cli import main
-from dar_lightning.devices import check_started_processes
+from dar_lightning.devices import check_srun, check_started_processes
 from dar_lightning.files import check_keys, load_yaml, locked
 from dar_lightning.training import module
 
@@ -151,7 +153,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 1, "torchrun"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, 2, None),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NAME": "bash"}, 1, None),  # srun --pty
-        ({"SLURM_NTASKS": "2"}, 1, None),  # a script of sbatch has this one, without srun
+        ({"SLURM_NTASKS": "2"}, 1, None),  # see check_srun
+        ({"SLURM_NTASKS": "1"}, 2, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}, 2, None),
+        ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, None),
         ({"WORLD_SIZE": "2"}, 1, None),
     ],
 )
@@ -162,6 +167,45 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
         check_started_processes(world_size, "devices")
         return
     refused(f"^devices make {world_size} process.*{launcher} has", check_started_processes, world_size, "devices")
+
+
+@pytest.mark.parametrize(
+    ("variables", "wrong"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, True),  # a script of sbatch
+        ({"SLURM_NTASKS": "1"}, True),  # a shell of salloc
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, False),
+        ({"SLURM_NTASKS": "2", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_tasks_of_slurm_that_srun_has_not_started(variables, wrong, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if wrong:
+        refused("write srun before dar", check_srun)
+    else:
+        check_srun()
+
+
+class Notice(Callback):
+    """The notice of SLURM's time limit, while a run is still being prepared."""
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_notice_before_the_first_step(tokens, tmp_path, monkeypatch, capsys):
+    for name in ("SLURM_NTASKS=1", "SLURM_PROCID=0", "SLURM_LOCALID=0", "SLURM_NODEID=0", "SLURM_JOB_ID=1"):
+        monkeypatch.setenv(*name.split("="))
+    words = [str(word) for word in fit_ar(tokens, tokens, tmp_path / "run", num_sanity_val_steps=1)]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *SAVES, f"--trainer.callbacks+={__name__}.Notice"])
+    assert stop.value.code == 2
+    said = "dar fit: SIGUSR1 came before the first step, nothing is saved; SLURM's --time must be longer"
+    assert sum(line.startswith(said) for line in capsys.readouterr().err.splitlines()) == 1
+    assert list(tmp_path.rglob("*.ckpt")) == []
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_srun_with_two_tasks_and_one_device(tokens, tmp_path, monkeypatch, capsys):
@@ -244,6 +288,9 @@ def test_other_places_of_yaml(tmp_path, capsys):
     [
         ("shard", ["--input=x", "--output=s3://bucket/run"]),
         ("extract", ["--tokenizer=x", "--shards=x", "--output=gs://bucket/run"]),
+        ("extract", ["--tokenizer=x", "--shards=http://127.0.0.1:9/x", "--output=o", "--cache_dir=s3://bucket/copies"]),
+        ("quickstart", ["--output=s3://bucket/run"]),
+        ("report", ["--sweep=x", "--output=s3://bucket/run"]),
         ("sample", ["--pipeline=x", "--output=s3://bucket/run"]),
         ("evaluate", ["--samples=x", "--reference=x", "--output=https://host/x.json"]),
         ("evaluate", ["--samples=x", "--reference=x", "--save_statistics=s3://bucket/x.npz"]),
@@ -255,6 +302,17 @@ def test_other_places_of_yaml(tmp_path, capsys):
 def test_a_url_to_write_to_is_one_line(verb, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "is a URL; give a folder" in refusal(capsys, [verb, *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:9/x", "s3://bucket/x"])
+def test_a_url_that_cannot_be_read_from_says_what_would_be_right(source, pipeline, tmp_path, monkeypatch, capsys):
+    """Shards on a server are for `dar fit` and `dar extract`."""
+    monkeypatch.chdir(tmp_path)
+    words = [f"--tokenizer={pipeline}/tokenizer", f"--shards={source}", "--output=o", "--device=cpu"]
+    assert f"shards: {source} is a URL" in refusal(capsys, ["reconstruct", *words])
+    words = ["--samples=x", f"--reference={source}", "--features=color_edges", "--device=cpu"]
+    assert f"--reference: {source} does not exist; give" in refusal(capsys, ["evaluate", *words])
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,9 @@ import base64
 import io
 import re
 import shutil
+import socket
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -387,6 +389,37 @@ def test_what_is_painted_is_drawn_anew_in_a_browser(page, tab, photos):
 )
 def test_mistakes_in_the_options(options, message):
     refused(message, serve, **options)
+
+
+def test_a_proxy_of_the_environment_that_knows_nothing_of_this_machine(pipeline, monkeypatch):
+    shown = []
+
+    def look(page) -> None:
+        shown.append(httpx.get(page.local_url, trust_env=False).status_code)
+        page.close(verbose=False)
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setattr(gradio.Blocks, "block_thread", look)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve(pipeline, port=port, device="cpu")
+    assert shown == [200]
+
+
+def test_a_gradio_that_is_there_and_cannot_be_imported(monkeypatch):
+    """As with a SOCKS proxy in the environment, which httpx needs another package for."""
+    lacks = "Using SOCKS proxy, but the 'socksio' package is not installed."
+
+    def find(self, name, *where):
+        if name == "gradio":
+            raise ImportError(lacks)
+
+    monkeypatch.delitem(sys.modules, "gradio")
+    monkeypatch.setattr(sys, "meta_path", [type("Finder", (), {"find_spec": find})(), *sys.meta_path])
+    refused(f"^serve needs Gradio, which cannot be imported: {lacks}$", serve)
 
 
 def test_a_port_that_is_taken(page):

@@ -9,6 +9,7 @@ from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -19,7 +20,7 @@ from tiny_shards import SIZES, module, sample
 
 from dar_lightning.data import remote
 from dar_lightning.data.shards import ShardIndex
-from dar_lightning.errors import UserError
+from dar_lightning.errors import MachineFault, UserError
 
 KEYS = [sample(number)[0] for number in range(26)]
 
@@ -32,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.asked: Counter[str] = Counter()
         self.cut: dict[str, int] = {}
+        self.silent: threading.Event | None = None  # until it is set, the middle of a file is its end
         self.url = f"http://127.0.0.1:{self.server_port}/train"
 
 
@@ -39,13 +41,16 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
         self.server.asked[name] += 1
-        if self.server.asked[name] > self.server.cut.get(name, 0):
+        if self.server.asked[name] > self.server.cut.get(name, 0) and not self.server.silent:
             return super().do_GET()
         content = (self.server.folder / self.path[1:]).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[: len(content) // 2])
+        if self.server.silent:
+            self.wfile.flush()
+            self.server.silent.wait(60)
         self.close_connection = True
 
     def log_message(self, *words) -> None:
@@ -55,6 +60,7 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "AT_START", 0.1)
 
 
 @pytest.fixture
@@ -132,6 +138,52 @@ def test_the_same_batches_as_from_the_disk(request, shards, tmp_path, protocol, 
         assert keys(url, tmp_path / "other", max_bad_share=0.5) == left
 
 
+@pytest.mark.parametrize(("patience", "away"), [(900, 600), (600, 600), (600, 601)])
+def test_ten_minutes_by_a_clock_of_its_own(tmp_path, monkeypatch, patience, away):
+    """Waits of 1/2, 1, 2, 4, 8 and 16 s, then of 30 s, the last one up to the end of the patience."""
+    now, waits = 1000.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        waits.append(seconds)
+
+    def copy(url: str, part: Path) -> None:
+        if now - 1000 < away:
+            raise OSError("away")
+        part.write_bytes(b"shard")
+
+    monkeypatch.setattr(remote, "WAIT", 0.5)
+    monkeypatch.setattr(remote, "_copy", copy)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    if patience < away:
+        with pytest.raises(
+            MachineFault, match=r"^http://x cannot be copied, tried 26 times in 600 s \(OSError: away\);"
+        ):
+            remote.fetch("http://x", tmp_path / "x", patience=patience)
+        assert sum(waits) == patience
+        return
+    remote.fetch("http://x", tmp_path / "x", patience=patience)
+    expected = [0.5, 1, 2, 4, 8, 16, *[30] * 99][: len(waits)]
+    expected[-1] = min(expected[-1], patience - sum(expected[:-1]))
+    assert waits == expected
+    assert away <= sum(waits) < away + 30
+
+
+def test_a_silent_server_is_named(server, tmp_path, monkeypatch, caplog):
+    """After a minute, which is a moment here; a minute is what the package says."""
+    assert remote.SILENCE == 60
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    server.silent = threading.Event()
+    try:
+        with pytest.raises(UserError, match=r"index\.json cannot be copied, tried 2 times .* silent for 0\.2 s\)"):
+            keys(server.url, tmp_path / "cache")
+        first = caplog.records[0].getMessage()
+        assert first.startswith(f"{server.url}/index.json cannot be copied (no connection for 20 s, or silent for")
+    finally:
+        server.silent.set()
+
+
 def test_patterns_with_and_without_an_index(server, shards, tmp_path):
     load = functools.partial(ShardIndex.load, cache_dir=str(tmp_path / "cache"))
     pattern = f"{server.url}/{{000000..000002}}.tar"
@@ -152,10 +204,11 @@ def test_transfers_that_break_off_are_repeated(server, tmp_path):
     assert keys(server.url, tmp_path / "once", max_bad_share=0) == KEYS
     assert server.asked["000001.tar"] == 3
     server.cut = {"000001.tar": 99}
+    line = r"^http[^ ]*/train/000001\.tar cannot be copied, tried \d+ times in 0 s \(ClientPayload.*; check the .*$"
     for workers in (0, 1):
         cache = tmp_path / str(workers)
-        with pytest.raises(UserError, match=r"^.*/train/000001\.tar cannot be copied after 4 tries \(ClientPayload.*$"):
-            keys(server.url, cache, num_workers=workers)
+        with pytest.raises(MachineFault, match=line):
+            keys(server.url, cache, num_workers=workers, patience=0.2)
         assert tars(cache) == ["000000.tar"]  # nothing half-written
         assert list(cache.rglob("*.part")) == []
 
@@ -238,7 +291,7 @@ def test_mistakes_get_one_line(server, tmp_path, monkeypatch):
     refuse("s4://bucket/train", cache, "s4://bucket/train/index.json: Protocol not known: s4")
     refuse(server.url, str(tmp_path / "file" / "cache"), r"cache_dir: .*file/cache.*: Not a directory")
     refuse(hostile, cache, r"is not a shard index .*'\.\./\.\./\.\./x\.tar'")
-    refuse("http://127.0.0.1:9/train", cache, r"index\.json cannot be copied after 4 tries \(.*127\.0\.0\.1")
+    refuse("http://127.0.0.1:9/train", cache, r"index\.json cannot be copied, tried .*127\.0\.0\.1")
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it could not be imported
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)  # what was imported before
     refuse("s3://bucket/train", cache, r"s3://bucket/train/index\.json: Install s3fs to access S3")
@@ -249,8 +302,8 @@ def test_mistakes_with_buckets_get_one_line(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     for source, name, value, message in (
         ("s3://nowhere/train", "AWS_MAX_ATTEMPTS", "1", r"s3://nowhere/train has no index\.json"),
-        ("s3://bucket/train", "AWS_ENDPOINT_URL", "http://127.0.0.1:9", "cannot be copied after 4 tries"),
-        ("s3://bucket/train", "AWS_ACCESS_KEY_ID", None, r"after 4 tries \(NoCredentialsError"),
+        ("s3://bucket/train", "AWS_ENDPOINT_URL", "http://127.0.0.1:9", "cannot be copied, tried"),
+        ("s3://bucket/train", "AWS_ACCESS_KEY_ID", None, r"cannot be copied, tried .* \(NoCredentialsError"),
     ):
         with monkeypatch.context() as patch:
             patch.delenv(name) if value is None else patch.setenv(name, value)

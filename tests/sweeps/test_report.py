@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -40,7 +42,7 @@ def reported(sweep, tmp_path_factory):
 
 @pytest.fixture
 def copy(sweep, tmp_path):
-    return shutil.copytree(sweep, tmp_path / "copy")
+    return shutil.copytree(sweep, tmp_path / "a copy")
 
 
 def lines(path) -> list[dict]:
@@ -167,7 +169,10 @@ def test_nothing_done_yet(copy, capsys):
     for path in (copy / "cells").rglob("cell.json"):
         path.unlink()
     main(["report", str(copy)])
-    assert "| coarse | 0 of 3 (3 pending) |  | 2.44 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| coarse | 0 of 3 (3 pending) |  | 2.44 |" in said
+    (logs,) = shlex.split(said.splitlines()[-1].rpartition("tensorboard --logdir ")[2])
+    assert Path(logs).is_dir(), "also where its name has a space"
     assert {path.name for path in (copy / "report").iterdir()} == {"table.csv", "table.md", "runs.csv"}
 
 

@@ -1,4 +1,7 @@
-"""The cluster's scripts, truly run: two nodes of one process each end with the bits of two processes on one node."""
+"""The cluster's scripts: two nodes of torchrun end with the bits of two processes on one node; what slurm.sh decides.
+
+tests/cluster runs slurm.sh on a real SLURM, where there is one.
+"""
 
 import os
 import signal
@@ -19,34 +22,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SCRIPTS = Path(__file__).parents[2] / "experiments" / "cluster"
 STEPS, SECONDS = 20, 240
 
-# As SLURM's: starts the tasks of a step, hands signals to all their processes, and ends with the largest status. A task
-# that fails ends the others.
-SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys, time
-words = sys.argv[1:]
-assert words.pop(0) == "--kill-on-bad-exit=1"
-places = [{{"SLURM_PROCID": str(n), "SLURM_NODEID": str(n), "SLURM_LOCALID": "0"}} for n in range(2)]
-tasks = [subprocess.Popen(words, env=os.environ | place, start_new_session=True) for place in places]
-signal.signal(signal.SIGUSR1, lambda *_: [os.killpg(task.pid, signal.SIGUSR1) for task in tasks])
-while None in (states := [task.poll() for task in tasks]):
-    if any(states):
-        time.sleep(1)
-        [task.kill() for task in tasks if task.poll() is None]
-    time.sleep(0.05)
-sys.exit(max(status if status >= 0 else 128 - status for status in states))
-"""
-SCONTROL = '#!/bin/sh\necho "$@" >> "$SCONTROL_LOG"\n'
-
-
-class Slow(Callback):
-    """Leaves time for a signal, and says which step has begun."""
-
-    def __init__(self, file: str):
-        self.file = Path(file)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.file.write_text(str(trainer.global_step))
-        time.sleep(0.05)
+# In the places of SLURM's commands, and of a `dar` that ends as it is told, or waits for the notice and saves.
+PROGRAMS = {
+    "srun": 'shift; exec "$@"',
+    "scontrol": '[ "$1" = show ] && echo "PreemptTime=$PREEMPTED" || echo "$@"',
+    "dar": """trap "exit 138" USR1; touch "$BEGUN"; [ "$END" ] && exit "$END"; while :; do sleep 0.02; done""",
+}
 
 
 class DiesOnce(Callback):
@@ -85,15 +66,10 @@ def check(folder: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_one_node(tokens, two_ranks):
-    """Trains in a folder with two processes on one node, without a break."""
-    return lambda folder: two_ranks(main, ["fit", *arguments(tokens, folder), "--trainer.devices=2"])
-
-
-@pytest.fixture(scope="module")
-def reference(on_one_node, tmp_path_factory) -> Path:
+def reference(tokens, two_ranks, tmp_path_factory) -> Path:
+    """Trained with two processes on one node, without a break."""
     folder = tmp_path_factory.mktemp("reference")
-    on_one_node(folder)
+    two_ranks(main, ["fit", *arguments(tokens, folder), "--trainer.devices=2"])
     return folder
 
 
@@ -113,32 +89,35 @@ def environment(**more) -> dict[str, str]:
     return os.environ | words | {name: str(value) for name, value in more.items()}
 
 
-def test_slurm_requeues_and_what_it_saves_is_resumed(tokens, on_one_node, reference, tmp_path):
-    tools, run_folder, step, log = (tmp_path / name for name in ("bin", "run", "step", "scontrol.log"))
-    tools.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    job = free_port(15000) - 15000  # Lightning makes the port from it
-    variables = environment(SLURM_JOB_ID=job, SLURM_NTASKS=2, SLURM_NNODES=2, SLURM_NTASKS_PER_NODE=1)
-    variables |= {"SLURM_NODELIST": "localhost", "SLURM_JOB_NAME": "dar", "SCONTROL_LOG": str(log)}
-    variables["PATH"] = f"{tools}:{variables['PATH']}"
-    slow = [f"--trainer.callbacks+={__name__}.Slow", f"--trainer.callbacks.file={step}"]
-    slow.append("--data.init_args.num_workers=1")  # srun's signal reaches workers, too
-    command = ["bash", SCRIPTS / "slurm.sh", *arguments(tokens, run_folder), *slow]
-    job_script = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + SECONDS
-    while not step.is_file() or int(step.read_text() or 0) < 5:
-        assert time.monotonic() < deadline
-        assert job_script.poll() is None
+@pytest.mark.parametrize(
+    ("end", "preempted", "soonest", "status", "said"),
+    [
+        ("", "None", "0", 138, "requeue 7\n"),  # the notice: saved, put back
+        ("", "None", "60", 2, "slurm.sh: not put back: the notice of the time limit came 0 s"),
+        ("143", "2026-01-01T00:00:00", "60", 143, "requeue 7\n"),
+        ("143", "None", "60", 143, ""),  # scancel
+        ("0", "2026-01-01T00:00:00", "60", 0, ""),
+        ("2", "2026-01-01T00:00:00", "60", 2, ""),
+    ],
+)
+def test_what_slurm_puts_back(end, preempted, soonest, status, said, tmp_path):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = environment(SLURM_JOB_ID=7, SLURM_NNODES=1, SLURM_NTASKS_PER_NODE=1, SOONEST=soonest)
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "END": end, "PREEMPTED": preempted}
+    command = ["bash", SCRIPTS / "slurm.sh", "--seed_everything=1"]
+    variables["BEGUN"] = str(tmp_path / "begun")
+    job = subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not end and not (tmp_path / "begun").exists():
+        assert job.poll() is None
         time.sleep(0.02)
-    job_script.send_signal(signal.SIGUSR1)
-    assert job_script.wait(SECONDS) > 128
-    assert log.read_text() == f"requeue {job}\n"
-    assert 5 < last(run_folder)["global_step"] < STEPS
-    assert list(run_folder.rglob("hpc_ckpt_*")) == []
-    on_one_node(run_folder)
-    check(run_folder, reference)
+    if not end:
+        job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=SECONDS)
+    assert job.returncode == status
+    assert output.startswith(said)
+    assert bool(output) == bool(said)
 
 
 def test_torchrun_on_two_nodes(tokens, reference, tmp_path):

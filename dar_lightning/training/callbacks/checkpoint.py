@@ -2,12 +2,17 @@
 
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.tensor import DTensor
 
 from dar_lightning.errors import UserError
+
+WRITING = timedelta(minutes=15)  # for which a rank that ends waits for the checkpoint of another
 
 
 class LastStepCheckpoint(ModelCheckpoint):
@@ -71,6 +76,34 @@ class LastStepCheckpoint(ModelCheckpoint):
     def saved(self, trainer) -> str | None:
         """The file that holds this step, None if there is none."""
         return self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else None
+
+    def save_alone(self, trainer) -> None:
+        """Save the last step without the other ranks, which may be in the midst of the next one: for a run that breaks.
+
+        Between two steps each rank has all that a checkpoint holds. Of several that call this, the first one writes,
+        and the others wait for it, since the first that ends takes all with it. A sharded model is in no rank alone,
+        and not saved; nor is a step that is saved already, or one in validation, whose weights may be averages.
+        """
+        sharded = any(isinstance(tensor, DTensor) for tensor in trainer.lightning_module.parameters())
+        if not self.save_last or sharded or not trainer.training or super()._should_skip_saving_checkpoint(trainer):
+            return
+        names = (self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST, ver=ver) for ver in (None, *range(1, 1000)))
+        path = self.last_model_path or next(name for name in names if not Path(name).exists())
+        key, store = f"{self.state_key} {self.dirpath} {trainer.global_step}", None
+        if trainer.world_size > 1:
+            store = torch.distributed.distributed_c10d._get_default_store()
+            if store.add(key, 1) > 1:
+                store.wait([f"{key} ends"], WRITING)
+                return
+        try:
+            self.last_model_path = path
+            trainer.strategy.checkpoint_io.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+            self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
+        except UserError as error:
+            print(f"WARNING: {error}; step {trainer.global_step} is not saved", file=sys.stderr, flush=True)
+        finally:
+            if store is not None:
+                store.set(f"{key} ends", "")
 
     def _save_end(self, trainer) -> None:
         self.save_now(trainer)
