@@ -10,6 +10,7 @@ import dar_lightning
 
 project = "dar_lightning"
 author = "The dar_lightning authors"
+copyright = f"{author}. Apache License 2.0"
 version = release = dar_lightning.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]

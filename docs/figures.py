@@ -1,9 +1,11 @@
-"""Figures of these pages, from the package's own schedule, solvers and shipped weights: python docs/figures.py"""
+"""Figures of these pages, from the package's schedule, solvers and shipped weights: python docs/figures.py [NAMES]"""
 
 import re
 import shlex
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +21,17 @@ from dar_lightning.tokenizer.flow import SOLVERS, integrate, sampling_times, shi
 from dar_lightning.tokenizer.schedule import GroupSchedule
 
 IMAGES = Path(__file__).parent / "images"
+# Name -> the page whose command above the picture draws it, with the shipped weights, and the file of that command.
+DRAWN = {
+    "stream.webp": ("tour.md", "stream.webp"),
+    "previews.jpg": ("tour.md", "previews.png"),
+    "layout_prefixes.jpg": ("tour.md", "layout.png"),
+    "variations.jpg": ("tour.md", "variations.png"),
+    "samples.jpg": ("quickstart.md", "samples.png"),
+    "reconstructions.jpg": ("quickstart.md", "reconstructions.png"),
+    "layout.jpg": ("quickstart.md", "layout.png"),
+}
+LARGEST = (1300, 1100)  # pixels of a JPEG
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 MODE, SPREAD = 1.0, 0.2  # of the solver's example: data are N(-MODE, SPREAD^2) or N(MODE, SPREAD^2)
 
@@ -96,23 +109,42 @@ def solver() -> Figure:
     return figure
 
 
-def first_command(page: Path) -> list[str]:
-    """The words after `dar` of the first `dar sample` that a page shows."""
-    line = re.search(r"^dar (sample .*)", page.read_text().replace("\\\n", " "), re.MULTILINE)[1]
-    return shlex.split(line, comments=True)
+def command_above(page: Path, picture: str) -> list[str]:
+    """The words after `dar` of the last `dar sample` or `dar reconstruct` that a page shows above a picture."""
+    above = page.read_text().partition(f"/{picture})")[0].replace("\\\n", " ")
+    return shlex.split(re.findall(r"^dar ((?:sample|reconstruct) .*)", above, re.MULTILINE)[-1], comments=True)
 
 
-def main() -> None:
-    """Write all of them beside the others."""
+def draw(names: Sequence[str]) -> None:
+    """Run the commands of these pictures, each once, and keep the files that they write; a PNG becomes a JPEG."""
     with tempfile.TemporaryDirectory() as folder:
-        dar([*first_command(Path(__file__).with_name("index.md")), "--output", folder])
-        shutil.copyfile(f"{folder}/stream.webp", IMAGES / "stream.webp")
-        Image.open(f"{folder}/previews.png").save(IMAGES / "previews.jpg", quality=88)
+        done: dict[tuple[str, ...], Path] = {}
+        for name in names:
+            page, written = DRAWN[name]
+            words = tuple(command_above(Path(__file__).with_name(page), name))
+            if words not in done:
+                done[words] = Path(folder) / str(len(done))
+                dar([*words, "--output", str(done[words])])
+            path = done[words] / written
+            if path.suffix == Path(name).suffix:
+                shutil.copyfile(path, IMAGES / name)
+            else:
+                image = Image.open(path)
+                image.thumbnail(LARGEST)
+                image.save(IMAGES / name, quality=88)
+
+
+def main(names: Sequence[str]) -> None:
+    """Write the pictures of these names, or all of them, beside the others."""
+    plots = {f"{make.__name__}.svg": make for make in (schedule, solver)}
+    names = names or (*DRAWN, *plots)
+    draw([name for name in names if name in DRAWN])
     matplotlib.use("agg")
     with plt.rc_context(STYLE | {"svg.hashsalt": "dar_lightning", "svg.fonttype": "none"}):
-        for make in (schedule, solver):
-            make().savefig(IMAGES / f"{make.__name__}.svg", facecolor="white", metadata={"Date": None})
+        for name in names:
+            if name not in DRAWN:
+                plots[name]().savefig(IMAGES / name, facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import functools
 import re
-import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,9 +69,10 @@ class TrainerCLI(LightningCLI):
 
     def _run(self, argv: Sequence[str]) -> None:
         refuse_repeated_keys()
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line, its files found
         try:
             super().__init__(
-                args=list(argv) if list(argv) != sys.argv[1:] else None,  # Lightning warns if given what it would read
+                args=list(argv),
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,

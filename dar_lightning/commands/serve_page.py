@@ -105,9 +105,8 @@ def draw_previews(
     strip = ""
     with closing(streamed(pipe, [number], label, seed, guidance, photo, prefix, jacobi=jacobi)) as stream:
         for preview in stream:
-            image = to_image(preview.images[0])
-            strip += preview_html(enlarge(image, MIN_SIDE), f"group {preview.group}")
-            codes = preview.codes[0].tolist()
+            image, codes = to_image(preview.images[0]), preview.codes[0].tolist()
+            strip += preview_html(enlarge(image, MIN_SIDE), f"{len(codes)} tokens")
             yield enlarge(image, LARGE), strip, tokens_html(pipe, codes, prefix), codes
 
 

@@ -23,7 +23,7 @@ CSS = """
 .kept { outline: 2px solid #222; }
 .group { white-space: nowrap; }
 .preview { display: inline-block; margin: 0 6px 6px 0; text-align: center; font-size: 12px; }
-.preview img { width: 92px; }
+.preview img { width: 84px; }
 #offers img { cursor: pointer; }
 #edited img { width: 160px; }
 """

@@ -32,12 +32,13 @@ def command(verb: str, tokens, folder, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("verb", "logged"), [("validate", "val/loss"), ("test", "test/loss")])
-def test_the_last_checkpoint_is_scored(verb, logged, tokens, trained, tmp_path, capsys):
+def test_the_last_checkpoint_is_scored(verb, logged, tokens, trained, tmp_path, capsys, recwarn):
     last = [*CHECKPOINT, "--ckpt_path=last"]
     line = refusal(capsys, command(verb, tokens, tmp_path, *last))
     assert f"no last checkpoint in {tmp_path / 'checkpoints'}" in line
     main(command(verb, tokens, trained, *last))
     assert logged in capsys.readouterr().out
+    assert [str(each.message) for each in recwarn if "args" in str(each.message)] == [], "nobody called it from Python"
 
 
 @pytest.mark.parametrize(("more", "precision"), [([], "highest"), (["--float32_matmul_precision=high"], "high")])

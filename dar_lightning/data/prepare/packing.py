@@ -205,7 +205,7 @@ def _run(packer: Packer, jobs: list[tuple], workers: int, total: int, max_bad_sh
                 if len(bad) > max_bad_share * total:
                     raise UserError(
                         f"max_bad_share is {max_bad_share}, but {len(bad)} of {total} images cannot be used, as far "
-                        f"as they were read: {bad[0]['name']!a}: {bad[0]['reason']}, ..."
+                        f"as they were read: {bad[0]['name']!a}: {bad[0]['reason']}, ...; remove them or raise it"
                     )
     except (UserError, RuntimeError) as error:
         if (mistake := processes.user_error(error, "workers", 1)) is None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dar_lightning.errors import UserError, require
@@ -63,6 +64,11 @@ class CodebookWarmup(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         self._steps_done = trainer.global_step
         pl_module.tokenizer.quantizer.bypass = trainer.global_step < self.warmup_steps
+        if 0 <= trainer.max_steps <= self.warmup_steps:
+            rank_zero_info(
+                f"CodebookWarmup: max_steps is {trainer.max_steps}, but the codebook starts after step "
+                f"{self.warmup_steps}: until then it is random, and tokens mean nothing"
+            )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         ends_step = trainer.global_step > self._steps_done  # the others' gradients are only accumulated

@@ -5,6 +5,7 @@ What each curve tells, and when to worry: docs/monitoring.md.
 
 import resource
 import sys
+import warnings
 
 import torch
 from lightning.pytorch import Callback
@@ -47,7 +48,8 @@ class BinnedMean(Metric):
 
     def pop(self) -> Tensor:
         """What `compute` gives on all ranks, (bins,); then begin anew."""
-        means = self.compute().view(-1)  # torchmetrics makes a scalar of one bin
+        with warnings.catch_warnings(action="ignore"):  # of a mean of nothing, which is NaN
+            means = self.compute().view(-1)  # torchmetrics makes a scalar of one bin
         self.reset()
         return means
 

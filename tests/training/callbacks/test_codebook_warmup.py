@@ -187,3 +187,9 @@ def test_a_codebook_that_nothing_can_start_and_impossible_settings_are_one_line(
     for warmup, collect in ((0, 1), (3, 4), (3, 0)):
         with pytest.raises(UserError, match=f"collect_steps is {collect}: it must be from 1 to warmup_steps, {warmup}"):
             CodebookWarmup(warmup, collect)
+
+
+def test_a_run_that_ends_before_the_codebook_starts_says_so(images, caplog):
+    with caplog.at_level("INFO"):
+        train(images, CodebookWarmup(2, 1), max_steps=1)
+    assert "max_steps is 1, but the codebook starts after step 2" in caplog.text
