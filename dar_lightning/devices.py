@@ -138,7 +138,7 @@ def _lightning_sees_slurm() -> bool:
     return "SLURM_NTASKS" in os.environ and not terminal and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def check_started_processes(world_size: int, options: str) -> None:
+def check_started_processes(world_size: int, options: str, slurm: bool = True) -> None:
     """Refuse a run of `world_size` processes when a launcher has started another number of them.
 
     More would each be a run of its own; under SLURM, with one task, Lightning would make the run that small.
@@ -146,6 +146,7 @@ def check_started_processes(world_size: int, options: str) -> None:
     Args:
         world_size: processes of this run, as its options say.
         options: those that decide it, for the error line.
+        slurm: whether Lightning goes by SLURM's word, where it finds that.
 
     Raises:
         UserError: srun (tasks of this step), mpirun or torchrun started another number of them.
@@ -161,7 +162,7 @@ def check_started_processes(world_size: int, options: str) -> None:
                 f"{options} make {world_size} process(es), {launcher} has started {started}: each would be a run of "
                 f"its own; let both say the same"
             )
-        if launcher == "srun" and started == "1" != str(world_size) and _lightning_sees_slurm():
+        if slurm and launcher == "srun" and started == "1" != str(world_size) and _lightning_sees_slurm():
             raise UserError(
                 f"{options} make {world_size} processes, SLURM has started 1: write srun with as many tasks before "
                 "dar; or `unset SLURM_NTASKS`, and dar starts them itself"

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
@@ -122,7 +124,12 @@ class TrainerCLI(LightningCLI):
         for place, name, given in self.resolved:  # the config that is kept says what was asked for, see below
             place[name] = given
         self.global_batch = GlobalBatch(self._get(self.config_init, "global_batch"))
-        check_srun()
+        plugins = self._get(self.config_init, "trainer.plugins")
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        environments = [each for each in plugins if isinstance(each, ClusterEnvironment)]
+        slurm = all(isinstance(each, SLURMEnvironment) for each in environments)  # unless another one is asked for
+        if slurm:
+            check_srun()
         with naming("trainer"):
             trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:
@@ -138,7 +145,8 @@ class TrainerCLI(LightningCLI):
                 f"trainer.strategy: {type(trainer.strategy).__name__} reads checkpoints past SafeCheckpointIO; use ddp "
                 "or, for AR models, dar_lightning.training.FSDP2Strategy"
             )
-        check_started_processes(trainer.num_nodes * trainer.num_devices, "trainer.devices and trainer.num_nodes")
+        processes = trainer.num_nodes * trainer.num_devices
+        check_started_processes(processes, "trainer.devices and trainer.num_nodes", slurm)
         trainer.callbacks[:0] = [Faults(), self.global_batch]  # checkpoint callbacks stay last
         if (given := type(trainer.strategy.checkpoint_io)) is not TorchCheckpointIO:
             raise UserError(
@@ -160,6 +168,7 @@ class TrainerCLI(LightningCLI):
             for split in ("train", "val") if data.val is not None else ("train",):
                 data.index(split)
             data.check_classes()
+            self._check_patience(data)
         self.global_batch.derive(self.trainer, data)
         if isinstance(data, CodesDataModule) and isinstance(self.model, ARModule):
             self.model.check_data(data)
@@ -168,6 +177,19 @@ class TrainerCLI(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             for folder in self._written():
                 self.held.enter_context(locked(folder, "trainer.default_root_dir"))
+
+    def _check_patience(self, data: StreamDataModule) -> None:
+        """While one rank waits for a server, the others wait for it in a collective: no shorter, or the run is lost."""
+        timeout = getattr(self.trainer.strategy, "_timeout", None)
+        if self.trainer.world_size == 1 or timeout is None:
+            return
+        if any(getattr(data.index(split), "url", None) for split in data.splits):
+            seconds = timeout.total_seconds()
+            require(
+                data.patience < seconds,
+                f"data.patience is {data.patience:g} s, but ranks wait for one another {seconds:g} s only: give "
+                "trainer.strategy a longer timeout, or less patience",
+            )
 
     def _written(self) -> list[Path]:
         """The folders that a run writes to: its root, and those of checkpoints and logs elsewhere."""

@@ -58,7 +58,9 @@ class Loader(DataLoader):
             if (mistake := workers.user_error(error, "num_workers", 0)) is None:
                 raise
             error.__traceback__ = None  # its frames hold the workers, too
-        self._iterator = batches = None  # so the workers end at once
+        for worker in getattr(batches, "_workers", ()):
+            worker.terminate()  # some may wait for a server, and torch would wait 5 s for each
+        self._iterator = batches = None  # which ends the loader's threads
         raise mistake
 
 

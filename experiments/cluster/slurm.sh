@@ -26,12 +26,14 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal interrupts w
 wait "$step"
 status=$?
 
-# 138: saved (see StopOnSignal), 143: that at SIGTERM, which a more urgent job has sent to the tasks, or ended by srun
-# because another task was done first. Less: the run has come to its end, or to a user's mistake.
+# srun gives the highest code of its tasks. 138: saved (see StopOnSignal), 143: that at SIGTERM, which a more urgent job has
+# sent to the tasks, or srun, because another task has ended first, be it of a fault; 137, where that one was killed. So
+# above 128 the code alone is no reason to put the job back: that is the notice, or the more urgent job. Less: the run
+# has come to its end (0), or all tasks to the same fault (1) or user's mistake (2).
 if [ "$status" -gt 128 ]; then
     if [ "${notice:--1}" -ge "$soonest" ] || [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]; then
         scontrol requeue "$SLURM_JOB_ID"
-    elif [ "$notice" ]; then
+    elif [ "$notice" ] && [[ $status =~ ^(138|143)$ ]]; then # others are no mistake in --time
         echo "slurm.sh: not put back: the notice of the time limit came $notice s after the start; give a --time that is" \
             "longer than the notice (--signal, here 300 s) by the time to start and to train in" >&2
         status=2

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM on one machine, for the tests: as root, without systemd, up in about a second.
-#   slurm_local.sh start DIR PORT [NODES]   then: . DIR/env (SLURM_CONF); takes ports PORT to PORT + NODES
+#   slurm_local.sh start DIR PORT [NODES]   then: . DIR/env (SLURM_CONF); takes ports PORT to PORT + NODES. When the process
+#                                           that has called it is gone, killed perhaps, all is stopped
 #   slurm_local.sh node DIR N               starts node N's slurmd, again after a power cut
 #   slurm_local.sh stop DIR                 ends what start has begun, by process id
 # A node is a slurmd on loopback in namespaces of its own, of processes and of mounts (it alone knows the nodes' names):
@@ -78,6 +79,7 @@ start)
     for n in $(seq "$nodes"); do echo "127.0.0.1 node$n" >>"$dir/hosts"; done
     export SLURM_CONF=$dir/slurm.conf
     echo "export SLURM_CONF=$SLURM_CONF" >"$dir/env"
+    begin watcher sh -c 'tail --pid="$0" -f /dev/null; exec "$1" stop "$2"' $PPID "$(realpath "$0")" "$dir"
     begin munged munged --foreground --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" \
         --pid-file="$dir/munged.own" --log-file="$dir/munged.log" --seed-file="$dir/munge.seed"
     for _ in $(seq 100); do
@@ -102,5 +104,7 @@ stop)
         [ -f "$file" ] || continue
         kill -9 "$(cat "$file")" 2>/dev/null || true # nothing of it is wanted again
     done
+    # a session of its own, this process too where it is the watcher
+    [ ! -f "$dir/watcher.pid" ] || kill -9 -- "-$(cat "$dir/watcher.pid")" 2>/dev/null || true
     ;;
 esac

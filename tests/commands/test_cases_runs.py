@@ -188,6 +188,16 @@ def test_tasks_of_slurm_that_srun_has_not_started(variables, wrong, monkeypatch)
         check_srun()
 
 
+def test_processes_that_lightning_starts_within_slurm(tokens, tmp_path, monkeypatch):
+    """Where the config says so, SLURM's numbers are not asked."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    words = command(tokens, tmp_path / "run", *SAVES, max_steps=1)
+    main([*words, "--trainer.plugins=lightning.pytorch.plugins.environments.LightningEnvironment"])
+    assert step(tmp_path / "run") == 1
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    check_started_processes(2, "devices", slurm=False)
+
+
 class Notice(Callback):
     """The notice of SLURM's time limit, while a run is still being prepared."""
 

@@ -22,11 +22,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SCRIPTS = Path(__file__).parents[2] / "experiments" / "cluster"
 STEPS, SECONDS = 20, 240
 
-# In the places of SLURM's commands, and of a `dar` that ends as it is told, or waits for the notice and saves.
+# In the places of SLURM's commands, and of a `dar` that ends as it is told, or waits for the notice and saves. This
+# srun starts a task for each word of END; one that ends badly ends the others, and the highest code is srun's.
 PROGRAMS = {
-    "srun": 'shift; exec "$@"',
+    "srun": """shift; [[ "$END" = *" "* ]] || exec "$@"
+        for end in $END; do END=$end "$@" & tasks+=($!); done
+        wait -n || kill -TERM "${tasks[@]}" 2>/dev/null
+        for task in "${tasks[@]}"; do wait "$task"; codes+="$?\n"; done
+        exit "$(printf "$codes" | sort -n | tail -n 1)"
+    """,
     "scontrol": '[ "$1" = show ] && echo "PreemptTime=$PREEMPTED" || echo "$@"',
-    "dar": """trap "exit 138" USR1; touch "$BEGUN"; [ "$END" ] && exit "$END"; while :; do sleep 0.02; done""",
+    "dar": """trap "exit $NOTICED" USR1; trap "exit 143" TERM; touch "$BEGUN"
+        [ "${END#waits}" ] && exit "$END"; while :; do sleep 0.02; done
+    """,
 }
 
 
@@ -92,27 +100,36 @@ def environment(**more) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("end", "preempted", "soonest", "status", "said"),
     [
-        ("", "None", "0", 138, "requeue 7\n"),  # the notice: saved, put back
-        ("", "None", "60", 2, "slurm.sh: not put back: the notice of the time limit came 0 s"),
+        ("138 after the notice", "None", "0", 138, "requeue 7\n"),  # saved, put back
+        ("137 after the notice", "None", "60", 137, ""),  # that is another fault
+        ("138 after the notice", "None", "60", 2, "slurm.sh: not put back: the notice of the time limit came 0 s"),
         ("143", "2026-01-01T00:00:00", "60", 143, "requeue 7\n"),
         ("143", "None", "60", 143, ""),  # scancel
         ("0", "2026-01-01T00:00:00", "60", 0, ""),
         ("2", "2026-01-01T00:00:00", "60", 2, ""),
+        ("1", "2026-01-01T00:00:00", "60", 1, ""),  # a fault of all tasks
+        ("1 waits", "None", "60", 143, ""),  # of one, for which srun ends the other
     ],
 )
 def test_what_slurm_puts_back(end, preempted, soonest, status, said, tmp_path):
+    end, _, notice = end.partition(" after the ")
     for name, text in PROGRAMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     variables = environment(SLURM_JOB_ID=7, SLURM_NNODES=1, SLURM_NTASKS_PER_NODE=1, SOONEST=soonest)
-    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "END": end, "PREEMPTED": preempted}
+    variables |= {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "END": "" if notice else end,
+        "NOTICED": end,
+        "PREEMPTED": preempted,
+    }
     command = ["bash", SCRIPTS / "slurm.sh", "--seed_everything=1"]
     variables["BEGUN"] = str(tmp_path / "begun")
     job = subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not end and not (tmp_path / "begun").exists():
+    while notice and not (tmp_path / "begun").exists():
         assert job.poll() is None
         time.sleep(0.02)
-    if not end:
+    if notice:
         job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=SECONDS)
     assert job.returncode == status

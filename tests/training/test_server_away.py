@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from refusals import refusal
 from tiny_models import fit_tokenizer
 from tiny_shards import write_set
 
@@ -59,6 +61,16 @@ class Away(Callback):
                 threading.Timer(self.seconds, self.server.start).start()
             if self.signal is not None:
                 threading.Timer(0.3, os.kill, (os.getpid(), self.signal)).start()
+
+
+class AwayLate(Away, Checkpoint):
+    """The last callback of a step, in which a signal comes and stays for long."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == AWAY_AFTER:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(3 * stop.GRACE)
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +159,23 @@ def test_a_signal_while_the_server_is_away(server, unbroken, tmp_path, capsys, m
     server.start()
     main(words)
     assert same(unbroken, weights(tmp_path, STEPS))
+
+
+def test_a_step_that_is_longer_than_the_wait_for_a_batch(server, tmp_path, capsys, monkeypatch):
+    """The alarm that finds a step at work comes again."""
+    monkeypatch.setattr(stop, "GRACE", 0.1)
+    words = command(server.url, tmp_path, "--data.init_args.patience=5", f"--trainer.callbacks+={__name__}.AwayLate")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 128 + signal.SIGUSR1
+    said = f"SIGUSR1: stopped after step {AWAY_AFTER // 2}, saved in {tmp_path}/checkpoints/last.ckpt"
+    assert said in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("timeout", "patience"), [("0:10:00", 900), ("0:15:00", 900), ("0:10:00", 601)])
+def test_ranks_that_wait_no_longer_than_the_server_may_be_away(timeout, patience, server, tmp_path, capsys):
+    words = command(server.url, tmp_path, "--trainer.devices=2", "--trainer.strategy=DDPStrategy")
+    words += [f"--trainer.strategy.timeout={timeout}", f"--data.init_args.patience={patience}"]
+    seconds = 60 * int(timeout.split(":")[1])
+    said = f"dar fit: data.patience is {patience} s, but ranks wait for one another {seconds} s only: give "
+    assert refusal(capsys, words).startswith(said)

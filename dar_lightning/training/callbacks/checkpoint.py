@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
-from dar_lightning.errors import UserError
+from dar_lightning.errors import UserError, whole_line
 
 WRITING = timedelta(minutes=15)  # for which a rank that ends waits for the checkpoint of another
 
@@ -81,29 +81,42 @@ class LastStepCheckpoint(ModelCheckpoint):
         """Save the last step without the other ranks, which may be in the midst of the next one: for a run that breaks.
 
         Between two steps each rank has all that a checkpoint holds. Of several that call this, the first one writes,
-        and the others wait for it, since the first that ends takes all with it. A sharded model is in no rank alone,
-        and not saved; nor is a step that is saved already, or one in validation, whose weights may be averages.
+        and the others wait for it, since the first that ends takes all with it, and learn whether it could. A sharded
+        model is in no rank alone, and not saved; nor is a step that is saved already, or one in validation, whose
+        weights may be averages. What goes wrong here is a line: the run has broken of something else.
         """
         sharded = any(isinstance(tensor, DTensor) for tensor in trainer.lightning_module.parameters())
         if not self.save_last or sharded or not trainer.training or super()._should_skip_saving_checkpoint(trainer):
             return
-        names = (self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST, ver=ver) for ver in (None, *range(1, 1000)))
-        path = self.last_model_path or next(name for name in names if not Path(name).exists())
-        key, store = f"{self.state_key} {self.dirpath} {trainer.global_step}", None
+        step, path, store = trainer.global_step, "", None  # no path: not saved
         if trainer.world_size > 1:
             store = torch.distributed.distributed_c10d._get_default_store()
-            if store.add(key, 1) > 1:
-                store.wait([f"{key} ends"], WRITING)
-                return
+        key = f"{self.state_key} {self.dirpath} {step}"
         try:
-            self.last_model_path = path
-            trainer.strategy.checkpoint_io.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
-            self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
-        except UserError as error:
-            print(f"WARNING: {error}; step {trainer.global_step} is not saved", file=sys.stderr, flush=True)
-        finally:
-            if store is not None:
-                store.set(f"{key} ends", "")
+            if store is None or store.add(key, 1) == 1:
+                try:
+                    path = self._write_alone(trainer)
+                finally:
+                    if store is not None:
+                        store.set(f"{key} ends", path)
+            else:
+                store.wait([f"{key} ends"], WRITING)
+                path = store.get(f"{key} ends").decode()
+                if not path:
+                    raise UserError("the rank that was to save could not")
+        except (UserError, RuntimeError) as error:  # of the disk, or of a store whose rank is gone
+            outcome = "saved, which other ranks do not know" if path else "not saved"
+            print(f"WARNING: {whole_line(error)}; step {step} is {outcome}", file=sys.stderr, flush=True)
+        if path:
+            self.last_model_path = self._last_checkpoint_saved = path
+            self._last_global_step_saved = step
+
+    def _write_alone(self, trainer) -> str:
+        names = (self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST, ver=ver) for ver in (None, *range(1, 1000)))
+        self.last_model_path = self.last_model_path or next(name for name in names if not Path(name).exists())
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.last_model_path)
+        return self.last_model_path
 
     def _save_end(self, trainer) -> None:
         self.save_now(trainer)

@@ -59,7 +59,8 @@ class StopOnSignal(Callback):
     Lightning has started end with 0: with anything else it would kill the run at once.
 
     Where the step cannot be finished, since its batch does not come within 20 s (a server is away), the one before is
-    saved by the rank that waits.
+    saved by the rank that waits, which then ends with the signal's code. The others, in a step that has no end, are
+    ended by whatever has started them: the code of the whole is that launcher's (docs/resume.md).
 
     Lightning's own answer to SIGTERM saves nothing, and makes ranks wait for each other before every batch; that to
     SIGUSR1 under SLURM saves from within the signal, where ranks at different places of a step wait for each other
@@ -119,9 +120,9 @@ class StopOnSignal(Callback):
 
     def _quiet(self) -> None:
         """No alarm any more, which would end a process that has no answer to it."""
-        if self._signal and self._training:
+        training, self._training = self._training, False  # first: a signal that comes now sets none
+        if self._signal and training:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        self._training = False
 
     def _say(self, trainer, files: list[str | None]) -> None:
         saved = [f"saved in {file}" for file in files if file]
