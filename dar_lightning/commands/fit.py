@@ -183,12 +183,12 @@ class TrainerCLI(LightningCLI):
         timeout = getattr(self.trainer.strategy, "_timeout", None)
         if self.trainer.world_size == 1 or timeout is None:
             return
-        if any(getattr(data.index(split), "url", None) for split in data.splits):
-            seconds = timeout.total_seconds()
-            require(
-                data.patience < seconds,
-                f"data.patience is {data.patience:g} s, but ranks wait for one another {seconds:g} s only: give "
-                "trainer.strategy a longer timeout, or less patience",
+        seconds = timeout.total_seconds()
+        remote = [data.index(split) for split in data.splits if getattr(data.index(split), "url", None)]
+        if (patience := max((index.patience for index in remote), default=0)) >= seconds:
+            raise UserError(
+                f"data.patience is {patience:g} s, but ranks wait for one another {seconds:g} s only: give "
+                "trainer.strategy a longer timeout, or less patience"
             )
 
     def _written(self) -> list[Path]:
