@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from dar_lightning.data.imagenet import ImageNetDataModule
@@ -131,11 +131,16 @@ class TokenizerModule(TrainingModule):
         seen = {name: losses[name] for name in ("latents", "codes", "flow_each", "group")}
         return {"loss": loss, "parts": parts} | seen
 
+    @property
+    def norms_of_average(self) -> list[nn.Module]:
+        """Layers whose statistics an average of the weights gathers itself, see EMA: that of `latent_norm: batch`."""
+        norm = self.tokenizer.encoder.latent_norm
+        return [] if norm is None or self.freeze_encoder else [norm]
+
     def update_statistics(self, batch: dict) -> None:
-        """Let `latent_norm: batch` see a batch with the weights as they are; for the average of EMA."""
-        if not self.freeze_encoder:
-            self.tokenizer.encoder.latent_norm.train()
-            self.tokenizer.encoder(to_float(batch["image"]))
+        """Let `norms_of_average` see a batch with the weights as they are."""
+        self.tokenizer.encoder.latent_norm.train()
+        self.tokenizer.encoder(to_float(batch["image"]))
 
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -11,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 class Average(AveragedModel):
     """An AveragedModel that begins as a copy of the model and whose update reads nothing back from the device.
 
-    Buffers are the model's, but a BatchNorm's statistics: the mean and variance of what the weights of the moment give
-    are not those of what their average gives. These see the training's batches through the average itself, with a
-    memory of 100 steps.
+    Buffers are the model's, but the statistics of the norms that the model names as `norms_of_average`: mean and
+    variance of what the weights of the moment give are not those of what their average gives. These see the training's
+    batches through the average itself, with a memory of 100 steps.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, decay: float):
@@ -24,12 +25,19 @@ class Average(AveragedModel):
             norm.momentum = 0.01
 
     def _norms(self) -> list[nn.Module]:
-        return [module for module in self.module.modules() if isinstance(module, nn.BatchNorm1d)]
+        return getattr(self.module, "norms_of_average", [])
 
     @torch.no_grad()
     def update_statistics(self, batch: Any) -> None:
-        if self._norms():
+        """Let the norms see a batch; all ranks have what rank 0 saw, and what is not finite leaves no trace."""
+        buffers = [buffer for norm in self._norms() for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        if buffers:
             self.module.update_statistics(batch)
+        for now, old in zip(buffers, before, strict=True):
+            now.copy_(torch.where(now.isfinite(), now, old))
+            if dist.is_initialized():
+                dist.broadcast(now, src=0)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -63,7 +71,7 @@ class EMA(WeightAveraging):
     It begins with the weights that the run starts from and is not corrected for that, as in the official code.
     Validation, checkpoints and `dar export` use the average. It lies where the model trains and is moved without a
     wait; sharded models (FSDP2) are averaged slice by slice. With `latent_norm: batch` each step has one more pass of
-    the encoder, for the average's own statistics. Lightning's EMAWeightAveraging begins after the first
+    the encoder, never compiled, for the average's own statistics. Lightning's EMAWeightAveraging begins after the first
     step, lies on the CPU if the model is built there, and validates the untrained model until
     `update_starting_at_step`.
 

@@ -200,3 +200,36 @@ def test_the_average_has_statistics_of_its_own(images):
     assert same((norm.running_mean, norm.running_var), expected)
     assert len(flat) == 4
     assert not same(current, expected), "the optimizer's weights give other latents"
+
+
+def test_other_statistics_are_the_model_s():
+    """Of a norm that nobody has named, such as one of a user's own quantizer."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    average = Average(model, torch.device("cpu"), 0.9)
+    model(10 + torch.randn(50, 3))
+    average.update_parameters(model)
+    average.update_statistics({})
+    assert torch.equal(average.module[0].running_mean, model[0].running_mean)
+
+
+def statistics_of_a_rank(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """After an image of each rank's own, and after a broken one."""
+    average = Average(tokenizer_module({"latent_norm": "batch"}), torch.device("cpu"), 0.9)
+    norm = average.module.tokenizer.encoder.latent_norm
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank)) * 255
+    average.update_statistics({"image": images})
+    good = torch.cat([norm.running_mean, norm.running_var])
+    average.update_statistics({"image": images * float("nan")})
+    return good, torch.cat([norm.running_mean, norm.running_var])
+
+
+def statistics_of_this_rank() -> tuple[torch.Tensor, torch.Tensor]:
+    return statistics_of_a_rank(torch.distributed.get_rank())
+
+
+def test_all_ranks_have_the_statistics_of_rank_0(pair):
+    expected, _ = statistics_of_a_rank(0)
+    for good, after_nan in pair.without_failure(statistics_of_this_rank):
+        assert torch.equal(good, expected)
+        assert torch.equal(after_nan, expected), "what is not finite leaves no trace"
+    assert not torch.equal(statistics_of_a_rank(1)[0], expected)
