@@ -76,7 +76,7 @@ class OneLineErrors:
         raise find_user_error(ex) or UserError(" ".join(str(message).split()))
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raise a UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)

@@ -77,12 +77,21 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def check_same(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse results of other settings than those that are wanted now: a UserError says which, after `what` it is."""
+def check_same(
+    what: str,
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    hint: str = "choose another folder or delete this one",
+) -> None:
+    """Refuse results of other settings than those that are wanted now.
+
+    Raises:
+        UserError: a setting is another one; the line is `what`, the setting and `hint`.
+    """
     for name, value in wanted.items():
         if found.get(name) != value:
             now = f"{name} {found.get(name)}, now it is {value}"
-            raise UserError(f"output: {what} {now}; choose another folder or delete this one")
+            raise UserError(f"output: {what} {now}; {hint}")
 
 
 def write_text(path: str | Path, text: str) -> None:

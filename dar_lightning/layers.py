@@ -73,14 +73,14 @@ class TableModule(nn.Module):
         return {}
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        """Called by `to`, `cuda` and the like: tables keep their dtype, and are filled where they leave meta."""
+        """Called by `to`, `cuda` and the like: tables keep their dtype, and are filled anew."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         with torch.device("cpu"):
             tables = self.tables()
         for name, table in tables.items():
             was, now = before[name], self.get_buffer(name)
-            if now.dtype != was.dtype or (was.is_meta and not now.is_meta):
+            if now is not was:  # a copy in another dtype, or of nothing, as `to_empty` makes
                 owner, _, last = name.rpartition(".")
                 setattr(self.get_submodule(owner), last, table.to(now.device))
         return self

@@ -184,7 +184,14 @@ Combine = Callable[[Tensor, Tensor, float | Tensor], Tensor] | None  # logits wi
 def guidance_schedule(
     guidance: Guidance | GuidanceSchedule, num_tokens: int, token_groups: Sequence[int] | None = None
 ) -> list[float]:
-    """Guidance scale of each token.
+    """Guidance scale of each token; see `scales_and_combine`."""
+    return scales_and_combine(guidance, num_tokens, token_groups)[0]
+
+
+def scales_and_combine(
+    guidance: Guidance | GuidanceSchedule, num_tokens: int, token_groups: Sequence[int] | None = None
+) -> tuple[list[float], Combine]:
+    """Guidance scale of each token, and what `guidance_combine` gives, of one schedule.
 
     Args:
         guidance: a number, a pair, text, or an object with `scales`.
@@ -195,10 +202,11 @@ def guidance_schedule(
         UserError: for a name, values or groups that there are not.
     """
     groups = [1] * num_tokens if token_groups is None else token_groups
-    scales = [float(scale) for scale in _schedule(guidance).scales(groups)]
+    schedule = _schedule(guidance)
+    scales = [float(scale) for scale in schedule.scales(groups)]
     fits = len(scales) == num_tokens and all(map(math.isfinite, scales))
     require(fits, f"guidance {guidance}: its scales are {scales[:4]}...: need {num_tokens} finite numbers")
-    return scales
+    return scales, guidance_combine(schedule)
 
 
 def guidance_combine(guidance: Guidance | GuidanceSchedule) -> Combine:

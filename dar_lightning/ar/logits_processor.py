@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dar_lightning.ar.conditions.class_label import check_labels
 from dar_lightning.ar.config import ARConfig
-from dar_lightning.ar.guidance import Guidance, guidance_combine, guidance_schedule, guide
+from dar_lightning.ar.guidance import Guidance, guide, scales_and_combine
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.order import placed
 from dar_lightning.ar.sampling import check_options, draw_tokens, filter_logits
@@ -55,8 +55,7 @@ class GuidedLogitsProcessor:
         check_options(self.config, labels, temperature, top_k, top_p, prefix, count)
         check_labels(labels, self.config.num_classes)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.scales = guidance_schedule(guidance, count, token_groups)
-        self.combine = guidance_combine(guidance)
+        self.scales, self.combine = scales_and_combine(guidance, count, token_groups)
         self.guided = any(scale != 1.0 for scale in self.scales)
         self.keys = draw_keys(len(labels), count, generator, labels.device)
         self.input_ids = torch.cat([codes + labels[:, None], prefix], dim=1)  # (B or 2B, 1 + m): the prompts

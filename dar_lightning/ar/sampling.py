@@ -10,14 +10,7 @@ from dar_lightning.ar.config import ARConfig
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.decode_step import Drawing, draw_static
 from dar_lightning.ar.draw import draw_tokens, filter_logits
-from dar_lightning.ar.guidance import (
-    Guidance,
-    GuidanceSchedule,
-    guidance_combine,
-    guidance_schedule,
-    guide,
-    guided_tokens,
-)
+from dar_lightning.ar.guidance import Guidance, GuidanceSchedule, guide, guided_tokens, scales_and_combine
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.jacobi import check_jacobi, draw_jacobi
 from dar_lightning.ar.model import ARModel
@@ -75,7 +68,7 @@ def stream_tokens(
     """
     check_jacobi(ar.config, jacobi, static)
     require(bias is None or not static, "static is true: a bias on the logits (evidence of an image) is drawn without")
-    combine = guidance_combine(guidance)
+    scales, combine = scales_and_combine(guidance, ar.config.num_tokens, token_groups)
     require(combine is None or not static, f"static is true: guidance {guidance} is drawn without, leave it out")
     road = choose_road(ar, static if bias is None and not jacobi and combine is None else False)
     count = ar.config.num_tokens if num_tokens is None else num_tokens
@@ -83,7 +76,7 @@ def stream_tokens(
     prefix = prefix.to(labels.device)
     check_options(ar.config, labels, temperature, top_k, top_p, prefix, count)
     ar.condition.check(labels)
-    scales = guidance_schedule(guidance, ar.config.num_tokens, token_groups)[:count]
+    scales = scales[:count]
     batch, guided = len(labels), guided_tokens(scales)
     check_guided(ar, scales, guidance)
     order = ar.draw_order(len(labels), generator) if order is None else order

@@ -187,7 +187,8 @@ def evaluate(
         sets |= {"reference": reference_set} if reference_set and all(reference_set.captions) else {}
         scores = {name: clip_score(each, f"--{name}", scorer, place, batch_size) for name, each in sets.items()}
         metrics |= {f"clip_score_{name}": score for name, score in scores.items()}
-        methods |= {"clip": scorer.facts, "clip_captions_sha256": captions_sha256(sample_set.captions)}
+        told = {name: captions_sha256(each.captions) for name, each in sets.items()}
+        methods |= {"clip": scorer.facts, "clip_captions_sha256": told}
     if save_statistics is not None:
         facts = {"features_sha256": methods["features"]["sha256"], "image_size": list(fake.size)}
         write_statistics(save_statistics, gaussian, reference_facts | facts)

@@ -2,16 +2,24 @@
 
 import io
 import warnings
-from contextlib import suppress
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Pillow's names of what it reads by itself and knows by its first bytes. EPS starts Ghostscript: never.
 # The MPO of phones is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "PSD", "QOI", "SGI")
 MAX_PIXELS = 178_956_970  # as in Pillow: 0.5 GB of RGB
+TURNS = {  # by the value of EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadSample(Exception):
@@ -53,9 +61,7 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
         image.load()
-        with warnings.catch_warnings(), suppress(Exception):  # damaged metadata do not make a damaged image
-            warnings.simplefilter("ignore")
-            ImageOps.exif_transpose(image, in_place=True)
+        turn = _turn(image)
         is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         if is_16_bits:  # convert() would clip
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -63,7 +69,8 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
             raise BadSample("pixels of 32 bits")  # nobody knows which value is white
         if image.has_transparency_data:
             image = _on_white(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
     except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -72,6 +79,18 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
         raise BadSample(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow's readers raise many kinds on damaged bytes
         raise BadSample(f"damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets a loaded image upright; None for one that is, also where its EXIF cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        except MemoryError:
+            raise
+        except Exception:  # damaged metadata do not make a damaged image
+            return None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

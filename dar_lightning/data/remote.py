@@ -79,6 +79,7 @@ def fetch(
 
     tries, wait, first = 0, WAIT, 0.0
     while not is_here():
+        before = len(differed)
         with naming("cache_dir", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{path}.lock").acquire()
@@ -94,13 +95,13 @@ def fetch(
             first = first or now
             left = first + (AT_START if patience is None else patience) - now
             reason = _reason(error)
-            if left <= 0:
+            if left <= 0 and not before < len(differed) == 1:  # the second copy decides, whatever the patience
                 tried = f"{url} cannot be copied, tried {tries} times in {now - first:.0f} s ({reason})"
                 kind = UserError if patience is None else MachineFault
                 raise kind(f"{tried}; check the address and the server") from error
             if tries == 1:
                 log.warning("%s cannot be copied (%s); tried again for %.0f s", url, reason, left)
-            time.sleep(min(wait, left))
+            time.sleep(max(0.0, min(wait, left)))
             wait = min(2 * wait, LONGEST)
     if tries:
         log.warning("%s is copied now", url)

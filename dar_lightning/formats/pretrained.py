@@ -53,10 +53,6 @@ class PretrainedMixin(
     pipeline_part: str
     averaged: bool | None = None
 
-    def tables(self) -> dict[str, Tensor]:
-        """Buffers that are not saved, by name, computed anew: numbers that follow from the config."""
-        return {}
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a short README.md into a folder, which is made if missing.
 
@@ -92,7 +88,7 @@ class PretrainedMixin(
             UserError: if the folder, its config or its weights are missing, broken, or of another model.
         """
         folder = resolve_folder(pretrained_model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_options)
-        if (folder / cls.pipeline_part).is_dir():  # a pipeline's
+        if not (folder / WEIGHTS_NAME).exists() and (folder / cls.pipeline_part).is_dir():  # a pipeline's
             folder = folder / cls.pipeline_part
         origin = folder / CONFIG_NAME
         values = read_json(origin)
@@ -179,9 +175,6 @@ def build_model(
         model.to(dtypes.pop())
     if not any(tensor.is_meta for tensor in tensors.values()):
         model.to_empty(device="cpu").load_state_dict({name: tensors[names(name)] for name in model.state_dict()})
-        with torch.device("cpu"):
-            for name, table in model.tables().items():
-                setattr(model, name, table)
     return model
 
 

@@ -72,7 +72,8 @@ class Registry:
         """
         what, kind = self.what, self.find(name)
         title = what.capitalize()
-        require(issubclass(kind, self.base), f"{what} {name} is no {title}: inherit from ar.{what}s.{title}")
+        inherit = f"inherit from {self.base.__module__}.{self.base.__qualname__}"
+        require(issubclass(kind, self.base), f"{what} {name} is no {title}: {inherit}")
         self._check_options(kind, name, options, len(sizes))
         made = kind(*sizes, **options)
         lacks = [each for each in self.needs if not hasattr(made, each)]

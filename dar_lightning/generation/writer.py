@@ -82,7 +82,8 @@ class SampleWriter(BasePredictionWriter):
                 raise UserError(f"output: {self.path} is there, without its {name}; delete it or rename")
             return self.data.pieces
         settings = {name: ours for name, ours in self.settings.items() if name not in FREE}
-        check_same(f"{there} tells of images with", read_json(there), settings)
+        hint = f"choose another file or delete {self.path if self.done else self.parts}"
+        check_same(f"{there} tells of images with", read_json(there), settings, hint)
         return [] if self.done else [piece for piece in self.data.pieces if not self._is_whole(piece)]
 
     def _file(self, piece: range) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.multimodal import CLIPScore
 
 from dar_lightning.errors import UserError, one_line
 from dar_lightning.files import read_json
@@ -77,6 +76,8 @@ def clip_score(images: ImageSet, option: str, clip: CLIP, device: torch.device, 
         device: where to compute.
         batch_size: images at a time.
     """
+    from torchmetrics.multimodal import CLIPScore  # it has it where transformers is installed
+
     metric, texts = CLIPScore(lambda: (clip, clip.prepare)).to(device), iter(images.captions)
     for pixels, _ in with_progress(images, batch_size, f"{option}, CLIP"):
         metric.update(pixels.to(device), list(islice(texts, len(pixels))))

@@ -4,6 +4,7 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +179,7 @@ class ShardImages(_EncodedImages):
             members = self.reader[number][2]
             return decode(members), read_label(members, None) if self.labelled else None
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """The first of each, which validation takes, too."""
         found = (read_captions(self.reader[number][2]) for number in range(len(self)))

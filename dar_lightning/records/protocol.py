@@ -27,8 +27,8 @@ DEPENDS = {
     **{f"psnr_{whose}_tokens": (("token_influence",), ()) for whose in ("own", "other", "same")},
     "probe_accuracy_samples": (("features", "probe"), ()),
     "probe_accuracy_reference": (("features", "probe"), ("images",)),
-    "clip_score_samples": (("clip.sha256", "clip_captions_sha256"), ()),
-    "clip_score_reference": (("clip.sha256",), ("images",)),
+    "clip_score_samples": (("clip.sha256", "clip_captions_sha256.samples"), ()),
+    "clip_score_reference": (("clip.sha256", "clip_captions_sha256.reference"), ("images",)),
 }
 IDENTITIES = ("reference.sha256", "probe.train.sha256")
 

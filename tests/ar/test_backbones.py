@@ -189,7 +189,7 @@ def test_own_classes_that_are_refused(monkeypatch):
     for name, options, said in (
         ("tests.Buffered", {}, "backbone tests.Buffered has the buffer lost, which is not saved"),
         ("tests.Buffered", {"sizes": 3}, "backbone_options: sizes is 3: tests.Buffered has the options size"),
-        ("tests.GRU", {}, "backbone tests.GRU is no Backbone: inherit from ar.backbones.Backbone"),
+        ("tests.GRU", {}, "tests.GRU is no Backbone: inherit from dar_lightning.ar.backbones.interface.Backbone"),
     ):
         with pytest.raises(UserError, match=said):
             ARModel(ARConfig(**AR, backbone=name, backbone_options=options))

@@ -18,6 +18,7 @@ from dar_lightning.ar import decode_road, decode_step, sampling
 from dar_lightning.ar.decode_road import choose_road
 from dar_lightning.ar.decode_step import DecodeStep, Drawing, Plan
 from dar_lightning.ar.gumbel import draw_keys
+from dar_lightning.ar.model import Attention, Block, SwiGLU
 from dar_lightning.ar.sampling import generate, stream_tokens
 
 LABELS = torch.tensor([0, 3, 1])
@@ -337,6 +338,15 @@ def test_other_layers_are_called(other, monkeypatch):
     assert choose_road(other) == "eager"
     monkeypatch.undo()
     refused("static: this model's layers are sharded, replaced", choose_road, other, static=True)
+
+
+def test_the_parts_of_a_block_are_those_that_the_step_computes():
+    """Of which `decode_road` asks Block itself: one more there is one for `decode_step._layer`."""
+    linear = dict.fromkeys(("attention.qkv", "attention.out", "ffn.gate", "ffn.up", "ffn.down"), torch.nn.Linear)
+    norms = dict.fromkeys(("attention_norm", "ffn_norm"), torch.nn.RMSNorm)
+    dropout = dict.fromkeys(("residual_dropout", "ffn_dropout"), torch.nn.Dropout)
+    parts = {"": Block, "attention": Attention, "ffn": SwiGLU}
+    assert decode_road._our_parts() == parts | linear | norms | dropout
 
 
 def test_a_triton_that_does_not_run():

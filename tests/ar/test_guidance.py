@@ -11,7 +11,15 @@ from tiny_models import GROUPS, SIZE, TOKENS, make_ar, make_pipeline, make_token
 
 from dar_lightning import ARModel, DARPipeline
 from dar_lightning.ar import sampling
-from dar_lightning.ar.guidance import Constant, Interval, PowerCosine, guidance_schedule, guided_tokens, read_guidance
+from dar_lightning.ar.guidance import (
+    SCHEDULES,
+    Constant,
+    Interval,
+    PowerCosine,
+    guidance_schedule,
+    guided_tokens,
+    read_guidance,
+)
 from dar_lightning.ar.gumbel import draw_keys
 from dar_lightning.ar.sampling import draw_tokens, generate, stream_tokens
 from dar_lightning.errors import UserError
@@ -267,3 +275,10 @@ def test_an_object_with_scales_is_a_schedule(ar):
 
 def test_a_class_path_runs_no_file_where_it_must_not():
     refused(r"guidance is 'no_module\.Schedule,1': give a", read_guidance, "no_module.Schedule,1", own_classes=False)
+
+
+def test_a_schedule_is_made_once_for_a_drawing(ar, monkeypatch):
+    made = []
+    monkeypatch.setitem(SCHEDULES, "noted", lambda scale: made.append(scale) or Constant(scale))
+    assert torch.equal(drawn(ar, "noted,3"), drawn(ar, 3.0))
+    assert made == [3]

@@ -156,7 +156,8 @@ def test_a_refused_run_leaves_that_of_before_alone(data, tmp_path, capsys):
     main(words("ar", data, tmp_path / "run"))
     config = next((tmp_path / "run").rglob("config.yaml"))
     before = config.read_bytes()
-    refusal(capsys, words("ar", data, tmp_path / "run", "--trainer.val_check_interval=100"))
+    line = refusal(capsys, words("ar", data, tmp_path / "run", "--trainer.val_check_interval=100"))
+    assert "`val_check_interval` (100) must be less than" in line
     assert config.read_bytes() == before
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from dar_lightning.commands.evaluate import evaluate
 from dar_lightning.data.shards import ShardIndex, write_shard
 from dar_lightning.errors import UserError
 from dar_lightning.files import file_sha256
+from dar_lightning.metrics.clip import captions_sha256
+from dar_lightning.metrics.images import open_images
 from dar_lightning.records.drawn import write_drawn
 from dar_lightning.records.pixels import image_digests, set_sha256
 
@@ -95,6 +99,8 @@ def test_the_score_is_the_cosine_by_hand(folder, tmp_path, capsys):
     sha256 = file_sha256(folder / "model.safetensors")
     assert result["protocol"]["clip"] == {"model": str(folder), "sha256": sha256}
     assert "captions" not in result["protocol"]["samples"]
+    told = result["protocol"]["clip_captions_sha256"]
+    assert told == {"samples": captions_sha256(captions), "reference": captions_sha256(other)}
     assert "clip_score_samples" in capsys.readouterr().out
 
     same = drawn(tmp_path / "t.npz", pixels(9, 2), captions[::-1])
@@ -128,6 +134,8 @@ def test_what_is_refused(folder, tmp_path, pipeline):
     images = pixels(6, 0)
     plain, output = npz(tmp_path / "plain.npz", images), str(tmp_path / "o.json")
     some = captioned(tmp_path / "some", images, ["apple", None, "apple", None, "apple", "apple"])
+    opened = open_images(some, "--samples", None)
+    assert opened.captions is opened.captions, "shards are read once"
     for samples, missing in ((plain, 6), (some, 2)):
         with pytest.raises(UserError, match=f"^--samples: {missing} of 6 images have no caption, which the CLIP score"):
             evaluate(samples, plain, NETWORK, output, clip=str(folder))
@@ -146,3 +154,30 @@ def test_what_is_refused(folder, tmp_path, pipeline):
             evaluate(told, plain, NETWORK, output, clip=clip)
         assert "\n" not in str(raised.value)
     assert not Path(output).exists()
+
+
+WITHOUT = """
+import sys
+from importlib import metadata
+
+def version(name, known=metadata.version):
+    if name == "transformers":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+metadata.version = version  # which torchmetrics asks
+sys.modules["transformers"] = None
+from dar_lightning.commands import evaluate
+try:
+    evaluate.CLIP(sys.argv[1], "--clip")
+except evaluate.UserError as error:
+    print(error)
+"""
+
+
+def test_without_transformers(tmp_path):
+    """`dar evaluate` needs it for the CLIP score alone, which says what to install."""
+    (tmp_path / "model.safetensors").touch()
+    child = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], capture_output=True, text=True)
+    said = f"--clip: {tmp_path} needs transformers: pip install 'dar-lightning[text]'\n"
+    assert (child.stdout, child.returncode) == (said, 0), child.stderr

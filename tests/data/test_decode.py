@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_phone_photos_stand_upright(tag, kind):
 def test_damaged_metadata_do_not_make_a_damaged_image():
     content = encode(picture(), "PNG", exif=b"Exif\0\0MM\0*nonsense")
     assert np.array_equal(pixels(content), np.array(picture()))
+
+
+def test_a_turn_that_fails_leaves_no_picture_on_its_side(monkeypatch):
+    """Of what reads the tag, only a lack of memory stops it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(picture(), "PNG", exif=exif)
+    for name, error in (("transpose", ValueError("x")), ("transpose", MemoryError()), ("getexif", MemoryError())):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, name, mock.Mock(side_effect=error))
+            if isinstance(error, MemoryError):
+                with pytest.raises(MemoryError):
+                    decode_rgb(content)
+            else:
+                assert reason(content) == "damaged (x)"
 
 
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["grey", "RGB", "LA", "RGBA"])

@@ -170,6 +170,26 @@ def test_ten_minutes_by_a_clock_of_its_own(tmp_path, monkeypatch, patience, away
     assert away <= sum(waits) < away + 30
 
 
+def test_without_patience_a_copy_that_differs_is_fetched_once_more(tmp_path, monkeypatch):
+    """And used, unless the server is away by then."""
+    copies = [b"other", b"other", b"other", None]
+
+    def copy(url: str, part: Path) -> None:
+        if (content := copies.pop(0)) is None:
+            raise OSError("away")
+        part.write_bytes(content)
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: 9.0, sleep=[0.0].remove))
+    remote.fetch("http://x", tmp_path / "x", 5, "0" * 64, patience=0)
+    assert (tmp_path / "x").read_bytes() == b"other"
+    assert "the server gives 5 bytes" in (tmp_path / "x.differs").read_text()
+    monkeypatch.setattr(remote.time, "sleep", [0.0].remove)
+    with pytest.raises(MachineFault, match=r"tried 2 times in 0 s \(OSError: away\)"):
+        remote.fetch("http://x", tmp_path / "y", 5, "0" * 64, patience=0)
+    assert not copies
+
+
 def test_a_silent_server_is_named(server, tmp_path, monkeypatch, caplog):
     """After a minute, which is a moment here; a minute is what the package says."""
     assert remote.SILENCE == 60

@@ -92,6 +92,25 @@ def test_folders_that_lack_something(pipeline, tmp_path):
         refused(CONFIG_NAME, ARModel.from_pretrained, folder)
 
 
+def test_a_model_beside_a_folder_that_is_called_as_a_pipelines_part(tmp_path):
+    make_ar(seed=1).save_pretrained(tmp_path)
+    make_ar(seed=2).save_pretrained(tmp_path / "ar")
+    assert model_sha256(ARModel.from_pretrained(tmp_path)) == model_sha256(make_ar(seed=1))
+
+
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+def test_tables_that_are_not_saved_are_filled_by_to_empty(start):
+    several = make_ar(tokens_per_pass=2, sequential_tokens=2, order="interleaved", order_groups=4)
+    for fresh in (several, make_ar(order="reversed")):
+        with torch.device(start):
+            again = ARModel(fresh.config).bfloat16().to_empty(device="cpu")
+        found = {name: again.get_buffer(name) for name in fresh.tables()}
+        assert found.keys() == {"rotary", "order"} | ({"read_by", "last_seen"} if fresh is several else set())
+        for name, table in found.items():
+            assert torch.equal(table, fresh.get_buffer(name)), name
+            assert table.dtype == fresh.get_buffer(name).dtype
+
+
 def test_a_mistyped_path_does_not_ask_the_network(tmp_path, monkeypatch):
     """What could be a name is asked for, and refused in one line."""
     (tmp_path / "runs").mkdir()

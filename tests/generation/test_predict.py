@@ -25,7 +25,6 @@ from tiny_models import CLASSES, GROUPS, SIZE
 from dar_lightning import DARPipeline
 from dar_lightning.cli import main
 from dar_lightning.data.transforms import to_uint8
-from dar_lightning.errors import UserError
 from dar_lightning.formats.model_sha256 import model_sha256
 from dar_lightning.generation.drawing import image_generator
 from dar_lightning.generation.labels import LabelsDataModule
@@ -196,8 +195,8 @@ def test_a_finished_one_is_left_alone(pipeline, whole, tmp_path, capsys):
     ],
 )
 def test_other_settings_are_refused(part, option, named, pipeline, whole):
-    with pytest.raises(UserError, match=rf"^output: {whole.with_suffix('.json')} tells of images with {named} "):
-        draw(pipeline, whole, **{part: option})
+    line = rf"^output: {whole.with_suffix('.json')} tells of images with {named} .*; choose another file or delete"
+    refused(f"{line} {whole}$", draw, pipeline, whole, **{part: option})
 
 
 def test_an_npz_of_somebody_else_is_not_overwritten(pipeline, tmp_path, capsys):
@@ -214,7 +213,10 @@ def test_a_run_that_stops_early_goes_on_elsewhere(pipeline, whole, tmp_path, mon
         draw(pipeline, output, trainer={"limit_predict_batches": 4})
     assert "3 of 5 pieces are missing" in capsys.readouterr().out
     assert not output.exists()
-    refused(r"x\.parts/settings\.json tells of images with top_k 0, now it", draw, pipeline, output, model={"top_k": 3})
+    line = (
+        r"x\.parts/settings\.json tells of images with top_k 0, now it is 3; choose another file or delete .*x\.parts$"
+    )
+    refused(line, draw, pipeline, output, model={"top_k": 3})
     (tmp_path / "x.parts" / FILES[0]).write_bytes(b"")
     draw(pipeline, output)
     assert output.read_bytes() == whole.read_bytes()

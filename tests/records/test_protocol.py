@@ -22,13 +22,16 @@ BASE = {
     "IS": "10 splits",
     "reconstruction": PAIRS,
     "probe": {"train": {"npz": "t", "n": 9, "sha256": "5" * 64}, "classifier": "logistic"},
+    "clip": {"model": "c", "sha256": "7" * 64},
+    "clip_captions_sha256": {"samples": "8" * 64, "reference": "a" * 64},
     "token_influence": {"images": {"n": 7, "sha256": "6" * 64}, "psnr": "of 8 bits"},
     "provenance": {"code": {"commit": "a"}, "versions": {"torch": "2.0"}},
 }
 STORED = {"npz": "s.npz", "n": 30, "statistics": "as stored", "statistics_sha256": "3" * 64}
 TOKENS = ("psnr_own_tokens", "psnr_exchanged_from_group_2")
 DISTANCES, PAIRED = ("FD", "KD", "precision", "recall"), ("psnr", "ssim", "lpips")
-METRICS = (*DISTANCES, *PAIRED, *TOKENS, "IS", "IS_std", "probe_accuracy_samples", "probe_accuracy_reference", "own")
+CLIP, REAL = ("clip_score_samples", "clip_score_reference"), ("probe_accuracy_reference", "clip_score_reference")
+METRICS = (*DISTANCES, *PAIRED, *TOKENS, "IS", "IS_std", "probe_accuracy_samples", REAL[0], *CLIP, "own")
 
 
 def changed(**changes) -> dict:
@@ -47,9 +50,13 @@ CASES = [  # what changes, the metrics that it stands in the way of, and how it 
     ({"samples__seed": 5, "samples__npz": "b.npz", "samples__sha256": "9" * 64, "samples__guidance": 3.0}, (), None),
     ({"provenance__code": {"commit": "b"}, "provenance__versions": {}}, (), None),
     ({"reference": {"folder": "x", "crop": "none", "n": 30, "sha256": "2" * 64}}, (), None),
-    ({"samples__n": 19}, {*METRICS} - {"probe_accuracy_reference"}, {"samples.n": "20, 19"}),
+    ({"samples__n": 19}, {*METRICS} - {*REAL}, {"samples.n": "20, 19"}),
     ({"image_size": [32, 32]}, METRICS, {"image_size": "[16, 16], [32, 32]"}),
-    ({"features__sha256": "e" * 64}, {*METRICS} - {*PAIRED, *TOKENS}, {"features.sha256": f"{'f' * 12}, {'e' * 12}"}),
+    (
+        {"features__sha256": "e" * 64},
+        {*METRICS} - {*PAIRED, *TOKENS, *CLIP},
+        {"features.sha256": f"{'f' * 12}, {'e' * 12}"},
+    ),
     ({"frechet": "float32"}, ("FD", "own"), {"frechet": "float64, float32"}),
     ({"kernel_distance": "x"}, ("KD", "own"), {"kernel_distance": "cubic, x"}),
     ({"precision_recall": "x"}, ("precision", "recall", "own"), {"precision_recall": "3 neighbours, x"}),
@@ -63,10 +70,15 @@ CASES = [  # what changes, the metrics that it stands in the way of, and how it 
         ("probe_accuracy_samples", "probe_accuracy_reference", "own"),
         {"probe.train.sha256": f"{'5' * 12}, {'0' * 12}"},
     ),
+    ({"clip__model": "d", "clip__sha256": "0" * 64}, (*CLIP, "own"), {"clip.sha256": f"{'7' * 12}, {'0' * 12}"}),
+    *(
+        ({f"clip_captions_sha256__{name}": None}, (f"clip_score_{name}", "own"), {f"clip_captions_sha256.{name}": says})
+        for name, says in (("samples", f"{'8' * 12}, None"), ("reference", f"{'a' * 12}, None"))
+    ),
     ({"token_influence__images__n": 3}, (*TOKENS, "own"), {"token_influence.images.n": "7, 3"}),
     (
         {"reference__sha256": "4" * 64, "reference__n": 31},
-        (*DISTANCES, *PAIRED, "probe_accuracy_reference", "own"),
+        (*DISTANCES, *PAIRED, *REAL, "own"),
         {"reference.n": "30, 31", "reference.sha256": f"{'2' * 12}, {'4' * 12}"},
     ),
     # Stored statistics of the same images serve a Frechet distance; those that do not say of what serve none.

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # By name in ARConfig.backbone; "llama" is the model's own.
-BACKBONES = Registry("backbone", {"llama": Backbone, "transformers": LanguageModel}, Backbone, ("make_cache",))
+BACKBONES = Registry("backbone", {"llama": Backbone, "transformers": LanguageModel}, Backbone)
 register_backbone, import_backbone = BACKBONES.register, BACKBONES.import_class
 
 
