@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import dar_lightning
 
@@ -85,3 +88,13 @@ def test_every_data_set_in_the_wheel_is_in_the_notice():
     notice = (ROOT / "NOTICE").read_text()
     folders = [path.name for path in (ROOT / "data").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert [name for name in folders if name not in notice] == []
+
+
+def test_the_pinned_versions_are_for_every_python_that_the_project_names():
+    """A distribution's Python may be 3.11.2: of what is installed, nothing needs a later patch than pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    needs = {each.name: each.metadata["Requires-Python"] for each in distributions() if each.name.lower() in pinned}
+    assert len(needs) > 50
+    assert [name for name, need in needs.items() if not SpecifierSet(need or "").contains(oldest)] == []
