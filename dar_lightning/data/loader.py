@@ -58,9 +58,8 @@ class Loader(DataLoader):
             if (mistake := workers.user_error(error, "num_workers", 0)) is None:
                 raise
             error.__traceback__ = None  # its frames hold the workers, too
-        for worker in getattr(batches, "_workers", ()):
-            worker.terminate()  # some may wait for a server, and torch would wait 5 s for each
-        self._iterator = batches = None  # which ends the loader's threads
+        # The workers end now. torch waits up to 5 s for each; ended at once, they would leave half a copy behind.
+        self._iterator = batches = None
         raise mistake
 
 

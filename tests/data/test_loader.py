@@ -210,26 +210,6 @@ def test_a_worker_that_dies_is_one_line():
         list(Loader(Dying(), **workers.options(num_workers=1)))
 
 
-class Away(Dataset):
-    """The first sample is found to be lost, while the other worker waits for a server."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> int:
-        if index == 1:
-            time.sleep(200)
-        raise UserError("the server is gone")
-
-
-def test_a_fault_does_not_wait_for_other_workers(monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 100)  # for each, 5 otherwise
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"^the server is gone$"):
-        list(Loader(Away(), **workers.options(num_workers=2)))
-    assert time.monotonic() - start < 100
-
-
 # A run: says who its worker and the worker's parent are, and what of Lightning the datasets of a file bring into the
 # worker; stands still. A child that is forked from it, as with Lightning's `ddp_notebook`, has workers, too. It ends
 # its worker; the next one has its environment of now: a key for S3 may have come later.
