@@ -25,13 +25,18 @@ SHIPPED = Path(__file__).parent / "shipped"  # in a wheel also experiments/ and 
 TREES = ("experiments", "data/fruit64", "data/emoji64", "dar_lightning/shipped")
 
 
+def is_url(path: str | Path | None) -> bool:
+    """Whether it is a URL (`s3://...`, or `s3:/...` after Path has taken a slash), and no path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
 def check_local(path: str | Path | None, option: str) -> None:
     """Refuse a URL (`s3://...`) where something is written: a folder of that name would be made here.
 
     Raises:
         UserError: it is one; the line names `option`.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path takes one of the slashes
+    if is_url(path):
         raise UserError(f"{option}: {path} is a URL; give a folder, into which the storage may be mounted")
 
 

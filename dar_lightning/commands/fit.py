@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,7 +28,7 @@ from dar_lightning.data.codes import CodesDataModule
 from dar_lightning.data.loader import StreamDataModule
 from dar_lightning.devices import check_srun, check_started_processes, round_convolutions_as_products
 from dar_lightning.errors import OneLineErrors, UserError, check_range, naming, require
-from dar_lightning.files import check_local, locked, refuse_repeated_keys
+from dar_lightning.files import check_local, is_url, locked, refuse_repeated_keys
 from dar_lightning.generation import predict, writer  # noqa: F401  (so that configs may name their classes short)
 from dar_lightning.layers import check_compiler
 from dar_lightning.tokenizer.config import TokenizerConfig
@@ -195,7 +196,7 @@ class TrainerCLI(LightningCLI):
         """The folders that a run writes to: its root, and those of checkpoints and logs elsewhere."""
         savers = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
         places = [saver.dirpath for saver in savers] + [logger.save_dir for logger in self.trainer.loggers]
-        folders = [Path(place).absolute() for place in places if place is not None and "://" not in str(place)]
+        folders = [Path(place).absolute() for place in places if place is not None and not is_url(place)]
         root = self.root.absolute()
         return sorted({root if folder.is_relative_to(root) else folder for folder in folders})
 
@@ -234,7 +235,9 @@ class TrainerCLI(LightningCLI):
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             if issubclass(resolve_name(callback.class_path), ModelCheckpoint):
                 given = callback.init_args.dirpath
-                check_local(given, "trainer.callbacks.dirpath")
+                if is_url(given):
+                    with naming("trainer.callbacks.dirpath"):
+                        get_filesystem(given)  # the package that a store needs may be missing
                 if given is None or (others is not None and Path(given) == others / "checkpoints"):
                     self._resolve(callback.init_args, "dirpath", str(self.root / "checkpoints"))
         if trainer.logger in (None, True) or others is not None:

@@ -15,9 +15,8 @@ from dar_lightning.data.prepare.sources import (
     shards,
     with_safe_keys,
 )
-from dar_lightning.data.remote import is_remote
 from dar_lightning.errors import MOST_PIXELS, UserError, check_range, require
-from dar_lightning.files import find_shipped
+from dar_lightning.files import find_shipped, is_url
 
 HUB = "hf://"
 SHOWN = 10  # skipped images that are named on the screen; the file has all
@@ -122,7 +121,7 @@ def open_source(
     input: str, labels: str | None, split: str | None, unlabelled: bool = False, captions: str | None = None
 ) -> Source:
     """Recognize an input of `dar shard` and list its images; options of other inputs are refused."""
-    if is_remote(input) and not input.startswith(HUB):
+    if is_url(input) and not input.startswith(HUB):
         raise UserError(f"input: {input} is an address; copy it to this machine first, or give hf://NAME")
     path = Path(find_shipped(input))
     first = first_names(path) if path.is_file() and path.suffix == ".tar" else []

@@ -23,11 +23,6 @@ CONNECT, SILENCE = 20, 60  # seconds after which a server counts as away, or as 
 log = logging.getLogger(__name__)
 
 
-def is_remote(source: str) -> bool:
-    """Whether it is a URL (`https://...`, `s3://...`), and no path."""
-    return "://" in source
-
-
 def cache_folder(url: str, cache_dir: str | None, option: str) -> Path:
     """Where the files of a remote folder are kept."""
     check_local(cache_dir, "cache_dir")

@@ -18,10 +18,10 @@ from webdataset.shardlists import expand_urls
 
 from dar_lightning.data.bad_samples import Bad
 from dar_lightning.data.decode import BadSample
-from dar_lightning.data.remote import PATIENCE, cache_folder, fetch, forget_differing, is_remote
+from dar_lightning.data.remote import PATIENCE, cache_folder, fetch, forget_differing
 from dar_lightning.data.tar import read_headers
 from dar_lightning.errors import UserError, require
-from dar_lightning.files import atomic_path, file_sha256, find_shipped, write_json
+from dar_lightning.files import atomic_path, file_sha256, find_shipped, is_url, write_json
 
 INDEX = "index.json"
 VERSION = 1
@@ -100,7 +100,7 @@ class ShardIndex:
             folders, names = zip(*map(os.path.split, expand_urls(source)), strict=True)
             folder = folders[0]
             require(len({*folders}) <= 1, f"{option}: the shards of {source} must lie in one folder")
-        url = folder.rstrip("/") if is_remote(folder) else None
+        url = folder.rstrip("/") if is_url(folder) else None
         root = Path(find_shipped(folder)) if url is None else _fetch_index(url, names is None, cache_dir, option)
         require(root.is_dir(), f"{option}: {source} does not exist; give a folder of .tar shards or a pattern of them")
         known, classes, labelled = {}, (), None

@@ -11,7 +11,7 @@ from dar_lightning.ar.model import ARModel
 from dar_lightning.ar.order import IN_GROUPS, ORDERS, written
 from dar_lightning.ar.pass_layout import check_groups
 from dar_lightning.data.codes import CodesDataModule
-from dar_lightning.errors import require
+from dar_lightning.errors import UserError, require
 from dar_lightning.training.ar import ARModule
 
 Within = Literal["image", "group"]
@@ -52,8 +52,11 @@ class Annealing:
             return
         config, tables = ar.config, ar.tables()
         require("order" in tables, f"annealing.end is {self.end}: config.order {config.order} is shuffled already")
-        told = f"config.place_tables is {config.place_tables}: with annealing.end {self.end} it must be"
-        require(ar.place_embedding is not None, f"{told} target or own_and_target")
+        if ar.place_embedding is None:
+            raise UserError(
+                f"config.place_tables is {config.place_tables}: with annealing.end {self.end} it must be target or "
+                "own_and_target"
+            )
         groups, count = config.order_groups, config.num_tokens
         if self.within == "group":
             need = f"annealing within groups needs a divisor of {count}"
@@ -106,10 +109,11 @@ class AblationModule(ARModule):
         grouped = self.ar.config.order in IN_GROUPS or (self.annealing.end and self.annealing.within == "group")
         if grouped and data.num_groups is not None:
             check_groups(self.ar.config, theirs // data.num_groups)
-        if mine < theirs and data.num_groups is not None:
-            need = f"num_tokens {mine} must be that many groups of the {theirs // data.num_groups} tokens"
-            same = groups * theirs == data.num_groups * mine
-            require(same, f"order_groups is {groups} in the config: {need} that a group of the data has")
+        if mine < theirs and data.num_groups is not None and groups * theirs != data.num_groups * mine:
+            raise UserError(
+                f"order_groups is {groups} in the config: num_tokens {mine} must be that many groups of the "
+                f"{theirs // data.num_groups} tokens that a group of the data has"
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         # not at the top: callbacks import the modules

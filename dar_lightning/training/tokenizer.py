@@ -61,16 +61,16 @@ class TokenizerModule(TrainingModule):
         config = choose_config(config, preset, TokenizerConfig)
         self.save_hyperparameters({"config": config.to_dict()})
         self.tokenizer = SequentialDiffusionTokenizer(config, init)
-        said = "repa is set and config.repa_layer is null: name the decoder block that REPA reads"
-        require(repa is None or config.repa_layer is not None, said)
+        if repa is not None and config.repa_layer is None:
+            raise UserError("repa is set and config.repa_layer is null: name the decoder block that REPA reads")
         if repa is None and config.repa_layer is not None:
             # Parameters that no loss reaches would stop DDP at its second step.
             self.tokenizer.decoder.repa_head.requires_grad_(False)
         self.perceptual, self.repa, self.adversarial = perceptual, repa, adversarial
         self.codebook_use = CodebookUse(config.codebook_size)
         self.freeze_encoder = False
-        said = "freeze_encoder is set and init_from is null: name the weights whose tokens are kept"
-        require(not freeze_encoder or init_from is not None, said)
+        if freeze_encoder and init_from is None:
+            raise UserError("freeze_encoder is set and init_from is null: name the weights whose tokens are kept")
         if init_from is not None:
             source = init_from_pretrained(self.tokenizer, init_from)
         if freeze_encoder:
@@ -180,13 +180,18 @@ class TokenizerModule(TrainingModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         frozen = checkpoint.get("freeze_encoder", False)
         resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        other = "or begin a run of its own with init_from"
-        said = f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint"
-        require(not resumes or frozen == self.freeze_encoder, f"{said}: give it that value, {other}")
+        if resumes and frozen != self.freeze_encoder:
+            raise UserError(
+                f"freeze_encoder is {self.freeze_encoder}, and was {frozen} in the run of the checkpoint: give it that "
+                "value, or begin a run of its own with init_from"
+            )
         has = any(name.startswith("adversarial.") for name in checkpoint["state_dict"])
-        given, kept = ("null", "a") if has else ("set", "no")
-        said = f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the"
-        require(has == (self.adversarial is not None), f"{said} checkpoint was trained with, {other}")
+        if has != (self.adversarial is not None):
+            given, kept = ("null", "a") if has else ("set", "no")
+            raise UserError(
+                f"adversarial is {given} and the checkpoint has {kept} discriminator: give it the value that the "
+                "checkpoint was trained with, or begin a run of its own with init_from"
+            )
 
     def evaluate_batch(self, batch: dict, batch_idx: int, stage: str) -> dict[str, Tensor] | None:
         """Log means; returns the valid images with their times, noise and losses, None of padding alone."""

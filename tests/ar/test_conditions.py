@@ -228,3 +228,13 @@ def test_prompts_are_for_models_of_text():
 )
 def test_configs_that_are_refused(changes, said):
     refused(said, lambda: ARModel(ARConfig(**AR | changes)))
+
+
+def test_a_condition_that_lacks_a_method_is_named():
+    class Half(Condition):
+        def forward(self, batch):
+            return batch
+
+    with pytest.raises(TypeError, match=r"Half.*null"):
+        Half()
+    refused("^condition Ragged has no method from_data, which training needs$", Ragged(8).from_data, {})

@@ -1,5 +1,6 @@
 """What a backbone is: the causal network between embeddings and head; embeddings in, hidden states out."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -23,13 +24,14 @@ class BackboneCache:
         self.real = None if self.real is None else self.real[:batch]
 
 
-class Backbone(TableModule):
+class Backbone(TableModule, ABC):
     """Base class of backbones, built as `Cls(config, length, **options)`.
 
     `config` is the ARConfig, whose `dim` is the width D of what comes in and goes out; `length` is that of the longest
     sequence, P - 1 + N. What depends on positions alone and is not saved must be in `tables`.
     """
 
+    @abstractmethod
     def forward(
         self, x: Tensor, real: Tensor | None = None, cache: BackboneCache | None = None, recompute: bool = False
     ) -> Tensor:
@@ -42,7 +44,6 @@ class Backbone(TableModule):
             recompute: compute activations again in the backward pass instead of keeping them (activation
                 checkpointing); one that cannot may ignore it.
         """
-        raise NotImplementedError
 
     def make_cache(self) -> BackboneCache:
         """A new, empty cache, for sampling."""

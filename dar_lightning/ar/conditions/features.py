@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_lightning.ar.conditions.interface import Condition, Prefix, check_captions, check_prompts, say_cut
-from dar_lightning.errors import require
+from dar_lightning.errors import UserError, require
 from dar_lightning.formats.text_encoder import TextEncoder
 
 
@@ -66,8 +66,11 @@ class EncoderFeatures(Condition):
         """
         source = self._source if source is None else source
         encoder = TextEncoder(source, self.length)
-        said = f"encoder: {source} has weights {encoder.sha256[:12]}, the model was trained on features of"
-        require(encoder.sha256 == self.sha256, f"{said} {self.sha256[:12]}: give that encoder")
+        if encoder.sha256 != self.sha256:
+            raise UserError(
+                f"encoder: {source} has weights {encoder.sha256[:12]}, the model was trained on features of "
+                f"{self.sha256[:12]}: give that encoder"
+            )
         self._encoders = [encoder]
 
     def from_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -89,8 +92,10 @@ class EncoderFeatures(Condition):
         check_captions(data, "condition 'features'")
         for split in data.splits:
             made_by = data.index(split).encoder or {"sha256": "none", "channels": 0, "length": 0}
-            said = f"data.{split}: its features are of encoder {made_by['sha256'][:12]}, the config names"
-            need = f"{said} {self.sha256[:12]}: run `dar extract --encoder` with the one that you mean"
-            require(made_by["sha256"] == self.sha256, need)
+            if made_by["sha256"] != self.sha256:
+                raise UserError(
+                    f"data.{split}: its features are of encoder {made_by['sha256'][:12]}, the config names "
+                    f"{self.sha256[:12]}: run `dar extract --encoder` with the one that you mean"
+                )
             theirs, ours = (made_by["length"], made_by["channels"]), (self.length, self.channels)
             require(theirs == ours, f"data.{split}: its features have length and channels {theirs}, the config {ours}")

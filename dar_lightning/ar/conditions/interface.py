@@ -1,6 +1,7 @@
 """What a condition is: what a picture is asked for, as a prefix of P vectors before the image's tokens."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ class Prefix(NamedTuple):
     """(B, P) bool: False where a place is padding, which nothing attends to. None: all are real, the fast path."""
 
 
-class Condition(nn.Module):
+class Condition(nn.Module, ABC):
     """Base class of conditions: turns a batch of what is asked for into the prefix that the image's tokens follow.
 
     It is built as `Cls(dim, **options)`. A batch is one tensor (B, ...): labels (B,), caption tokens (B, P) and so on;
@@ -38,17 +39,17 @@ class Condition(nn.Module):
     num_labels: int = 0
     """Labels are below it; 0 if it takes none."""
 
+    @abstractmethod
     def forward(self, batch: Tensor) -> Prefix:
         """The prefix of a batch (B, ...)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def null(self, count: int) -> Tensor:
         """The batch (count, ...) that asks for nothing, on the device of the weights."""
-        raise NotImplementedError
 
     def from_data(self, batch: Mapping[str, Any]) -> Tensor:
         """The batch (B, ...) of training samples, which are a batch of CodesDataModule."""
-        raise NotImplementedError
+        raise UserError(f"condition {type(self).__name__} has no method from_data, which training needs")
 
     def from_prompts(self, prompts: Sequence[str]) -> Tensor:
         """The batch (B, ...) of texts of a user. UserError for one that cannot be read."""

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
-from dar_lightning.errors import UserError, whole_line
+from dar_lightning.errors import UserError, naming, whole_line
+from dar_lightning.files import is_url
 
 WRITING = timedelta(minutes=15)  # for which a rank that ends waits for the checkpoint of another
 
@@ -39,8 +40,12 @@ class LastStepCheckpoint(ModelCheckpoint):
     def setup(self, trainer, pl_module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
-            if "://" in str(self.dirpath):
-                raise UserError(f"dirpath: {self.dirpath} is a URL; checkpoints go to a folder, which may be mounted")
+            if is_url(self.dirpath):
+                with naming(f"cannot write checkpoints to {self.dirpath}"):  # found before the first step
+                    self._fs.makedirs(self.dirpath, exist_ok=True)
+                    self._fs.pipe_file(probe := f"{self.dirpath}/.writable", b"")
+                    self._fs.rm_file(probe)
+                return
             folder = Path(self.dirpath)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +71,11 @@ class LastStepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer, pl_module) -> None:
         if not trainer.fast_dev_run:  # which Lightning's forgets to ask
             super().on_train_end(trainer, pl_module)
+
+    def _find_last_checkpoints(self, trainer) -> set[str]:
+        found = super()._find_last_checkpoints(trainer)
+        # of a URL, Lightning's drops the scheme
+        return {f"{self.dirpath}/{Path(path).name}" for path in found} if is_url(self.dirpath) else found
 
     def save_now(self, trainer) -> str | None:
         """Save this step as the last one, unless that is done or gradients are being accumulated; returns `saved`."""
@@ -113,7 +123,7 @@ class LastStepCheckpoint(ModelCheckpoint):
 
     def _write_alone(self, trainer) -> str:
         names = (self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST, ver=ver) for ver in (None, *range(1, 1000)))
-        self.last_model_path = self.last_model_path or next(name for name in names if not Path(name).exists())
+        self.last_model_path = self.last_model_path or next(name for name in names if not self._fs.exists(name))
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()
         trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.last_model_path)
         return self.last_model_path

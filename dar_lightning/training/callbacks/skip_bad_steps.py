@@ -74,9 +74,11 @@ class SkipBadSteps(Callback):
         self._steps_done = trainer.global_step
         pl_module.log("train/skipped_steps", self.counts[0])
         _, in_a_row = map(int, self._late.exchange(self.counts) or (0, 0))
-        said = f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in"
-        skipped = f"{said} a row, and these were skipped; look at the data and the learning rate"
-        require(in_a_row < self.max_in_a_row, skipped)
+        if in_a_row >= self.max_in_a_row:
+            raise UserError(
+                f"stopped at step {trainer.global_step}: loss or gradients were NaN or infinite in {in_a_row} steps in "
+                "a row, and these were skipped; look at the data and the learning rate"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts.cpu()}
