@@ -45,6 +45,7 @@ VERBS = dict.fromkeys(under("sweeps"), "sweep") | dict.fromkeys(under("evaluate"
 VERBS["experiments/quickstart/sample.yaml"] = "sample"
 BASES |= {name: AR if Path(name).stem.startswith("ar") else TOKENIZER for name in under("emoji64", "own")}
 BASES |= {name: B if Path(name).stem == "ar" else V1 for name in under("rehearsal")}
+BASES |= dict.fromkeys(under("cluster"), AR)
 RECIPES = [name for name in under("tokenizer", "ar") if name != CODEBOOK]
 MACHINES = [name for name in under("trainer") if name != FSDP]
 
