@@ -66,7 +66,7 @@ class KVCache:
 
 
 class TableModule(nn.Module):
-    """Module with `tables`: buffers that are not saved, since they follow from its config."""
+    """Module with `tables`: non-persistent buffers, such as RoPE's, that follow from its config."""
 
     def tables(self) -> dict[str, Tensor]:
         """The buffers that are not saved, by name ("trunk.rotary_emb.inv_freq"), computed anew."""

@@ -191,7 +191,7 @@ def guidance_schedule(
 def scales_and_combine(
     guidance: Guidance | GuidanceSchedule, num_tokens: int, token_groups: Sequence[int] | None = None
 ) -> tuple[list[float], Combine]:
-    """Guidance scale of each token, and what `guidance_combine` gives, of one schedule.
+    """Guidance scale of each token, and the function that combines logits, of one schedule.
 
     Args:
         guidance: a number, a pair, text, or an object with `scales`.

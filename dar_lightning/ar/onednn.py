@@ -44,7 +44,7 @@ def packed(ar: nn.Module, rows: int) -> nn.Module:
 
 @cache
 def _least_rows() -> int:
-    """Of a packed product that is the faster one: on Intel, MKL reads weights at memory's speed for up to three."""
+    """Fewest rows for which packed products are faster: on Intel, MKL reads weights at memory speed for up to three."""
     info = Path("/proc/cpuinfo")
     return 4 if info.is_file() and "GenuineIntel" in info.read_text() else 2
 

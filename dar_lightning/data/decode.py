@@ -82,7 +82,7 @@ def decode_rgb(content: bytes, draft_size: int | None = None) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What sets a loaded image upright; None for one that is, also where its EXIF cannot be read."""
+    """Pillow's transpose for an image's EXIF orientation; None if it is upright, or its EXIF cannot be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

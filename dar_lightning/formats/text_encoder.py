@@ -39,7 +39,7 @@ def encoder_files(source: str | Path, option: str) -> tuple[Path, list[Path]]:
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
-    """Of the only file its own, of several the SHA-256 of theirs."""
+    """SHA-256 of a model's weights: that of its only file, or of the hashes of several."""
     digests = [file_sha256(path) for path in files]
     return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -47,7 +47,7 @@ class CLIP(nn.Module):
         self.facts = {"model": str(source), "sha256": weights_sha256(files)}
 
     def prepare(self, images: list[Tensor] | None = None, text: list[str] | None = None, **options: Any) -> Any:
-        """What the network reads: images as its processor resizes them, or texts, cut to its length with their end."""
+        """Inputs of the network: images, resized by its processor, or texts, cut to its length with their end token."""
         if text is None:
             return self.processor(images=images, return_tensors="pt")
         return self.processor.tokenizer(text, truncation=True, max_length=self.length, **options)
@@ -94,5 +94,5 @@ def check_captions(images: ImageSet, option: str) -> None:
 
 
 def captions_sha256(captions: Sequence[str]) -> str:
-    """Of a set's captions in any order: scores of other captions are of another task."""
+    """SHA-256 of a set's captions, in any order: scores of other captions are of another task."""
     return hashlib.sha256(json.dumps(sorted(captions)).encode()).hexdigest()

@@ -181,7 +181,7 @@ class ShardImages(_EncodedImages):
 
     @cached_property
     def captions(self) -> list[str]:
-        """The first of each, which validation takes, too."""
+        """The first caption of each image, the one that validation takes, too."""
         found = (read_captions(self.reader[number][2]) for number in range(len(self)))
         return [texts[0] if texts else "" for texts in found]
 

@@ -55,7 +55,7 @@ def integrate(
 
 
 def solver_weights(times: Sequence[float], solver: str) -> Iterator[list[tuple[float, float, float]]]:
-    """Of each step of `integrate`: h, and the weights of the new velocity and of minus the one before it.
+    """Coefficients of an ODE solver, step by step: h, and the weights of the new velocity and of minus the one before.
 
     Two of these triples a step, for the preview and for the state.
     """

@@ -21,7 +21,7 @@ GRACE = 20.0  # seconds for which the next batch is waited for after a signal: c
 
 
 class NoBatch(SystemExit):
-    """Ends a run that was asked to, while it waits for data that do not come."""
+    """Ends a run that a signal has asked to stop, and whose next batch does not come."""
 
 
 @contextmanager
@@ -119,7 +119,7 @@ class StopOnSignal(Callback):
         signal.setitimer(signal.ITIMER_REAL, GRACE)  # in a step, which may be long
 
     def _quiet(self) -> None:
-        """No alarm any more, which would end a process that has no answer to it."""
+        """Switch the alarm off: after training nothing handles it, and it would end the process."""
         training, self._training = self._training, False  # first: a signal that comes now sets none
         if self._signal and training:
             signal.setitimer(signal.ITIMER_REAL, 0)
