@@ -61,7 +61,9 @@ def test_a_llama_of_transformers_is_ours(transformers, changes):
         assert torch.equal(*drawn), options
     assert choose_road(theirs) == "eager"
     refused("static: only our Llama has the step, backbone is 'transformers'", generate, theirs, LABELS, static=True)
-    refused("jacobi is 4: it cuts the cache of our Llama, backbone is", generate, theirs, LABELS, jacobi=4)
+    refused(
+        "jacobi is 4: it cuts the cache of our Llama, backbone is 'transformers'", generate, theirs, LABELS, jacobi=4
+    )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -274,7 +274,9 @@ def test_an_object_with_scales_is_a_schedule(ar):
 
 
 def test_a_class_path_runs_no_file_where_it_must_not():
-    refused(r"guidance is 'no_module\.Schedule,1': give a", read_guidance, "no_module.Schedule,1", own_classes=False)
+    refused(
+        r"guidance is 'no_module\.Schedule,1': give a number", read_guidance, "no_module.Schedule,1", own_classes=False
+    )
 
 
 def test_a_schedule_is_made_once_for_a_drawing(ar, monkeypatch):

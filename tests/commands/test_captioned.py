@@ -230,7 +230,9 @@ def test_prompts_of_features(features, monkeypatch, caplog):
     assert prefix.real.int().tolist() == [[0, 0, 0, 1, 1], [1] * 5, [0, 0, 0, 0, 1]]
     assert torch.equal(prefix.values[2, -1], ar.condition.null_embedding.weight[0])
     monkeypatch.setattr(LettersEncoder, "sha256", "c" * 64)
-    refused("encoder: elsewhere has weights cccccccccccc, the model was trained", ar.condition.use_encoder, "elsewhere")
+    refused(
+        "encoder: elsewhere has weights cccccccccccc, the model was trained on", ar.condition.use_encoder, "elsewhere"
+    )
 
 
 def test_flops_count_the_prefix(words, features):
@@ -279,7 +281,11 @@ def test_what_is_refused(root, words, tmp_path):
     module = ARModule(make_ar(condition="caption_tokens", condition_options=read(words)).config)
     with pytest.raises(UserError, match=r"data\.train: its token shards have no captions, which condition 'caption_to"):
         module.check_data(CodesDataModule(write_tokens(tmp_path / "plain", 4)))
-    refused(r"condition_options: file is nowhere\.json, which is no", conditions.read_options, {"file": "nowhere.json"})
+    refused(
+        r"condition_options: file is nowhere\.json, which is no condition\.json",
+        conditions.read_options,
+        {"file": "nowhere.json"},
+    )
     assert conditions.read_options({"file": f"{words}/condition.json", "length": 3})["length"] == 3
 
 

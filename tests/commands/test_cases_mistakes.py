@@ -189,7 +189,9 @@ def test_a_class_in_a_file_that_cannot_be_imported(text, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "own_broken_file", raising=False)
     Path("own_broken_file.py").write_text(text)
     refused(r"^--features x: not a class: ", load_class, "own_broken_file.Net", "--features x", "a class")
-    refused(r"^quantizer own_broken_file.Net: not a class that can be", import_quantizer, "own_broken_file.Net")
+    refused(
+        r"^quantizer own_broken_file.Net: not a class that can be imported: ", import_quantizer, "own_broken_file.Net"
+    )
 
 
 def test_an_empty_output(tmp_path, monkeypatch, capsys):

@@ -166,7 +166,9 @@ def test_several_processes_that_would_each_be_a_run(variables, world_size, launc
     if launcher is None:
         check_started_processes(world_size, "devices")
         return
-    refused(f"^devices make {world_size} process.*{launcher} has", check_started_processes, world_size, "devices")
+    refused(
+        f"^devices make {world_size} process.*{launcher} has started", check_started_processes, world_size, "devices"
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,14 @@ def test_samples_that_cannot_be_drawn(option, line, root, tmp_path, capsys):
 def test_a_probe_of_pictures_without_condition(root, tmp_path):
     real = write_images(root / "images", 8)
     options = {"features": "color_edges", "output": str(tmp_path / "o.json"), "device": "cpu"}
-    refused("--samples has no labels, which the", evaluate, str(root / "none"), real, probe_train=real, **options)
+    refused(
+        "--samples has no labels, which the linear probe needs",
+        evaluate,
+        str(root / "none"),
+        real,
+        probe_train=real,
+        **options,
+    )
     result = evaluate(str(root / "none"), real, **options)
     assert result["protocol"]["samples"]["classes"] == "none: no condition"
     assert DrawnImages(make_pipeline(), 2, 0).protocol["classes"] == "balanced: image i is of class i mod num_classes"

@@ -59,7 +59,10 @@ def test_classes_of_shards_without_names(tmp_path):
     data = module(tmp_path, classes=[1, 0], max_bad_share=0.3, **options)
     assert [int(batch["label"]) for batch in data.val_dataloader()] == [1, 0, 1]
     assert data.skipped["val"] == {"0.tar/x": "its label is 'abc', the classes are 0, 1, ..."}
-    refused(r"data\.val: 1 of 4 samples cannot", lambda: module(tmp_path, classes=[1, 0], **options).val_dataloader())
+    refused(
+        r"data\.val: 1 of 4 samples cannot be used",
+        lambda: module(tmp_path, classes=[1, 0], **options).val_dataloader(),
+    )
     with pytest.raises(UserError, match=r"data\.classes: .* has no sample of \[2\]"):
         module(tmp_path, classes=[2], max_bad_share=1.0, **options).train_dataloader()
 
@@ -210,7 +213,9 @@ def test_labels_are_matched_by_name():
     assert labels_by_name(labels[:3], TRAIN, ("dog", "cat"), **options).tolist() == [1, 0, 0], "fox does not occur"
     with pytest.raises(UserError, match=r"^--samples: its class fox is none of --probe_train, which has dog, cat; "):
         labels_by_name(labels, TRAIN, ("dog", "cat"), **options)
-    refused(r"^--samples: has labels outside its 2", labels_by_name, labels, TRAIN[:2], ("dog", "cat"), **options)
+    refused(
+        r"^--samples: has labels outside its 2 classes", labels_by_name, labels, TRAIN[:2], ("dog", "cat"), **options
+    )
 
 
 class Trap:

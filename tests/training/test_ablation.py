@@ -85,9 +85,14 @@ def test_a_run_logs_groups_and_its_own_distance(changes, images, tokens, tokeniz
 
 def test_what_does_not_fit_is_said(tmp_path):
     """The first tokens must be whole groups of the data, where it says which."""
-    refused("ARModule .*AblationModule", lambda: ARModule(ARConfig(**AR | {"order": "reversed"})))
+    refused(
+        "ARModule trains coarse_to_fine, .*AblationModule the others",
+        lambda: ARModule(ARConfig(**AR | {"order": "reversed"})),
+    )
     data = CodesDataModule(write_tokens(tmp_path / "tokens", 4), batch_size=4)
-    refused("num_tokens is 16 in the config: the data has 8 per", lambda: make_module(num_tokens=16).check_data(data))
+    refused(
+        "num_tokens is 16 in the config: the data has 8 per image", lambda: make_module(num_tokens=16).check_data(data)
+    )
     with pytest.raises(UserError, match="num_tokens is 4 in the config: the data has 8 per image"):
         ARModule(ARConfig(**AR | {"num_tokens": 4})).check_data(data)
     make_module(num_tokens=TOKENS // 2).check_data(data)

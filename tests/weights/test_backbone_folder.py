@@ -185,7 +185,12 @@ def test_what_is_refused(folder, module, tmp_path):
         "has no vocabulary: it needs a language model with its weights: set backbone_options.folder",
         backbone_options={"model_type": "qwen3"},
     )
-    refused("compile: only our Llama's blocks are, backbone is", ARModule, module.ar.config, compile=True)
+    refused(
+        "compile: only our Llama's blocks are, backbone is 'transformers': leave it out",
+        ARModule,
+        module.ar.config,
+        compile=True,
+    )
     plain = make_ar().config
     assert read_backbone(plain) == (plain, None)
 

@@ -95,7 +95,10 @@ def test_options_of_export_that_do_not_fit(options, message, pipeline, tmp_path,
 
 
 def test_models_that_are_no_llama(tmp_path):
-    refused("tokens_per_pass is 2: a Llama predicts", lambda: save_llama(make_ar(tokens_per_pass=2), tmp_path / "out"))
+    refused(
+        "tokens_per_pass is 2: a Llama predicts one token a pass",
+        lambda: save_llama(make_ar(tokens_per_pass=2), tmp_path / "out"),
+    )
     with pytest.raises(UserError, match="order is 'random_per_sample': a Llama is not told"):
         save_llama(make_ar(order="random_per_sample"), tmp_path / "out")
     with pytest.raises(UserError, match=r"^2 class names for an AR model of 4 classes$"):

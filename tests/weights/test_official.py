@@ -68,7 +68,13 @@ def test_ema_or_raw_weights(ar_state, ar_config, tokenizer_state, tokenizer_conf
         assert model.averaged is averaged
         assert torch.equal(model.norm.weight, (ema if averaged else ar_state)["norm.weight"])
     assert load_official_ar({"model": ar_state}, ar_config).averaged is None, "the file does not tell"
-    refused(r"no EMA weights: .* the file has", load_official_ar, {"model": ar_state, 7: 1}, ar_config, weights="ema")
+    refused(
+        r"no EMA weights: .* the file has model, 7",
+        load_official_ar,
+        {"model": ar_state, 7: 1},
+        ar_config,
+        weights="ema",
+    )
     refused("only EMA weights", load_official_ar, {"ema": ema}, ar_config, weights="raw")
 
     ema = tokenizer_state | {"query_linear.bias": tokenizer_state["query_linear.bias"].float() + 1}

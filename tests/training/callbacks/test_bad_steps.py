@@ -102,7 +102,9 @@ def test_an_overflow_of_float16_is_the_gradient_scalers_business():
 
 def test_too_many_in_a_row_end_the_run_with_clean_weights_and_average():
     average, module = EMA(0.9), Line(dict.fromkeys((1, 2, 4, 5, 6), "nan"))
-    refused(r"stopped at step 7: .* NaN or infinite in 3 steps in a", lambda: fit(8, module, SkipBadSteps(3), average))
+    refused(
+        r"stopped at step 7: .* NaN or infinite in 3 steps in a row", lambda: fit(8, module, SkipBadSteps(3), average)
+    )
     for model in (module, average._average_model):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -126,9 +128,16 @@ def test_wrong_options():
         return torch.optim.AdamW(parameters, fused=True)
 
     refused("max_in_a_row: 0 steps", SkipBadSteps, 0)
-    refused("with fused=True, not SGD", with_optimizer, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refused(
+        "needs an optimizer with fused=True, not SGD",
+        with_optimizer,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
     with_optimizer(fused)
-    refused("precision 16-mixed .*_step_supports_amp", lambda: with_optimizer(fused, plugins=float16()))
+    refused(
+        "precision 16-mixed needs an optimizer whose _step_supports_amp_scaling",
+        lambda: with_optimizer(fused, plugins=float16()),
+    )
 
 
 class Ranks(Line):
