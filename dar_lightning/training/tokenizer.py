@@ -137,10 +137,10 @@ class TokenizerModule(TrainingModule):
         norm = self.tokenizer.encoder.latent_norm
         return [] if norm is None or self.freeze_encoder else [norm]
 
-    def update_statistics(self, batch: dict) -> None:
-        """Let `norms_of_average` see a batch with the weights as they are."""
+    def update_statistics(self, images: Tensor) -> None:
+        """Let `norms_of_average` see a batch's pixels, (B, 3, S, S) from 0 to 255, with the weights as they are."""
         self.tokenizer.encoder.latent_norm.train()
-        self.tokenizer.encoder(to_float(batch["image"]))
+        self.tokenizer.encoder(to_float(images))
 
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0

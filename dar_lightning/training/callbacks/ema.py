@@ -1,20 +1,24 @@
 """Exponential moving average of the weights (EMA), from the start weights on, on the training device."""
 
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+
+RECENT = 512  # images of training, or a few more, whose statistics the average has
 
 
 class Average(AveragedModel):
     """An AveragedModel that begins as a copy of the model and whose update reads nothing back from the device.
 
     Buffers are the model's, but the statistics of the norms that the model names as `norms_of_average`: mean and
-    variance of what the weights of the moment give are not those of what their average gives. These see the training's
-    batches through the average itself, with a memory of 100 steps.
+    variance of what the weights of the moment give are not those of what their average gives.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, decay: float):
@@ -22,22 +26,26 @@ class Average(AveragedModel):
         self.module.to(device)
         self.decay = decay
         for norm in self._norms():
-            norm.momentum = 0.01
+            norm.momentum = None  # the mean over batches
 
     def _norms(self) -> list[nn.Module]:
         return getattr(self.module, "norms_of_average", [])
 
     @torch.no_grad()
-    def update_statistics(self, batch: Any) -> None:
-        """Let the norms see a batch; all ranks have what rank 0 saw, and what is not finite leaves no trace."""
+    def gather_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Give the norms the mean statistics of these batches under the weights as they are.
+
+        A batch whose statistics are not finite leaves no trace.
+        """
+        for norm in self._norms():
+            norm.reset_running_stats()
         buffers = [buffer for norm in self._norms() for buffer in norm.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        if buffers:
-            self.module.update_statistics(batch)
-        for now, old in zip(buffers, before, strict=True):
-            now.copy_(torch.where(now.isfinite(), now, old))
-            if dist.is_initialized():
-                dist.broadcast(now, src=0)
+        for images in batches:
+            before = [buffer.clone() for buffer in buffers]
+            self.module.update_statistics(images)
+            finite = torch.stack([buffer.isfinite().all() for buffer in buffers]).all()
+            for now, old in zip(buffers, before, strict=True):
+                now.copy_(torch.where(finite, now, old))
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -70,10 +78,13 @@ class EMA(WeightAveraging):
 
     It begins with the weights that the run starts from and is not corrected for that, as in the official code.
     Validation, checkpoints and `dar export` use the average. It lies where the model trains and is moved without a
-    wait; sharded models (FSDP2) are averaged slice by slice. With `latent_norm: batch` each step has one more pass of
-    the encoder, never compiled, for the average's own statistics. Lightning's EMAWeightAveraging begins after the first
+    wait; sharded models (FSDP2) are averaged slice by slice. Lightning's EMAWeightAveraging begins after the first
     step, lies on the CPU if the model is built there, and validates the untrained model until
     `update_starting_at_step`.
+
+    With `latent_norm: batch` the average has statistics of its own ("precise BN", arXiv 2105.07576): before a validation
+    and a checkpoint, the latest 512 images of rank 0 pass its encoder. The weights' own, a moving mean over ten steps,
+    are far behind as long as the weights move. These images are part of checkpoints (6 MB at 64 px, 100 at 256).
 
     Args:
         decay: share of the average that stays at a step.
@@ -84,6 +95,7 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float = 0.999, update_starting_at_step: int | None = None):
         super().__init__(use_buffers=False)
         self.decay, self.update_starting_at_step = decay, update_starting_at_step or 0
+        self.recent: deque[Tensor] = deque()  # batches of images, the same on all ranks
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
@@ -94,13 +106,44 @@ class EMA(WeightAveraging):
             self._average_model.begin_anew(pl_module)  # DDP has given all ranks rank 0's weights since setup
         # A checkpoint of Lightning's EMAWeightAveraging does not tell; the step that it stands at is averaged already.
         self._latest_update_step = max(self._latest_update_step, trainer.global_step)
+        self.recent = deque(images.to(trainer.strategy.root_device) for images in self.recent)
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if getattr(pl_module, "norms_of_average", []):
+            self._keep(batch["image"].clone())
         if trainer.global_step <= self.update_starting_at_step:
             self._average_model.begin_anew(pl_module)
             return
-        before = self._latest_update_step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._latest_update_step > before:
+
+    def _keep(self, images: Tensor) -> None:
+        """As the latest of `recent`. All ranks keep those of rank 0, so that any of them can save a checkpoint alone."""
+        if dist.is_initialized():
+            dist.broadcast(images, src=0)
+        self.recent.append(images)
+        while sum(map(len, self.recent)) - len(self.recent[0]) >= RECENT:
+            self.recent.popleft()
+
+    def _gather_statistics(self, trainer) -> None:
+        if self._average_model is not None and self.recent:
             with trainer.precision_plugin.forward_context():
-                self._average_model.update_statistics(batch)
+                self._average_model.gather_statistics(self.recent)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        self._gather_statistics(trainer)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._gather_statistics(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        self._gather_statistics(trainer)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"recent": list(self.recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.recent = deque(state_dict.get("recent", []))  # older checkpoints have none

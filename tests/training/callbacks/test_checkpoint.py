@@ -12,7 +12,7 @@ from tiny_training import image_data, tokenizer_module, trainer
 
 from dar_lightning.cli import main
 from dar_lightning.metrics.features import FrozenNetwork
-from dar_lightning.training.callbacks import EMA
+from dar_lightning.training.callbacks import EMA, ema
 from dar_lightning.training.callbacks.ema import Average
 from dar_lightning.training.optim import OptimizerConfig
 from dar_lightning.weights.lightning import has_average
@@ -175,31 +175,59 @@ def test_frozen_networks_are_not_copied():
     assert all(name.startswith("tokenizer.") for name, _ in average.named_parameters())
 
 
-def test_the_average_has_statistics_of_its_own(images):
-    """Of `latent_norm: batch`: what its encoder gives of each step's batch, 0.99 old and 0.01 new, by hand."""
-    ema, flat, expected, current = EMA(0.8, update_starting_at_step=2), [], [], []
+@pytest.fixture
+def few_recent(monkeypatch):
+    """The statistics are those of three batches of four images."""
+    monkeypatch.setattr(ema, "RECENT", 10)
 
-    class ByHand(Callback):
+
+def test_the_average_has_statistics_of_its_own(images, few_recent):
+    """Of `latent_norm: batch`: means over the latest batches of what the average's encoder gives of them, by hand."""
+    averaging, batches, current = EMA(0.8, update_starting_at_step=2), [], []
+
+    class Seen(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             norm = pl_module.tokenizer.encoder.latent_norm
-            current[:] = norm.running_mean.clone(), norm.running_var.clone()
-            if trainer.global_step <= 2:  # the average is the model itself
-                expected[:] = [each.double() for each in current]
-                return
-            encoder = make_tokenizer(latent_norm="batch").encoder
-            encoder.load_state_dict(ema._average_model.module.tokenizer.encoder.state_dict())
-            encoder.latent_norm.register_forward_pre_hook(lambda norm, inputs: flat.append(inputs[0]))
-            encoder(batch["image"] / 127.5 - 1)
-            seen = flat[-1].double().mean(dim=0), flat[-1].double().var(dim=0)
-            expected[:] = [0.99 * old + 0.01 * new for old, new in zip(expected, seen, strict=True)]
+            current[:] = norm.running_mean.double(), norm.running_var.double()
+            batches.append(batch["image"].clone())
 
+        def on_validation_epoch_start(self, trainer, pl_module):
+            encoder, flat = make_tokenizer(latent_norm="batch").encoder, []
+            encoder.load_state_dict(pl_module.tokenizer.encoder.state_dict())  # the average's
+            encoder.latent_norm.register_forward_pre_hook(lambda norm, inputs: flat.append(inputs[0].double()))
+            for batch in batches[-3:]:
+                encoder(batch / 127.5 - 1)
+            means, variances = ([each.mean(dim=0) for each in flat], [each.var(dim=0) for each in flat])
+            expected = [sum(each) / len(flat) for each in (means, variances)]
+            norm = pl_module.tokenizer.encoder.latent_norm
+            assert same((norm.running_mean, norm.running_var), expected)
+            assert not same(current, expected), "the optimizer's weights give other latents"
+            checked.append(len(flat))
+
+    checked = []
     trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
-    fit = trainer(ema, ByHand(), max_steps=6)
+    fit = trainer(averaging, Seen(), max_steps=6, val_check_interval=2, limit_val_batches=1)
     fit.fit(trained, image_data(images))
+    assert checked == [2, 3]
     norm = trained.tokenizer.encoder.latent_norm
-    assert same((norm.running_mean, norm.running_var), expected)
-    assert len(flat) == 4
-    assert not same(current, expected), "the optimizer's weights give other latents"
+    assert not same((norm.running_mean, norm.running_var), current), "training ends with the average's"
+
+
+def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(tmp_path, images, few_recent):
+    """One step after the checkpoint two of three batches are of the time before it."""
+    ends = []
+    for steps, begin in ((4, None), (5, tmp_path / "4.ckpt"), (5, None)):
+        saving = ModelCheckpoint(tmp_path, f"{steps}", every_n_train_steps=steps)
+        trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
+        trainer(EMA(0.8), saving, max_steps=steps, enable_checkpointing=True).fit(
+            trained, image_data(images), ckpt_path=begin
+        )
+        ends.append([buffer.clone() for buffer in trained.tokenizer.encoder.latent_norm.buffers()])
+        state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+        for name, buffer in trained.tokenizer.encoder.latent_norm.named_buffers():
+            assert torch.equal(state[f"tokenizer.encoder.latent_norm.{name}"], buffer), "as in the checkpoint"
+    assert all(map(torch.equal, ends[1], ends[2]))
+    assert not torch.equal(ends[0][0], ends[1][0])
 
 
 def test_other_statistics_are_the_model_s():
@@ -208,28 +236,26 @@ def test_other_statistics_are_the_model_s():
     average = Average(model, torch.device("cpu"), 0.9)
     model(10 + torch.randn(50, 3))
     average.update_parameters(model)
-    average.update_statistics({})
+    average.gather_statistics([])
     assert torch.equal(average.module[0].running_mean, model[0].running_mean)
 
 
-def statistics_of_a_rank(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """After an image of each rank's own, and after a broken one."""
+def test_what_is_not_finite_leaves_no_trace():
+    images = torch.rand(2, 4, 3, 16, 16) * 255
     average = Average(tokenizer_module({"latent_norm": "batch"}), torch.device("cpu"), 0.9)
-    norm = average.module.tokenizer.encoder.latent_norm
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank)) * 255
-    average.update_statistics({"image": images})
-    good = torch.cat([norm.running_mean, norm.running_var])
-    average.update_statistics({"image": images * float("nan")})
-    return good, torch.cat([norm.running_mean, norm.running_var])
+    norm, found = average.module.tokenizer.encoder.latent_norm, []
+    for batches in (images, (images[0], images[0] * float("nan"), images[1])):
+        average.gather_statistics(batches)
+        found.append([buffer.clone() for buffer in norm.buffers()])
+    assert all(map(torch.equal, *found))
+    assert int(found[0][2]) == 2, "batches"
 
 
-def statistics_of_this_rank() -> tuple[torch.Tensor, torch.Tensor]:
-    return statistics_of_a_rank(torch.distributed.get_rank())
+def kept_by_this_rank() -> torch.Tensor:
+    averaging = EMA()
+    averaging._keep(torch.full((2, 3), float(torch.distributed.get_rank())))
+    return averaging.recent[0]
 
 
-def test_all_ranks_have_the_statistics_of_rank_0(pair):
-    expected, _ = statistics_of_a_rank(0)
-    for good, after_nan in pair.without_failure(statistics_of_this_rank):
-        assert torch.equal(good, expected)
-        assert torch.equal(after_nan, expected), "what is not finite leaves no trace"
-    assert not torch.equal(statistics_of_a_rank(1)[0], expected)
+def test_all_ranks_keep_the_images_of_rank_0(pair):
+    assert all(torch.equal(kept, torch.zeros(2, 3)) for kept in pair.without_failure(kept_by_this_rank))
