@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-
-RECENT = 512  # images of training, or a few more, whose statistics the average has
+RECENT = 512  # images of training whose statistics the average has: the fewest batches that hold so many
 
 
 class Average(AveragedModel):
@@ -35,17 +34,20 @@ class Average(AveragedModel):
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:
         """Give the norms the mean statistics of these batches under the weights as they are.
 
-        A batch whose statistics are not finite leaves no trace.
+        A batch whose statistics are not finite leaves no trace; if all are so, the norms stay as they were.
         """
-        for norm in self._norms():
+        if not (norms := self._norms()):
+            return
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        first = [buffer.clone() for buffer in buffers]
+        for norm in norms:
             norm.reset_running_stats()
-        buffers = [buffer for norm in self._norms() for buffer in norm.buffers()]
         for images in batches:
             before = [buffer.clone() for buffer in buffers]
             self.module.update_statistics(images)
             finite = torch.stack([buffer.isfinite().all() for buffer in buffers]).all()
-            for now, old in zip(buffers, before, strict=True):
-                now.copy_(torch.where(finite, now, old))
+            _choose(buffers, before, finite)
+        _choose(buffers, first, norms[0].num_batches_tracked > 0)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -73,6 +75,12 @@ class Average(AveragedModel):
             mine.copy_(theirs)
 
 
+def _choose(buffers: list[Tensor], old: list[Tensor], stay: Tensor) -> None:
+    """Leave the buffers as they are if `stay` is true, else make them the old ones, without asking the device."""
+    for now, before in zip(buffers, old, strict=True):
+        now.copy_(torch.where(stay, now, before))
+
+
 class EMA(WeightAveraging):
     """Moving average of the parameters: average = decay * average + (1 - decay) * weights after every step.
 
@@ -82,9 +90,10 @@ class EMA(WeightAveraging):
     step, lies on the CPU if the model is built there, and validates the untrained model until
     `update_starting_at_step`.
 
-    With `latent_norm: batch` the average has statistics of its own ("precise BN", arXiv 2105.07576): before a validation
-    and a checkpoint, the latest 512 images of rank 0 pass its encoder. The weights' own, a moving mean over ten steps,
-    are far behind as long as the weights move. These images are part of checkpoints (6 MB at 64 px, 100 at 256).
+    With `latent_norm: batch` the average has statistics of its own ("precise BN", arXiv 2105.07576): before a
+    validation, a checkpoint and the end, the latest 512 images of rank 0, of batches that end a step, pass its encoder.
+    The weights' own, a moving mean over ten steps, are far behind as long as the weights move. These images stay on all
+    ranks' devices and are part of checkpoints (uint8: 6 MB at 64 px, 100 at 256; of larger batches, one batch).
 
     Args:
         decay: share of the average that stays at a step.
@@ -96,28 +105,32 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay, self.update_starting_at_step = decay, update_starting_at_step or 0
         self.recent: deque[Tensor] = deque()  # batches of images, the same on all ranks
+        self._kept_step = 0  # the step of the latest
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
             self._average_model = Average(pl_module, trainer.strategy.root_device, self.decay)
+            self.recent.clear()
 
     def on_train_start(self, trainer, pl_module) -> None:
         if not self._average_model.n_averaged:
             self._average_model.begin_anew(pl_module)  # DDP has given all ranks rank 0's weights since setup
         # A checkpoint of Lightning's EMAWeightAveraging does not tell; the step that it stands at is averaged already.
         self._latest_update_step = max(self._latest_update_step, trainer.global_step)
-        self.recent = deque(images.to(trainer.strategy.root_device) for images in self.recent)
+        self._kept_step = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if getattr(pl_module, "norms_of_average", []):
+        # A checkpoint in the middle of a step stands at the last one: its batches are read again.
+        if trainer.global_step > self._kept_step and getattr(pl_module, "norms_of_average", []):
             self._keep(batch["image"].clone())
+            self._kept_step = trainer.global_step
         if trainer.global_step <= self.update_starting_at_step:
             self._average_model.begin_anew(pl_module)
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _keep(self, images: Tensor) -> None:
-        """As the latest of `recent`. All ranks keep those of rank 0, so that any of them can save a checkpoint alone."""
+        """As the latest of `recent`. All ranks keep those of rank 0: any of them can save a checkpoint alone."""
         if dist.is_initialized():
             dist.broadcast(images, src=0)
         self.recent.append(images)
@@ -125,9 +138,10 @@ class EMA(WeightAveraging):
             self.recent.popleft()
 
     def _gather_statistics(self, trainer) -> None:
-        if self._average_model is not None and self.recent:
+        if self._average_model is not None:
+            device = trainer.strategy.root_device
             with trainer.precision_plugin.forward_context():
-                self._average_model.gather_statistics(self.recent)
+                self._average_model.gather_statistics(images.to(device) for images in self.recent)
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         self._gather_statistics(trainer)
@@ -138,7 +152,8 @@ class EMA(WeightAveraging):
         super().on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
-        self._gather_statistics(trainer)
+        if trainer.training:  # in a validation, weights are swapped; at its end, the statistics are there
+            self._gather_statistics(trainer)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:

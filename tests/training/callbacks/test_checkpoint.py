@@ -191,9 +191,9 @@ def test_the_average_has_statistics_of_its_own(images, few_recent):
             current[:] = norm.running_mean.double(), norm.running_var.double()
             batches.append(batch["image"].clone())
 
-        def on_validation_epoch_start(self, trainer, pl_module):
+        def on_validation_epoch_start(self, trainer, pl_module):  # which now has the average's weights
             encoder, flat = make_tokenizer(latent_norm="batch").encoder, []
-            encoder.load_state_dict(pl_module.tokenizer.encoder.state_dict())  # the average's
+            encoder.load_state_dict(pl_module.tokenizer.encoder.state_dict())
             encoder.latent_norm.register_forward_pre_hook(lambda norm, inputs: flat.append(inputs[0].double()))
             for batch in batches[-3:]:
                 encoder(batch / 127.5 - 1)
@@ -204,24 +204,24 @@ def test_the_average_has_statistics_of_its_own(images, few_recent):
             assert not same(current, expected), "the optimizer's weights give other latents"
             checked.append(len(flat))
 
+        on_train_end = on_validation_epoch_start
+
     checked = []
     trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
     fit = trainer(averaging, Seen(), max_steps=6, val_check_interval=2, limit_val_batches=1)
     fit.fit(trained, image_data(images))
-    assert checked == [2, 3]
-    norm = trained.tokenizer.encoder.latent_norm
-    assert not same((norm.running_mean, norm.running_var), current), "training ends with the average's"
+    assert checked == [2, 3, 3]
 
 
-def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(tmp_path, images, few_recent):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_resumed_run_has_the_statistics_of_an_unbroken_one(tmp_path, images, few_recent, accumulated):
     """One step after the checkpoint two of three batches are of the time before it."""
     ends = []
     for steps, begin in ((4, None), (5, tmp_path / "4.ckpt"), (5, None)):
         saving = ModelCheckpoint(tmp_path, f"{steps}", every_n_train_steps=steps)
         trained = tokenizer_module({"latent_norm": "batch"}, optimizer=OptimizerConfig(lr=1e-2))
-        trainer(EMA(0.8), saving, max_steps=steps, enable_checkpointing=True).fit(
-            trained, image_data(images), ckpt_path=begin
-        )
+        options = dict(max_steps=steps, enable_checkpointing=True, accumulate_grad_batches=accumulated)
+        trainer(EMA(0.8), saving, **options).fit(trained, image_data(images), ckpt_path=begin)
         ends.append([buffer.clone() for buffer in trained.tokenizer.encoder.latent_norm.buffers()])
         state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
         for name, buffer in trained.tokenizer.encoder.latent_norm.named_buffers():
@@ -249,6 +249,21 @@ def test_what_is_not_finite_leaves_no_trace():
         found.append([buffer.clone() for buffer in norm.buffers()])
     assert all(map(torch.equal, *found))
     assert int(found[0][2]) == 2, "batches"
+    average.gather_statistics([images[0] * float("nan")])
+    assert all(map(torch.equal, norm.buffers(), found[0])), "nothing to gather"
+
+
+def test_only_batches_that_end_a_step_are_kept(images, few_recent):
+    """A checkpoint after half a step stands at the last one, and the half is read again."""
+    averaging, kept = EMA(0.8), []
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kept.append((trainer.global_step, len(averaging.recent)))
+
+    trained = tokenizer_module({"latent_norm": "batch"})
+    trainer(averaging, Seen(), max_steps=2, accumulate_grad_batches=2).fit(trained, image_data(images))
+    assert kept == [(0, 0), (1, 1), (1, 1), (2, 2)]
 
 
 def kept_by_this_rank() -> torch.Tensor:
