@@ -1,5 +1,6 @@
 """TokenizerModule: training of the sequential diffusion tokenizer."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import update_bn
 
 from dar_lightning.data.imagenet import ImageNetDataModule
 from dar_lightning.data.transforms import to_float
@@ -137,10 +139,9 @@ class TokenizerModule(TrainingModule):
         norm = self.tokenizer.encoder.latent_norm
         return [] if norm is None or self.freeze_encoder else [norm]
 
-    def update_statistics(self, images: Tensor) -> None:
-        """Let `norms_of_average` see a batch's pixels, (B, 3, S, S) from 0 to 255, with the weights as they are."""
-        self.tokenizer.encoder.latent_norm.train()
-        self.tokenizer.encoder(to_float(images))
+    def update_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Give `norms_of_average` the mean statistics of batches of pixels, each (B, 3, S, S) from 0 to 255."""
+        update_bn(map(to_float, batches), self.tokenizer.encoder)
 
     def total_loss(
         self, losses: dict[str, Tensor], images: Tensor, codebook_factor: Tensor | float = 1.0

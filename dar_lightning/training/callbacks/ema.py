@@ -24,30 +24,16 @@ class Average(AveragedModel):
         super().__init__(model)  # its counter lies on the CPU
         self.module.to(device)
         self.decay = decay
-        for norm in self._norms():
-            norm.momentum = None  # the mean over batches
 
     def _norms(self) -> list[nn.Module]:
         return getattr(self.module, "norms_of_average", [])
 
     @torch.no_grad()
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Give the norms the mean statistics of these batches under the weights as they are.
-
-        A batch whose statistics are not finite leaves no trace; if all are so, the norms stay as they were.
-        """
-        if not (norms := self._norms()):
-            return
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        first = [buffer.clone() for buffer in buffers]
-        for norm in norms:
-            norm.reset_running_stats()
-        for images in batches:
-            before = [buffer.clone() for buffer in buffers]
-            self.module.update_statistics(images)
-            finite = torch.stack([buffer.isfinite().all() for buffer in buffers]).all()
-            _choose(buffers, before, finite)
-        _choose(buffers, first, norms[0].num_batches_tracked > 0)
+        """Give the norms the mean statistics of these batches of images; one that is not finite leaves no trace."""
+        whole = [images for images in batches if images.isfinite().all()]
+        if whole and self._norms():
+            self.module.update_statistics(whole)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -73,12 +59,6 @@ class Average(AveragedModel):
     def _copy(self, kind: str, model: nn.Module) -> None:
         for mine, theirs in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True):
             mine.copy_(theirs)
-
-
-def _choose(buffers: list[Tensor], old: list[Tensor], stay: Tensor) -> None:
-    """Leave the buffers as they are if `stay` is true, else make them the old ones, without asking the device."""
-    for now, before in zip(buffers, old, strict=True):
-        now.copy_(torch.where(stay, now, before))
 
 
 class EMA(WeightAveraging):
