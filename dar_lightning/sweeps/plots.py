@@ -177,8 +177,8 @@ def _panels(
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.set_axis_off()
-    for axes, title in zip(grid, titles, strict=False):
-        axes.set_title(title, fontsize=10)
+    for axes, name in zip(grid, titles, strict=False):
+        axes.set_title(name, fontsize=10)
         axes.set_xlabel(x_label, fontsize=9)
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)

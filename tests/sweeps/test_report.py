@@ -112,6 +112,8 @@ def test_shared_work_counts_once_and_code_is_named(copy):
 def test_plots_show_the_numbers(sweep, reported):
     found = read_sweep(sweep)
     rows = summarize(found)
+    for figure in (plot_metrics(found, rows), plot_curves(found), plot_groups(found)):
+        assert figure.get_suptitle() == "Does order matter?"
     here, paper = plot_metrics(found, rows).axes
     means = [bars.lines[0].get_ydata()[i] for bars in here.containers for i in range(3)]
     assert means == pytest.approx([0.11, 0.16, 0.12])
