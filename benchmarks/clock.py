@@ -206,7 +206,7 @@ def compare(name: str, comparison: tuple, tiny: bool, budget: float, limit: floa
     """One row: pairs for `budget` seconds, but at least LEAST_PAIRS and at most MOST_PAIRS."""
     what, build, size, goal = comparison
     row = {"row": name, "what": what}
-    if name == "compile" and shutil.which("g++") is None:
+    if "compile" in name and shutil.which("g++") is None:
         return row | {"skipped": "torch.compile on a CPU needs g++"}
     torch.manual_seed(0)
     sides, inverse = build("tiny" if tiny else size), name in INVERSE

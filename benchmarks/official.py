@@ -9,6 +9,7 @@ little, and the products of both alone, whose time nothing else can undercut.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import clock, counting, plain
 from dar_lightning import ARConfig, ARModel, SequentialDiffusionTokenizer, TokenizerConfig
 from dar_lightning.ar import sampling
+from dar_lightning.layers import compile_blocks
 from dar_lightning.tokenizer.blocks import Attention, GatedBlock, axial_rotary, plain_norm
 from dar_lightning.tokenizer.conditioner import Conditioner
 from dar_lightning.tokenizer.decoder import DiffusionBlock, PixelDecoder, time_embedding
@@ -236,7 +238,9 @@ def sides(works: Sequence[Callable[[], object]], flops: float) -> clock.Sides:
     return clock.Sides(*works, *(Products(work).run for work in works), gflop=flops / 1e9, warm=True)
 
 
-def training(model: nn.Module, losses: Sequence[Callable[[], Tensor]], flops: float) -> clock.Sides:
+def training(
+    model: nn.Module, losses: Sequence[Callable[[], Tensor]], flops: float, compiled: bool = False
+) -> clock.Sides:
     """Of steps: both passes, clipping, AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
 
@@ -246,7 +250,14 @@ def training(model: nn.Module, losses: Sequence[Callable[[], Tensor]], flops: fl
         optimizer.step()
         optimizer.zero_grad()
 
-    return sides([partial(step, loss) for loss in losses], flops)
+    steps = [partial(step, loss) for loss in losses]
+    return compiled_sides(steps, model, flops) if compiled else sides(steps, flops)
+
+
+def compiled_sides(works: Sequence[Callable[[], object]], part: nn.Module, flops: float) -> clock.Sides:
+    """Ours with a part's blocks compiled, as by `compile: true` and `--compile`; the official way calls no block."""
+    compile_blocks(part)
+    return clock.Sides(*works, gflop=flops / 1e9)
 
 
 def of_tokenizer(row: str, size: str) -> clock.Sides:
@@ -260,27 +271,39 @@ def of_tokenizer(row: str, size: str) -> clock.Sides:
     if row == "encode":
         return sides([partial(model.tokenize, images), partial(encode, model, images)], counting.encode(config))
     given = noise, torch.full((1,), 0.5), torch.randn(1, config.window, config.conditioner_dim)
-    return sides([partial(f, *given) for f in (decoder, partial(velocity, decoder))], counting.diffusion_step(config))
+    steps = [partial(f, *given) for f in (decoder, partial(velocity, decoder))]
+    flops = counting.diffusion_step(config)
+    return compiled_sides(steps, decoder, flops) if row == "decode_compiled" else sides(steps, flops)
 
 
-def of_ar(row: str, size: str) -> clock.Sides:
-    model, labels, config = clock.sampler(size), torch.zeros(1, dtype=torch.long), ARConfig.preset(size)
-    if row == "training":
+def of_ar(row: str, size: str, images: int = 1) -> clock.Sides:
+    model, labels, config = clock.sampler(size), torch.zeros(images, dtype=torch.long), ARConfig.preset(size)
+    if "training" in row:
         codes = torch.randint(config.vocab_size, (2, config.num_tokens))
         model.train().requires_grad_()
         ours = lambda: F.cross_entropy(model(labels.repeat(2), codes).flatten(0, 1), codes.flatten())  # noqa: E731
         losses = ours, partial(ar_loss, model, labels.repeat(2), codes)
-        return training(model, losses, 2 * (counting.ar_step(config) - counting.causal_half(config)))
+        flops = 2 * (counting.ar_step(config) - counting.causal_half(config))
+        return training(model, losses, flops, compiled=row == "training_compiled")
     scale, count = 3.0 if row == "guided" else 1.0, config.num_tokens // 2
     ours = partial(sampling.generate, model, labels, guidance=scale, num_tokens=count)
-    return sides([ours, partial(generate, model, labels, scale, count)], counting.ar_tokens(config, count, scale > 1))
+    works = ours, partial(generate, model, labels, scale, count)
+    if row == "dispatch":  # in the place of ours: its products, and all its operations, on vectors of 8 numbers a head
+        small = clock.filled(ARModel(replace(config, dim=8 * config.num_heads))).eval()
+        products, rest = Products(ours), partial(sampling.generate, small, labels, guidance=scale, num_tokens=count)
+        return clock.Sides(lambda: (products.run(), rest()), works[1])
+    return sides(works, images * counting.ar_tokens(config, count, scale > 1))
 
 
 ROWS = {  # as clock.COMPARISONS: the official way over ours
     "encode": ("encoding, v1", partial(of_tokenizer, "encode"), "v1", None),
     "decode": ("decoding, v1: a diffusion step of 8", partial(of_tokenizer, "decode"), "v1", 1.15),
+    "decode_compiled": ("the same, our blocks compiled", partial(of_tokenizer, "decode_compiled"), "v1", 1.15),
     "tokenizer_training": ("training step, light, 1 image", partial(of_tokenizer, "training"), "light", None),
     "generate": ("128 tokens, B, 1 image", partial(of_ar, "generate"), "B", 1.3),
+    "dispatch": ("the same, our operations on 96 numbers", partial(of_ar, "dispatch"), "B", None),
+    "generate_8": ("128 tokens, B, 8 images", partial(of_ar, "generate", images=8), "B", None),
     "guided": ("128 tokens, B, 1 image, guided", partial(of_ar, "guided"), "B", None),
     "ar_training": ("training step, B, 2 sequences", partial(of_ar, "training"), "B", 1.1),
+    "ar_training_compiled": ("the same, our blocks compiled", partial(of_ar, "training_compiled"), "B", 1.1),
 }

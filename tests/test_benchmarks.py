@@ -91,7 +91,9 @@ def test_every_ratio(tmp_path, monkeypatch):
     assert rows["previews"]["last_identical"]
     rows = measured(tmp_path / "official.json", "row", "official", "--tiny", "--budget", 0)
     assert [*rows] == [*official.ROWS]
-    assert all(0 < row["products_share"] < 1 for row in rows.values())
+    skipped = [name for name, row in rows.items() if "skipped" in row]
+    assert skipped == ["decode_compiled", "ar_training_compiled"]
+    assert all(0 < row["products_share"] < 1 for name, row in rows.items() if name not in [*skipped, "dispatch"])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
